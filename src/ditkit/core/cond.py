@@ -1,0 +1,52 @@
+"""What a model is told, as one typed object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of a batch; what a model does not use stays None. Every tensor's first axis is the batch.
+
+    Args:
+        label: [B] class indices.
+        drop: [B] bool, samples whose label or text counts as absent. Given in training, so that dropout belongs to
+            the sample; a model in train mode that is given none draws its own.
+        vector: [B, D] a global embedding.
+        frames: [B, T, D] an embedding per frame.
+        text: [B, S, D] text tokens, with `text_mask` [B, S] true where a token is real.
+        maps: [B, C, ...] maps aligned with the sample's own axes.
+        context: [B, C, T, H, W] given frames.
+    """
+
+    label: Tensor | None = None
+    drop: Tensor | None = None
+    vector: Tensor | None = None
+    frames: Tensor | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    maps: Tensor | None = None
+    context: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
+        """`fn` applied to every tensor that is present."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: fn(v) for k, v in present.items() if v is not None})
+
+    def to(self, device: torch.device | str) -> Cond:
+        return self.map(lambda v: v.to(device))
+
+    def rows(self, index: Tensor | slice) -> Cond:
+        """Only the samples `index`."""
+        return self.map(lambda v: v[index])
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Batches after one another; all must have the same fields present."""
+        present = [f.name for f in fields(Cond) if getattr(conds[0], f.name) is not None]
+        return Cond(**{name: torch.cat([getattr(c, name) for c in conds]) for name in present})

@@ -1,0 +1,72 @@
+"""What a network's numbers mean: its path, its unit of time, what it predicts. Written in every model's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ditkit.core.ddpm import DiscretePath
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.path import PATHS, Path, Prediction
+
+Clock = Literal["noise", "data", "index"]
+Extra = Literal["none", "variance", "unused"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Edges between a network and the noise-time core.
+
+    Args:
+        path: linear, cosine, vp, or ddpm (1000 discrete steps).
+        prediction: what the first C output channels are.
+        time: what the network is fed: noise-time t, SiT's data-time 1 - t (whose velocity points to the data), or
+            DDPM's integer index.
+        extra: a second set of C output channels: none, DDPM's learned variance, or present and unused (SiT's code).
+    """
+
+    path: str = "linear"
+    prediction: Prediction = "velocity"
+    time: Clock = "noise"
+    extra: Extra = "none"
+
+    def __post_init__(self) -> None:
+        if self.path not in (*PATHS, "ddpm"):
+            raise ConfigError(unknown("path", self.path, (*PATHS, "ddpm")))
+        for what, given, choices in (
+            ("prediction", self.prediction, get_args(Prediction)),
+            ("time", self.time, get_args(Clock)),
+            ("extra", self.extra, get_args(Extra)),
+        ):
+            if given not in choices:
+                raise ConfigError(unknown(what, given, choices))
+        if (self.path == "ddpm") != (self.time == "index"):
+            raise ConfigError(f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only")
+        if self.path == "ddpm" and self.prediction == "velocity":
+            raise ConfigError("path='ddpm' is discrete and has no velocity; predict noise, data or score")
+
+    def make_path(self) -> Path:
+        return DiscretePath.linear() if self.path == "ddpm" else PATHS[self.path]()
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """Noise-time (or a discrete index) as the network wants it."""
+        return 1 - t if self.time == "data" else t
+
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Network output [B, C or 2C, ...] to the prediction in noise-time and the variance fraction, if learned.
+
+        The fraction is f = (v + 1) / 2, not clamped (Nichol and Dhariwal 2021, eq. 15).
+        """
+        value, fraction = out, None
+        if self.extra != "none":
+            value, raw = out.chunk(2, dim=1)
+            fraction = (raw + 1) / 2 if self.extra == "variance" else None
+        return (-value if self.time == "data" and self.prediction == "velocity" else value), fraction
+
+
+DDPM = Convention("ddpm", "noise", "index", "variance")
+"""DiT's published checkpoints."""
+SIT = Convention("linear", "velocity", "data", "unused")
+"""SiT's published checkpoints."""

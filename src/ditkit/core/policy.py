@@ -1,0 +1,87 @@
+"""A method that acts on a model's sites, and the state it keeps for one trajectory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ditkit.core.run import Call, Handler, Site
+
+Claim = Literal["own", "wrap", "see"]
+RESOURCES = ("schedule", "rows", "solver")
+"""What can be owned beside sites: which steps are computed, which tokens exist, and the solver's update."""
+
+
+class Session:
+    """All state of one policy in one scope, shared by its guidance lanes; keys start with (net, lane)."""
+
+    verb: ClassVar[str] = "replaced"
+    """What the receipt calls a site whose function did not run: forecast, reused, skipped ..."""
+
+    def __init__(self) -> None:
+        self.state: dict[Hashable, Any] = {}
+        self.staged: dict[Hashable, Any] = {}
+
+    def enter(self, call: Call) -> Mapping[str, Handler]:
+        """Handlers for this call by site name; an empty mapping is exact. Changes no committed state."""
+        return {}
+
+    def leave(self, call: Call, out: Any) -> Any:
+        """The model's output, possibly replaced."""
+        return out
+
+    def guided(self, call: Call, v: Tensor) -> Tensor:
+        """Once an evaluation, after guidance and before the solver; `v` has the sample's shape."""
+        return v
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Stage a value until the call is complete: an interrupted call must not leave state of two ages."""
+        self.staged[key] = value
+
+    def commit(self) -> None:
+        self.state.update(self.staged)
+        self.staged.clear()
+
+    def bytes(self) -> int:
+        """Memory of every tensor kept."""
+        return sum(t.numel() * t.element_size() for t in tree_leaves(self.state) if isinstance(t, Tensor))
+
+    def projected_bytes(self) -> int:
+        """What `bytes` will grow to over the trajectory, as far as it can be known now."""
+        return self.bytes()
+
+
+class Policy(ABC):
+    """A frozen dataclass that is its own configuration; it holds no state."""
+
+    homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
+
+    @abstractmethod
+    def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
+        """Sites (or `RESOURCES`) that this policy owns, wraps or sees."""
+
+    @abstractmethod
+    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Session:
+        """Fresh state for one trajectory of `total` evaluations a lane.
+
+        Raises:
+            ConfigError: the setting does not fit `total`.
+        """
+
+    @abstractmethod
+    def exact(self) -> Self:
+        """The neutral setting: bit-identical to not using the policy."""
+
+    def modules(self, sites: Sequence[Site]) -> nn.Module | None:
+        """Parameters that the policy trains, saved beside the model."""
+        return None
+
+
+def detached(value: Any) -> Any:
+    """A tree of tensors cut from autograd, as caches keep them."""
+    return torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, value)

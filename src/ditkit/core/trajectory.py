@@ -1,0 +1,125 @@
+"""Policies at work on one trajectory: who owns what, the handlers of each call, and the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, unknown
+from ditkit.core.policy import RESOURCES, Claim, Policy, Session
+from ditkit.core.receipt import PolicyReceipt
+from ditkit.core.run import DIRECT, Call, Handler, Run, Site
+
+DEPTH: dict[Claim, int] = {"own": 0, "wrap": 1, "see": 2}
+
+
+class Trajectory:
+    """All sessions of one sampling trajectory (or rollout); dies with it, so there is nothing to reset.
+
+    Args:
+        sites: the model's sites.
+        policies: applied together; chained at a site with the owner innermost and watchers outermost.
+        total: model evaluations a lane.
+        max_bytes: memory that all policies may hold together.
+
+    Raises:
+        ConflictError: two policies own the same site or resource.
+        NoEffectError: a policy has no site it can use.
+        ConfigError: a policy claims a site that does not exist, or does not fit `total`.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], policies: Sequence[Policy], total: int, max_bytes: int | None = None
+    ) -> None:
+        self.policies = tuple(policies)
+        self.claims = claim(sites, self.policies)
+        self.sessions = [policy.start(sites, total) for policy in self.policies]
+        self.receipts = [
+            PolicyReceipt(policy, session.verb)
+            for policy, session in zip(self.policies, self.sessions, strict=True)
+        ]
+        self.max_bytes = max_bytes
+        self.peak_bytes = 0
+
+    def run(self, call: Call) -> Run:
+        """The handlers of all policies for this call, chained."""
+        if not self.sessions:
+            return DIRECT
+        chains: dict[str, list[tuple[int, Handler]]] = {}
+        for claims, session, receipt in zip(self.claims, self.sessions, self.receipts, strict=True):
+            session.staged.clear()  # what an interrupted call left
+            receipt.begin(call)
+            for name, handler in session.enter(call).items():
+                if name not in claims:
+                    raise ConfigError(f"{type(session).__name__} acts on {name!r}, which its policy did not claim")
+                if claims[name] != "see":
+                    handler = receipt.watch(name, handler)
+                chains.setdefault(name, []).append((DEPTH[claims[name]], handler))
+        return Run({name: _chain(handlers) for name, handlers in chains.items()})
+
+    def leave(self, call: Call, out: Any) -> Any:
+        """Complete the call: outputs pass through the sessions, staged state is committed, the budget is checked."""
+        for session, receipt in zip(self.sessions, self.receipts, strict=True):
+            out = session.leave(call, out)
+            session.commit()
+            receipt.end()
+        self.peak_bytes = max(self.peak_bytes, sum(s.bytes() for s in self.sessions))
+        self._keep_budget()
+        return out
+
+    def guided(self, call: Call, v: Tensor) -> Tensor:
+        for session in self.sessions:
+            v = session.guided(call, v)
+        return v
+
+    def finish(self) -> list[PolicyReceipt]:
+        """The receipts.
+
+        Raises:
+            NoEffectError: a policy that is not set to its neutral setting computed everything it owns.
+        """
+        for policy, claims, receipt in zip(self.policies, self.claims, self.receipts, strict=True):
+            owns = "own" in claims.values()
+            if owns and policy != policy.exact() and not receipt.saved:
+                raise NoEffectError(f"{policy} saved nothing in {receipt.calls} evaluations; see its schedule")
+        return self.receipts
+
+    def _keep_budget(self) -> None:
+        if self.max_bytes is None:
+            return
+        need = sum(session.projected_bytes() for session in self.sessions)
+        if need > self.max_bytes:
+            names = ", ".join(str(p) for p in self.policies)
+            raise ConfigError(f"max_bytes={self.max_bytes:,}: {names} would hold {need:,} bytes")
+
+
+def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str, Claim]]:
+    """What each policy claims, checked against the model's sites and against each other."""
+    names = {site.name for site in sites} | set(RESOURCES)
+    owners: dict[str, Policy] = {}
+    claims = [policy.claims(sites) for policy in policies]
+    for policy, wanted in zip(policies, claims, strict=True):
+        kind = type(policy).__name__
+        if not set(wanted) - set(RESOURCES):
+            raise NoEffectError(f"{kind}: this model has no site that it can use")
+        for name, how in wanted.items():
+            if name not in names:
+                raise ConfigError(f"{kind}: " + unknown("site", name, names))
+            if how == "own" and owners.setdefault(name, policy) is not policy:
+                raise ConflictError(f"{kind} and {type(owners[name]).__name__} both own {name!r}; use one of them")
+    return claims
+
+
+def _chain(handlers: list[tuple[int, Handler]]) -> Handler:
+    """One handler of several: the owner innermost, wrappers around it, watchers outermost."""
+    ordered = [handler for _, handler in sorted(handlers, key=lambda pair: pair[0])]
+    chained = ordered[0]
+    for outer in ordered[1:]:
+        chained = _around(outer, chained)
+    return chained
+
+
+def _around(outer: Handler, inner: Handler) -> Handler:
+    return lambda fn, *args: outer(lambda *a: inner(fn, *a), *args)

@@ -1,0 +1,1 @@
+"""Named sets, one module each: `load(size: int | None, ...) -> ImageSet`."""

@@ -1,0 +1,183 @@
+"""Multiply-accumulates over the shapes that really ran.
+
+torch's own counter knows no fused attention of the CPU and then counts zero for it. Here attention is counted
+at its core from shapes, whichever kernel runs it: B N Lq Lk (K + Kv), also under a mask, because a dense
+kernel computes what it masks. What a policy skips never runs and is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+Formula = Callable[..., int]
+
+# Names of operations that multiply matrices: those without a formula are reported as uncounted.
+HEAVY = re.compile(r"mm(_|$)|matmul|convolution|conv_|attention|rnn|lstm|gru|encoder_layer|trilinear|_c?dist")
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-accumulates by kind (linear, matmul, attention, convolution); operations without a formula."""
+
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_kind.values())
+
+
+class MacCounter:
+    """Context manager that counts what runs inside it, forward and backward, on any device.
+
+    torch runs a compiled function eagerly inside it, and refuses `flex_attention` there (measured on 2.13).
+
+    >>> with MacCounter() as counter:
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+    >>> counter.total
+    30
+    """
+
+    def __init__(self) -> None:
+        self._mode = _CountingMode()
+
+    def __enter__(self) -> Self:
+        # nn.TransformerEncoderLayer has a fused inference path, one opaque operation; the plain one is equal.
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mode.__exit__(kind, error, trace)
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+
+    @property
+    def count(self) -> MacCount:
+        return MacCount(dict(self._mode.macs), tuple(sorted(self._mode.uncounted)))
+
+    @property
+    def total(self) -> int:
+        return self.count.total
+
+
+def count_macs(fn: Callable[..., object], *args: Any, **kwargs: Any) -> MacCount:
+    """Call `fn(*args, **kwargs)` once and say what it multiplied."""
+    with MacCounter() as counter:
+        fn(*args, **kwargs)
+    return counter.count
+
+
+class _CountingMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs: Counter[str] = Counter()
+        self.uncounted: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet not in FORMULAS:
+            # Inference mode hands over composite operations whole: count the parts that have formulas.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if packet in FORMULAS:
+            kind, formula = FORMULAS[packet]
+            self.macs[kind] += formula(*args, out_val=out, **kwargs)
+        elif _looks_heavy(func):
+            self.uncounted.add(str(packet))
+        return out
+
+
+def _looks_heavy(func: Any) -> bool:
+    """A foreign kernel, or one of torch's whose name says that it multiplies matrices."""
+    return func.namespace not in ("aten", "prims", "prim") or bool(HEAVY.search(func.overloadpacket.__name__))
+
+
+def _half(flops: Formula) -> Formula:
+    """torch's own formulas count two operations for each multiply-accumulate."""
+    return lambda *args, **kwargs: flops(*args, **kwargs) // 2
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores and weighted sum, [B, N, Lq, K] x [B, N', Lk, K] x [B, N', Lk, Kv]; N' < N are grouped heads."""
+    *batch, length, width = query.shape
+    return math.prod(batch) * length * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """The scores once more, then the gradients of query, key, weights and value: 3 K + 2 Kv for each pair."""
+    *batch, length, width = query.shape
+    return math.prod(batch) * length * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+
+
+def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """[..., M, K] x [..., K, N]."""
+    return a.numel() * b.shape[-1]
+
+
+def _product_with_vector(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """[M, K] x [K] or [K] x [K]."""
+    return a.numel()
+
+
+def _added(formula: Formula) -> Formula:
+    """The same for operations whose first argument is what the product is added to."""
+    return lambda bias, a, b, *_, **__: formula(a, b)
+
+
+def _rnn_layer(x: Tensor, w_input: Tensor, w_hidden: Tensor, *_: Any, **__: Any) -> int:
+    """[T, B, D]: each step multiplies the input and the hidden state once."""
+    return math.prod(x.shape[:-1]) * (w_input.numel() + w_hidden.numel())
+
+
+def _kind(packet: Any) -> str:
+    name = getattr(packet, "__name__", str(packet))
+    if "attention" in name:
+        return "attention"
+    if "conv" in name:
+        return "convolution"
+    return "matmul" if "bmm" in name else "linear"
+
+
+# Operations that torch's registry leaves out, hence counts as nothing.
+_OURS: dict[str, Formula] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "mv": _product_with_vector,
+    "dot": _product_with_vector,
+    "vdot": _product_with_vector,
+    "addmv": _added(_product_with_vector),
+    "addmv_": _added(_product_with_vector),
+    "addmm_": _added(_product),
+    "addbmm": _added(_product),
+    "addbmm_": _added(_product),
+    "baddbmm_": _added(_product),
+    "_int_mm": _product,
+    "mkldnn_rnn_layer": _rnn_layer,
+}
+
+FORMULAS: Mapping[Any, tuple[str, Formula]] = {
+    **{packet: (_kind(packet), _half(flops)) for packet, flops in flop_registry.items()},
+    **{getattr(aten, name): (_kind(getattr(aten, name)), formula) for name, formula in _OURS.items()},
+}

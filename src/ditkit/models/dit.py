@@ -1,0 +1,212 @@
+"""DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740): one network, two conventions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.core.checkpoint import fill, read_state
+from ditkit.core.cond import Cond
+from ditkit.core.convention import DDPM, Convention
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
+from ditkit.core.model import Model
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.nn.blocks import Block, Head, Stack
+from ditkit.nn.embeddings import TimeEmbedding, sincos_table
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+"""Depth, width, heads (DiT, table 1)."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Architecture and convention of a DiT.
+
+    Args:
+        size: height and width of a sample. channels: its channels. patch: side of a token.
+        width, depth, heads: of the transformer. classes: labels, without the null class.
+        label_dropout: share of training samples whose label is replaced by the null class.
+        class_names: one a class, or empty.
+    """
+
+    size: int = 32
+    patch: int = 2
+    channels: int = 4
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    classes: int = 1000
+    label_dropout: float = 0.1
+    convention: Convention = DDPM
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("size", "patch", "channels", "width", "depth", "heads", "classes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"DiT: {name}={getattr(self, name)} should be at least 1")
+        if self.size % self.patch:
+            raise ShapeError(f"DiT: size={self.size} does not divide into patches of {self.patch}")
+        if self.width % self.heads:
+            raise ShapeError(f"DiT: width={self.width} does not divide into heads={self.heads}")
+        if self.width % 4:
+            raise ShapeError(f"DiT: width={self.width} should divide by 4 for the sin-cos table")
+        if not 0 <= self.label_dropout < 1:
+            raise ConfigError(f"DiT: label_dropout={self.label_dropout} should lie in [0, 1)")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ConfigError(f"DiT: {len(self.class_names)} class names for {self.classes} classes")
+
+
+class DiT(Model):
+    """A transformer over patches with adaLN-Zero conditioning on time and class."""
+
+    Config = DiTConfig
+    config: DiTConfig
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, pixels = config, config.patch**2
+        out = c.channels * (1 if c.convention.extra == "none" else 2)
+        self.embed = nn.Linear(pixels * c.channels, c.width)
+        self.time = TimeEmbedding(c.width)
+        self.label = nn.Embedding(c.classes + 1, c.width)
+        self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
+        self.head = Head(c.width, pixels * out)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    @classmethod
+    def preset(cls, name: str, convention: Convention = DDPM) -> Self:
+        """A size of the paper, for 4 x 32 x 32 latents and 1000 classes: S, B, L or XL, with patch 2, 4 or 8.
+
+        SiT's models are `DiT.preset(name, SIT)`.
+
+        Raises:
+            ConfigError: the name is none of them.
+        """
+        names = [f"{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
+        if name not in names:
+            raise ConfigError(unknown("DiT preset", name, names))
+        size, patch = name.split("/")
+        depth, width, heads = SIZES[size]
+        return cls(DiTConfig(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention))
+
+    @classmethod
+    def from_original(cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig) -> Self:
+        """Weights in the naming of the DiT and SiT repositories (`.safetensors`, or `.pt` with plain tensors).
+
+        Raises:
+            CheckpointError: a tensor is missing, left over, of another shape or not finite.
+        """
+        state = source if isinstance(source, Mapping) else read_state(Path(source))
+        model = cls(config)
+        fill(model, renamed(state), source if isinstance(source, str | Path) else "state dict")
+        return model.eval()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform layers, N(0, 0.02) embeddings, and zero modulation and output: at first the output is 0."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
+            nn.init.normal_(table, std=0.02)
+        for layer in (*(block.modulation for block in self.blocks), self.head.modulation, self.head.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return (self.config.channels, self.config.size, self.config.size)
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        grid = Grid.of(tuple(shape[-2:]), self.config.patch)
+        return (Segment("image", grid, grid.length),)
+
+    def sites(self) -> tuple[Site, ...]:
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        return (Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack"), *blocks, Site("head", "head"))
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """Every label replaced by the null class."""
+        assert cond.label is not None
+        return replace(cond, label=torch.full_like(cond.label, self.config.classes))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
+        """Predict from noisy samples.
+
+        Args:
+            x: [B, C, H, W]. t: [B], in the unit the convention names. cond: `label` [B].
+
+        Returns:
+            [B, C, H, W], or 2C channels where the convention has an extra half.
+
+        Raises:
+            ShapeError: channels differ from the config's, or the sides do not divide by the patch.
+        """
+        if x.ndim != 4 or x.shape[1] != self.config.channels:
+            raise ShapeError(f"DiT: input {list(x.shape)} should be [B, {self.config.channels}, H, W]")
+        grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
+        c_BD = run.site("time", self.condition, t, cond)
+        tokens: Tokens = run.site("tokens", self.tokenize, x)
+        h_BLD = run.site("blocks", Stack(self.blocks, run, checkpointing=self._checkpointing()), tokens.x, c_BD)
+        return unpatchify(run.site("head", self.head, h_BLD, c_BD), grid, self.config.patch)
+
+    def condition(self, t: Tensor, cond: Cond) -> Tensor:
+        """c = time embedding + label embedding, [B, D]."""
+        if cond.label is None:
+            raise ConfigError("DiT: a class label is needed; Cond.label is None")
+        label, drop = cond.label, cond.drop
+        if drop is None and self.training and self.config.label_dropout:
+            drop = torch.rand(label.shape, device=label.device) < self.config.label_dropout
+        if drop is not None:
+            label = label.masked_fill(drop, self.config.classes)
+        return self.time(t) + self.label(label)
+
+    def tokenize(self, x: Tensor) -> Tokens:
+        """Patches of x embedded, with their positions added, [B, L, D]."""
+        grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
+        h_BLD = self.embed(patchify(x, self.config.patch))
+        return Tokens(h_BLD + _positions(grid, self.config.width, h_BLD.device, h_BLD.dtype))
+
+    def _checkpointing(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+
+@cache
+def _positions(grid: Grid, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return sincos_table(grid, width).to(device=device, dtype=dtype)
+
+
+ORIGINAL_NAMES = {
+    r"x_embedder\.proj\.": "embed.",
+    r"t_embedder\.mlp\.0\.": "time.inner.",
+    r"t_embedder\.mlp\.2\.": "time.outer.",
+    r"y_embedder\.embedding_table\.": "label.",
+    r"final_layer\.adaLN_modulation\.1\.": "head.modulation.",
+    r"final_layer\.linear\.": "head.out.",
+    r"(blocks\.\d+\.)attn\.proj\.": r"\1attn.out.",
+    r"(blocks\.\d+\.)mlp\.fc1\.": r"\1mlp.inner.",
+    r"(blocks\.\d+\.)mlp\.fc2\.": r"\1mlp.outer.",
+    r"(blocks\.\d+\.)adaLN_modulation\.1\.": r"\1modulation.",
+}
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the DiT or SiT repository under our names; its frozen position table is dropped."""
+    out = {}
+    for name, tensor in state.items():
+        if name == "pos_embed":
+            continue
+        for pattern, ours in ORIGINAL_NAMES.items():
+            name = re.sub("^" + pattern, ours, name)
+        out[name] = tensor.flatten(1) if name == "embed.weight" else tensor
+    return out

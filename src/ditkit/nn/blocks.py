@@ -1,0 +1,145 @@
+"""The transformer block that DiT introduced, with its sites.
+
+B batch, L tokens, D width, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ditkit.core.errors import ShapeError
+from ditkit.core.run import DIRECT, Run, Site
+
+
+class KV(NamedTuple):
+    """Keys and values before norm and rotation, [B, N, L, K], with the positions of the keys."""
+
+    k: Tensor
+    v: Tensor
+    position: Tensor | None = None
+
+
+def keep(kv: KV) -> KV:
+    """The function of a `kv` site: keys and values as the model made them."""
+    return kv
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The function of a `core` site: softmax(q k^T / sqrt(K)) v, all [B, N, L, K]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def modulate(x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part; shift and scale [B, 1, D]."""
+    return x_BLD * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused qkv and bias, no qk-norm (DiT)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        if width % heads:
+            raise ShapeError(
+                f"Attention: width={width} does not divide into heads={heads} (remainder {width % heads})"
+            )
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, run: Run, at: str) -> Tensor:
+        q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, N, L, K]
+        kv = run.site(at + ".kv", keep, KV(k, v))
+        o_BNLK = run.site(at + ".core", attention, q, kv.k, kv.v)
+        return self.out(o_BNLK.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU in its tanh form (DiT)."""
+
+    def __init__(self, width: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, int(width * ratio))
+        self.outer = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.gelu(self.inner(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """adaLN-Zero block: x + a1 Attn(mod(LN x)); x + a2 Mlp(mod(LN x)), gates and shifts from c (DiT, section 3.2)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def attend(self, run: Run, at: str, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The attention branch before its gate."""
+        return self.attn(modulate(self.norm(x_BLD), shift, scale), run, at)
+
+    def feed(self, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The MLP branch before its gate; row-wise."""
+        return self.mlp(modulate(self.norm(x_BLD), shift, scale))
+
+    def forward(self, x_BLD: Tensor, c_BD: Tensor, run: Run = DIRECT, at: str = "blocks.0") -> Tensor:
+        b1, g1, a1, b2, g2, a2 = self.modulation(F.silu(c_BD)).unsqueeze(1).chunk(6, -1)
+        attn, mlp = at + ".attn", at + ".mlp"
+        x_BLD = x_BLD + a1 * run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1)
+        return x_BLD + a2 * run.site(mlp, self.feed, x_BLD, b2, g2)
+
+    @staticmethod
+    def sites(at: str) -> list[Site]:
+        return [
+            Site(at, "block"),
+            Site(f"{at}.attn", "branch"),
+            Site(f"{at}.attn.kv", "kv"),
+            Site(f"{at}.attn.core", "core"),
+            Site(f"{at}.mlp", "branch"),
+        ]
+
+
+class Stack:
+    """Ordered blocks as one callable: `stack(x, c)` runs all, `stack(x, c, 0, 1)` the first.
+
+    A gate that decides after block 1, a pipeline stage, a pruned span and checkpointing are the same cut.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], run: Run, prefix: str = "blocks", checkpointing: bool = False
+    ) -> None:
+        self.blocks, self.run, self.prefix, self.checkpointing = blocks, run, prefix, checkpointing
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __call__(self, x: Tensor, c: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        for i in range(start, len(self.blocks) if stop is None else stop):
+            at = f"{self.prefix}.{i}"
+            block = partial(self.blocks[i], run=self.run, at=at)
+            if self.checkpointing:
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = self.run.site(at, block, x, c)
+        return x
+
+
+class Head(nn.Module):
+    """Final layer (DiT): adaptive layer norm, then one layer to p p C channels a token."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, channels)
+
+    def forward(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(c_BD)).unsqueeze(1).chunk(2, -1)
+        return self.out(modulate(self.norm(x_BLD), shift, scale))
