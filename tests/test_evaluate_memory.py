@@ -39,7 +39,8 @@ def not_callable() -> int:
 
 def test_a_call_that_allocates_200_mb_peaks_200_mb_above_its_baseline():
     peak = measure_peak(f"{__name__}:allocating", {"megabytes": 200})
-    assert 200 * MEGABYTE <= peak.added_bytes <= 210 * MEGABYTE
+    # the kernel adds up resident pages of each CPU in batches: a reading is a fraction of a megabyte off
+    assert abs(peak.added_bytes - 200 * MEGABYTE) < 2 * MEGABYTE
     assert peak.peak_bytes == peak.baseline_bytes + peak.added_bytes
 
 

@@ -59,6 +59,9 @@ class DiscretePath(Path):
     def times(self, steps: int) -> Tensor:
         return torch.cat([self.strided(steps).flip(0), torch.tensor([-1])]).double()
 
+    def place(self, u: Tensor) -> Tensor:
+        return (u * self.steps).floor().clamp(max=self.steps - 1).long()
+
     def at(self, t: Tensor) -> Coefficients:
         """Coefficients at integer times (as float or int); the rates of a discrete path are NaN."""
         table = torch.cat([self.abar.new_ones(1), self.abar])

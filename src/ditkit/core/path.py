@@ -45,6 +45,14 @@ class Path(ABC):
     def times(self, steps: int) -> Tensor:
         """The `steps + 1` float64 times a sampler visits, from noise to data."""
 
+    @abstractmethod
+    def noise_time(self, t: float) -> float:
+        """`t` as a share of the way from data (0) to noise (1), the clock that guidance and policies read."""
+
+    @abstractmethod
+    def place(self, u: Tensor) -> Tensor:
+        """Numbers u in [0, 1) to times of this path."""
+
     def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha data + sigma noise; `t` [B] or [B, T]."""
         c = self.at(spread(t, data))
@@ -99,6 +107,12 @@ class ContinuousPath(Path):
 
     def times(self, steps: int) -> Tensor:
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def noise_time(self, t: float) -> float:
+        return t
+
+    def place(self, u: Tensor) -> Tensor:
+        return u
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# What Pillow raises on damaged files besides OSError, found in its decoders
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+# What the decoders of Pillow let through on damaged files
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class DamagedImage(Exception):
@@ -40,7 +51,7 @@ def read_square(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def centre_crop(image: Picture, size: int) -> Picture:
-    """Dhariwal & Nichol's (2021, ADM) crop: halve by BOX while possible, BICUBIC to the short side, centre."""
+    """The crop of ADM (Dhariwal & Nichol 2021): BOX halvings, BICUBIC to the short side, centre square."""
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -36,8 +37,8 @@ class Entry:
 def load(root: Path, size: int | None = None, max_bad: int = 10, max_bytes: int = 4 * 2**30) -> ImageSet:
     """Read a folder into memory as RGB, cropped as ADM does; damaged files are logged by name and skipped.
 
-    With a `metadata.jsonl` the set has captions and no classes. Otherwise each folder below `root` is a class,
-    numbered in alphabetical order, and its name is the caption.
+    With a `metadata.jsonl` the set has captions and no classes. Otherwise each folder below `root` is
+    a class, numbered in alphabetical order, and its name is the caption.
 
     Raises:
         ConfigError: no size given, or a negative limit.
@@ -71,7 +72,7 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     loose = [f for f in images if len(f.parts) == 1]
     if loose:
         raise DataError(
-            f"{root} holds {len(loose)} images outside any class folder, the first {loose[0].name!r}; {LAYOUTS}"
+            f"{root} holds {len(loose)} images outside class folders, first {loose[0].name!r}; {LAYOUTS}"
         )
     empty = sorted(set(folders) - {f.parts[0] for f in images})
     if empty:
@@ -95,11 +96,9 @@ def read_metadata(root: Path) -> list[Entry]:
             continue
         place = f"{path}, line {number}"
         entry = _parse_line(root, line, place)
-        if entry.file_name in first_seen:
-            raise DataError(
-                f"{place}: {entry.file_name!r} again, first on line {first_seen[entry.file_name]}"
-            )
-        first_seen[entry.file_name] = number
+        first = first_seen.setdefault(entry.file_name, number)
+        if first != number:
+            raise DataError(f"{place}: {entry.file_name!r} again, first on line {first}")
         entries.append(entry)
     if not entries:
         raise DataError(f"{path} lists no images; {LAYOUTS}")
@@ -133,8 +132,14 @@ def _walk(root: Path) -> tuple[list[str], list[PurePath]]:
 
     top: list[str] = []
     files: list[PurePath] = []
-    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = Path(parent).resolve()
+        # a link to a folder that holds `parent` would be followed for ever
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not here.is_relative_to((here / name).resolve())
+        ]
         relative = PurePath(parent).relative_to(root)
         if not relative.parts:
             top = list(folders)
@@ -142,11 +147,21 @@ def _walk(root: Path) -> tuple[list[str], list[PurePath]]:
     return top, files
 
 
+def _tracked(entries: list[Entry], root: Path) -> Iterable[Entry]:
+    from rich.console import Console
+    from rich.progress import track
+
+    terminal = Console(stderr=True)
+    return track(
+        entries, f"reading {root}", console=terminal, transient=True, disable=not terminal.is_terminal
+    )
+
+
 def _decode(root: Path, entries: list[Entry], classes: tuple[str, ...], size: int, max_bad: int) -> ImageSet:
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
     kept: list[Entry] = []
     bad: list[str] = []
-    for entry in entries:
+    for entry in _tracked(entries, root):
         try:
             pixels[len(kept)] = read_square(root / entry.file_name, size)
         except DamagedImage as reason:

@@ -25,7 +25,7 @@ def load(name_or_path: str | Path, size: int | None = None, **options: Any) -> I
     """Load a named set (`names()`) or a folder of images, at `size` x `size` pixels.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `skin_tones=True` for
-    `emoji`, `max_bad=0` for a folder. A name wins over a folder of the same name; write `./emoji` for the folder.
+    `emoji`, `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.
 
     Raises:
         DataError: neither a set nor a folder, or the data is missing, damaged, or not what its checksum says.

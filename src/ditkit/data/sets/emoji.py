@@ -41,7 +41,7 @@ SKIN_TONES = {
 
 
 def load(size: int | None = None, skin_tones: bool = False) -> ImageSet:
-    """1,911 emoji (3,786 with skin tones) on white, RGB, in 99 classes; `size` is 32 unless given, at most 64.
+    """1,911 emoji (3,786 with skin tones) on white, RGB, 99 classes; `size` is 32 unless given, at most 64.
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
@@ -70,8 +70,8 @@ def _open_package() -> Callable[[str], bytes]:
     path = find([ARCHIVE, f"node_modules/{PACKAGE}", PACKAGE])
     if path is None:
         raise DataError(
-            f"the emoji set is not on this machine: run `npm pack {PACKAGE}@{VERSION}` (74 MB) in the current "
-            f"folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
+            f"the emoji set is not on this machine: run `npm pack {PACKAGE}@{VERSION}` (74 MB) in the "
+            "current folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
         )
     if path.is_dir():
         return lambda name: read_pinned(path / name, FILE_SHA256[name])

@@ -1,0 +1,118 @@
+"""How the branches of a model combine into one prediction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
+
+Branches = Callable[..., tuple[Tensor, ...]]
+"""`branches("cond", "uncond")` runs the named branches and returns their predictions, each [B, C, ...].
+
+"cond" and "uncond" are lanes of the sampled model; any other name is a network of `Guidance.networks`.
+"""
+
+
+class Guidance(ABC):
+    """A frozen dataclass; called once an evaluation. A branch that it does not ask for is not computed."""
+
+    homes: ClassVar[tuple[str, ...]] = ("ditkit.sample",)
+
+    @abstractmethod
+    def __call__(self, branches: Branches, t: float) -> Tensor:
+        """The guided prediction at noise-time `t`, [B, C, ...], in the form the model predicts."""
+
+    @abstractmethod
+    def networks(self) -> Mapping[str, Model]:
+        """Networks beside the sampled one, by branch name."""
+
+
+@final
+@dataclass(frozen=True)
+class Unguided(Guidance):
+    """The conditional branch alone."""
+
+    def __call__(self, branches: Branches, t: float) -> Tensor:
+        return branches("cond")[0]
+
+    def networks(self) -> Mapping[str, Model]:
+        return {}
+
+
+@final
+@dataclass(frozen=True)
+class ClassifierFree(Guidance):
+    """u + scale (c - u) (Ho and Salimans 2022), inside an interval of noise-time (Kynkaanniemi et al. 2024).
+
+    Outside the interval, and at scale 1, only the conditional branch runs.
+
+    Args:
+        scale: 1 is no guidance.
+        channels: guide only the first so many channels and leave the others conditional; DiT's code uses 3 of 4.
+        interval: lowest and highest noise-time that is guided, both included; a discrete index i of S counts as
+            (i + 1) / S.
+    """
+
+    scale: float
+    channels: int | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.channels is not None and self.channels < 1:
+            raise ConfigError(f"ClassifierFree: channels={self.channels} should be at least 1, or None for all")
+        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ConfigError(f"ClassifierFree: interval={self.interval} should be (low, high) within [0, 1]")
+
+    def __call__(self, branches: Branches, t: float) -> Tensor:
+        low, high = self.interval
+        if self.scale == 1 or not low <= t <= high:
+            return branches("cond")[0]
+        cond, uncond = branches("cond", "uncond")
+        return extrapolate(cond, uncond, self.scale, self.channels)
+
+    def networks(self) -> Mapping[str, Model]:
+        return {}
+
+
+@final
+@dataclass(frozen=True)
+class Autoguidance(Guidance):
+    """g + scale (c - g), where g is the conditional prediction of a weaker model (Karras et al. 2024, 2406.02507).
+
+    Args:
+        scale: 1 is no guidance, and the guide is not run.
+        guide: a model with the path and the prediction of the sampled one.
+    """
+
+    scale: float
+    guide: Model = field(repr=False)
+
+    def __call__(self, branches: Branches, t: float) -> Tensor:
+        if self.scale == 1:
+            return branches("cond")[0]
+        cond, guide = branches("cond", "guide")
+        return extrapolate(cond, guide, self.scale)
+
+    def networks(self) -> Mapping[str, Model]:
+        return {"guide": self.guide}
+
+
+def extrapolate(strong: Tensor, weak: Tensor, scale: float, channels: int | None = None) -> Tensor:
+    """weak + scale (strong - weak) on the first `channels` of axis 1, `strong` on the others.
+
+    Raises:
+        ConfigError: there are fewer channels than that.
+    """
+    guided = weak + scale * (strong - weak)
+    if channels is None:
+        return guided
+    if channels > strong.shape[1]:
+        raise ConfigError(f"guidance on channels={channels}, but the model predicts {strong.shape[1]}")
+    return torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)

@@ -1,0 +1,51 @@
+"""Randomness that belongs to the sample: seed 7 draws the same numbers alone, in a batch, or in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError
+
+
+class SampleNoise:
+    """Standard normal draws with one CPU generator a sample, so that no draw depends on the batch or the device.
+
+    Args:
+        seeds: one a sample, all different.
+        shape: of one sample, without the batch axis.
+
+    Raises:
+        ConfigError: no seed, or one given twice.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self.seeds = distinct(seeds)
+        self.shape = tuple(shape)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def draw(self, device: torch.device | str = "cpu") -> Tensor:
+        """The next float32 noise of every sample, [B, *shape]."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Where the trajectories of `seeds` start: the first draw of each, float32 [len(seeds), *shape] on the CPU."""
+    return SampleNoise(seeds, shape).draw()
+
+
+def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
+    """`seeds` as a tuple.
+
+    Raises:
+        ConfigError: there is none, or one stands twice; the message quotes it.
+    """
+    given = tuple(seeds)
+    if not given:
+        raise ConfigError("seeds is empty; expected one seed a sample")
+    for place, seed in enumerate(given):
+        if seed in given[:place]:
+            raise ConfigError(f"seed {seed} is given twice; expected different seeds, one a sample")
+    return given

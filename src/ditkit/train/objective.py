@@ -1,0 +1,110 @@
+"""What training minimises: a weighted sum of terms over one noisy batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ditkit.core.cond import Cond
+from ditkit.core.convention import Convention
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
+from ditkit.core.path import Path
+from ditkit.core.run import DIRECT, Run, Site
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A noisy batch and what the network said of it.
+
+    Args:
+        data, noise, x: [B, ...] in float32; x = alpha data + sigma noise.
+        t: [B] noise-time, or the index of a discrete path.
+        prediction: the network's, in noise-time. fraction: of the learned variance, or None.
+        taps: outputs of the sites that the terms read, by name.
+    """
+
+    path: Path
+    convention: Convention
+    data: Tensor
+    noise: Tensor
+    x: Tensor
+    t: Tensor
+    prediction: Tensor
+    fraction: Tensor | None
+    taps: Mapping[str, Any]
+
+
+class Term(ABC):
+    """One part of the loss. With weight 0 nothing of it is computed."""
+
+    homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)
+    weight: float
+
+    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+        """Names of the sites whose outputs the term needs."""
+        return ()
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The unweighted loss of each sample, [B]."""
+
+
+class Tap(Run):
+    """A run that keeps the outputs of some sites."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.seen: dict[str, Any] = {}
+        super().__init__({name: self._keep(name) for name in names})
+
+    def _keep(self, name: str) -> Any:
+        def handler(fn: Any, *args: Any) -> Any:
+            out = self.seen[name] = fn(*args)
+            return out
+
+        return handler
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weighted terms over one forward pass."""
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        for term in self.terms:
+            if term.weight < 0:
+                raise ConfigError(f"{type(term).__name__}: weight={term.weight} should not be negative")
+        if not self.active:
+            raise ConfigError("Objective: every term has weight 0, so there is nothing to learn")
+
+    @property
+    def active(self) -> tuple[Term, ...]:
+        return tuple(term for term in self.terms if term.weight)
+
+    def __call__(
+        self, forward: Any, model: Model, path: Path, data: Tensor, noise: Tensor, t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """Mean loss of each active term, and their weighted sum under `loss`.
+
+        Args:
+            forward: what is called, `model` itself or a wrapper around it (DDP).
+            data, noise: [B, ...]. t: [B] from `Timesteps` and `path`.
+        """
+        convention: Convention = model.config.convention
+        x = path.mix(data, noise, t.to(data.dtype))
+        names = sorted({name for term in self.active for name in term.reads(model.sites())})
+        run = Tap(names) if names else DIRECT
+        out = forward(x, convention.model_time(t).to(data.dtype), cond, run)
+        prediction, fraction = convention.split(out.float())
+        taps = run.seen if isinstance(run, Tap) else {}
+        batch = Batch(path, convention, data, noise, x, t, prediction, fraction, taps)
+        losses = {type(term).__name__: term.loss(batch).mean() for term in self.active}
+        total = sum((t.weight * losses[type(t).__name__] for t in self.active), start=data.new_zeros(()))
+        return losses | {"loss": total}

@@ -1,0 +1,80 @@
+"""How a training run goes: one frozen object, printed by `--dry-run` and kept beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ditkit.core.errors import ConfigError
+from ditkit.train.ema import Constant, Power
+from ditkit.train.timesteps import LogitNormal, Shifted, Uniform
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run but its model, its data and its objective.
+
+    Args:
+        steps: optimiser steps. batch: samples a step, over all processes and accumulated parts together.
+        accumulate: parts into which each process cuts its share of the batch.
+        learning_rate: of AdamW, reached after `warmup` steps; from `decay_after` on it falls as the inverse square
+            root of the step (EDM2, eq. 67; 0 keeps it constant). betas, weight_decay: of AdamW.
+        clip: largest gradient norm, 0 for none. precision: of the forward pass.
+        timesteps: which noise-times are visited. averages: of the weights; the first is what is sampled and shipped.
+        gradient_checkpointing: recompute blocks in the backward pass. compile: the network, with torch.compile.
+        seed: of weights, order, noise, times and dropout.
+        save_every, sheet_every, snapshot_every: steps between resumable states, sample sheets, and copies of the
+            averages for post-hoc reconstruction; 0 for never.
+    """
+
+    steps: int = 10_000
+    batch: int = 64
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    decay_after: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    precision: Literal["float32", "bf16"] = "float32"
+    timesteps: Uniform | LogitNormal | Shifted = Uniform()
+    averages: tuple[Constant | Power, ...] = (Constant(),)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    save_every: int = 500
+    sheet_every: int = 1000
+    snapshot_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training: {name}={getattr(self, name)} should be at least 1")
+        for name in ("warmup", "decay_after", "clip", "weight_decay", "save_every", "sheet_every", "snapshot_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training: {name}={getattr(self, name)} should not be negative")
+        if self.warmup > self.steps:
+            raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"training: learning_rate={self.learning_rate} should be positive")
+        if not self.averages:
+            raise ConfigError("training: averages is empty; the first average is what is sampled and saved")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        up = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        down = max(step / self.decay_after, 1.0) ** -0.5 if self.decay_after else 1.0
+        return self.learning_rate * up * down
+
+    def share(self, processes: int) -> int:
+        """Samples that one process holds at once.
+
+        Raises:
+            ConfigError: the batch does not divide.
+        """
+        parts = processes * self.accumulate
+        if self.batch % parts:
+            raise ConfigError(
+                f"training: batch={self.batch} does not divide among {processes} processes x accumulate={self.accumulate}"
+            )
+        return self.batch // parts
