@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 def every(base: type[T]) -> list[type[T]]:
     """Final subclasses of `base` in the packages its class attribute `homes` names, sorted by name."""
-    for home in getattr(base, "homes", ()):
+    homes: tuple[str, ...] = getattr(base, "homes", ())
+    for home in homes:
         if importlib.util.find_spec(home) is None:
             continue
         package = importlib.import_module(home)
@@ -25,7 +26,7 @@ def every(base: type[T]) -> list[type[T]]:
     while todo:
         for cls in todo.pop().__subclasses__():
             todo.append(cls)
-            if not isabstract(cls) and cls.__module__.startswith(tuple(getattr(base, "homes", ()))):
+            if not isabstract(cls) and cls.__module__.startswith(tuple(home + "." for home in homes)):
                 found.add(cls)
     return sorted(found, key=lambda cls: cls.__name__)
 

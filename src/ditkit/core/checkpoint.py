@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ from torch import Tensor, nn
 
 from ditkit.core.errors import CheckpointError, ConfigError, nearest
 
+PICKLED = (".pt", ".pth", ".bin")
+"""Suffixes of files that `torch.load` reads, and only as plain tensors."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and is removed otherwise.
 
     Raises:
-        ConfigError: the folder cannot be written, or the disk is full; an earlier file at `path` is left as it was.
+        ConfigError: the folder cannot be written, or the disk is full; an earlier file at `path` is kept.
     """
     try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -61,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -71,34 +77,47 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Tensors as safetensors, atomically."""
     with replacing(path) as draft:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, draft, dict(metadata or {}))
+        dump_state(draft, state, metadata)
+
+
+def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors as safetensors, at once in their place."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, dict(metadata or {}))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file, or of a `.pt`/`.pth` file that holds nothing but tensors.
+    """Tensors of a `.safetensors` file, or of a `.pt`, `.pth` or `.bin` file that holds nothing but tensors.
 
     Raises:
         CheckpointError: missing, truncated, or a pickle that would run code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}")
+    expected = (
+        "plain tensors (weights_only=True)" if path.suffix in PICKLED else "a complete safetensors file"
+    )
     try:
-        if path.suffix in (".pt", ".pth", ".bin"):
+        if not path.is_file():
+            raise CheckpointError(f"no weights at {path}")
+        if path.suffix in PICKLED:
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             state = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
-    except Exception as error:  # torch.load raises many kinds for a file that is not a plain tensor archive
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load and safetensors raise many kinds for a file that is not theirs
         first = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise CheckpointError(f"{path} cannot be read as plain tensors (weights_only=True): {first}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} cannot be read as {expected}: {first}") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{path} should hold tensors by name, nothing else")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            raise CheckpointError(f"{path}: {name!r} should be a dense tensor; only tensors by name are read")
     return state
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Load `state` into `module`: every tensor present, of the right shape and finite, and none left over.
+
+    A module on the meta device takes copies of the tensors as its own; any other keeps its storage.
 
     Raises:
         CheckpointError: quotes the first offending tensor; the module is unchanged.
@@ -107,17 +126,28 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     if missing:
-        raise CheckpointError(f"{source}: missing tensor {missing[0]!r} ({len(missing)} missing{_other(missing, extra)})")
+        raise CheckpointError(
+            f"{source}: missing tensor {missing[0]!r} ({len(missing)} missing{_other(missing, extra)})"
+        )
     if extra:
         raise CheckpointError(f"{source}: unexpected tensor {extra[0]!r} ({len(extra)} extra)")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"{source}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(own[name].shape)}"
-            )
-        if not tensor.isfinite().all():
+    for name, expected in own.items():
+        _same_form(state[name], expected, f"{source}: tensor {name!r}")
+    empty = any(v.is_meta for v in own.values())
+    values = {
+        k: state[k].to(v.dtype, copy=empty, memory_format=torch.contiguous_format) for k, v in own.items()
+    }
+    for name, value in values.items():
+        if not value.isfinite().all():
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity")
-    module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+    module.load_state_dict(values, assign=empty)
+
+
+def _same_form(given: Tensor, expected: Tensor, what: str) -> None:
+    if given.shape != expected.shape:
+        raise CheckpointError(f"{what} has shape {list(given.shape)}, expected {list(expected.shape)}")
+    if given.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(f"{what} holds {given.dtype}, expected {expected.dtype}")
 
 
 def _other(missing: list[str], extra: list[str]) -> str:

@@ -62,6 +62,9 @@ class DiscretePath(Path):
     def place(self, u: Tensor) -> Tensor:
         return (u * self.steps).floor().clamp(max=self.steps - 1).long()
 
+    def noise_time(self, t: float) -> float:
+        return (t + 1) / self.steps
+
     def at(self, t: Tensor) -> Coefficients:
         """Coefficients at integer times (as float or int); the rates of a discrete path are NaN."""
         table = torch.cat([self.abar.new_ones(1), self.abar])

@@ -1,35 +1,41 @@
-"""What every network of ours is: a module with named sites, saved as a folder with config.json and safetensors."""
+"""What every network is: a module with named sites, saved as a folder with config.json and safetensors."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from ditkit.core.catalog import find
-from ditkit.core.checkpoint import fill, read_json, read_state, replacing, write_json, write_state
+from ditkit.core.checkpoint import dump_state, fill, read_json, read_state, replacing, write_json
 from ditkit.core.cond import Cond
-from ditkit.core.convention import Convention
-from ditkit.core.errors import CheckpointError, ConfigError, nearest, unknown
+from ditkit.core.config import config_of
+from ditkit.core.errors import CheckpointError, ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.run import Site
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+DESCRIBED = ("model", "config", "history")
+"""Keys of config.json."""
 
 
 class Model(nn.Module, ModelHubMixin, ABC):
-    """A network with sites. A subclass names its config's dataclass in `Config` and takes one in `__init__`."""
+    """A network with sites. A subclass names its config's dataclass in `Config`; `__init__` takes one."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.models",)
     Config: ClassVar[type]
     config: Any
+    history: tuple[Any, ...] = ()
+    """What was done to the weights since training; saved with them."""
+    gradient_checkpointing: bool = False
+    """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
 
     @abstractmethod
     def sites(self) -> tuple[Site, ...]:
@@ -48,19 +54,30 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample, without the batch axis."""
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: tuple[Any, ...] = ()) -> Path:
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
         """config.json and safetensors in `folder`, both complete before either takes its place.
 
         Args:
             dtype: store floating-point weights in this type.
-            history: what was done to the model, kept in config.json.
+            history: what was done to the model since it was loaded; config.json keeps all of it.
+
+        Raises:
+            ConfigError: `dtype` cannot hold weights, or the folder cannot be written.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"weights are saved in a floating-point type, not {dtype}")
         folder = Path(folder)
-        described = {"model": type(self).__name__, "config": dataclasses.asdict(self.config), "history": list(history)}
-        state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()}
-        with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as config:
-            write_state(weights, state)
-            write_json(config, described)
+        described = {
+            "model": type(self).__name__,
+            "config": dataclasses.asdict(self.config),
+            "history": [*self.history, *history],
+        }
+        state = {
+            k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()
+        }
+        with replacing(folder / WEIGHTS) as weights:
+            dump_state(weights, state)
+            write_json(folder / CONFIG, described)
         return folder
 
     @classmethod
@@ -70,78 +87,103 @@ class Model(nn.Module, ModelHubMixin, ABC):
         Raises:
             CheckpointError: the folder is incomplete, of another architecture, or damaged.
         """
-        folder = Path(folder)
-        described = read_json(folder / CONFIG)
-        kind = model_class(described, folder / CONFIG)
+        path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+        described = read_json(path)
+        kind = model_class(described, path)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{folder} holds a {kind.__name__}, expected a {cls.__name__}")
-        model = kind(config_of(kind.Config, described.get("config"), folder / CONFIG))
-        fill(model, read_state(folder / WEIGHTS), folder / WEIGHTS)
-        return model.eval()  # type: ignore[return-value]
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
-        """`save`, and with `push_to_hub=True` the upload; the mixin's own would drop an earlier config first."""
-        push = kwargs.pop("push_to_hub", False)
-        repo = kwargs.pop("repo_id", None)
-        self.save(save_directory, dtype=kwargs.pop("dtype", None))
-        return self.push_to_hub(repo_id=repo or Path(save_directory).name, **kwargs) if push else None
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
+        model = kind.holding(
+            config_of(kind.Config, described.get("config"), path), read_state(weights), weights
+        )
+        model.history = tuple(described.get("history", ()))
+        return model
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **kwargs: Any) -> Self:
-        if Path(model_id).is_dir():
-            return cls.load(model_id)
-        wanted = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only") if k in kwargs}
-        return cls.load(snapshot_download(model_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG], **wanted))
+    def holding(cls, config: Any, state: Mapping[str, Tensor], source: object) -> Self:
+        """A model in eval mode with the weights `state`; no memory is taken before their shapes are checked.
+
+        Raises:
+            CheckpointError: the tensors are not those of `config`; `source` is what the message names.
+        """
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{source}: the config's sizes make no tensor: {_first_line(error)}"
+            ) from error
+        fill(model, state, source)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        config: None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`save` under the hub's name for it, as `push_to_hub` calls it.
+
+        The mixin's own would delete an earlier config before it writes.
+
+        Args:
+            config: not taken; a model saves its own.
+            model_card_kwargs: if given, a README.md is made of the hub's template, unless there is one.
+        """
+        if config is not None:
+            raise ConfigError(f"save_pretrained: a {type(self).__name__} saves its own config, not another")
+        folder = self.save(save_directory, dtype)
+        if model_card_kwargs is not None and not (folder / "README.md").exists():
+            ModelHubMixin.generate_model_card(self, **model_card_kwargs).save(folder / "README.md")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **download: Any) -> Self:
+        """`load` from a folder, or from a repository of the hub.
+
+        Args:
+            download: options of `huggingface_hub.snapshot_download`: revision, token, cache_dir ...
+
+        Raises:
+            CheckpointError: there is no such folder and no such repository, or what is there is damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return cls.load(folder)
+        try:
+            return cls.load(snapshot_download(str(folder), allow_patterns=[WEIGHTS, CONFIG], **download))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"no model folder and no model of the hub at {folder}: {_first_line(error)}"
+            ) from error
 
 
 def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
-    """The class that a config.json names."""
+    """The class that a config.json names.
+
+    Raises:
+        CheckpointError: it names none, or holds something that is not a model's.
+    """
+    for key in described:
+        if key not in DESCRIBED:
+            raise CheckpointError(f"{source}: " + unknown("key", key, DESCRIBED))
+    if not isinstance(described.get("history", []), list):
+        raise CheckpointError(f"{source}: 'history' should be a list")
     name = described.get("model")
     if not isinstance(name, str):
-        raise CheckpointError(f"{source}: no 'model' that names an architecture; is this a ditkit model folder?")
+        raise CheckpointError(
+            f"{source}: no 'model' that names an architecture; is this a ditkit model folder?"
+        )
     try:
         return find(Model, name)  # type: ignore[type-abstract]
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def config_of(kind: type, given: Any, source: object) -> Any:
-    """A frozen config dataclass from JSON: unknown and missing keys and values of another type are refused."""
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{source}: 'config' should be an object, not {type(given).__name__}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in given:
-        if key not in known:
-            raise CheckpointError(f"{source}: " + unknown("config key", key, known))
-    values = {name: _value(known[name], v, source) for name, v in given.items()}
-    missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
-    if missing:
-        raise CheckpointError(f"{source}: missing config key {missing[0]!r}{nearest(missing[0], given)}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
-
-
-def _value(field: dataclasses.Field[Any], given: Any, source: object) -> Any:
-    """JSON has no tuples and no dataclasses: turn lists and objects back, and check the type against the default's."""
-    if field.name == "convention":
-        return config_of(Convention, given, source)
-    default = field.default
-    if isinstance(default, tuple) and isinstance(given, list):
-        return tuple(given)
-    if default is not dataclasses.MISSING:
-        number = isinstance(default, float) and isinstance(given, int) and not isinstance(given, bool)
-        if type(given) is not type(default) and not number:
-            expected = type(default).__name__
-            raise CheckpointError(f"{source}: {field.name}={given!r} should be of type {expected}")
-    return given
-
-
 def parameter_count(module: nn.Module) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

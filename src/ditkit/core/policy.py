@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ditkit.core.run import Call, Handler, Site
 
 Claim = Literal["own", "wrap", "see"]
+Key = tuple[str, ...]
+"""(net, lane), and where a policy keeps more than one thing a lane, its site or name."""
 RESOURCES = ("schedule", "rows", "solver")
 """What can be owned beside sites: which steps are computed, which tokens exist, and the solver's update."""
 
@@ -24,8 +25,8 @@ class Session:
     """What the receipt calls a site whose function did not run: forecast, reused, skipped ..."""
 
     def __init__(self) -> None:
-        self.state: dict[Hashable, Any] = {}
-        self.staged: dict[Hashable, Any] = {}
+        self.state: dict[Key, Any] = {}
+        self.staged: dict[Key, Any] = {}
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         """Handlers for this call by site name; an empty mapping is exact. Changes no committed state."""
@@ -39,11 +40,12 @@ class Session:
         """Once an evaluation, after guidance and before the solver; `v` has the sample's shape."""
         return v
 
-    def put(self, key: Hashable, value: Any) -> None:
+    def put(self, key: Key, value: Any) -> None:
         """Stage a value until the call is complete: an interrupted call must not leave state of two ages."""
         self.staged[key] = value
 
     def commit(self) -> None:
+        """The call is complete: staged values become state."""
         self.state.update(self.staged)
         self.staged.clear()
 
@@ -84,4 +86,4 @@ class Policy(ABC):
 
 def detached(value: Any) -> Any:
     """A tree of tensors cut from autograd, as caches keep them."""
-    return torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, value)
+    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, value)

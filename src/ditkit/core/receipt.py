@@ -64,7 +64,12 @@ class PolicyReceipt:
             }
             for lane, calls in self.rows.items()
         }
-        return {"policy": str(self.policy), "sites": len(self.sites), "site_calls_saved": self.saved, "lanes": lanes}
+        return {
+            "policy": str(self.policy),
+            "sites": len(self.sites),
+            "site_calls_saved": self.saved,
+            "lanes": lanes,
+        }
 
     def __str__(self) -> str:
         parts = [f"{self.policy}: {len(self.sites)} sites"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, unknown
-from ditkit.core.policy import RESOURCES, Claim, Policy, Session
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
+from ditkit.core.policy import RESOURCES, Claim, Policy
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site
 
@@ -53,16 +53,23 @@ class Trajectory:
             receipt.begin(call)
             for name, handler in session.enter(call).items():
                 if name not in claims:
-                    raise ConfigError(f"{type(session).__name__} acts on {name!r}, which its policy did not claim")
-                if claims[name] != "see":
-                    handler = receipt.watch(name, handler)
-                chains.setdefault(name, []).append((DEPTH[claims[name]], handler))
+                    kind = type(receipt.policy).__name__
+                    raise ConfigError(
+                        f"{kind} acts on {name!r}, which it did not claim{nearest(name, claims)}"
+                    )
+                watched = receipt.watch(name, handler)
+                chains.setdefault(name, []).append((DEPTH[claims[name]], watched))
         return Run({name: _chain(handlers) for name, handlers in chains.items()})
 
     def leave(self, call: Call, out: Any) -> Any:
-        """Complete the call: outputs pass through the sessions, staged state is committed, the budget is checked."""
-        for session, receipt in zip(self.sessions, self.receipts, strict=True):
+        """Complete the call: outputs pass through the sessions, then all staged state is committed at once.
+
+        Raises:
+            ConfigError: the policies hold, or will hold, more than `max_bytes`.
+        """
+        for session in self.sessions:
             out = session.leave(call, out)
+        for session, receipt in zip(self.sessions, self.receipts, strict=True):
             session.commit()
             receipt.end()
         self.peak_bytes = max(self.peak_bytes, sum(s.bytes() for s in self.sessions))
@@ -78,12 +85,17 @@ class Trajectory:
         """The receipts.
 
         Raises:
-            NoEffectError: a policy that is not set to its neutral setting computed everything it owns.
+            NoEffectError: a policy whose setting is not the neutral one was met at none of its sites, or owns
+                sites and computed them all.
         """
         for policy, claims, receipt in zip(self.policies, self.claims, self.receipts, strict=True):
-            owns = "own" in claims.values()
-            if owns and policy != policy.exact() and not receipt.saved:
-                raise NoEffectError(f"{policy} saved nothing in {receipt.calls} evaluations; see its schedule")
+            if policy == policy.exact():
+                continue
+            if not receipt.sites:
+                raise NoEffectError(f"{policy} met none of its sites in {receipt.calls} evaluations")
+            owns = any(how == "own" for name, how in claims.items() if name not in RESOURCES)
+            if owns and not receipt.saved:
+                raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")
         return self.receipts
 
     def _keep_budget(self) -> None:
@@ -98,7 +110,7 @@ class Trajectory:
 def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str, Claim]]:
     """What each policy claims, checked against the model's sites and against each other."""
     names = {site.name for site in sites} | set(RESOURCES)
-    owners: dict[str, Policy] = {}
+    owners: dict[str, str] = {}
     claims = [policy.claims(sites) for policy in policies]
     for policy, wanted in zip(policies, claims, strict=True):
         kind = type(policy).__name__
@@ -107,8 +119,10 @@ def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str
         for name, how in wanted.items():
             if name not in names:
                 raise ConfigError(f"{kind}: " + unknown("site", name, names))
-            if how == "own" and owners.setdefault(name, policy) is not policy:
-                raise ConflictError(f"{kind} and {type(owners[name]).__name__} both own {name!r}; use one of them")
+            if how == "own" and name in owners:
+                raise ConflictError(f"{owners[name]} and {kind} both own {name!r}; use one of them")
+            if how == "own":
+                owners[name] = kind
     return claims
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checkpoint import fill, read_state
+from ditkit.core.checkpoint import read_state
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
@@ -24,6 +23,8 @@ from ditkit.nn.embeddings import TimeEmbedding, sincos_table
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width, heads (DiT, table 1)."""
+DEEPEST = 1000
+"""Blocks are built one by one before any weights are read: a damaged config must not keep a machine busy."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class DiTConfig:
             raise ShapeError(f"DiT: width={self.width} does not divide into heads={self.heads}")
         if self.width % 4:
             raise ShapeError(f"DiT: width={self.width} should divide by 4 for the sin-cos table")
+        if self.depth > DEEPEST:
+            raise ConfigError(f"DiT: depth={self.depth} should be at most {DEEPEST}")
         if not 0 <= self.label_dropout < 1:
             raise ConfigError(f"DiT: label_dropout={self.label_dropout} should lie in [0, 1)")
         if self.class_names and len(self.class_names) != self.classes:
@@ -80,7 +83,6 @@ class DiT(Model):
         self.label = nn.Embedding(c.classes + 1, c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = Head(c.width, pixels * out)
-        self.gradient_checkpointing = False
         self.reset_parameters()
 
     @classmethod
@@ -101,25 +103,24 @@ class DiT(Model):
 
     @classmethod
     def from_original(cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig) -> Self:
-        """Weights in the naming of the DiT and SiT repositories (`.safetensors`, or `.pt` with plain tensors).
+        """Weights in the naming of the DiT and SiT repositories (`.safetensors`, or `.pt` of plain tensors).
 
         Raises:
             CheckpointError: a tensor is missing, left over, of another shape or not finite.
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
-        model = cls(config)
-        fill(model, renamed(state), source if isinstance(source, str | Path) else "state dict")
-        return model.eval()
+        return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform layers, N(0, 0.02) embeddings, and zero modulation and output: at first the output is 0."""
+        """Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output: the first output is 0."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
             nn.init.normal_(table, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.head.modulation, self.head.out):
+        gates = [part.modulation for part in self.modules() if isinstance(part, Block | Head)]
+        for layer in (*gates, self.head.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -132,13 +133,18 @@ class DiT(Model):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack"), *blocks, Site("head", "head"))
+        blocks = [site for i in range(len(self.blocks)) for site in Block.sites(f"blocks.{i}")]
+        return (
+            Site("time", "time"),
+            Site("tokens", "tokens"),
+            Site("blocks", "stack"),
+            *blocks,
+            Site("head", "head"),
+        )
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""
-        assert cond.label is not None
-        return replace(cond, label=torch.full_like(cond.label, self.config.classes))
+        return replace(cond, label=torch.full_like(_label(cond), self.config.classes))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy samples.
@@ -157,14 +163,13 @@ class DiT(Model):
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
         c_BD = run.site("time", self.condition, t, cond)
         tokens: Tokens = run.site("tokens", self.tokenize, x)
-        h_BLD = run.site("blocks", Stack(self.blocks, run, checkpointing=self._checkpointing()), tokens.x, c_BD)
+        stack = Stack(self.blocks, run, checkpointing=self._checkpointing())
+        h_BLD = run.site("blocks", stack, tokens.x, c_BD)
         return unpatchify(run.site("head", self.head, h_BLD, c_BD), grid, self.config.patch)
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """c = time embedding + label embedding, [B, D]."""
-        if cond.label is None:
-            raise ConfigError("DiT: a class label is needed; Cond.label is None")
-        label, drop = cond.label, cond.drop
+        label, drop = _label(cond), cond.drop
         if drop is None and self.training and self.config.label_dropout:
             drop = torch.rand(label.shape, device=label.device) < self.config.label_dropout
         if drop is not None:
@@ -175,15 +180,16 @@ class DiT(Model):
         """Patches of x embedded, with their positions added, [B, L, D]."""
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
         h_BLD = self.embed(patchify(x, self.config.patch))
-        return Tokens(h_BLD + _positions(grid, self.config.width, h_BLD.device, h_BLD.dtype))
+        return Tokens(h_BLD + sincos_table(grid, self.config.width, h_BLD.device).to(h_BLD.dtype))
 
     def _checkpointing(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
 
-@cache
-def _positions(grid: Grid, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return sincos_table(grid, width).to(device=device, dtype=dtype)
+def _label(cond: Cond) -> Tensor:
+    if cond.label is None:
+        raise ConfigError("DiT: a class label is needed; Cond.label is None")
+    return cond.label
 
 
 ORIGINAL_NAMES = {
@@ -202,11 +208,12 @@ ORIGINAL_NAMES = {
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the DiT or SiT repository under our names; its frozen position table is dropped."""
-    out = {}
-    for name, tensor in state.items():
-        if name == "pos_embed":
-            continue
-        for pattern, ours in ORIGINAL_NAMES.items():
-            name = re.sub("^" + pattern, ours, name)
-        out[name] = tensor.flatten(1) if name == "embed.weight" else tensor
-    return out
+    ours = {_renamed(name): tensor for name, tensor in state.items() if name != "pos_embed"}
+    kernel = ours.get("embed.weight")
+    return ours if kernel is None or kernel.ndim != 4 else {**ours, "embed.weight": kernel.flatten(1)}
+
+
+def _renamed(name: str) -> str:
+    for pattern, ours in ORIGINAL_NAMES.items():
+        name = re.sub("^" + pattern, ours, name)
+    return name

@@ -54,7 +54,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BLD: Tensor, run: Run, at: str) -> Tensor:
-        q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, N, L, K]
+        qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, N, L, K]
         kv = run.site(at + ".kv", keep, KV(k, v))
         o_BNLK = run.site(at + ".core", attention, q, kv.k, kv.v)
         return self.out(o_BNLK.transpose(1, 2).flatten(2))
@@ -73,7 +74,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero block: x + a1 Attn(mod(LN x)); x + a2 Mlp(mod(LN x)), gates and shifts from c (DiT, section 3.2)."""
+    """adaLN-Zero block (DiT, section 3.2): x + a1 Attn(mod(LN x)), then x + a2 Mlp(mod(LN x)), all from c."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -114,7 +115,11 @@ class Stack:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], run: Run, prefix: str = "blocks", checkpointing: bool = False
+        self,
+        blocks: nn.ModuleList | Sequence[nn.Module],
+        run: Run,
+        prefix: str = "blocks",
+        checkpointing: bool = False,
     ) -> None:
         self.blocks, self.run, self.prefix, self.checkpointing = blocks, run, prefix, checkpointing
 

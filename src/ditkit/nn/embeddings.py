@@ -33,13 +33,19 @@ class TimeEmbedding(nn.Module):
         return self.outer(nn.functional.silu(self.inner(wave)))
 
 
-def sincos_table(grid: Grid, width: int) -> Tensor:
-    """Frozen 2-D positions [L, width] in float64: the first half of the channels encodes the column, the second the row.
+def sincos_table(grid: Grid, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Frozen 2-D positions [L, width], float32: the column in the first half of the channels, then the row.
 
-    Each half is [sin, cos] of all frequencies 10000^(-2i / (width / 2)) (DiT, which calls meshgrid with width first).
+    Each half is [sin, cos] of all frequencies 10000^(-2i / (width / 2)); DiT calls meshgrid with width first.
+    Angles are taken in float64, once a row and once a column, so that no model has to keep the table.
     """
     quarter = width // 4
-    frequency = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    _, row, column = grid.coordinates().double().unbind(-1)
-    angles = [place[:, None] * frequency for place in (column, row)]
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], -1)
+    frequency = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+
+    def waves(count: int) -> Tensor:
+        angle = torch.arange(count, device=device)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], -1).float()
+
+    shape = (*grid.shape, width // 2)
+    columns, rows = waves(grid.width), waves(grid.height)[:, None]
+    return torch.cat([columns.expand(shape), rows.expand(shape)], -1).reshape(grid.length, width)

@@ -1,1 +1,25 @@
+"""From noise to samples: solvers, guidance, and the loop that joins them with policies."""
 
+from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Unguided
+from ditkit.sample.loop import Sampled, sample
+from ditkit.sample.noise import SampleNoise, initial_noise
+from ditkit.sample.scheduler import DiffusersScheduler
+from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
+
+__all__ = [
+    "Ancestral",
+    "Autoguidance",
+    "ClassifierFree",
+    "Ddim",
+    "DiffusersScheduler",
+    "Euler",
+    "EulerMaruyama",
+    "Guidance",
+    "Heun",
+    "SampleNoise",
+    "Sampled",
+    "Solver",
+    "Unguided",
+    "initial_noise",
+    "sample",
+]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.path import Path, Prediction
+from ditkit.core.policy import Policy
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.guidance import Guidance
@@ -21,7 +23,7 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)`, in evaluations."""
 
 LATEST = 1 - 1e-3
-"""Where quantities that are infinite at alpha = 0 are evaluated instead of at t = 1 (SiT's sample_eps)."""
+"""Where what is infinite at alpha = 0 is evaluated instead of at t = 1 (SiT's sample_eps)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Estimate:
 
     Args:
         value: [B, C, ...] of the form `kind`, in the dtype of `x`. t: [1].
-        fraction: [B, C, ...] where the model learns its variance; always of the conditional branch.
+        fraction: [B, C, ...] where the model learns its variance; always the conditional branch's.
     """
 
     path: Path
@@ -45,15 +47,26 @@ class Estimate:
         return self.path.convert(self.value, self.x, self.t, self.kind, target)
 
 
+class Lane(NamedTuple):
+    """A branch as it is run: which network, told what, under which policies, on how many copies of x."""
+
+    name: str
+    net: str
+    model: Model
+    cond: Cond
+    trajectory: Trajectory
+    copies: int = 1
+
+
 class Field:
-    """A model, its guidance and its policies on one trajectory; each call is one evaluation.
+    """A model, its guidance and its policies on one trajectory; each call of it is one evaluation.
 
     Args:
         total: evaluations that the solver will make.
         batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond".
 
     Raises:
-        ConfigError: a guide's path or prediction differs from the model's.
+        ConfigError: a network is in train mode, or a guide's path or prediction differs from the model's.
     """
 
     def __init__(
@@ -61,38 +74,118 @@ class Field:
         model: Model,
         cond: Cond,
         guidance: Guidance,
-        trajectory: Trajectory,
+        policies: Sequence[Policy],
         total: int,
+        *,
         batched: bool = False,
+        max_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.cond, self.guidance, self.trajectory = model, cond, guidance, trajectory
-        self.total, self.batched, self.progress = total, batched, progress
-        self.path: Path = model.config.convention.make_path()
+        self.model, self.guidance, self.total = model, guidance, total
+        self.batched, self.progress = batched, progress
+        self.path = model.config.convention.make_path()
         self.kind: Prediction = model.config.convention.prediction
-        self.index = 0
-        self.forwards = 0
-        self.networks = dict(guidance.networks())
-        for name, network in self.networks.items():
-            self._same_convention(name, network)
-        # policies key their state by (net, lane), so a guide built like the model shares its sessions
-        self._other = Trajectory((), (), total)
+        self.latest = _latest(self.path, self.kind)
+        self.index = self.forwards = 0
+        sites = model.sites()
+        self.trajectory = Trajectory(sites, policies, total, max_bytes)
+        self.lanes = {"cond": Lane("cond", "main", model, cond, self.trajectory)}
+        for name, network in guidance.networks().items():
+            # policies key their state by network and lane, so one session serves a guide with the same sites
+            shared = self.trajectory if network.sites() == sites else Trajectory((), (), total)
+            self.lanes[name] = Lane("cond", name, network, cond, shared)
+        for lane in self.lanes.values():
+            _check(lane, model)
 
     def __call__(self, x: Tensor, t: float) -> Estimate:
-        """The guided estimate at `x` [B, C, ...] and time `t`, noise-time or the discrete index.
+        """The estimate at `x` [B, C, ...] and `t`, noise-time or a discrete path's index.
 
-        A noise or score prediction says nothing of the data at alpha = 0; such a model is asked at `LATEST` instead.
+        A noise or score prediction says nothing of the data at alpha = 0; it is then asked for at `LATEST`.
         """
-        if self._blind_at_noise:
-            t = min(t, LATEST)
-        clock = self.path.noise_time(t)
-        calls: list[Call] = []
-        fractions: dict[str, Tensor | None] = {}
+        t = min(t, self.latest)
+        evaluation = _Evaluation(self, x, t)
+        value = self.guidance(evaluation, evaluation.clock)
+        value = self.trajectory.guided(evaluation.calls[0], value)
+        self.index += 1
+        if self.progress is not None:
+            self.progress(self.index, self.total)
+        fraction = None if evaluation.fraction is None else evaluation.fraction.to(x.dtype)
+        return Estimate(self.path, self.kind, value.to(x.dtype), x, x.new_tensor([t]), fraction)
 
-        def branches(*names: str) -> tuple[Tensor, ...]:
-            found = self._branches(names, x, t, clock, calls)
-            fractions.update({name: fraction for name, (_, fraction) in found.items()})
-            return tuple(found[name][0] for name in names)
+    def lane(self, name: str) -> Lane:
+        """The lane of a branch; the unconditional ones are made when one is first asked for."""
+        if name not in self.lanes:
+            given = self.lanes["cond"]
+            told = self.model.unconditional(given.cond)
+            both = Cond.cat([given.cond, told])
+            self.lanes["uncond"] = given._replace(name="uncond", cond=told)
+            self.lanes["cond+uncond"] = given._replace(name="cond+uncond", cond=both, copies=2)
+        return self.lanes[name]
 
-        value = self.trajectory.guided(calls[0] if calls else Call(0, 0, 0), self.guidance(branches, clock))
-        raise NotImplementedError
+
+class _Evaluation:
+    """The branches of one evaluation, run as guidance asks for them."""
+
+    def __init__(self, field: Field, x: Tensor, t: float) -> None:
+        self.field, self.x, self.t = field, x, t
+        self.clock = field.path.noise_time(t)
+        self.calls: list[Call] = []
+        self.fraction: Tensor | None = None
+
+    def __call__(self, *names: str) -> tuple[Tensor, ...]:
+        if self.field.batched and names == ("cond", "uncond"):
+            value, fraction = self._forward(self.field.lane("cond+uncond"))
+            self.fraction = None if fraction is None else fraction.chunk(2)[0]
+            return value.chunk(2)
+        values = []
+        for name in names:
+            value, fraction = self._forward(self.field.lane(name))
+            values.append(value)
+            if name == "cond":
+                self.fraction = fraction
+        return tuple(values)
+
+    def _forward(self, lane: Lane) -> tuple[Tensor, Tensor | None]:
+        """One forward pass: a prediction in noise-time and the variance fraction, at least in float32."""
+        field, model = self.field, lane.model
+        device, dtype = placement(model)
+        x = torch.cat([self.x] * lane.copies).to(device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        t = torch.full((len(x),), self.t, device=device, dtype=exact)
+        layout = model.layout(tuple(x.shape[1:]))
+        call = Call(field.index, field.total, self.clock, lane.name, lane.net, layout)
+        self.calls.append(call)
+        convention = model.config.convention
+        out = model(x, convention.model_time(t), lane.cond, lane.trajectory.run(call))
+        out = lane.trajectory.leave(call, out)
+        field.forwards += 1
+        value, fraction = convention.split(out.to(exact))
+        return value, fraction
+
+
+def placement(model: Model) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's first floating-point parameter; without any, CPU and float64."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float64
+
+
+def _latest(path: Path, kind: Prediction) -> float:
+    """The latest time at which a prediction can be converted."""
+    needs_data = kind in ("noise", "score")
+    ends_at_zero = path.at(torch.ones(1, dtype=torch.float64)).alpha.item() < 1 - LATEST
+    return LATEST if needs_data and ends_at_zero else math.inf
+
+
+def _check(lane: Lane, model: Model) -> None:
+    if lane.model.training:
+        raise ConfigError(
+            f"the network {lane.net!r} is in train mode and would drop labels at random; call eval() first"
+        )
+    given, wanted = lane.model.config.convention, model.config.convention
+    if (given.path, given.prediction) != (wanted.path, wanted.prediction):
+        raise ConfigError(
+            f"the network {lane.net!r} predicts {given.prediction} on path {given.path!r}; "
+            f"expected {wanted.prediction} on {wanted.path!r}, as the sampled model"
+        )

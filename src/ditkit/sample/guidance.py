@@ -55,9 +55,9 @@ class ClassifierFree(Guidance):
 
     Args:
         scale: 1 is no guidance.
-        channels: guide only the first so many channels and leave the others conditional; DiT's code uses 3 of 4.
-        interval: lowest and highest noise-time that is guided, both included; a discrete index i of S counts as
-            (i + 1) / S.
+        channels: guide only the first so many and leave the others conditional; DiT's code guides 3 of 4.
+        interval: lowest and highest noise-time that is guided, both included; a discrete path's index i of S
+            counts as (i + 1) / S.
     """
 
     scale: float
@@ -66,7 +66,9 @@ class ClassifierFree(Guidance):
 
     def __post_init__(self) -> None:
         if self.channels is not None and self.channels < 1:
-            raise ConfigError(f"ClassifierFree: channels={self.channels} should be at least 1, or None for all")
+            raise ConfigError(
+                f"ClassifierFree: channels={self.channels} should be at least 1, or None for all"
+            )
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ConfigError(f"ClassifierFree: interval={self.interval} should be (low, high) within [0, 1]")
 
@@ -84,7 +86,7 @@ class ClassifierFree(Guidance):
 @final
 @dataclass(frozen=True)
 class Autoguidance(Guidance):
-    """g + scale (c - g), where g is the conditional prediction of a weaker model (Karras et al. 2024, 2406.02507).
+    """g + scale (c - g), g a weaker model's conditional prediction (Karras et al. 2024, arXiv 2406.02507).
 
     Args:
         scale: 1 is no guidance, and the guide is not run.

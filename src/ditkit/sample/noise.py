@@ -1,4 +1,4 @@
-"""Randomness that belongs to the sample: seed 7 draws the same numbers alone, in a batch, or in another order."""
+"""Randomness belongs to the sample: seed 7 draws the same numbers alone, in a batch, or in another order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditkit.core.errors import ConfigError
 
 
 class SampleNoise:
-    """Standard normal draws with one CPU generator a sample, so that no draw depends on the batch or the device.
+    """Standard normal draws, one CPU generator a sample: no draw depends on the batch or the device.
 
     Args:
         seeds: one a sample, all different.
@@ -32,7 +32,7 @@ class SampleNoise:
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Where the trajectories of `seeds` start: the first draw of each, float32 [len(seeds), *shape] on the CPU."""
+    """Where the trajectories of `seeds` start: float32 [len(seeds), *shape] on the CPU."""
     return SampleNoise(seeds, shape).draw()
 
 

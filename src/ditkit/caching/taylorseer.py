@@ -1,0 +1,249 @@
+"""TaylorSeer: skipped branches are forecast from the differences of computed ones (arXiv 2503.06923).
+
+A branch is kept as it is before its gate: gates, shifts and scales are always those of the current step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isnan
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.grid import Grid
+from ditkit.core.policy import Claim, Policy, Session
+from ditkit.core.run import Call, Handler, Site, named
+
+Axis = Literal["call", "sigma"]
+Basis = Literal["taylor", "newton"]
+Geometry = tuple[tuple[str, Grid, int], ...]
+
+
+@dataclass(frozen=True)
+class TaylorSeer(Policy):
+    """Compute one evaluation in `interval`, and forecast every branch in the others.
+
+    A full evaluation at s, d after the full one before it, turns a branch's factors f into g_0 = F(s) and
+    g_{i+1} = (g_i - f_i) / d. A skipped one, k after s, uses sum_i g_i k^i / i! with i up to `order`.
+
+    Args:
+        interval: evaluations from one full one to the next; 1 computes all of them.
+        order: highest difference kept; 0 is plain reuse (FORA).
+        warmup: evaluations at the start that are all full.
+        axis: distances in evaluations ("call", the paper's) or in noise-time ("sigma").
+        basis: "taylor" is the paper's series. "newton" is not: it extrapolates the polynomial through the
+            latest `order + 1` full evaluations.
+    """
+
+    interval: int = 4
+    order: int = 2
+    warmup: int = 2
+    axis: Axis = "call"
+    basis: Basis = "taylor"
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("order", 0), ("warmup", 1)):
+            given = getattr(self, name)
+            if type(given) is not int or given < least:
+                raise ConfigError(f"TaylorSeer: {name}={given!r}, expected an integer of at least {least}")
+        for name, choices in (("axis", get_args(Axis)), ("basis", get_args(Basis))):
+            if getattr(self, name) not in choices:
+                raise ConfigError("TaylorSeer: " + unknown(name, getattr(self, name), choices))
+
+    def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
+        return {"schedule": "own", **dict.fromkeys(named(sites, "branch"), "own")}
+
+    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Forecaster:
+        if self.warmup > total:
+            raise ConfigError(f"TaylorSeer: warmup={self.warmup}, expected at most total={total} evaluations")
+        return Forecaster(self, named(sites, "branch"), total)
+
+    def exact(self) -> TaylorSeer:
+        return replace(self, interval=1)
+
+    def is_full(self, step: int) -> bool:
+        """Whether the schedule computes evaluation `step`, counted from the first one of its network."""
+        return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
+
+    def full_steps(self, total: int) -> list[int]:
+        """The evaluations of a trajectory of `total` that are computed."""
+        return [step for step in range(total) if self.is_full(step)]
+
+    def spans(self, place: float, anchors: Sequence[float]) -> list[float]:
+        """Divisors of the differences taken at `place`, after full evaluations at `anchors`, latest first."""
+        nearest = anchors[: self.order]
+        return [place - (anchor if self.basis == "newton" else anchors[0]) for anchor in nearest]
+
+    def weights(self, place: float, anchors: Sequence[float]) -> list[float]:
+        """What each factor counts in a forecast at `place`; the first always counts 1."""
+        weights = [1.0]
+        for i in range(1, len(anchors)):
+            last, by = (anchors[i - 1], 1) if self.basis == "newton" else (anchors[0], i)
+            weights.append(weights[-1] * (place - last) / by)
+        return weights
+
+
+class Branch(NamedTuple):
+    """The factors of one branch: a list for each tensor of its output, all float32."""
+
+    factors: list[list[Tensor]]
+    dtypes: list[torch.dtype]
+    spec: TreeSpec
+
+    def forecast(self, weights: Sequence[float]) -> Any:
+        """What the branch would return, in its own dtype and structure."""
+        leaves = [_combined(f, weights).to(dtype) for f, dtype in zip(self.factors, self.dtypes, strict=True)]
+        return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
+
+
+class Ladder(NamedTuple):
+    """The factors of all branches of one lane, all of the same age."""
+
+    first: int
+    last: int
+    """Indices of the first and the latest full evaluation."""
+    anchors: tuple[float, ...]
+    """Places of full evaluations on the axis, latest first: one for each factor."""
+    geometry: Geometry
+    tokens: list[torch.Size]
+    branches: dict[str, Branch]
+    bytes: int
+
+
+class Evaluation:
+    """What one model call does at its branches: record their outputs, or forecast them from a ladder."""
+
+    def __init__(self, call: Call, place: float, ladder: Ladder | None, weights: Sequence[float]) -> None:
+        self.call, self.place, self.weights = call, place, weights
+        # A copy, because a later full evaluation empties the ladder while checkpointing may still recompute this one.
+        self.known = None if ladder is None else dict(ladder.branches)
+        self.expected = None if ladder is None else ladder.tokens
+        self.tokens: list[torch.Size] = []
+        self.outputs: dict[str, Any] = {}
+
+    def branch(self, name: str, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
+        """The handler of branch `name`."""
+        if not self.tokens:
+            self.tokens = [t.shape for t in tree_leaves(x)]
+            if self.tokens != self.expected:
+                self.known = (
+                    None  # another batch size: seen at the first branch, before anything was forecast
+                )
+        if self.known is None:
+            out = self.outputs[name] = fn(x, *args)
+            return out
+        branch = self.known.get(name)
+        return fn(x, *args) if branch is None else branch.forecast(self.weights)
+
+
+class Forecaster(Session):
+    """A ladder for each (net, lane); a lane that is new, has another shape or was away is computed in full."""
+
+    verb: ClassVar[str] = "forecast"
+
+    def __init__(self, policy: TaylorSeer, branches: Sequence[str], total: int) -> None:
+        super().__init__()
+        self.policy, self.branches = policy, branches
+        self.most_factors = min(policy.order + 1, len(policy.full_steps(total)))
+
+    def enter(self, call: Call) -> Mapping[str, Handler]:
+        lane, place = (call.net, call.lane), self._place(call)
+        ladder: Ladder | None = self.state.get(lane)
+        if ladder is not None and self._is_full(call, ladder):
+            ladder = None
+        weights = [] if ladder is None else self.policy.weights(place, ladder.anchors)
+        evaluation = Evaluation(call, place, ladder, weights)
+        self.put(lane, evaluation)
+        return {name: partial(evaluation.branch, name) for name in self.branches}
+
+    def commit(self) -> None:
+        """Climb the ladder of a lane that was computed in full, freeing each branch's old factors on the way."""
+        for lane, evaluation in self.staged.items():
+            if evaluation.outputs and evaluation.known is None:
+                # Out of the state until it is whole again: interrupted here, the lane is new to the next call.
+                self.state[lane] = _climbed(self.policy, self.state.pop(lane, None), evaluation)
+        self.staged.clear()
+
+    def bytes(self) -> int:
+        return sum(ladder.bytes for ladder in self.state.values())
+
+    def projected_bytes(self) -> int:
+        """With all orders filled, for the lanes seen so far; each joins with a full evaluation."""
+        return sum(ladder.bytes // len(ladder.anchors) * self.most_factors for ladder in self.state.values())
+
+    def _place(self, call: Call) -> float:
+        if self.policy.axis == "call":
+            return call.index
+        if isnan(call.t):
+            raise ConfigError(
+                "TaylorSeer: axis='sigma' expected one noise-time a call, got t=nan (one a token)"
+            )
+        return call.t
+
+    def _is_full(self, call: Call, ladder: Ladder) -> bool:
+        # One counter a network, shared by its lanes: a lane that joins late keeps step with the others.
+        origin = min(other.first for lane, other in self.state.items() if lane[0] == call.net)
+        away = not 0 <= call.index - ladder.last < self.policy.interval
+        return away or ladder.geometry != _geometry(call) or self.policy.is_full(call.index - origin)
+
+
+def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> Ladder:
+    """The ladder one full evaluation later; takes the old one's branches out of it one by one."""
+    call, place, geometry = evaluation.call, evaluation.place, _geometry(evaluation.call)
+    anchors: tuple[float, ...] = ()
+    earlier: dict[str, Branch] = {}
+    if old is not None and old.geometry == geometry and old.tokens == evaluation.tokens:
+        anchors, earlier = old.anchors, old.branches
+    spans = policy.spans(place, anchors)
+    branches = {}
+    for name in list(evaluation.outputs):
+        branches[name] = _recorded(evaluation.outputs.pop(name), earlier.pop(name, None), spans)
+    kept = anchors[1:] if anchors[:1] == (place,) else anchors[: policy.order]
+    held = sum(t.nbytes for branch in branches.values() for factors in branch.factors for t in factors)
+    first = call.index if old is None else old.first
+    return Ladder(first, call.index, (place, *kept), geometry, evaluation.tokens, branches, held)
+
+
+def _recorded(out: Any, old: Branch | None, spans: Sequence[float]) -> Branch:
+    """The branch's factors after a full evaluation that returned `out`."""
+    leaves, spec = tree_flatten(out)
+    earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.factors
+    factors = [_differences(_kept(leaf), f, spans) for leaf, f in zip(leaves, earlier, strict=True)]
+    return Branch(factors, [leaf.dtype for leaf in leaves], spec)
+
+
+def _differences(fresh: Tensor, earlier: Sequence[Tensor], spans: Sequence[float]) -> list[Tensor]:
+    """g_0 = `fresh`, g_{i+1} = (g_i - f_i) / d_i for as many factors and spans as there are."""
+    if spans and spans[0] == 0:  # Heun visits a noise-time twice: a newer value, and nothing new on its slope
+        return [fresh, *earlier[1:]]
+    factors = [fresh]
+    for f, span in zip(earlier, spans, strict=False):
+        factors.append(torch.sub(factors[-1], f).div_(span))
+    return factors
+
+
+def _combined(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i f_i, where w_0 = 1; a single factor is returned as it is."""
+    if len(factors) == 1:
+        return factors[0]
+    out = torch.add(factors[0], factors[1], alpha=weights[1])
+    for f, weight in zip(factors[2:], weights[2:], strict=False):
+        out.add_(f, alpha=weight)
+    return out
+
+
+def _kept(leaf: Tensor) -> Tensor:
+    """Cut from autograd, in float32, because differences of bfloat16 features are mostly rounding noise."""
+    kept = leaf.detach().float()
+    is_part = kept.untyped_storage().nbytes() > kept.nbytes
+    return kept.clone() if is_part else kept  # a part would keep the whole alive
+
+
+def _geometry(call: Call) -> Geometry:
+    return tuple((segment.stream, segment.grid, segment.length) for segment in call.layout)

@@ -1,0 +1,132 @@
+"""The exact sampler and any list of policies on the same seeds: what each costs and how far each is from exact."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model, parameter_count
+from ditkit.core.policy import Policy
+from ditkit.evaluate.bench import EXACT, Bench, Judge, Method, Progress
+from ditkit.evaluate.report import Report
+from ditkit.evaluate.rows import titles
+from ditkit.evaluate.workload import Workload, resolve_labels
+from ditkit.sample.field import placement
+from ditkit.sample.guidance import ClassifierFree, Guidance
+from ditkit.sample.noise import distinct
+from ditkit.sample.solvers import Euler, Solver
+
+EULER, GUIDED = Euler(), ClassifierFree(2.0)
+CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges
+
+
+def compare(
+    model: Model,
+    policies: Sequence[Policy],
+    seeds: Sequence[int],
+    *,
+    labels: Sequence[int | str] | None = None,
+    steps: int = 50,
+    solver: Solver = EULER,
+    guidance: Guidance = GUIDED,
+    converged_steps: int | None = None,
+    rounds: int = 3,
+    batch_size: int = 8,
+    max_bytes: int | None = None,
+    memory: bool = True,
+    real: Tensor | None = None,
+    control: bool = True,
+    controls_as_rows: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Draw the same seeds exactly and under each policy alone, and report cost and error side by side.
+
+    A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of samples
+    as the sampler returns them, not clipped. A solver that draws noise gives other pictures in another number of
+    steps: there the converged and control columns say little.
+
+    Args:
+        model: in eval mode, on the device that is to be measured.
+        labels: class indices or names, one a seed or one for all; by default spread evenly over the classes.
+        converged_steps: of the exact run that stands for convergence; by default 10 times `steps`.
+        rounds: timed passes over all seeds. One pass before them counts MACs, and warms up.
+        batch_size: seeds drawn at once. max_bytes: memory that a policy may hold meanwhile.
+        memory: measure peak memory, which takes a process for each row.
+        real: pictures [N, 1 or 3, H, W] in [-1, 1], which every row's distribution is compared with.
+        control: for each policy, the exact sampler with as many steps as cost the same MACs.
+        controls_as_rows: also rows for the exact sampler with as many steps as each policy computed in full.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ConfigError: a seed or policy given twice, an unknown label, a number out of range, or a policy that does
+            not fit the model or `max_bytes`. NoEffectError, ConflictError: as the sampler raises them.
+    """
+    seeds = distinct(seeds)
+    classes = resolve_labels(model, labels, len(seeds))
+    work = Workload(model, classes, seeds, steps, solver, guidance, batch_size, max_bytes)
+    converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
+    if converged_steps <= steps:
+        raise ConfigError(f"converged_steps={converged_steps}, expected more than steps={steps}")
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds}, expected at least 1")
+    methods = [Method(EXACT, "exact", EXACT, EXACT, (), steps)]
+    for policy, title in zip(policies, titles(policies), strict=True):
+        work.check([policy])
+        methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
+    judge = None if real is None else Judge(real, len(seeds))
+
+    bench = Bench(work, methods, progress)
+    bench.count()
+    if control:
+        bench.add_controls()
+    if controls_as_rows:
+        bench.add_control_rows()
+    bench.converge(converged_steps)
+    bench.time(rounds)
+    if memory:
+        bench.measure_memory()
+    settings = settings_of(work, converged_steps, rounds, memory)
+    return Report(bench.rows(judge), settings, bench.samples())
+
+
+def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
+    """Everything that the numbers depend on, JSON-able."""
+    device, dtype = placement(work.model)
+    config = asdict(work.model.config)
+    names = config.pop("class_names", ())
+    return {
+        "model": {
+            "class": type(work.model).__name__,
+            "parameters": parameter_count(work.model),
+            "config": config,
+            "history": list(work.model.history),
+        },
+        "steps": work.steps,
+        "converged_steps": converged_steps,
+        "solver": str(work.solver),
+        "guidance": str(work.guidance),
+        "seeds": list(work.seeds),
+        "labels": None if work.labels is None else [names[i] if names else str(i) for i in work.labels],
+        "batch_size": work.batch_size,
+        "max_bytes": work.max_bytes,
+        "rounds": rounds,
+        "memory": memory,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in ("ditkit", "torch")} | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,96 @@
+"""Peak memory of a workload's first batch, in a process that has done nothing else.
+
+The other process is told what to draw as JSON; models travel as folders that `Model.save` wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
+from ditkit.core.policy import Policy
+from ditkit.evaluate.memory import PeakMemory, measure_peak
+from ditkit.evaluate.workload import Drawn, Workload
+from ditkit.sample.field import placement
+
+
+class Isolated:
+    """A workload written to `folder`, to be drawn by other processes; its models are written once.
+
+    Raises:
+        ConfigError: the workload holds something that JSON and model folders cannot describe.
+    """
+
+    def __init__(self, work: Workload, folder: Path) -> None:
+        self.device = placement(work.model)[0].type
+        self.folder = folder
+        self.described = describe(work.first_batch(), folder)
+
+    def peak(self, policies: Sequence[Policy], steps: int) -> PeakMemory:
+        """Peak memory while the first batch is drawn."""
+        request = {
+            "work": self.described,
+            "policies": describe(tuple(policies), self.folder),
+            "steps": steps,
+            "threads": torch.get_num_threads(),
+        }
+        return measure_peak(f"{__name__}:prepare", request, device=self.device)
+
+
+def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], Drawn]:
+    """In the other process: the call that is measured."""
+    torch.set_num_threads(threads)
+    workload, owned = revive(work), revive(policies)
+    return lambda: workload.draw(owned, steps)
+
+
+def describe(value: Any, folder: Path) -> Any:
+    """Numbers, strings, tuples, dataclasses and models as JSON, which `revive` reads.
+
+    Raises:
+        ConfigError: `value` is something else, or its class cannot be imported by name.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [describe(item, folder) for item in value]
+    if isinstance(value, Model):
+        device, dtype = placement(value)
+        place = folder / f"model{sum(1 for _ in folder.iterdir())}"
+        return {
+            "model": str(value.save(place)),
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+    kind = type(value)
+    if not dataclasses.is_dataclass(value) or "<locals>" in kind.__qualname__:
+        raise ConfigError(
+            f"{kind.__qualname__} cannot be described to another process, which measures peak memory; "
+            "expected a dataclass of a module, holding plain values or models; or pass memory=False"
+        )
+    names = [f.name for f in dataclasses.fields(value)]
+    return {
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "fields": {name: describe(getattr(value, name), folder) for name in names},
+    }
+
+
+def revive(given: Any) -> Any:
+    """What `describe` described."""
+    if isinstance(given, list):
+        return tuple(revive(item) for item in given)
+    if not isinstance(given, Mapping):
+        return given
+    if "model" in given:
+        return Model.load(given["model"]).to(given["device"], getattr(torch, given["dtype"]))
+    module, name = given["class"].split(":")
+    return getattr(importlib.import_module(module), name)(
+        **{key: revive(value) for key, value in given["fields"].items()}
+    )

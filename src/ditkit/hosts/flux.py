@@ -1,0 +1,340 @@
+"""diffusers' `FluxTransformer2DModel` (FLUX.1, Black Forest Labs 2024) with sites.
+
+B batch, L image rows, S text rows, D width, N heads, K head width. In a joint sequence text comes first.
+"""
+
+# ruff: noqa: PLR0917 - signatures are diffusers', and a site's function takes its arguments by position
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers import transformer_flux as host
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from ditkit.core.grid import Grid, Segment
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
+from ditkit.hosts.view import current, restore, running, stands_for, view
+from ditkit.nn.blocks import KV, keep, modulate
+
+__all__ = ["layout", "restore", "running", "sites", "view"]
+
+
+@stands_for(host.FluxAttention)
+class FluxAttention(host.FluxAttention):
+    """Attention with `kv` and `core` sites; with a processor other than diffusers' own, without."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        run: Run = DIRECT,
+        at: str = "",
+        **kwargs: Any,
+    ) -> Any:
+        """Image [B, L, D] and text [B, S, D] to the same pair, or a sequence to one; tables are (cos, sin)."""
+        text, table = encoder_hidden_states, image_rotary_emb
+        if not has_core(self) or table is None:
+            return super().forward(hidden_states, text, attention_mask, table, **kwargs)
+        if unused := kwargs.keys() - {"ip_adapter_masks", "ip_hidden_states"}:
+            host.logger.warning(f"joint_attention_kwargs {sorted(unused)} are ignored by FluxAttnProcessor.")
+        S = 0 if text is None else text.shape[1]
+        *image, text_q, text_k, text_v = host._get_qkv_projections(self, hidden_states, text)
+        q, k, v = map(self._split, image)
+        kv = run.site(at + ".kv", keep, KV(_flip(k), _flip(v), _cut(table, S, None)))
+        q = _rotate(self.norm_q(q), _cut(table, S, None))
+        k, v = _rotate(self.norm_k(_flip(kv.k)), kv.position), _flip(kv.v)
+        if text is not None:
+            head = _cut(table, 0, S)
+            q = torch.cat([_rotate(self.norm_added_q(self._split(text_q)), head), q], 1)
+            k = torch.cat([_rotate(self.norm_added_k(self._split(text_k)), head), k], 1)
+            v = torch.cat([self._split(text_v), v], 1)
+        masks = () if attention_mask is None else (attention_mask,)
+        o = run.site(at + ".core", partial(_attention, self.processor), _flip(q), _flip(k), _flip(v), *masks)
+        o = _flip(o).flatten(2, 3).to(q.dtype)
+        if text is None:
+            return o
+        o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
+        o_image = self.to_out[1](self.to_out[0](o_image.contiguous()))
+        return Streams(o_image, self.to_add_out(o_text.contiguous()))
+
+    def _split(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (-1, self.head_dim))  # [B, L, N, K]
+
+
+@stands_for(host.FluxTransformerBlock)
+class FluxTransformerBlock(host.FluxTransformerBlock):
+    """A block of two streams that meet in its attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        run: Run = DIRECT,
+        at: str = "",
+    ) -> tuple[Tensor, Tensor]:
+        image, text = hidden_states, encoder_hidden_states
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self.norm1, temb, 6)
+        text_shift, text_scale, text_gate, *text_mlp = _modulation(self.norm1_context, temb, 6)
+        rotary = image_rotary_emb and Rotary.of(image_rotary_emb, text.shape[1])
+        attend = partial(self._attend, run, at + ".attn", joint_attention_kwargs or {})
+        a_image, a_text, *ip_adapter = run.site(
+            at + ".attn", attend, Streams(image, text), rotary, shift, scale, text_shift, text_scale
+        )
+        image = image + gate * a_image
+        feed = partial(_feed, self.norm2, self.ff)
+        image = image + mlp_gate * run.site(at + ".mlp", feed, image, mlp_shift, mlp_scale)
+        for extra in ip_adapter:
+            image = image + extra
+        text = text + text_gate * a_text
+        feed = partial(_feed, self.norm2_context, self.ff_context)
+        text = text + text_mlp[2] * run.site(at + ".text.mlp", feed, text, *text_mlp[:2])
+        return _clip(text), image
+
+    def _attend(
+        self,
+        run: Run,
+        at: str,
+        kwargs: Mapping[str, Any],
+        x: Streams,
+        rotary: Rotary | None,
+        shift: Tensor,
+        scale: Tensor,
+        text_shift: Tensor,
+        text_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Image and text before their gates; an IP-Adapter adds a third, which has no gate."""
+        return self.attn(
+            hidden_states=modulate(self.norm1.norm(x.image), shift, scale),
+            encoder_hidden_states=modulate(self.norm1_context.norm(x.text), text_shift, text_scale),
+            image_rotary_emb=rotary and rotary[:2],
+            run=run,
+            at=at,
+            **kwargs,
+        )
+
+
+@stands_for(host.FluxSingleTransformerBlock)
+class FluxSingleTransformerBlock(host.FluxSingleTransformerBlock):
+    """A block of one joint sequence, whose attention and MLP share the output layer: one branch."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        run: Run = DIRECT,
+        at: str = "",
+    ) -> tuple[Tensor, Tensor]:
+        S = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], 1)
+        shift, scale, gate = _modulation(self.norm, temb, 3)
+        rotary = image_rotary_emb and Rotary.of(image_rotary_emb)
+        branch = partial(self._branch, run, at + ".attn", joint_attention_kwargs or {})
+        x = _clip(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
+        return x[:, :S], x[:, S:]
+
+    def _branch(
+        self,
+        run: Run,
+        at: str,
+        kwargs: Mapping[str, Any],
+        x_BLD: Tensor,
+        rotary: Rotary | None,
+        shift: Tensor,
+        scale: Tensor,
+    ) -> Tensor:
+        h_BLD = modulate(self.norm.norm(x_BLD), shift, scale)
+        mlp = self.act_mlp(self.proj_mlp(h_BLD))
+        attn = self.attn(
+            hidden_states=h_BLD, image_rotary_emb=rotary and rotary[:2], run=run, at=at, **kwargs
+        )
+        return self.proj_out(torch.cat([attn, mlp], 2))
+
+
+@stands_for(host.FluxTransformer2DModel)
+class FluxTransformer2DModel(host.FluxTransformer2DModel):
+    """The transformer: its forward takes and returns what diffusers' does."""
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        pooled_projections: Any = None,
+        timestep: Any = None,
+        img_ids: Any = None,
+        txt_ids: Any = None,
+        guidance: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Any:
+        run, kwargs = current(), dict(joint_attention_kwargs or {})
+        if "ip_adapter_image_embeds" in kwargs:
+            kwargs["ip_hidden_states"] = self.encoder_hid_proj(kwargs.pop("ip_adapter_image_embeds"))
+        ids = torch.cat((_flat(txt_ids, "txt_ids"), _flat(img_ids, "img_ids")))
+        depths = (len(self.transformer_blocks), len(self.single_transformer_blocks))
+        double, single = controlnet_block_samples or (), controlnet_single_block_samples or ()
+        control = Control.of(double, single, depths, controlnet_blocks_repeat)
+        tokens = run.site("tokens", self._embed, hidden_states, encoder_hidden_states, ids, control)
+        times = [t.to(tokens.x.image.dtype) * 1000 for t in (timestep, guidance) if t is not None]
+        temb = run.site("time", self.time_text_embed, *times, pooled_projections)
+        x = run.site(
+            "blocks", partial(self._stack, run, kwargs), tokens.x, temb, tokens.rotary, tokens.control
+        )
+        out = run.site("head", self._head, x.image, temb)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _embed(self, image: Tensor, text: Tensor, ids: Tensor, control: Control) -> JointTokens:
+        x = Streams(self.x_embedder(image), self.context_embedder(text))
+        return JointTokens(x, Rotary.of(self.pos_embed(ids), text.shape[1]), control)
+
+    def _stack(
+        self,
+        run: Run,
+        kwargs: dict[str, Any],
+        x: Streams,
+        temb: Tensor,
+        rotary: Rotary,
+        control: Control,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Streams:
+        """Blocks `start` to `stop`, double ones first; the residual of a block follows it."""
+        for i, (name, block) in list(enumerate(_blocks(self)))[start:stop]:
+            # no name without handlers: blocks share their code, and torch.compile would specialise on it
+            apply = partial(self._apply, block, run, name if run.handlers else "", kwargs)
+            x = control.add(run.site(name, apply, x, temb, rotary), i)
+        return x
+
+    def _apply(
+        self,
+        block: nn.Module,
+        run: Run,
+        at: str,
+        kwargs: dict[str, Any],
+        x: Streams,
+        temb: Tensor,
+        rotary: Rotary,
+    ) -> Streams:
+        """One block, called as diffusers does: its hooks see the arguments that they know."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            # the run is handed on: recomputation may happen on a thread that has no context variable
+            text, image = self._gradient_checkpointing_func(block, *x, temb, rotary[:2], kwargs, run, at)
+        else:
+            text, image = block(
+                hidden_states=x.image,
+                encoder_hidden_states=x.text,
+                temb=temb,
+                image_rotary_emb=rotary[:2],
+                joint_attention_kwargs=kwargs,
+                run=run,
+                at=at,
+            )
+        return Streams(image, text)
+
+    def _head(self, x_BLD: Tensor, temb: Tensor) -> Tensor:
+        return self.proj_out(self.norm_out(x_BLD, temb))
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """The sites of a viewed transformer, in the order of the call."""
+    named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
+    for at, block in _blocks(model):
+        double = isinstance(block, host.FluxTransformerBlock)
+        named += [
+            Site(at, "block", "joint"),
+            Site(f"{at}.{'attn' if double else 'fused'}", "branch", "joint"),
+        ]
+        if has_core(block.attn):
+            named.append(Site(f"{at}.attn.kv", "kv", "image" if double else "joint"))
+            named.append(Site(f"{at}.attn.core", "core", "joint"))
+        if double:
+            named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
+    return (*named, Site("head", "head"))
+
+
+def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
+    """Segments of a call from its position ids, [L, 3] and [S, 3]: text, image, then context (references).
+
+    The first id of a row numbers its picture, the others are row and column. Rows that do not fill a rectangle
+    are a plain sequence, `Grid(L)`.
+    """
+    segments = [Segment("text", Grid(len(txt_ids)), len(txt_ids))] if len(txt_ids) else []
+    counts = torch.unique_consecutive(img_ids[:, 0], return_counts=True)[1].tolist()
+    for i, ids in enumerate(img_ids.split(counts)):
+        height, width = (int(n) + 1 for n in (ids[:, 1:].amax(0) - ids[:, 1:].amin(0)).tolist())
+        grid = Grid(1, height, width) if height * width == len(ids) else Grid(len(ids))
+        segments.append(Segment("context" if i else "image", grid, len(ids)))
+    return tuple(segments)
+
+
+def has_core(attn: Any) -> bool:
+    """Whether attention computes as `FluxAttnProcessor` does; an IP-Adapter's, or a user's own, does not."""
+    return type(attn.processor) is host.FluxAttnProcessor
+
+
+def _blocks(model: Any) -> list[tuple[str, Any]]:
+    double, single = model.transformer_blocks, model.single_transformer_blocks
+    return [(f"blocks.{i}", b) for i, b in enumerate(double)] + [
+        (f"single.{i}", b) for i, b in enumerate(single)
+    ]
+
+
+def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates of an adaptive norm, [B, 1, D] each."""
+    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(parts, -1)
+
+
+def _feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return ff(modulate(norm(x_BLD), shift, scale))
+
+
+def _attention(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All [B, N, L, K], through the backend that the processor was given."""
+    backend, parallel = processor._attention_backend, processor._parallel_config
+    return _flip(
+        dispatch_attention_fn(_flip(q), _flip(k), _flip(v), mask, backend=backend, parallel_config=parallel)
+    )
+
+
+def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
+
+
+def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
+    return table[0][start:stop], table[1][start:stop]
+
+
+def _flip(x: Tensor) -> Tensor:
+    """Between diffusers' [B, L, N, K] and the sites' [B, N, L, K]."""
+    return x.transpose(1, 2)
+
+
+def _clip(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _flat(ids: Tensor, name: str) -> Tensor:
+    if ids.ndim == 3:
+        host.logger.warning(f"Passing `{name}` 3d torch.Tensor is deprecated; remove the batch dimension.")
+        return ids[0]
+    return ids

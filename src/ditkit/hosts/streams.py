@@ -1,0 +1,91 @@
+"""Tokens of two streams that meet in joint attention, text first, and what is aligned with them.
+
+B batch, L image rows, S text rows, D width, K head width. Whatever is aligned with tokens is an argument of a
+site's function: argument 0, or one that has `rows(stream, index)`. So a policy can run a function on some rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class Streams(NamedTuple):
+    """Features of both streams: [B, L, D] and [B, S, D]."""
+
+    image: Tensor
+    text: Tensor
+
+    def rows(self, stream: str, index: Tensor) -> Streams:
+        return self._replace(**{stream: getattr(self, stream)[:, index]})
+
+
+class Rotary(NamedTuple):
+    """Rotary table of a joint sequence, [S + L, K] each, whose first `text` rows are text."""
+
+    cos: Tensor
+    sin: Tensor
+    text: int = 0
+
+    @classmethod
+    def of(cls, table: tuple[Tensor, Tensor], text: int = 0) -> Self:
+        return cls(table[0], table[1], text)
+
+    def rows(self, stream: str, index: Tensor) -> Rotary:
+        """Some rows of one stream, all of the other; without text rows there is one stream, of any name."""
+        every = torch.arange(len(self.cos), device=index.device)
+        if stream == "text":
+            at, text = torch.cat((index, every[self.text :])), len(index)
+        else:
+            at, text = torch.cat((every[: self.text], self.text + index)), self.text
+        return Rotary(self.cos[at], self.sin[at], text)
+
+
+class Control(NamedTuple):
+    """ControlNet residuals of the image rows, [B, L, D]; `place[i]` is the one added after block i."""
+
+    residuals: tuple[Tensor, ...]
+    place: tuple[int | None, ...]
+
+    @classmethod
+    def of(
+        cls, double: Sequence[Tensor], single: Sequence[Tensor], depths: tuple[int, int], repeat: bool
+    ) -> Self:
+        """Residuals spread over `depths` blocks of each kind; `repeat` cycles through the double blocks'."""
+        place = _spread(len(double), depths[0], repeat)
+        place += [None if i is None else len(double) + i for i in _spread(len(single), depths[1], False)]
+        return cls((*double, *single), tuple(place))
+
+    def rows(self, stream: str, index: Tensor) -> Control:
+        if stream != "image":
+            return self
+        return self._replace(residuals=tuple(residual[:, index] for residual in self.residuals))
+
+    def add(self, x: Streams, block: int) -> Streams:
+        place = self.place[block]
+        return x if place is None else x._replace(image=x.image + self.residuals[place])
+
+
+class JointTokens(NamedTuple):
+    """Embedded tokens and all that is aligned with them: what a `tokens` site returns."""
+
+    x: Streams
+    rotary: Rotary
+    control: Control
+
+    def rows(self, stream: str, index: Tensor) -> JointTokens:
+        return JointTokens(
+            self.x.rows(stream, index), self.rotary.rows(stream, index), self.control.rows(stream, index)
+        )
+
+
+def _spread(samples: int, depth: int, cycle: bool) -> list[int | None]:
+    """Which of `samples` residuals follows each of `depth` blocks: in turn, or each one for an equal span."""
+    if not samples:
+        return [None] * depth
+    span = ceil(depth / samples)
+    return [i % samples if cycle else i // span for i in range(depth)]

@@ -1,0 +1,127 @@
+"""Any scheduler of the diffusers library as a solver."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ditkit.core.ddpm import DiscretePath
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.path import Linear, Path
+from ditkit.sample.field import Estimate, Field
+from ditkit.sample.noise import SampleNoise
+from ditkit.sample.solvers import Solver
+
+
+@final
+@dataclass(frozen=True)
+class DiffusersScheduler(Solver):
+    """A diffusers scheduler, copied for each trajectory; its state is float32, as in the library's pipelines.
+
+    Those of flow matching (FlowMatchEuler, FlowMatchHeun; DPM-Solver++ or UniPC with `use_flow_sigmas` and
+    `prediction_type="flow_prediction"`) run models on the linear path. Those with `alphas_cumprod` run models
+    on DDPM's, and must have its betas: 1000, linear from 1e-4 to 0.02. `clip_sample`, on by default in DDIM
+    and DDPM, clips the predicted data and is left as given.
+
+    Args:
+        scheduler: as constructed; `steps` sets its timesteps.
+
+    Raises:
+        ConfigError: not a scheduler, or one that needs more than a number of steps.
+    """
+
+    scheduler: Any
+
+    def __post_init__(self) -> None:
+        from diffusers import SchedulerMixin
+
+        if not isinstance(self.scheduler, SchedulerMixin):
+            raise ConfigError(f"{type(self.scheduler).__name__} is not a scheduler of diffusers")
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ConfigError(f"{self._name}: use_dynamic_shifting needs mu; give a fixed shift")
+
+    def times(self, path: Path, steps: int) -> Tensor:
+        self._check(path)
+        timesteps = self._fresh(steps).timesteps.double().cpu()
+        if self._flow:
+            return torch.cat([timesteps / self._trained, timesteps.new_zeros(1)])
+        return torch.cat([timesteps, timesteps.new_tensor([-1])])
+
+    def evaluations(self, steps: int) -> int:
+        """One a timestep; a scheduler of order 2 repeats timesteps."""
+        return len(self._fresh(steps).timesteps)
+
+    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+        self._check(field.path)
+        scheduler = self._fresh(steps, x.device)
+        x = x.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+        options: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = noise.generators
+        for timestep in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+            t = timestep.item() / self._trained if self._flow else timestep.item()
+            x = scheduler.step(self._output(field(seen, t)), timestep, x, **options)[0]
+        return x
+
+    def _output(self, estimate: Estimate) -> Tensor:
+        """The estimate in the form that the scheduler expects, with the variance channels if it reads any."""
+        value, variance = self._prediction(estimate), self.scheduler.config.get("variance_type")
+        if variance not in ("learned", "learned_range"):
+            return value
+        if estimate.fraction is None:
+            raise ConfigError(f"{self._name}: variance_type={variance!r}, but the model learns no variance")
+        return torch.cat([value, 2 * estimate.fraction - 1], dim=1)
+
+    def _prediction(self, estimate: Estimate) -> Tensor:
+        if self._flow:
+            return estimate.to("velocity")
+        wanted = self.scheduler.config.prediction_type
+        if wanted == "epsilon":
+            return estimate.to("noise")
+        if wanted == "sample":
+            return estimate.to("data")
+        if wanted == "v_prediction":  # Salimans and Ho 2022, appendix D
+            c = estimate.path.at(estimate.t)
+            return c.alpha * estimate.to("noise") - c.sigma * estimate.to("data")
+        raise ConfigError(
+            unknown("prediction_type", wanted, ("epsilon", "sample", "v_prediction", "flow_prediction"))
+        )
+
+    def _check(self, path: Path) -> None:
+        if self._flow:
+            if not isinstance(path, Linear):
+                raise ConfigError(
+                    f"{self._name} is for flow matching on the linear path, not {type(path).__name__}"
+                )
+            return
+        if not isinstance(path, DiscretePath):
+            raise ConfigError(f"{self._name} is for DDPM's discrete path, not {type(path).__name__}")
+        theirs = self.scheduler.alphas_cumprod.double()
+        if theirs.shape != path.abar.shape or not torch.allclose(theirs, path.abar, rtol=1e-3):
+            raise ConfigError(
+                f"{self._name}: its betas are not the model's; give num_train_timesteps={path.steps}, "
+                "beta_schedule='linear', beta_start=0.0001, beta_end=0.02"
+            )
+
+    def _fresh(self, steps: int, device: torch.device | str = "cpu") -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+    @property
+    def _flow(self) -> bool:
+        return self.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+
+    @property
+    def _trained(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    @property
+    def _name(self) -> str:
+        return type(self.scheduler).__name__

@@ -1,0 +1,282 @@
+"""Solvers on a Gaussian mixture, whose prediction at any (x, t) is known in closed form.
+
+Moments are accepted within four standard errors of an estimate from n draws; orders of convergence are measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from ditkit.core.cond import Cond
+from ditkit.core.convention import Convention
+from ditkit.core.grid import Segment
+from ditkit.core.model import Model
+from ditkit.core.path import Path
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.sample import (
+    Ancestral,
+    Ddim,
+    DiffusersScheduler,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    SampleNoise,
+    Solver,
+    sample,
+)
+from ditkit.sample.field import Field
+
+POINTS = 4000
+CONTINUOUS = ("linear", "cosine", "vp")
+DIFFUSIONS = ("sigma", "constant", "sbdm", "linear", "decreasing", "increasing-decreasing")
+WEIGHT = torch.tensor([0.3, 0.7], dtype=torch.float64)
+MEAN = torch.tensor([[1.2, -0.6], [-0.8, 0.5]], dtype=torch.float64)
+COVARIANCE = torch.tensor([[[0.25, 0.1], [0.1, 0.16]], [[0.3, -0.12], [-0.12, 0.4]]], dtype=torch.float64)
+
+
+class Mixture(Model):
+    """The exact prediction for a mixture of Gaussians in D dimensions; one sample is a cloud of points [D, n]."""
+
+    def __init__(
+        self, convention: Convention, weight: Tensor = WEIGHT, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE
+    ) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(convention=convention)
+        self.path = convention.make_path()
+        self.weight, self.mean, self.covariance = weight, mean, covariance
+        self.eval()
+
+    def sites(self) -> tuple[Site, ...]:
+        return ()
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        return ()
+
+    def unconditional(self, cond: Cond) -> Cond:
+        return cond
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (self.mean.shape[1], POINTS)
+
+    def posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[data | x_t = x], E[noise | x_t = x] and log p_t(x) [..., n] at x [..., D, n] and one noise-time t [1]."""
+        c = self.path.at(t)
+        covariance = c.alpha**2 * self.covariance + c.sigma**2 * torch.eye(x.shape[-2], dtype=x.dtype)
+        off = x.unsqueeze(-3) - c.alpha * self.mean.unsqueeze(-1)  # [..., K, D, n]
+        whitened = torch.linalg.inv(covariance) @ off
+        scale = self.weight.log() - 0.5 * torch.logdet(2 * math.pi * covariance)
+        log_joint = scale.unsqueeze(-1) - 0.5 * (off * whitened).sum(-2)
+        share = log_joint.softmax(-2).unsqueeze(-2)
+        data = self.mean.unsqueeze(-1) + c.alpha * self.covariance @ whitened
+        return (share * data).sum(-3), c.sigma * (share * whitened).sum(-3), log_joint.logsumexp(-2)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        c = self.path.at(t)
+        data, noise, _ = self.posterior(x, t)
+        return c.alpha_rate * data + c.sigma_rate * noise
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
+        convention = self.config.convention
+        towards_data = convention.time == "data"
+        t = 1 - t[:1] if towards_data else t[:1]
+        data, noise, _ = self.posterior(x, t)
+        if convention.prediction == "velocity":
+            return -self.velocity(x, t) if towards_data else self.velocity(x, t)
+        return {"data": data, "noise": noise, "score": -noise / self.path.at(t).sigma}[convention.prediction]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] of the data."""
+        mean = (self.weight[:, None] * self.mean).sum(0)
+        off = self.mean - mean
+        within = (self.weight[:, None, None] * self.covariance).sum(0)
+        return mean, within + torch.einsum("k,ki,kj->ij", self.weight, off, off)
+
+
+def model_of(path: str, **changes: str) -> Mixture:
+    if path == "ddpm":
+        return Mixture(Convention("ddpm", "noise", "index"))
+    return Mixture(Convention(path, **changes))  # type: ignore[arg-type]
+
+
+def draw(model: Mixture, solver: Solver, steps: int, seed: int = 0) -> Tensor:
+    """Points [D, n]."""
+    return sample(model, Cond(), [seed], steps=steps, solver=solver).samples[0].double()
+
+
+def deviations(model: Mixture, points: Tensor) -> Tensor:
+    """Standard errors by which means and covariances of points [D, n] differ from the mixture's."""
+    mean, covariance = model.moments()
+    off = points.T - mean
+    products = torch.einsum("ni,nj->nij", off, off).flatten(1)
+    found = torch.cat([off, products - covariance.flatten()], dim=1)
+    return found.mean(0).abs() / (found.std(0) / math.sqrt(len(off)))
+
+
+def assert_same_moments(model: Mixture, points: Tensor) -> None:
+    assert deviations(model, points).max() < 4
+
+
+@dataclass(frozen=True)
+class Dopri5(Solver):
+    """scipy's adaptive Dormand-Prince 5(4), at SiT's default tolerances unless told otherwise."""
+
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    until: float = 1e-5
+
+    def times(self, path: Path, steps: int) -> Tensor:
+        return path.times(steps)
+
+    def evaluations(self, steps: int) -> int:
+        return steps
+
+    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+        def slope(t: float, flat: object) -> object:
+            return field(torch.as_tensor(flat).reshape(x.shape), t).to("velocity").flatten().numpy()
+
+        start = x.flatten().numpy()
+        found = solve_ivp(slope, (1.0, self.until), start, method="RK45", rtol=self.rtol, atol=self.atol)
+        return torch.from_numpy(found.y[:, -1]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("path", CONTINUOUS)
+@pytest.mark.parametrize("solver", [Euler(), Heun(), Ddim(), Dopri5()], ids=lambda s: type(s).__name__)
+def test_ode_reproduces_the_moments(path: str, solver: Solver) -> None:
+    model = model_of(path)
+    assert_same_moments(model, draw(model, solver, steps=200))
+
+
+@pytest.mark.parametrize("path", CONTINUOUS)
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_sde_reproduces_the_moments_with_every_diffusion(path: str, diffusion: str) -> None:
+    model = model_of(path)
+    assert_same_moments(model, draw(model, EulerMaruyama(diffusion, last=0.004), steps=250))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", [Ddim(), Ancestral()], ids=lambda s: type(s).__name__)
+def test_ddpm_reproduces_the_moments(solver: Solver) -> None:
+    model = model_of("ddpm")
+    assert_same_moments(model, draw(model, solver, steps=250))
+
+
+def test_a_wrong_sampler_is_noticed() -> None:
+    """The acceptance above has the power to refuse: noise a tenth too strong, or a mixture of other weights."""
+    model = model_of("linear")
+    loud = draw(model, EulerMaruyama(last=0.004), steps=250) * 1.1
+    assert deviations(model, loud).max() > 4
+    other = Mixture(Convention(), weight=WEIGHT.flip(0))
+    assert deviations(model, draw(other, Heun(), steps=50)).max() > 4
+
+
+def test_constant_diffusion_with_a_long_last_step_loses_variance() -> None:
+    """SiT's noise-free last step of 0.04 is only harmless where w vanishes at the data."""
+    model = model_of("linear")
+    lost = draw(model, EulerMaruyama("constant", last=0.04), steps=250).var(1)
+    kept = draw(model, EulerMaruyama("sigma", last=0.04), steps=250).var(1)
+    assert (lost < kept).all() and deviations(model, draw(model, EulerMaruyama("constant"), 250)).max() > 4
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
+@pytest.mark.parametrize("path", CONTINUOUS)
+def test_every_prediction_and_clock_gives_the_same_samples(path: str, prediction: str) -> None:
+    """Noise and score start at t = 0.999 on paths that end at alpha = 0, hence the tolerance of that order."""
+    exact = draw(model_of(path), Heun(), steps=50)
+    for time in ("noise", "data"):
+        found = draw(model_of(path, prediction=prediction, time=time), Heun(), steps=50)
+        clamped = prediction in ("noise", "score") and path != "vp"
+        torch.testing.assert_close(found, exact, rtol=0, atol=5e-3 if clamped else 2e-6)
+
+
+@pytest.mark.parametrize("path", CONTINUOUS)
+@pytest.mark.parametrize(
+    ("solver", "order"), [(Euler(), 1), (Ddim(), 1), (Heun(), 2)], ids=lambda v: type(v).__name__
+)
+def test_order_of_convergence(path: str, solver: Solver, order: int) -> None:
+    model = model_of(path)
+    exact = draw(model, Dopri5(rtol=1e-9, atol=1e-9, until=1e-9), steps=1)
+    errors = [(draw(model, solver, steps) - exact).square().mean().sqrt() for steps in (64, 128, 256)]
+    measured = [math.log2(a / b) for a, b in pairwise(errors)]
+    print(path,solver,measured,errors)
+    assert measured == pytest.approx([order] * 2, abs=0.15)
+
+
+@pytest.mark.parametrize("path", CONTINUOUS)
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_ode_likelihood_is_the_analytic_density(path: str, dimensions: int) -> None:
+    """log p_0(x_0) = log p_1(x_1) + integral of div v along the trajectory (Song et al. 2021, eq. 39)."""
+    corner = (slice(None), slice(dimensions))
+    model = Mixture(Convention(path), mean=MEAN[corner], covariance=COVARIANCE[(*corner, slice(dimensions))])
+    start = torch.randn(dimensions, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def slope(t: float, state: object) -> object:
+        time = torch.tensor([t], dtype=torch.float64)
+        with torch.enable_grad():
+            x = torch.as_tensor(state)[:-40].reshape(dimensions, 40).requires_grad_()
+            v = model.velocity(x, time)
+            rows = [torch.autograd.grad(v[i].sum(), x, retain_graph=True)[0][i] for i in range(dimensions)]
+        return torch.cat([v.detach().flatten(), sum(rows)]).numpy()
+
+    state = torch.cat([start.flatten(), torch.zeros(40, dtype=torch.float64)]).numpy()
+    first = 1e-9  # VP's sigma' is infinite at 0
+    end = torch.from_numpy(solve_ivp(slope, (first, 1.0), state, method="RK45", rtol=1e-8, atol=1e-8).y[:, -1])
+    at_noise = model.posterior(end[:-40].reshape(dimensions, 40), torch.ones(1, dtype=torch.float64))[2]
+    at_data = model.posterior(start, torch.zeros(1, dtype=torch.float64))[2]
+    torch.testing.assert_close(at_noise + end[-40:], at_data, rtol=0, atol=1e-5)
+
+
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "linear", {"shift": 1.0}),
+        ("FlowMatchEulerDiscreteScheduler", "linear", {"shift": 3.0}),
+        ("FlowMatchHeunDiscreteScheduler", "linear", {}),
+        ("DPMSolverMultistepScheduler", "linear", FLOW),
+        ("UniPCMultistepScheduler", "linear", FLOW),
+        ("DDIMScheduler", "ddpm", {**BETAS, "clip_sample": False}),
+        ("DDIMScheduler", "ddpm", {**BETAS, "clip_sample": False, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", "ddpm", {**BETAS, "clip_sample": False, "prediction_type": "sample"}),
+        ("DPMSolverMultistepScheduler", "ddpm", BETAS),
+        ("DPMSolverMultistepScheduler", "ddpm", {**BETAS, "algorithm_type": "sde-dpmsolver++"}),
+        ("UniPCMultistepScheduler", "ddpm", BETAS),
+        ("EulerDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
+        ("EulerAncestralDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "trailing"}),
+        ("HeunDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "trailing"}),
+        ("PNDMScheduler", "ddpm", BETAS),
+    ],
+)
+def test_diffusers_schedulers_reproduce_the_moments(name: str, path: str, config: dict[str, object]) -> None:
+    scheduler = getattr(diffusers, name)(**config)
+    model = model_of(path)
+    d=deviations(model, draw(model, DiffusersScheduler(scheduler), steps=100))
+    print(name,config,d)
+    assert_same_moments(model, draw(model, DiffusersScheduler(scheduler), steps=100))
+
+
+def test_flow_match_euler_is_our_euler() -> None:
+    model = model_of("linear")
+    theirs = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0))
+    print(theirs.times(model.path,50)-Euler().times(model.path,50))
+    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Euler(), 50), rtol=0, atol=1e-5)
+
+
+def test_diffusers_ddim_is_ours() -> None:
+    """With leading spacing, offset 0 and alpha = 1 after the last step, the timesteps are 980, 960 ... 0."""
+    model = model_of("ddpm")
+    config = {**BETAS, "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+    theirs = DiffusersScheduler(diffusers.DDIMScheduler(**config, timestep_spacing="leading"))
+    assert torch.equal(theirs.times(model.path, 50), Ddim().times(model.path, 50))
+    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Ddim(), 50), rtol=0, atol=1e-5)
