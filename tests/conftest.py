@@ -6,16 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.utils import deterministic
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """The same random numbers whichever tests ran before; `torch.empty` is filled with NaN (after fla's conftest)."""
+    """The same random numbers whichever tests ran before; `torch.empty` holds NaN, as in fla's tests."""
     torch.manual_seed(0)
-    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditkit.core.catalog import every
 from ditkit.core.cond import Cond
@@ -125,17 +125,15 @@ def test_a_branch_can_run_on_some_rows_only(kind):
 def test_gradient_reaches_every_parameter(kind):
     model = awake(kind).train()
     model(*inputs(model)).square().sum().backward()
-    without = [
-        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    assert without == []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(kind):
     model = awake(kind)
     x, t, cond = inputs(model)
     out = model(x, t, cond)
-    others = replace(cond.map(lambda v: torch.cat([v[:1], v[1:].flip(0)])))
+    others = cond.map(lambda v: torch.cat([v[:1], v[1:].flip(0)]))
     changed = model(torch.cat([x[:1], torch.randn_like(x[1:])]), torch.cat([t[:1], t[1:] / 2]), others)
     assert torch.equal(changed[0], out[0])
     assert not torch.allclose(changed[1], out[1])
@@ -164,8 +162,8 @@ def test_saving_and_loading_is_exact(kind, tmp_path):
     assert Model.load(tmp_path / "a").config == model.config
 
     loaded.save(tmp_path / "b", history=["quantised"])
-    for name in ("config.json", "model.safetensors"):
-        assert ((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()) == (name != "config.json")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
     assert json.loads((tmp_path / "b" / "config.json").read_text())["history"] == ["pruned", "quantised"]
 
 
@@ -173,11 +171,11 @@ def test_a_loaded_model_can_be_trained(kind, tmp_path):
     model = kind.load(awake(kind).save(tmp_path)).train()
     assert not any(v.is_meta for v in (*model.parameters(), *model.buffers()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = [p.clone() for p in model.parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
     model(*inputs(model)).square().sum().backward()
     optimizer.step()
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if p.requires_grad)
+    assert not any(torch.equal(p, q) for p, q in zip(trained, before, strict=True))
 
 
 def test_loading_draws_no_random_numbers(kind, tmp_path):
@@ -244,7 +242,7 @@ def test_the_compiled_forward_has_no_break_and_equals_the_eager_one(kind, traini
 
 
 def test_nothing_is_kept_between_calls(kind):
-    """A call under fake tensors, as an exporter makes it, or in inference mode leaves nothing for the next."""
+    """A call under fake tensors, as an exporter makes it, or in inference mode leaves nothing behind."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -266,13 +264,10 @@ def test_half_precision_runs_throughout(kind):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-def test_all_parameters_are_saved_under_their_own_names(kind):
+def test_a_model_is_no_more_than_what_is_saved(kind):
     model = awake(kind)
-    state = model.state_dict()
-    assert set(state) >= {name for name, _ in model.named_parameters()}
-    modules = [m for m in model.modules() if isinstance(m, nn.Module)]
-    hidden = [name for m in modules for name in m._non_persistent_buffers_set]
-    assert hidden == [], "a model is built on the meta device before it is filled: what is not saved would be lost"
+    held = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    assert sorted(held) == sorted(model.state_dict()), "loading starts on meta: the rest would be lost"
 
 
 @pytest.mark.parametrize("change", [{"width": 30}, {"size": 9}, {"depth": 0}])

@@ -20,6 +20,7 @@ from ditkit.models.dit import SIZES, DiT, DiTConfig
 from ditkit.nn.embeddings import sincos_table, sinusoid
 
 SMALL = DiTConfig(size=8, patch=2, channels=4, width=32, depth=3, heads=4, classes=5)
+TOLD = Cond(label=torch.tensor([0]))
 
 # Trainable parameters at patch 2, GMAC at 256 x 256 for patch 2, 4, 8 (00-baselines)
 TABLE = {
@@ -61,17 +62,19 @@ def test_parameters_and_macs_equal_the_papers(size, patch):
     assert parameter_count(model) == parameters_of(depth, width, patch)
     if patch == 2:
         assert parameter_count(model) == parameters
-    assert macs_run(model, 32) == macs_of(depth, width, patch, 32)
+    macs = macs_run(model, 32)
+    assert macs == macs_of(depth, width, patch, 32)
     printed = gmacs[(2, 4, 8).index(patch)]
     half_a_digit = 0.005  # S/8 is printed as 0.36, which is rounder than 0.3 %
-    assert macs_run(model, 32) / 1e9 == pytest.approx(printed, rel=0.003, abs=half_a_digit)
+    assert macs / 1e9 == pytest.approx(printed, rel=0.003, abs=half_a_digit)
 
 
 def test_macs_of_the_largest_at_512():
     with torch.device("meta"):
         model = DiT.preset("XL/2")
-    assert macs_run(model, 64) == macs_of(28, 1152, 2, 64)
-    assert macs_run(model, 64) / 1e9 == pytest.approx(524.5, rel=0.003)
+    macs = macs_run(model, 64)
+    assert macs == macs_of(28, 1152, 2, 64)
+    assert macs / 1e9 == pytest.approx(524.5, rel=0.003)
 
 
 def test_the_frozen_table_is_not_trained():
@@ -113,16 +116,16 @@ def test_a_fresh_model_outputs_zero_and_its_blocks_are_the_identity(convention):
 
 
 def test_initialisation_is_the_papers():
-    with torch.random.fork_rng():
-        model = DiT(replace(SMALL, width=256, depth=1, classes=1000))
-    for linear in (model.embed, model.blocks[0].attn.qkv, model.blocks[0].attn.out, model.blocks[0].mlp.inner):
+    model = DiT(replace(SMALL, width=256, depth=1, classes=1000))
+    block = model.blocks[0]
+    for linear in (model.embed, block.attn.qkv, block.attn.out, block.mlp.inner, block.mlp.outer):
         bound = math.sqrt(6 / sum(linear.weight.shape))
         assert linear.weight.abs().max() <= bound
         assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert not linear.bias.any()
     for table in (model.label.weight, model.time.inner.weight, model.time.outer.weight):
         assert table.std().item() == pytest.approx(0.02, rel=0.05)
-    for zero in (model.blocks[0].modulation, model.head.modulation, model.head.out):
+    for zero in (block.modulation, model.head.modulation, model.head.out):
         assert not zero.weight.any() and not zero.bias.any()
 
 
@@ -263,8 +266,8 @@ def test_original_weights_load_from_either_file(tmp_path, suffix):
     state = original_state(SMALL)
     path = tmp_path / f"weights{suffix}"
     torch.save(state, path) if suffix == ".pt" else save_file(state, path)
-    x, t, cond = batch()
-    assert torch.equal(DiT.from_original(path, SMALL)(x, t, cond), DiT.from_original(state, SMALL)(x, t, cond))
+    given, read = DiT.from_original(state, SMALL).state_dict(), DiT.from_original(path, SMALL).state_dict()
+    assert all(torch.equal(read[name], value) for name, value in given.items())
 
 
 def test_the_model_does_not_share_memory_with_the_weights_it_was_given():
@@ -288,7 +291,7 @@ def test_a_pickle_is_refused_and_its_code_does_not_run(tmp_path):
     torch.save(state, tmp_path / "zip.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
     for name in ("zip.pt", "bare.pt"):
-        with pytest.raises(CheckpointError, match=rf"{name} cannot be read as plain tensors \(weights_only=True\)"):
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be read as plain tensors \(weights_only"):
             DiT.from_original(tmp_path / name, SMALL)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "zip.pt", weights_only=False)
@@ -298,8 +301,10 @@ def test_a_pickle_is_refused_and_its_code_does_not_run(tmp_path):
 def test_a_missing_original_tensor_is_named():
     state = original_state(SMALL)
     state["blocks.1.attn.projj.weight"] = state.pop("blocks.1.attn.proj.weight")
-    with pytest.raises(CheckpointError, match=r"missing tensor 'blocks\.1\.attn\.out\.weight'.*'blocks\.1\.attn\.projj"):
+    with pytest.raises(CheckpointError) as caught:
         DiT.from_original(state, SMALL)
+    assert "missing tensor 'blocks.1.attn.out.weight'" in str(caught.value)
+    assert "unexpected such as 'blocks.1.attn.projj.weight'" in str(caught.value)
 
 
 def test_labels_drop_in_training_only_and_at_the_stated_rate():
@@ -384,9 +389,9 @@ def test_sizes_that_make_no_model_are_refused_in_one_line(change, kind, expected
 @pytest.mark.parametrize(
     ("x", "cond", "kind", "expected"),
     [
-        (torch.zeros(1, 3, 8, 8), Cond(label=torch.tensor([0])), ShapeError, r"\[1, 3, 8, 8\] should be \[B, 4, H, W\]"),
-        (torch.zeros(4, 8, 8), Cond(label=torch.tensor([0])), ShapeError, r"should be \[B, 4, H, W\]"),
-        (torch.zeros(1, 4, 7, 8), Cond(label=torch.tensor([0])), ShapeError, "height=7 does not divide"),
+        (torch.zeros(1, 3, 8, 8), TOLD, ShapeError, r"\[1, 3, 8, 8\] should be \[B, 4, H, W\]"),
+        (torch.zeros(4, 8, 8), TOLD, ShapeError, r"should be \[B, 4, H, W\]"),
+        (torch.zeros(1, 4, 7, 8), TOLD, ShapeError, "height=7 does not divide"),
         (torch.zeros(1, 4, 8, 8), Cond(), ConfigError, "a class label is needed"),
     ],
 )

@@ -1,6 +1,7 @@
 """Solvers on a Gaussian mixture, whose prediction at any (x, t) is known in closed form.
 
-Moments are accepted within four standard errors of an estimate from n draws; orders of convergence are measured.
+Moments are accepted within four standard errors of an estimate from n draws; orders of convergence are
+measured over halvings of the step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.path import Path
@@ -35,7 +37,7 @@ from ditkit.sample import (
 )
 from ditkit.sample.field import Field
 
-POINTS = 4000
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 CONTINUOUS = ("linear", "cosine", "vp")
 DIFFUSIONS = ("sigma", "constant", "sbdm", "linear", "decreasing", "increasing-decreasing")
 WEIGHT = torch.tensor([0.3, 0.7], dtype=torch.float64)
@@ -44,12 +46,18 @@ COVARIANCE = torch.tensor([[[0.25, 0.1], [0.1, 0.16]], [[0.3, -0.12], [-0.12, 0.
 
 
 class Mixture(Model):
-    """The exact prediction for a mixture of Gaussians in D dimensions; one sample is a cloud of points [D, n]."""
+    """The exact prediction for a mixture of Gaussians in D dimensions; one sample is a cloud [D, n]."""
 
     def __init__(
-        self, convention: Convention, weight: Tensor = WEIGHT, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE
+        self,
+        convention: Convention,
+        points: int = 4000,
+        weight: Tensor = WEIGHT,
+        mean: Tensor = MEAN,
+        covariance: Tensor = COVARIANCE,
     ) -> None:
         super().__init__()
+        self.points = points
         self.config = SimpleNamespace(convention=convention)
         self.path = convention.make_path()
         self.weight, self.mean, self.covariance = weight, mean, covariance
@@ -66,10 +74,10 @@ class Mixture(Model):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        return (self.mean.shape[1], POINTS)
+        return (self.mean.shape[1], self.points)
 
     def posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E[data | x_t = x], E[noise | x_t = x] and log p_t(x) [..., n] at x [..., D, n] and one noise-time t [1]."""
+        """E[data | x_t = x], E[noise | x_t = x] and log p_t(x) [..., n], at x [..., D, n] and one t [1]."""
         c = self.path.at(t)
         covariance = c.alpha**2 * self.covariance + c.sigma**2 * torch.eye(x.shape[-2], dtype=x.dtype)
         off = x.unsqueeze(-3) - c.alpha * self.mean.unsqueeze(-1)  # [..., K, D, n]
@@ -102,10 +110,10 @@ class Mixture(Model):
         return mean, within + torch.einsum("k,ki,kj->ij", self.weight, off, off)
 
 
-def model_of(path: str, **changes: str) -> Mixture:
+def model_of(path: str, points: int = 4000, **changes: str) -> Mixture:
     if path == "ddpm":
-        return Mixture(Convention("ddpm", "noise", "index"))
-    return Mixture(Convention(path, **changes))  # type: ignore[arg-type]
+        return Mixture(Convention("ddpm", "noise", "index"), points)
+    return Mixture(Convention(path, **changes), points)  # type: ignore[arg-type]
 
 
 def draw(model: Mixture, solver: Solver, steps: int, seed: int = 0) -> Tensor:
@@ -153,7 +161,7 @@ class Dopri5(Solver):
 @pytest.mark.parametrize("solver", [Euler(), Heun(), Ddim(), Dopri5()], ids=lambda s: type(s).__name__)
 def test_ode_reproduces_the_moments(path: str, solver: Solver) -> None:
     model = model_of(path)
-    assert_same_moments(model, draw(model, solver, steps=200))
+    assert_same_moments(model, draw(model, solver, steps=100))
 
 
 @pytest.mark.parametrize("path", CONTINUOUS)
@@ -166,14 +174,13 @@ def test_sde_reproduces_the_moments_with_every_diffusion(path: str, diffusion: s
 @pytest.mark.parametrize("solver", [Ddim(), Ancestral()], ids=lambda s: type(s).__name__)
 def test_ddpm_reproduces_the_moments(solver: Solver) -> None:
     model = model_of("ddpm")
-    assert_same_moments(model, draw(model, solver, steps=250))
+    assert_same_moments(model, draw(model, solver, steps=500))
 
 
 def test_a_wrong_sampler_is_noticed() -> None:
-    """The acceptance above has the power to refuse: noise a tenth too strong, or a mixture of other weights."""
+    """The acceptance above has the power to refuse: a tenth too wide, or a mixture of other weights."""
     model = model_of("linear")
-    loud = draw(model, EulerMaruyama(last=0.004), steps=250) * 1.1
-    assert deviations(model, loud).max() > 4
+    assert deviations(model, 1.1 * draw(model, Heun(), steps=50)).max() > 4
     other = Mixture(Convention(), weight=WEIGHT.flip(0))
     assert deviations(model, draw(other, Heun(), steps=50)).max() > 4
 
@@ -181,18 +188,20 @@ def test_a_wrong_sampler_is_noticed() -> None:
 def test_constant_diffusion_with_a_long_last_step_loses_variance() -> None:
     """SiT's noise-free last step of 0.04 is only harmless where w vanishes at the data."""
     model = model_of("linear")
-    lost = draw(model, EulerMaruyama("constant", last=0.04), steps=250).var(1)
-    kept = draw(model, EulerMaruyama("sigma", last=0.04), steps=250).var(1)
-    assert (lost < kept).all() and deviations(model, draw(model, EulerMaruyama("constant"), 250)).max() > 4
+    lost = draw(model, EulerMaruyama("constant", last=0.04), steps=250)
+    kept = draw(model, EulerMaruyama("sigma", last=0.04), steps=250)
+    assert (lost.var(1) < kept.var(1)).all()
+    assert_same_moments(model, kept)
+    assert deviations(model, lost).max() > 4
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
 @pytest.mark.parametrize("path", CONTINUOUS)
 def test_every_prediction_and_clock_gives_the_same_samples(path: str, prediction: str) -> None:
-    """Noise and score start at t = 0.999 on paths that end at alpha = 0, hence the tolerance of that order."""
-    exact = draw(model_of(path), Heun(), steps=50)
+    """Noise and score are read at t = 0.999 on paths that end at alpha = 0: hence their tolerance."""
+    exact = draw(model_of(path, 500), Heun(), steps=50)
     for time in ("noise", "data"):
-        found = draw(model_of(path, prediction=prediction, time=time), Heun(), steps=50)
+        found = draw(model_of(path, 500, prediction=prediction, time=time), Heun(), steps=50)
         clamped = prediction in ("noise", "score") and path != "vp"
         torch.testing.assert_close(found, exact, rtol=0, atol=5e-3 if clamped else 2e-6)
 
@@ -202,12 +211,11 @@ def test_every_prediction_and_clock_gives_the_same_samples(path: str, prediction
     ("solver", "order"), [(Euler(), 1), (Ddim(), 1), (Heun(), 2)], ids=lambda v: type(v).__name__
 )
 def test_order_of_convergence(path: str, solver: Solver, order: int) -> None:
-    model = model_of(path)
+    model = model_of(path, 500)
     exact = draw(model, Dopri5(rtol=1e-9, atol=1e-9, until=1e-9), steps=1)
     errors = [(draw(model, solver, steps) - exact).square().mean().sqrt() for steps in (64, 128, 256)]
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
-    print(path,solver,measured,errors)
-    assert measured == pytest.approx([order] * 2, abs=0.15)
+    assert measured == pytest.approx([order] * 2, abs=0.1)
 
 
 @pytest.mark.parametrize("path", CONTINUOUS)
@@ -228,55 +236,89 @@ def test_ode_likelihood_is_the_analytic_density(path: str, dimensions: int) -> N
 
     state = torch.cat([start.flatten(), torch.zeros(40, dtype=torch.float64)]).numpy()
     first = 1e-9  # VP's sigma' is infinite at 0
-    end = torch.from_numpy(solve_ivp(slope, (first, 1.0), state, method="RK45", rtol=1e-8, atol=1e-8).y[:, -1])
+    end = torch.from_numpy(
+        solve_ivp(slope, (first, 1.0), state, method="RK45", rtol=1e-8, atol=1e-8).y[:, -1]
+    )
     at_noise = model.posterior(end[:-40].reshape(dimensions, 40), torch.ones(1, dtype=torch.float64))[2]
     at_data = model.posterior(start, torch.zeros(1, dtype=torch.float64))[2]
     torch.testing.assert_close(at_noise + end[-40:], at_data, rtol=0, atol=1e-5)
 
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+UNCLIPPED = {**BETAS, "clip_sample": False}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+TRAILING = {**BETAS, "timestep_spacing": "trailing"}
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "config"),
+    ("name", "path", "steps", "config"),
     [
-        ("FlowMatchEulerDiscreteScheduler", "linear", {"shift": 1.0}),
-        ("FlowMatchEulerDiscreteScheduler", "linear", {"shift": 3.0}),
-        ("FlowMatchHeunDiscreteScheduler", "linear", {}),
-        ("DPMSolverMultistepScheduler", "linear", FLOW),
-        ("UniPCMultistepScheduler", "linear", FLOW),
-        ("DDIMScheduler", "ddpm", {**BETAS, "clip_sample": False}),
-        ("DDIMScheduler", "ddpm", {**BETAS, "clip_sample": False, "prediction_type": "v_prediction"}),
-        ("DDPMScheduler", "ddpm", {**BETAS, "clip_sample": False, "prediction_type": "sample"}),
-        ("DPMSolverMultistepScheduler", "ddpm", BETAS),
-        ("DPMSolverMultistepScheduler", "ddpm", {**BETAS, "algorithm_type": "sde-dpmsolver++"}),
-        ("UniPCMultistepScheduler", "ddpm", BETAS),
-        ("EulerDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
-        ("EulerAncestralDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "trailing"}),
-        ("HeunDiscreteScheduler", "ddpm", {**BETAS, "timestep_spacing": "trailing"}),
-        ("PNDMScheduler", "ddpm", BETAS),
+        ("FlowMatchEulerDiscreteScheduler", "linear", 100, {"shift": 1.0}),
+        ("FlowMatchEulerDiscreteScheduler", "linear", 100, {"shift": 3.0}),
+        ("FlowMatchHeunDiscreteScheduler", "linear", 50, {}),
+        ("DPMSolverMultistepScheduler", "linear", 50, FLOW),
+        ("UniPCMultistepScheduler", "linear", 50, FLOW),
+        ("DDIMScheduler", "ddpm", 100, UNCLIPPED),
+        ("DDIMScheduler", "ddpm", 100, {**UNCLIPPED, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", "ddpm", 500, {**UNCLIPPED, "prediction_type": "sample"}),
+        ("DPMSolverMultistepScheduler", "ddpm", 50, BETAS),
+        ("DPMSolverMultistepScheduler", "ddpm", 100, {**BETAS, "algorithm_type": "sde-dpmsolver++"}),
+        ("UniPCMultistepScheduler", "ddpm", 50, BETAS),
+        ("EulerDiscreteScheduler", "ddpm", 100, {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
+        ("EulerAncestralDiscreteScheduler", "ddpm", 500, TRAILING),
+        ("HeunDiscreteScheduler", "ddpm", 50, TRAILING),
+        ("PNDMScheduler", "ddpm", 50, BETAS),
     ],
 )
-def test_diffusers_schedulers_reproduce_the_moments(name: str, path: str, config: dict[str, object]) -> None:
-    scheduler = getattr(diffusers, name)(**config)
+def test_diffusers_schedulers_reproduce_the_moments(
+    name: str, path: str, steps: int, config: dict[str, object]
+) -> None:
+    """Order-1 stochastic schedulers take more steps, so that their bias is below the statistical error."""
     model = model_of(path)
-    d=deviations(model, draw(model, DiffusersScheduler(scheduler), steps=100))
-    print(name,config,d)
-    assert_same_moments(model, draw(model, DiffusersScheduler(scheduler), steps=100))
+    solver = DiffusersScheduler(getattr(diffusers, name)(**config))
+    assert_same_moments(model, draw(model, solver, steps))
 
 
 def test_flow_match_euler_is_our_euler() -> None:
-    model = model_of("linear")
-    theirs = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0))
-    print(theirs.times(model.path,50)-Euler().times(model.path,50))
-    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Euler(), 50), rtol=0, atol=1e-5)
+    """With num_train_timesteps equal to the steps, the scheduler's lowest sigma is 1 / steps: even times."""
+    model = model_of("linear", 500)
+    theirs = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=1.0))
+    torch.testing.assert_close(theirs.times(model.path, 50), Euler().times(model.path, 50), rtol=0, atol=1e-7)
+    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Euler(), 50), rtol=0, atol=2e-6)
 
 
 def test_diffusers_ddim_is_ours() -> None:
-    """With leading spacing, offset 0 and alpha = 1 after the last step, the timesteps are 980, 960 ... 0."""
-    model = model_of("ddpm")
-    config = {**BETAS, "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
-    theirs = DiffusersScheduler(diffusers.DDIMScheduler(**config, timestep_spacing="leading"))
-    assert torch.equal(theirs.times(model.path, 50), Ddim().times(model.path, 50))
-    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Ddim(), 50), rtol=0, atol=1e-5)
+    """With leading spacing, offset 0 and alpha = 1 after the last step, the timesteps are 980, 960 ... 0.
+
+    The scheduler works in float32 and divides by alpha, which bounds what can be asked of the comparison.
+    """
+    model = model_of("ddpm", 500)
+    config = {**UNCLIPPED, "timestep_spacing": "leading", "set_alpha_to_one": True, "steps_offset": 0}
+    theirs = DiffusersScheduler(diffusers.DDIMScheduler(**config))
+    times = theirs.times(model.path, 50)
+    assert torch.equal(times, Ddim().times(model.path, 50))
+    ours = draw(model, Ddim(), 50)
+    rounding = torch.finfo(torch.float32).eps * ours.abs().max() / model.path.at(times[:1]).alpha
+    torch.testing.assert_close(draw(model, theirs, 50), ours, rtol=0, atol=rounding.item())
+
+
+@pytest.mark.parametrize(
+    ("path", "scheduler", "message"),
+    [
+        ("cosine", diffusers.FlowMatchEulerDiscreteScheduler(), "linear path, not Cosine"),
+        ("linear", diffusers.DDIMScheduler(), "discrete path, not Linear"),
+        ("ddpm", diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "betas are not the model's"),
+        ("ddpm", diffusers.DDPMScheduler(variance_type="learned_range"), "learns no variance"),
+        ("ddpm", diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="sample"), "whole timesteps only"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(path: str, scheduler: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        draw(model_of(path, 10), DiffusersScheduler(scheduler), steps=8)
+
+
+def test_what_is_no_scheduler_is_refused() -> None:
+    with pytest.raises(ConfigError, match="str is not a scheduler"):
+        DiffusersScheduler("euler")
+    with pytest.raises(ConfigError, match="needs mu"):
+        DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))

@@ -1,0 +1,39 @@
+"""Diffusion transformers and space-time transformers: faster, smaller or better, and what that cost."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditkit.core import errors as errors
+    from ditkit.core.loading import load as load
+    from ditkit.evaluate.compare import compare as compare
+    from ditkit.tasks.generate import generate as generate
+
+    __version__: str
+
+HOMES = {
+    "compare": "ditkit.evaluate.compare",
+    "generate": "ditkit.tasks.generate",
+    "load": "ditkit.core.loading",
+}
+"""Where the public functions live; each module is imported when its name is first used."""
+
+__all__ = ["__version__", "compare", "errors", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("ditkit.core.errors")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ditkit")
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module 'ditkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

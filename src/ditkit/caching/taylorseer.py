@@ -121,7 +121,7 @@ class Evaluation:
 
     def __init__(self, call: Call, place: float, ladder: Ladder | None, weights: Sequence[float]) -> None:
         self.call, self.place, self.weights = call, place, weights
-        # A copy, because a later full evaluation empties the ladder while checkpointing may still recompute this one.
+        # A copy: a later full evaluation empties the ladder, and checkpointing may recompute after that.
         self.known = None if ladder is None else dict(ladder.branches)
         self.expected = None if ladder is None else ladder.tokens
         self.tokens: list[torch.Size] = []
@@ -143,7 +143,7 @@ class Evaluation:
 
 
 class Forecaster(Session):
-    """A ladder for each (net, lane); a lane that is new, has another shape or was away is computed in full."""
+    """A ladder for each (net, lane); a lane that is new, has another shape or was away is computed."""
 
     verb: ClassVar[str] = "forecast"
 
@@ -163,10 +163,10 @@ class Forecaster(Session):
         return {name: partial(evaluation.branch, name) for name in self.branches}
 
     def commit(self) -> None:
-        """Climb the ladder of a lane that was computed in full, freeing each branch's old factors on the way."""
+        """After a full evaluation, climb the lane's ladder, freeing each branch's old factors on the way."""
         for lane, evaluation in self.staged.items():
             if evaluation.outputs and evaluation.known is None:
-                # Out of the state until it is whole again: interrupted here, the lane is new to the next call.
+                # Out of the state until it is whole again: interrupted here, the lane is new to the next one.
                 self.state[lane] = _climbed(self.policy, self.state.pop(lane, None), evaluation)
         self.staged.clear()
 
@@ -239,7 +239,7 @@ def _combined(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _kept(leaf: Tensor) -> Tensor:
-    """Cut from autograd, in float32, because differences of bfloat16 features are mostly rounding noise."""
+    """Cut from autograd, in float32: digits that bfloat16 drops from a difference are then scaled by k^i."""
     kept = leaf.detach().float()
     is_part = kept.untyped_storage().nbytes() > kept.nbytes
     return kept.clone() if is_part else kept  # a part would keep the whole alive

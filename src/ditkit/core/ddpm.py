@@ -38,7 +38,7 @@ class DiscretePath(Path):
         return len(self.abar)
 
     def evenly(self, steps: int) -> Tensor:
-        """`steps` of the schedule's indices with equal fractional strides, both ends included (250: 0, 4, 8 ... 995, 999).
+        """`steps` indices at equal fractional strides, both ends included (250: 0, 4, 8 ... 995, 999).
 
         Raises:
             ConfigError: more steps than the schedule has.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class DitkitError(Exception):
-    """Base of all errors that a user's input can cause; the command line prints it as one line, exit code 2."""
+    """Base of all errors that a user's input can cause; on the command line one line and exit code 2."""
 
 
 class ShapeError(DitkitError):
@@ -35,9 +35,10 @@ class NoEffectError(DitkitError):
 
 
 def nearest(given: object, choices: Iterable[object]) -> str:
-    """`; did you mean 'x'?` for the closest of `choices`, else an empty string."""
-    close = difflib.get_close_matches(str(given), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """`; did you mean 'x'?` for the closest of `choices`, in any case, else an empty string."""
+    names = {str(c).lower(): str(c) for c in choices}
+    close = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def unknown(what: str, given: object, choices: Iterable[object]) -> str:

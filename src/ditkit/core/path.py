@@ -1,4 +1,4 @@
-"""How data and noise mix, in noise-time: t = 0 is data, t = 1 is noise. Predictions are converted here and nowhere else."""
+"""How data and noise mix, in noise-time: t = 0 is data, t = 1 noise. Predictions are converted here only."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Path(ABC):
     def convert(self, value: Tensor, x: Tensor, t: Tensor, source: Prediction, target: Prediction) -> Tensor:
         """A prediction at (x, t) in another form.
 
-        A data prediction says nothing of the noise at sigma = 0, nor a noise or score prediction of the data at
-        alpha = 0: such a conversion gives infinities. Velocity converts at every t.
+        A data prediction says nothing of the noise at sigma = 0, nor a noise or score prediction of the data
+        at alpha = 0: such a conversion gives infinities. Velocity converts at every t.
 
         Raises:
             ConfigError: `source` or `target` is no prediction.

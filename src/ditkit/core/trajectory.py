@@ -33,7 +33,7 @@ class Trajectory:
     def __init__(
         self, sites: Sequence[Site], policies: Sequence[Policy], total: int, max_bytes: int | None = None
     ) -> None:
-        self.policies = tuple(policies)
+        self.policies, self.total = tuple(policies), total
         self.claims = claim(sites, self.policies)
         self.sessions = [policy.start(sites, total) for policy in self.policies]
         self.receipts = [

@@ -1,4 +1,4 @@
-"""The measurements behind a comparison: MACs, wall clock, memory and errors of several ways to draw the same."""
+"""The measurements behind a comparison: MACs, wall clock, memory and error of several ways to draw."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Method:
 
 
 class Bench:
-    """The measurements of one comparison, by the methods' names; controls are kept by their number of steps."""
+    """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
 
     def __init__(self, work: Workload, methods: Sequence[Method], progress: Progress | None) -> None:
         self.work, self.methods, self.progress = work, list(methods), progress
@@ -115,11 +115,11 @@ class Bench:
             macs=count.total,
             macs_ratio=count.total / whole,
             macs_uncounted=count.uncounted,
-            peak_bytes=memory and memory.peak_bytes,
-            peak_added_bytes=memory and memory.added_bytes,
+            peak_bytes=None if memory is None else memory.peak_bytes,
+            peak_added_bytes=None if memory is None else memory.added_bytes,
             policy_bytes=drawn.policy_bytes,
             receipt=drawn.receipts,
-            distribution=judge and judge(drawn.samples),
+            distribution=None if judge is None else judge(drawn.samples),
             **self._errors(drawn.samples, exact),
             **self._control(method, exact, whole),
         )

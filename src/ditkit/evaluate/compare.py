@@ -1,4 +1,4 @@
-"""The exact sampler and any list of policies on the same seeds: what each costs and how far each is from exact."""
+"""The exact sampler and any list of policies on the same seeds: what each costs, how far each is off."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ditkit.core.policy import Policy
 from ditkit.evaluate.bench import EXACT, Bench, Judge, Method, Progress
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
+from ditkit.evaluate.sheet import as_pictures
 from ditkit.evaluate.workload import Workload, resolve_labels
 from ditkit.sample.field import placement
 from ditkit.sample.guidance import ClassifierFree, Guidance
@@ -52,9 +53,9 @@ def compare(
 ) -> Report:
     """Draw the same seeds exactly and under each policy alone, and report cost and error side by side.
 
-    A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of samples
-    as the sampler returns them, not clipped. A solver that draws noise gives other pictures in another number of
-    steps: there the converged and control columns say little.
+    A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of
+    samples as the sampler returns them, not clipped. A solver that draws noise gives other pictures in another
+    number of steps: there the converged and control columns say little.
 
     Args:
         model: in eval mode, on the device that is to be measured.
@@ -69,8 +70,8 @@ def compare(
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: a seed or policy given twice, an unknown label, a number out of range, or a policy that does
-            not fit the model or `max_bytes`. NoEffectError, ConflictError: as the sampler raises them.
+        ConfigError: a seed or policy given twice, an unknown label, a number out of range, or a policy that
+            does not fit the model or `max_bytes`. NoEffectError, ConflictError: as the sampler raises them.
     """
     seeds = distinct(seeds)
     classes = resolve_labels(model, labels, len(seeds))
@@ -97,7 +98,8 @@ def compare(
     if memory:
         bench.measure_memory()
     settings = settings_of(work, converged_steps, rounds, memory)
-    return Report(bench.rows(judge), settings, bench.samples())
+    pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
+    return Report(bench.rows(judge), settings, pictures)
 
 
 def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool)
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version(name) for name in ("ditkit", "torch")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("ditkit", "torch")}
+        | {"python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -32,8 +32,8 @@ DISTANCES = {
 class Row:
     """A method with its cost and its error; `DEFINITIONS` says what each number is.
 
-    A PSNR is None where the two sets of samples are identical, and what was not measured is None. `series` and
-    `tag` are how a plot calls the row: rows of one series are joined by a line, the tag tells them apart.
+    A PSNR is None where the two sets of samples are identical, and what was not measured is None. A plot
+    joins the rows of one `series` by a line and tells them apart by their `tag`.
     """
 
     name: str
@@ -85,16 +85,16 @@ DEFINITIONS = {
     "macs": "multiply-accumulates that really ran, for all samples",
     "macs_ratio": "macs over those of the exact row",
     "macs_uncounted": "operations that may multiply matrices and have no formula",
-    "peak_bytes": "highest memory of a process of its own that draws the first batch (resident on a CPU, with "
-    "the interpreter and its libraries; allocated on a GPU)",
+    "peak_bytes": "highest memory of a process of its own that draws the first batch (resident on a CPU, "
+    "with the interpreter and its libraries; allocated on a GPU)",
     "peak_added_bytes": "peak_bytes less what the process held before it drew",
     "policy_bytes": "the most that the policies held at once in a batch",
-    "identical": "whether every sample equals the exact run's to the bit; PSNR is then infinite, written null",
-    "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all samples; "
-    "data range 2, not clipped",
+    "identical": "whether every sample equals the exact run's to the bit; its PSNR, infinite, is then null",
+    "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all "
+    "samples; data range 2, not clipped",
     "psnr_worst_db": "the same, of the sample that is farthest off",
     "ssim": "to the exact run of the same seeds and steps, mean over samples; null below 6 pixels a side",
-    "relative_l2": "norm of the difference to the exact run over the norm of the exact run, mean over samples",
+    "relative_l2": "norm of the difference to the exact run over the norm of that run, mean over samples",
     "psnr_converged_db": "as psnr_db, to the exact sampler with many steps (settings.converged_steps)",
     "control_steps": "how many steps of the exact sampler cost nearest to the MACs of this row",
     "control_macs_ratio": "what those exact steps cost, over the MACs of the exact row",

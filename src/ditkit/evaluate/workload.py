@@ -63,7 +63,7 @@ class Workload:
                 raise ConfigError(f"{name}={getattr(self, name)} should be at least 1")
 
     def check(self, policies: Sequence[Policy]) -> None:
-        """Raise now what the first step would raise: a conflict, no usable site, a setting that does not fit."""
+        """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
         Trajectory(self.model.sites(), policies, self.solver.evaluations(self.steps), self.max_bytes)
 
     def draw(
@@ -100,7 +100,9 @@ class Workload:
         labels = None if self.labels is None else self.labels[: self.batch_size]
         return replace(self, seeds=self.seeds[: self.batch_size], labels=labels)
 
-    def _batch(self, start: int, policies: Sequence[Policy], steps: int, progress: Progress | None) -> Sampled:
+    def _batch(
+        self, start: int, policies: Sequence[Policy], steps: int, progress: Progress | None
+    ) -> Sampled:
         part = slice(start, start + self.batch_size)
         return sample(
             self.model,

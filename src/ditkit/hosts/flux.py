@@ -42,7 +42,7 @@ class FluxAttention(host.FluxAttention):
         at: str = "",
         **kwargs: Any,
     ) -> Any:
-        """Image [B, L, D] and text [B, S, D] to the same pair, or a sequence to one; tables are (cos, sin)."""
+        """Image [B, L, D] and text [B, S, D] to the same pair, or one sequence to one."""
         text, table = encoder_hidden_states, image_rotary_emb
         if not has_core(self) or table is None:
             return super().forward(hidden_states, text, attention_mask, table, **kwargs)
@@ -273,10 +273,10 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
-    """Segments of a call from its position ids, [L, 3] and [S, 3]: text, image, then context (references).
+    """Segments of a call by position ids [L, 3] and [S, 3]: text, image, then references as context.
 
-    The first id of a row numbers its picture, the others are row and column. Rows that do not fill a rectangle
-    are a plain sequence, `Grid(L)`.
+    The first id of a token numbers its picture, the others are row and column. A picture that does not fill a
+    rectangle is a plain sequence, `Grid(L)`.
     """
     segments = [Segment("text", Grid(len(txt_ids)), len(txt_ids))] if len(txt_ids) else []
     counts = torch.unique_consecutive(img_ids[:, 0], return_counts=True)[1].tolist()

@@ -1,7 +1,7 @@
 """Tokens of two streams that meet in joint attention, text first, and what is aligned with them.
 
 B batch, L image rows, S text rows, D width, K head width. Whatever is aligned with tokens is an argument of a
-site's function: argument 0, or one that has `rows(stream, index)`. So a policy can run a function on some rows.
+site's function: argument 0, or one that has `rows(stream, index)`; so a policy can run it on some rows.
 """
 
 from __future__ import annotations

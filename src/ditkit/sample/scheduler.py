@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.path import Linear, Path
+from ditkit.core.path import Linear, Path, Prediction
 from ditkit.sample.field import Estimate, Field
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Solver
+
+FORMS: dict[str, Prediction] = {"epsilon": "noise", "sample": "data", "flow_prediction": "velocity"}
 
 
 @final
@@ -79,21 +81,26 @@ class DiffusersScheduler(Solver):
         return torch.cat([value, 2 * estimate.fraction - 1], dim=1)
 
     def _prediction(self, estimate: Estimate) -> Tensor:
-        if self._flow:
-            return estimate.to("velocity")
-        wanted = self.scheduler.config.prediction_type
-        if wanted == "epsilon":
-            return estimate.to("noise")
-        if wanted == "sample":
-            return estimate.to("data")
+        wanted = self._target
         if wanted == "v_prediction":  # Salimans and Ho 2022, appendix D
+            self._refuse_between(estimate.t)
             c = estimate.path.at(estimate.t)
             return c.alpha * estimate.to("noise") - c.sigma * estimate.to("data")
-        raise ConfigError(
-            unknown("prediction_type", wanted, ("epsilon", "sample", "v_prediction", "flow_prediction"))
-        )
+        if FORMS[wanted] != estimate.kind and not self._flow:
+            self._refuse_between(estimate.t)
+        return estimate.to(FORMS[wanted])
+
+    def _refuse_between(self, t: Tensor) -> None:
+        """Some spacings visit times between two indices, where the tables have no entry to convert with."""
+        if t.item() != round(t.item()):
+            raise ConfigError(
+                f"{self._name}: prediction_type={self._target!r} at timestep {t.item():g} needs converting; "
+                "the tables have whole timesteps only; give timestep_spacing='leading' or 'trailing'"
+            )
 
     def _check(self, path: Path) -> None:
+        if self._target not in (*FORMS, "v_prediction"):
+            raise ConfigError(unknown("prediction_type", self._target, (*FORMS, "v_prediction")))
         if self._flow:
             if not isinstance(path, Linear):
                 raise ConfigError(
@@ -115,8 +122,12 @@ class DiffusersScheduler(Solver):
         return scheduler
 
     @property
+    def _target(self) -> str:
+        return self.scheduler.config.get("prediction_type", "flow_prediction")
+
+    @property
     def _flow(self) -> bool:
-        return self.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+        return self._target == "flow_prediction"
 
     @property
     def _trained(self) -> int:

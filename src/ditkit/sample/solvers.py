@@ -31,7 +31,7 @@ class Solver(ABC):
 
     @abstractmethod
     def times(self, path: Path, steps: int) -> Tensor:
-        """The `steps + 1` float64 times visited, from noise to data (indices, then -1, on a discrete path).
+        """The times visited, float64, from noise to data; on a discrete path indices, then -1.
 
         Raises:
             ConfigError: the solver cannot run on this path, or not in so many steps.

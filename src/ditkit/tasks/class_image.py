@@ -8,19 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ditkit.core.checkpoint import read_json, write_json
 from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model
+from ditkit.core.model import Model, parameter_count
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.train.loop import Sheet, train
-from ditkit.train.objective import Objective
+from ditkit.train.objective import Objective, Term
 from ditkit.train.settings import Settings
 from ditkit.train.terms.regression import Regression
-
-RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -29,19 +25,22 @@ class ClassImageRecipe:
 
     Args:
         data: a named set or a folder of class folders.
-        model: its size, channels, classes and class names are taken from the data.
-        settings: of the run. regression: weight of the squared error.
+        model: its channels, classes and class names are taken from the data.
+        settings: of the run. terms: of the objective, one of each kind.
     """
 
     data: str
     model: DiTConfig
     settings: Settings
-    regression: Regression = Regression()
+    terms: tuple[Term, ...] = (Regression(),)
 
     def resolved(self, images: ImageSet) -> ClassImageRecipe:
         """With the model's classes and channels as the data has them."""
         model = replace(
-            self.model, channels=images.images.shape[1], classes=len(images.classes), class_names=images.classes
+            self.model,
+            channels=images.images.shape[1],
+            classes=len(images.classes),
+            class_names=images.classes,
         )
         return replace(self, model=model)
 
@@ -62,34 +61,68 @@ class Labelled:
 def train_recipe(
     recipe: ClassImageRecipe, folder: Path, *, resume: bool = False, sheet: Sheet | None = None
 ) -> Model:
-    """Train as the recipe says; weights, state, losses and samples go to `folder`.
+    """Train as the recipe says; weights, state, losses and snapshots go to `folder`.
 
     Raises:
-        ConfigError: resuming with another recipe than the folder's.
+        ConfigError: resuming with another recipe than the folder's, or any of `train`'s reasons.
     """
     images = load(recipe.data, recipe.model.size)
     recipe = recipe.resolved(images)
-    described = asdict(recipe)
-    if resume:
-        _same_run(folder / RECIPE, described)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECIPE, described)
-    torch.manual_seed(recipe.settings.seed)
-    model = DiT(recipe.model)
-    objective = Objective((recipe.regression,))
-    return train(model, Labelled(images), objective, recipe.settings, folder, resume=resume, sheet=sheet)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(recipe.settings.seed)
+        model = DiT(recipe.model)
+    return train(
+        model,
+        Labelled(images),
+        Objective(recipe.terms),
+        recipe.settings,
+        folder,
+        about={"data": recipe.data},
+        resume=resume,
+        sheet=sheet,
+    )
 
 
-def _same_run(path: Path, described: dict[str, object]) -> None:
-    """Refuse to go on with another model, data or seed; how long to train and what to write may change."""
-    before = read_json(path)
-    for key, value in described.items():
-        if key != "settings" and before.get(key) != _jsonable(value):
-            raise ConfigError(f"{path} was trained with another {key}; resume needs the same")
+def describe(recipe: ClassImageRecipe) -> str:
+    """The resolved recipe and what it costs, in lines; loads the data, trains nothing.
+
+    Raises:
+        ConfigError, DataError: what `train_recipe` would refuse before its first step.
+    """
+    images = load(recipe.data, recipe.model.size)
+    recipe = recipe.resolved(images)
+    with torch.device("meta"):
+        model = DiT(recipe.model)
+    objective, run = Objective(recipe.terms), recipe.settings
+    objective.check(model)
+    parameters, forward = parameter_count(model), macs(recipe.model)
+    passes = 4 if run.gradient_checkpointing else 3  # backward takes two; checkpointing repeats the forward
+    copies = 3 + len(run.averages)  # weights, two moments, averages
+    lines = {
+        "data": f"{recipe.data}, {len(images)} images {list(images.images.shape[1:])}, "
+        f"{len(images.classes)} classes, {images.images.nbytes / 1e6:.1f} MB in memory",
+        **{f"model.{k}": v for k, v in asdict(recipe.model).items() if k != "class_names"},
+        **{f"terms.{k}": v for k, v in objective.describe().items()},
+        **{f"settings.{k}": v for k, v in vars(run).items()},
+        "parameters": f"{parameters:,}",
+        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training",
+        "MACs of a step": f"{passes * forward * run.batch:,}",
+        "state": f"{4 * copies * parameters / 1e6:.1f} MB on disk, "
+        f"{4 * (copies + 1) * parameters / 1e6:.1f} MB in memory with gradients",
+        "length": f"{run.steps} steps x {run.batch} = {run.steps * run.batch / len(images):.1f} epochs",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
-def _jsonable(value: object) -> object:
-    import json
+def macs(config: DiTConfig) -> int:
+    """Multiply-accumulates of a forward pass of one sample (the papers' "GFLOPs" are these).
 
-    return json.loads(json.dumps(value))
+    Attention's two products cost N^2 d each; the embeddings and the head are the small rest.
+    """
+    tokens, d = (config.size // config.patch) ** 2, config.width
+    pixels = config.patch**2 * config.channels
+    out = pixels * (1 if config.convention.extra == "none" else 2)
+    block = 12 * tokens * d**2 + 2 * tokens**2 * d + 6 * d**2
+    time = 256 * d + d**2
+    return config.depth * block + tokens * pixels * d + time + 2 * d**2 + tokens * d * out

@@ -1,9 +1,8 @@
-"""Averages of the weights over training: constant decay, and Karras et al.'s power functions with reconstruction."""
+"""Averages of the weights over training: constant decay, and power functions (EDM2, arXiv 2312.02696)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +36,7 @@ class Constant(Decay):
 
 @dataclass(frozen=True)
 class Power(Decay):
-    """beta = (1 - 1 / step)^(gamma + 1): a profile whose width is `std` of the training so far (EDM2, eq. 121-127)."""
+    """beta = (1 - 1 / step)^(gamma + 1): a profile of width `std` of the training so far (EDM2, eq. 127)."""
 
     std: float = 0.05
 
@@ -69,59 +68,23 @@ def relative_std(gamma: float) -> float:
 
 
 class Average:
-    """A running average of a module's parameters; buffers are copied. Kept in float32 on the parameters' device."""
+    """A running average of a module's parameters, in float32 or wider on their device; buffers are copied."""
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
         self.decay = decay
-        self.state = {k: v.detach().float().clone() for k, v in module.state_dict().items()}
+        self.state = {k: _wide(v.detach()).clone() for k, v in module.state_dict().items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
-        trained = dict(module.named_parameters())
-        names = [k for k in self.state if k in trained]
-        averages, fresh = [self.state[k] for k in names], [trained[k].detach().float() for k in names]
-        torch._foreach_lerp_(averages, fresh, 1 - self.decay.beta(step))
-        for name, buffer in module.named_buffers():
-            if name in self.state:
-                self.state[name].copy_(buffer)
+        fresh = module.state_dict(keep_vars=True)
+        trained = [k for k, v in fresh.items() if isinstance(v, nn.Parameter)]
+        averages = [self.state[k] for k in trained]
+        torch._foreach_lerp_(averages, [_wide(fresh[k].detach()) for k in trained], 1 - self.decay.beta(step))
+        for name in fresh.keys() - set(trained):
+            self.state[name].copy_(fresh[name])
 
 
-def correlation(step_a: Tensor, std_a: Tensor, step_b: Tensor, std_b: Tensor) -> Tensor:
-    """Inner products of two power-function profiles over training time (EDM2, eq. 144), broadcasting; float64."""
-    gamma = np.vectorize(exponent)
-    g_a, g_b = (torch.as_tensor(gamma(s.numpy()), dtype=torch.float64) for s in (std_a, std_b))
-    ratio = step_a / step_b
-    power = torch.where(step_a < step_b, g_b, -g_a)
-    return (g_a + 1) * (g_b + 1) * ratio**power / ((g_a + g_b + 1) * torch.maximum(step_a, step_b))
-
-
-def reconstruct(
-    snapshots: Sequence[tuple[int, float, Mapping[str, Tensor]]], step: int, std: float
-) -> dict[str, Tensor]:
-    """Weights of a power-function average that was not tracked (EDM2, section 3.2 and appendix C).
-
-    Args:
-        snapshots: (step, std, state) of tracked averages, saved along training.
-        step, std: of the average wanted.
-
-    Raises:
-        ConfigError: there is no snapshot, or `step` lies behind the last.
-    """
-    if not snapshots:
-        raise ConfigError("EMA: nothing to reconstruct from, no snapshot was saved")
-    if step > max(s for s, _, _ in snapshots):
-        raise ConfigError(f"EMA: step={step} lies behind the last snapshot, {max(s for s, _, _ in snapshots)}")
-    steps = torch.tensor([s for s, _, _ in snapshots], dtype=torch.float64)
-    stds = torch.tensor([s for _, s, _ in snapshots], dtype=torch.float64)
-    a = correlation(steps[:, None], stds[:, None], steps[None], stds[None])
-    b = correlation(steps, stds, torch.tensor(float(step), dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
-    weights = torch.linalg.solve(a, b)
-    weights = weights / weights.sum()
-    first = snapshots[0][2]
-    mixed = {
-        name: sum(w * state[name].double() for w, (_, _, state) in zip(weights, snapshots, strict=True))
-        for name, tensor in first.items()
-        if tensor.is_floating_point()
-    }
-    return {name: torch.as_tensor(mixed.get(name, tensor)).to(tensor.dtype) for name, tensor in first.items()}
+def _wide(value: Tensor) -> Tensor:
+    """At least float32; whole numbers as they are."""
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value

@@ -1,21 +1,27 @@
-"""What a run leaves to read: a line a step in `losses.jsonl`, TensorBoard, and a progress bar."""
+"""What a run leaves to read: a line a step in `losses.jsonl`, and progress on the terminal."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ditkit.core.checkpoint import replacing
+from ditkit.core.errors import ConfigError
 
 LOSSES = "losses.jsonl"
 SPOKEN_EVERY_SECONDS = 30.0
+RATED_STEPS = 50
+"""The rate is the mean over so many of the last steps."""
 
 
 class Log:
@@ -23,28 +29,28 @@ class Log:
 
     Args:
         folder: of the run; lines of steps that are done again after a resume are dropped.
-        start, steps, batch: first step, last step, samples a step.
-        quiet: write nothing (every process but the first).
+        start, steps, batch: steps done, steps in all, samples a step.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the disk is full.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, batch: int, quiet: bool = False) -> None:
-        self.path, self.steps, self.batch, self.quiet = folder / LOSSES, steps, batch, quiet
-        self.began = self.spoke = time.monotonic()
-        self.start = start
-        if not quiet:
-            keep_until(self.path, start)
-            self.file = self.path.open("a", encoding="utf8")
+    def __init__(self, folder: Path, start: int, steps: int, batch: int) -> None:
+        self.folder, self.steps, self.batch = folder, steps, batch
+        self.done, self.spoke = start, time.monotonic()
+        self.times = deque([self.spoke], maxlen=RATED_STEPS + 1)
+        with writing(folder):
+            keep_until(folder / LOSSES, start)
+            self.file = (folder / LOSSES).open("ab", buffering=0)
         self.bar = Progress(
-            BarColumn(24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} images/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
+            expand=True,
             console=Console(file=sys.stderr),
-            disable=quiet or not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty(),
         )
-        self.task = self.bar.add_task("train", total=steps, completed=start, loss=float("nan"), rate=0.0)
+        self.task = self.bar.add_task("train", total=steps, completed=start, said="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -54,40 +60,49 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-        if not self.quiet:
-            self.file.close()
+        self.file.close()
 
-    def step(self, step: int, losses: dict[str, float]) -> None:
+    def step(self, step: int, losses: Mapping[str, float]) -> None:
         """`step` optimiser steps are done; `losses` are of the last."""
-        if self.quiet:
-            return
         now = time.monotonic()
-        rate = (step - self.start) * self.batch / max(now - self.began, 1e-9)
-        line: dict[str, Any] = {"step": step, **losses, "images_per_second": round(rate, 2)}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        self.bar.update(self.task, completed=step, loss=losses["loss"], rate=rate)
+        self.times.append(now)
+        rate = (len(self.times) - 1) * self.batch / max(now - self.times[0], 1e-9)
+        line = {"step": step, **losses, "images_per_second": round(rate, 2)}
+        with writing(self.folder):
+            self.file.write(json.dumps(line).encode() + b"\n")
+        left = timedelta(seconds=round((self.steps - step) * self.batch / rate))
+        said = f"loss {losses['loss']:.4f}  {rate:.3g} images/s  {left} left"
+        self.bar.update(self.task, completed=step, said=said)
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now
-            left = (self.steps - step) * self.batch / max(rate, 1e-9)
-            print(
-                f"step {step}/{self.steps}  loss {losses['loss']:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"step {step}/{self.steps}  {said}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns an operating system's error into one line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write in {folder}: {error.strerror or error}") from error
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a line that a kill cut short."""
-    if not path.is_file():
+    if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf8").splitlines() if _step(line) <= step]
-    with replacing(path) as draft:
-        draft.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+    with path.open("r+b") as file:
+        kept = 0
+        for line in file:
+            if not _is_of(line, step):
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
-def _step(line: str) -> float:
+def _is_of(line: bytes, last: int) -> bool:
+    """Whether it is a whole line of a step up to `last`."""
     try:
-        return int(json.loads(line)["step"])
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
-from ditkit.core.checkpoint import write_state
+from ditkit.core.checkpoint import write_json
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
-from ditkit.train.ema import Average, Power
-from ditkit.train.log import Log
+from ditkit.train.ema import Average
+from ditkit.train.log import Log, writing
 from ditkit.train.objective import Objective
+from ditkit.train.posthoc import write_snapshot
 from ditkit.train.randomness import batch_indices, draws
+from ditkit.train.record import RECIPE, check_resume, check_start
 from ditkit.train.settings import Settings
-from ditkit.train.state import STATE, load_state, save_state
+from ditkit.train.state import STATE, discard_drafts, load_state, save_state
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Samples(Protocol):
@@ -44,29 +52,35 @@ def train(
     settings: Settings,
     folder: Path,
     *,
+    about: Mapping[str, Any] | None = None,
     resume: bool = False,
     sheet: Sheet | None = None,
 ) -> Model:
-    """Train `model`; the averaged model is returned and saved in `folder/model`.
+    """Train `model` in place; the averaged model is returned in eval mode and saved in `folder/model`.
 
-    Killed at any moment, it goes on with `resume=True` from the last saved state; on a CPU with the same number of
-    threads the losses are then the same to the last bit.
+    Killed at any moment, it goes on with `resume=True` from the last saved state, or from the start if
+    there is none; on a CPU with the same number of threads the losses are then the same to the last bit.
+
+    Args:
+        about: what identifies the run beside its model, settings, objective and number of samples, as JSON.
+        sheet: called on the main process every `settings.sheet_every` steps.
 
     Raises:
-        ConfigError: the folder holds another run, or the settings do not fit the number of processes.
-        DitkitError: the loss is no longer finite; the last saved state is intact.
+        ConfigError: the folder holds another run or cannot be written, the disk is full, or the settings or
+            the objective do not fit the model or the launcher.
+        DitkitError: a loss or gradient is no longer finite; the last saved state is intact.
     """
-    run = _Run(model, data, objective, settings, folder, resume)
-    with Log(folder, run.done, settings.steps, settings.batch, quiet=not run.main) as log:
-        while run.done < settings.steps:
-            losses = run.step()
-            log.step(run.done, losses)
-            run.accelerator.log(losses, step=run.done)
-            run.keep(sheet)
-    run.accelerator.end_training()
+    run = _Run(model, data, objective, settings, folder)
+    run.open(about or {}, resume)
+    if run.accelerator.is_main_process:
+        with Log(folder, run.done, settings.steps, settings.batch) as log:
+            run.follow(log, sheet)
+    else:
+        run.follow(None, None)
     averaged = run.averaged()
-    if run.main:
+    if run.accelerator.is_main_process:
         averaged.save(folder / "model")
+    run.accelerator.end_training()
     return averaged
 
 
@@ -74,106 +88,158 @@ class _Run:
     """The moving parts of one training run."""
 
     def __init__(
-        self, model: Model, data: Samples, objective: Objective, settings: Settings, folder: Path, resume: bool
+        self, model: Model, data: Samples, objective: Objective, settings: Settings, folder: Path
     ) -> None:
+        if not len(data):
+            raise ConfigError("training: there are no samples")
+        objective.check(model)
         self.settings, self.data, self.objective, self.folder = settings, data, objective, folder
-        self.accelerator = _accelerator(settings, folder)
-        self.main = self.accelerator.is_main_process
+        self.accelerator = _accelerator(folder)
+        self.device = self.accelerator.device
         self.share = settings.share(self.accelerator.num_processes)
-        if (folder / STATE).exists() and not resume:
-            raise ConfigError(f"{folder} already holds a run; resume it, or choose another folder")
-        model.train()
-        if hasattr(model, "gradient_checkpointing"):
-            model.gradient_checkpointing = settings.gradient_checkpointing
+        _checkpointing(model, settings.gradient_checkpointing)
+        self.model = model.train().to(self.device)
         self.path = model.config.convention.make_path()
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self.model.parameters(),
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        self.model = model.to(self.accelerator.device)
         self.averages = [Average(self.model, decay) for decay in settings.averages]
-        self.done = load_state(folder, self.model, self.averages, self.optimizer) if resume else 0
-        forward = torch.compile(self.model) if settings.compile else self.model
-        self.forward, self.stepper = self.accelerator.prepare(forward, self.optimizer)
+        self.done = 0
+
+    def open(self, about: Mapping[str, Any], resume: bool) -> None:
+        """Take over the folder: check what it holds, restore the state, write the record."""
+        described = {
+            **about,
+            "samples": len(self.data),
+            "model": dataclasses.asdict(self.model.config),
+            "terms": self.objective.describe(),
+            "settings": dataclasses.asdict(self.settings),
+        }
+        if resume:
+            check_resume(self.folder, described)
+        else:
+            check_start(self.folder)
+        if (self.folder / STATE).exists():
+            self.done = load_state(self.folder, self.model, self.averages, self.optimizer)
+        if self.done > self.settings.steps:
+            raise ConfigError(
+                f"{self.folder} has done {self.done} steps, more than steps={self.settings.steps}"
+            )
+        self.accelerator.wait_for_everyone()  # all have looked before the first writes
+        if self.accelerator.is_main_process:
+            write_json(self.folder / RECIPE, described)
+            discard_drafts(self.folder)
+        with writing(self.folder):
+            self.accelerator.init_trackers(
+                "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}}
+            )
+        compiled: Any = torch.compile(self.model) if self.settings.compile else self.model
+        self.forward = self.accelerator.prepare_model(compiled)
+
+    def follow(self, log: Log | None, sheet: Sheet | None) -> None:
+        """Step to the end; the process that has the log also writes what is due."""
+        while self.done < self.settings.steps:
+            losses = self.step()
+            if log is not None:
+                log.step(self.done, losses)
+                with writing(self.folder):
+                    self.accelerator.log(losses, step=self.done)
+                self.keep(sheet)
 
     def step(self) -> dict[str, float]:
-        """One optimiser step over the global batch of number `done`; the mean losses over it."""
-        s, rank = self.settings, self.accelerator.process_index
-        indices = batch_indices(len(self.data), s.batch, s.seed, self.done)
+        """One optimiser step over the global batch of number `done`; its mean losses and gradient norm."""
+        settings = self.settings
+        losses = self.gradients(batch_indices(len(self.data), settings.batch, settings.seed, self.done))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
+        losses["gradient_norm"] = norm.item()
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(losses[name]):
+                raise DitkitError(
+                    f"training: {name} is {losses[name]} at step {self.done + 1}; "
+                    "the last saved state is intact; lower learning_rate or set clip"
+                )
         for group in self.optimizer.param_groups:
-            group["lr"] = s.rate(self.done)
-        sums: dict[str, Tensor] = {}
-        for part in range(s.accumulate):
-            first = (rank * s.accumulate + part) * self.share
-            with self.accelerator.accumulate(self.forward):
-                losses = self.losses(indices, range(first, first + self.share))
-                self.accelerator.backward(losses["loss"])
-                if self.accelerator.sync_gradients and s.clip:
-                    self.accelerator.clip_grad_norm_(self.forward.parameters(), s.clip)
-                self.stepper.step()
-                self.stepper.zero_grad()
-            sums = {k: sums.get(k, 0) + v.detach() / s.accumulate for k, v in losses.items()}
-        means = {k: float(self.accelerator.reduce(v, "mean")) for k, v in sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise DitkitError(f"training: loss is {means['loss']} at step {self.done}; lower the learning rate or clip")
+            group["lr"] = settings.rate(self.done)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.done += 1
         for average in self.averages:
             average.update(self.model, self.done)
-        return means
+        return losses
+
+    def gradients(self, indices: Tensor) -> dict[str, float]:
+        """Gradients over the global batch, this process's share of it in parts; the mean losses over all."""
+        parts = self.settings.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in range(parts):
+            first = (self.accelerator.process_index * parts + part) * self.share
+            last = part == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.forward):
+                losses = self.losses(indices, range(first, first + self.share))
+                (losses["loss"] / parts).backward()
+            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
+        means = self.accelerator.reduce(torch.stack(list(sums.values())), "mean")
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def losses(self, indices: Tensor, places: range) -> dict[str, Tensor]:
-        """The objective on some places of the global batch."""
-        device = self.accelerator.device
+        """The objective on some places of the global batch; all that is random is drawn on the CPU."""
         data, cond = self.data.batch(indices[places.start : places.stop])
         noise, time, drop = draws(places, tuple(data.shape[1:]), self.settings.seed, self.done)
         dropped = drop < getattr(self.model.config, "label_dropout", 0.0)
-        told = Cond(**{**vars(cond), "drop": dropped}).to(device)
-        t = self.path.place(self.settings.timesteps.quantile(time)).to(device)
-        with self.accelerator.autocast():
-            return self.objective(self.forward, self.model, self.path, data.to(device), noise.to(device), t, told)
+        told = dataclasses.replace(cond, drop=dropped).to(self.device)
+        t = self.path.place(self.settings.timesteps.quantile(time)).to(self.device)
+        data, noise = data.to(self.device), noise.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.objective(
+                self.forward, self.model, path=self.path, data=data, noise=noise, t=t, cond=told
+            )
 
     def keep(self, sheet: Sheet | None) -> None:
-        """Write what is due after this step."""
-        if not self.main:
-            return
-        s, last = self.settings, self.done == self.settings.steps
-        due = lambda every: bool(every) and (last or self.done % every == 0)  # noqa: E731
-        if due(s.save_every):
-            save_state(self.folder, self.done, self.model, self.averages, self.optimizer)
-        if due(s.snapshot_every):
-            self.snapshot()
-        if sheet is not None and due(s.sheet_every):
+        """Write what is due after this step; the state last, so that a kill before it repeats the others."""
+        settings = self.settings
+        if self.due(settings.snapshot_every):
+            for average in self.averages:
+                write_snapshot(self.folder / "snapshots", self.done, average)
+        if sheet is not None and self.due(settings.sheet_every):
             sheet(self.averaged(), self.done)
+        if self.due(settings.save_every):
+            save_state(self.folder, self.done, self.model, self.averages, self.optimizer)
 
-    def snapshot(self) -> None:
-        """The power-function averages, for reconstruction after training."""
-        for average in self.averages:
-            if isinstance(average.decay, Power):
-                name = f"{self.done:08d}-{average.decay.std:.3f}.safetensors"
-                about = {"step": str(self.done), "std": str(average.decay.std)}
-                write_state(self.folder / "snapshots" / name, {k: v.half() for k, v in average.state.items()}, about)
+    def due(self, every: int) -> bool:
+        return every > 0 and (self.done % every == 0 or self.done == self.settings.steps)
 
     def averaged(self) -> Model:
         """A copy of the model with the first average's weights, in eval mode."""
-        copy = type(self.model)(self.model.config).to(self.accelerator.device)
-        copy.load_state_dict(self.averages[0].state)
-        return copy.eval()
+        copy = type(self.model).holding(self.model.config, self.averages[0].state, "average of the weights")
+        copy.history = self.model.history
+        return copy
 
 
-def _accelerator(settings: Settings, folder: Path) -> Accelerator:
-    """CPU or GPU, number of processes and the tracker."""
-    import importlib.util
+def _accelerator(folder: Path) -> Accelerator:
+    """CPU or GPU, number of processes and the tracker.
 
+    Precision and accumulation are the loop's own: accelerate would patch the model's forward and keep both in
+    a state of the process, which a second run with other settings would inherit.
+
+    Raises:
+        ConfigError: the launcher asks for a way to distribute that the averages and the state do not know.
+    """
     tracked = importlib.util.find_spec("tensorboard") is not None
     options: dict[str, Any] = {"log_with": "tensorboard", "project_dir": str(folder)} if tracked else {}
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        gradient_accumulation_steps=settings.accumulate,
-        cpu=not torch.cuda.is_available(),
-        **options,
-    )
-    if tracked:
-        accelerator.init_trackers("tensorboard")
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), **options)
+    if accelerator.distributed_type not in SUPPORTED:
+        names = ", ".join(kind.value for kind in SUPPORTED)
+        raise ConfigError(
+            f"training: {accelerator.distributed_type.value} is not supported (choose from: {names})"
+        )
     return accelerator
+
+
+def _checkpointing(model: Model, wanted: bool) -> None:
+    if hasattr(model, "gradient_checkpointing"):
+        model.gradient_checkpointing = wanted
+    elif wanted:
+        raise ConfigError(f"training: {type(model).__name__} has no gradient checkpointing")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
 from ditkit.core.path import Path
 from ditkit.core.run import DIRECT, Run, Site
@@ -49,6 +50,10 @@ class Term(ABC):
         """Names of the sites whose outputs the term needs."""
         return ()
 
+    def lacks(self, convention: Convention) -> str:
+        """What the term needs and a model of this convention does not give; empty for nothing."""
+        return ""
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The unweighted loss of each sample, [B]."""
@@ -81,6 +86,9 @@ class Objective:
         for term in self.terms:
             if term.weight < 0:
                 raise ConfigError(f"{type(term).__name__}: weight={term.weight} should not be negative")
+        names = [type(term).__name__ for term in self.terms]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"Objective: {repeated[0]} is given twice; give it once, with a weight")
         if not self.active:
             raise ConfigError("Objective: every term has weight 0, so there is nothing to learn")
 
@@ -88,8 +96,35 @@ class Objective:
     def active(self) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if term.weight)
 
+    def check(self, model: Model) -> None:
+        """Refuse a model that an active term cannot learn from, before the first step.
+
+        Raises:
+            ConfigError: the model's convention does not fit, or it lacks a site that a term reads.
+        """
+        sites = {site.name for site in model.sites()}
+        for term in self.active:
+            name = type(term).__name__
+            if lacking := term.lacks(model.config.convention):
+                raise ConfigError(f"{name} needs {lacking}")
+            for site in term.reads(model.sites()):
+                if site not in sites:
+                    raise ConfigError(unknown(f"site that {name} reads:", site, sites))
+
+    def describe(self) -> dict[str, Any]:
+        """Settings of the active terms by name, as JSON has them."""
+        return {type(term).__name__: dict(vars(term)) for term in self.active}
+
     def __call__(
-        self, forward: Any, model: Model, path: Path, data: Tensor, noise: Tensor, t: Tensor, cond: Cond
+        self,
+        forward: Callable[..., Tensor],
+        model: Model,
+        *,
+        path: Path,
+        data: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        cond: Cond,
     ) -> dict[str, Tensor]:
         """Mean loss of each active term, and their weighted sum under `loss`.
 
@@ -106,5 +141,5 @@ class Objective:
         taps = run.seen if isinstance(run, Tap) else {}
         batch = Batch(path, convention, data, noise, x, t, prediction, fraction, taps)
         losses = {type(term).__name__: term.loss(batch).mean() for term in self.active}
-        total = sum((t.weight * losses[type(t).__name__] for t in self.active), start=data.new_zeros(()))
-        return losses | {"loss": total}
+        weighted = [term.weight * losses[type(term).__name__] for term in self.active]
+        return losses | {"loss": torch.stack(weighted).sum()}

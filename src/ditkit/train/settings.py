@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.train.ema import Constant, Power
-from ditkit.train.timesteps import LogitNormal, Shifted, Uniform
+from ditkit.train.timesteps import UNIFORM, LogitNormal, Shifted, Uniform
+
+Precision = Literal["float32", "bf16"]
+NOT_NEGATIVE = (
+    "warmup",
+    "decay_after",
+    "clip",
+    "weight_decay",
+    "seed",
+    "save_every",
+    "sheet_every",
+    "snapshot_every",
+)
 
 
 @dataclass(frozen=True)
@@ -17,14 +30,15 @@ class Settings:
     Args:
         steps: optimiser steps. batch: samples a step, over all processes and accumulated parts together.
         accumulate: parts into which each process cuts its share of the batch.
-        learning_rate: of AdamW, reached after `warmup` steps; from `decay_after` on it falls as the inverse square
-            root of the step (EDM2, eq. 67; 0 keeps it constant). betas, weight_decay: of AdamW.
+        learning_rate: of AdamW, reached after `warmup` steps; from `decay_after` on it falls as the inverse
+            square root of the step (EDM2, eq. 67; 0 keeps it constant). betas, weight_decay: of AdamW.
         clip: largest gradient norm, 0 for none. precision: of the forward pass.
-        timesteps: which noise-times are visited. averages: of the weights; the first is what is sampled and shipped.
-        gradient_checkpointing: recompute blocks in the backward pass. compile: the network, with torch.compile.
+        timesteps: which noise-times are visited.
+        averages: of the weights; the first is what is sampled and saved.
+        gradient_checkpointing: recompute blocks in the backward pass. compile: the network, by torch.compile.
         seed: of weights, order, noise, times and dropout.
-        save_every, sheet_every, snapshot_every: steps between resumable states, sample sheets, and copies of the
-            averages for post-hoc reconstruction; 0 for never.
+        save_every, sheet_every, snapshot_every: steps between resumable states, sample sheets, and copies of
+            the averages for post-hoc reconstruction; 0 for never. The last step counts as due for each.
     """
 
     steps: int = 10_000
@@ -36,8 +50,8 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 0.0
-    precision: Literal["float32", "bf16"] = "float32"
-    timesteps: Uniform | LogitNormal | Shifted = Uniform()
+    precision: Precision = "float32"
+    timesteps: Uniform | LogitNormal | Shifted = UNIFORM
     averages: tuple[Constant | Power, ...] = (Constant(),)
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -50,15 +64,25 @@ class Settings:
         for name in ("steps", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training: {name}={getattr(self, name)} should be at least 1")
-        for name in ("warmup", "decay_after", "clip", "weight_decay", "save_every", "sheet_every", "snapshot_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"training: {name}={getattr(self, name)} should not be negative")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"training: {name}={getattr(self, name)} should be 0 or more, and finite")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"training: learning_rate={self.learning_rate} should be positive and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training: betas={self.betas} should both lie in [0, 1)")
+        if self.precision not in get_args(Precision):
+            raise ConfigError(unknown("precision", self.precision, get_args(Precision)))
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"training: learning_rate={self.learning_rate} should be positive")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"training: batch={self.batch} does not divide into accumulate={self.accumulate} parts"
+            )
         if not self.averages:
             raise ConfigError("training: averages is empty; the first average is what is sampled and saved")
+        if len(set(self.averages)) < len(self.averages):
+            raise ConfigError(f"training: averages={self.averages} names one twice")
 
     def rate(self, step: int) -> float:
         """Learning rate of optimiser step `step`, counted from 0."""
@@ -75,6 +99,7 @@ class Settings:
         parts = processes * self.accumulate
         if self.batch % parts:
             raise ConfigError(
-                f"training: batch={self.batch} does not divide among {processes} processes x accumulate={self.accumulate}"
+                f"training: batch={self.batch} does not divide among {processes} processes "
+                f"x accumulate={self.accumulate}"
             )
         return self.batch // parts

@@ -1,4 +1,4 @@
-"""The resumable state of a run: one safetensors file, replaced whole, so that a kill at any moment loses nothing older."""
+"""The resumable state of a run: one safetensors file, replaced whole, so that a kill loses nothing older."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ditkit.core.checkpoint import fill, read_state, write_state
@@ -39,11 +39,13 @@ def load_state(
         CheckpointError: the file is missing, damaged, or of another run.
     """
     path = folder / STATE
-    state = read_state(path)
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
+    state, about = read_state(path), read_metadata(path)
+    if not about.get("step", "").isdecimal():
+        raise CheckpointError(f"{path} does not say after how many steps it was written")
     if about.get("averages") != str(len(averages)):
-        raise CheckpointError(f"{path} holds {about.get('averages')} averages, this run keeps {len(averages)}")
+        raise CheckpointError(
+            f"{path} holds {about.get('averages')} averages, this run keeps {len(averages)}"
+        )
     fill(model, _part(state, "model."), path)
     for i, average in enumerate(averages):
         held = _part(state, f"average.{i}.")
@@ -52,11 +54,30 @@ def load_state(
         average.state = {k: held[k].to(v.device) for k, v in average.state.items()}
     for name, parameter in model.named_parameters():
         moments = {m: state[key] for m in MOMENTS if (key := f"optimizer.{m}.{name}") in state}
-        if moments:
+        if moments:  # AdamW keeps its step count on the CPU
             optimizer.state[parameter] = {
                 m: v if m == "step" else v.to(parameter.device) for m, v in moments.items()
             }
     return int(about["step"])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {error}") from error
+
+
+def discard_drafts(folder: Path) -> None:
+    """Remove what a kill left of a state that was being written."""
+    for draft in folder.glob(f".{STATE}.*"):
+        draft.unlink(missing_ok=True)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -28,9 +28,12 @@ class Uniform(Timesteps):
         return u
 
 
+UNIFORM = Uniform()
+
+
 @dataclass(frozen=True)
 class LogitNormal(Timesteps):
-    """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path, sigma = exp(N) as in EDM."""
+    """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -49,7 +52,7 @@ class Shifted(Timesteps):
     """t' = a t / (1 + (a - 1) t): a > 1 moves mass to noise; the same as adding ln a to the logit."""
 
     shift: float = 3.0
-    inner: Uniform | LogitNormal = Uniform()
+    inner: Uniform | LogitNormal = UNIFORM
 
     def __post_init__(self) -> None:
         if self.shift <= 0:

@@ -13,7 +13,8 @@ from ditkit.train.objective import Batch, Term
 class Regression(Term):
     """mean (target - prediction)^2, where the target is what the model's convention says that it predicts.
 
-    On velocity this is flow matching (Lipman et al. 2023, eq. 14); on noise, DDPM's L_simple (Ho et al. 2020, eq. 14).
+    On velocity this is flow matching (Lipman et al. 2023, eq. 14); on noise, DDPM's L_simple (Ho et al. 2020,
+    eq. 14).
     """
 
     weight: float = 1.0

@@ -1,0 +1,121 @@
+"""`ditkit compare`: the exact sampler and policies on the same seeds, speed beside error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.cli.options import (
+    DataName,
+    Labels,
+    ModelName,
+    Number,
+    Policies,
+    Seeds,
+    policies_of,
+    progress,
+    seeds_of,
+    solver_of,
+    writable,
+)
+from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
+from ditkit.core.policy import Policy
+from ditkit.data.loading import load as load_data
+from ditkit.evaluate.compare import compare as compared
+from ditkit.tasks.generate import guided
+
+DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
+
+
+def compare(
+    model: ModelName,
+    *,
+    policy: Policies = (),
+    demo: bool = False,
+    seeds: Seeds = ("0..7",),
+    label: Labels = (),
+    steps: int = 50,
+    guidance: float = 2.0,
+    solver: str = "euler",
+    converged_steps: Number = None,
+    fewer_steps: bool = False,
+    rounds: int = 3,
+    batch_size: int = 8,
+    max_bytes: Number = None,
+    no_memory: bool = False,
+    data: DataName = None,
+    out: Path = Path("outputs/compare"),
+) -> None:
+    """Compare policies with the exact sampler: speed beside error.
+
+    Examples:
+        ditkit compare emoji --policy taylorseer:interval=4
+        ditkit compare emoji --policy taylorseer --policy taylorseer:order=1 --seeds 0..15
+        ditkit compare emoji --demo --out outputs/demo
+
+    Writes into the folder of --out:
+        report.html    pictures, plot and table in one file, for a browser
+        report.json    every number, with what it means
+        sheet.png      the pictures
+
+    Args:
+        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        policy: Such as taylorseer:interval=4,order=2. Repeat it, a row each; exact is always there.
+        demo: Instead of --policy: TaylorSeer with intervals 3, 4, 6 and orders 0, 1, 2, and --fewer-steps.
+        seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
+        label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
+        steps: Steps of the solver.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
+        converged_steps: Of the run that stands for convergence. Default: ten times --steps.
+        fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
+        rounds: Timed passes over all seeds; the median counts.
+        batch_size: Pictures drawn at once.
+        max_bytes: Memory that a policy may hold; more is refused.
+        no_memory: Do not measure peak memory, which takes a process for each row.
+        data: A named set (emoji) or a folder, to report FID and KID against.
+        out: Folder to write to.
+    """
+    policies = demo_policies(policy) if demo else policies_of(policy)
+    if not policy and not demo:
+        raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
+    numbers, way = seeds_of(seeds), solver_of(solver)
+    network = load(model)
+    real = None if data is None else load_data(data, network.sample_shape[-1]).images_float()
+    writable(out)
+    with progress() as advance:
+        report = compared(
+            network,
+            policies,
+            numbers,
+            labels=label or None,
+            steps=steps,
+            solver=way,
+            guidance=guided(guidance),
+            converged_steps=converged_steps,
+            rounds=rounds,
+            batch_size=batch_size,
+            max_bytes=max_bytes,
+            memory=not no_memory,
+            real=real,
+            controls_as_rows=fewer_steps or demo,
+            progress=advance,
+        )
+    files = report.save(out)
+    Console().print(report.table())
+    print(f"wrote {out}: " + ", ".join(file.name for file in files))
+    print(f"open {next(file for file in files if file.suffix == '.html')} in a browser")
+
+
+def demo_policies(given: tuple[str, ...]) -> list[Policy]:
+    """Those of `--demo`.
+
+    Raises:
+        ConfigError: others were asked for as well.
+    """
+    if given:
+        raise ConfigError(f"compare: got --policy {given[0]} with --demo, expected one of the two")
+    return [TaylorSeer(interval=n, order=o) for n in DEMO_INTERVALS for o in DEMO_ORDERS]

@@ -1,0 +1,209 @@
+"""`ditkit evaluate`: how near a model's pictures are to the real ones, and to which of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ditkit.cli.options import (
+    ModelName,
+    Policies,
+    policies_of,
+    progress,
+    solver_of,
+    staged,
+    writable,
+)
+from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.errors import ConfigError
+from ditkit.core.labels import class_names
+from ditkit.core.loading import load
+from ditkit.core.model import Model
+from ditkit.core.spec import spec
+from ditkit.data.images import ImageSet
+from ditkit.data.loading import load as load_data
+from ditkit.evaluate.distribution import Distribution, distribution, nearest_neighbours
+from ditkit.evaluate.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
+from ditkit.evaluate.macs import count_macs
+from ditkit.evaluate.sheet import as_pictures, png, sheet
+from ditkit.tasks.generate import Generated, generate
+
+FEWEST = 4
+"""Pictures that KID, precision and recall need in each set."""
+
+
+def evaluate(
+    model: ModelName,
+    *,
+    data: str = "emoji",
+    count: int = 1000,
+    steps: int = 50,
+    guidance: float = 2.0,
+    policy: Policies = (),
+    solver: str = "euler",
+    batch_size: int = 50,
+    neighbours: int = 16,
+    out: Path = Path("outputs/evaluate"),
+) -> None:
+    """Measure a model against real pictures: KID, FID, precision, recall.
+
+    Examples:
+        ditkit evaluate emoji
+        ditkit evaluate emoji --count 200 --policy taylorseer:interval=4
+        ditkit evaluate runs/mine/model --data photos --out outputs/mine
+
+    Writes into the folder of --out:
+        evaluation.json    every number, and each picture's nearest real one
+        neighbours.png     pictures above their nearest real ones
+
+    Args:
+        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        data: A named set (emoji, fashion), or a folder with a folder of images for each class.
+        count: Pictures to draw, with classes as often as in the data; seeds 0, 1, 2 ...
+        steps: Steps of the solver.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
+        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
+        batch_size: Pictures drawn at once.
+        neighbours: Pictures shown beside their nearest real ones.
+        out: Folder to write to.
+    """
+    if count < FEWEST:
+        raise ConfigError(f"--count={count}, expected at least {FEWEST}")
+    if not 1 <= neighbours <= count:
+        raise ConfigError(f"--neighbours={neighbours}, expected 1 to {count}, the pictures drawn")
+    network, policies, way = load(model), policies_of(policy), solver_of(solver)
+    real = load_data(data, network.sample_shape[-1])
+    check_classes(network, real)
+    extractor = load_efficientnet_lite0()
+    writable(out)
+    labels = drawn_labels(real, count)
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": way, "policies": policies}
+    with progress() as advance:
+        macs = count_macs(lambda: generate(network, labels[0], (0,), **options)).total
+        options |= {"batch_size": batch_size}
+        drawn = generate(network, labels, range(count), progress=staged(advance, "drawing"), **options)
+        fake = extract(extractor, drawn.images, progress=staged(advance, "features, drawn"))
+        features = extract(extractor, real.images_float(), progress=staged(advance, "features, real"))
+        advance("distances", 0, 1)
+        result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
+        near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
+    settings = {"model": model, "data": data, "count": count, **options}
+    write_json(
+        out / "evaluation.json",
+        {
+            "settings": settings | {"solver": spec(way), "policies": list(map(spec, policies))},
+            "distribution": asdict(result),
+            "macs_each": macs,
+            "seconds": drawn.seconds,
+            "policy_bytes": drawn.policy_bytes,
+            "receipts": drawn.receipts,
+            "nearest": near.as_list(drawn, real),
+        },
+    )
+    with replacing(out / "neighbours.png") as draft:
+        draft.write_bytes(near.sheet(drawn, real, neighbours))
+    Console().print(table(result, macs, drawn))
+    print(f"wrote {out}: evaluation.json, neighbours.png")
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest real picture of each drawn one, by features and by pixels: distances, indices [n]."""
+
+    features: tuple[Tensor, Tensor]
+    pixels: tuple[Tensor, Tensor]
+
+    def as_list(self, drawn: Generated, real: ImageSet) -> list[dict[str, Any]]:
+        """One entry a drawn picture, JSON-able."""
+        return [
+            {
+                "seed": seed,
+                "label": drawn.labels[i],
+                **{
+                    space: {"id": real.ids[int(index[i])], "distance": float(distance[i])}
+                    for space, (distance, index) in vars(self).items()
+                },
+            }
+            for i, seed in enumerate(drawn.seeds)
+        ]
+
+    def sheet(self, drawn: Generated, real: ImageSet, count: int) -> bytes:
+        """A PNG of the first `count` drawn pictures, above their nearest real ones."""
+        rows = {
+            "drawn": drawn.images[:count],
+            "nearest in features": real.images_float(self.features[1][:count]),
+            "nearest in pixels": real.images_float(self.pixels[1][:count]),
+        }
+        captions = {
+            "drawn": ["drawn", "above: distance in features,", "distance in pixels"],
+            "nearest in features": [
+                "nearest in features",
+                f"{HEAD_TAP} of EfficientNet-Lite0",
+            ],
+            "nearest in pixels": ["nearest in pixels", "values in [-1, 1]"],
+        }
+        pairs = zip(self.features[0][:count], self.pixels[0][:count], strict=True)
+        heads = [f"{float(a):.2f}, {float(b):.1f}" for a, b in pairs]
+        return png(sheet({name: as_pictures(images) for name, images in rows.items()}, captions, heads))
+
+
+def nearest(drawn: Generated, real: ImageSet, fake_features: Tensor, real_features: Tensor) -> Nearest:
+    return Nearest(
+        features=nearest_neighbours(fake_features, real_features),
+        pixels=nearest_neighbours(drawn.images.clamp(-1, 1), real.images_float()),
+    )
+
+
+def check_classes(model: Model, real: ImageSet) -> None:
+    """Refuse data whose classes or channels are not the model's."""
+    if model.sample_shape[0] != real.images.shape[1]:
+        given, expected = real.images.shape[1], model.sample_shape[0]
+        raise ConfigError(f"{real.name} has {given} channels, the model draws {expected}")
+    known = class_names(model)
+    if len(known) != len(real.classes):
+        raise ConfigError(f"{real.name} has {len(real.classes)} classes, the model has {len(known)}")
+    for i, (ours, theirs) in enumerate(zip(known, real.classes, strict=True)):
+        if ours not in (theirs, str(i)):
+            raise ConfigError(f"class {i} of {real.name} is {theirs!r}, the model's is {ours!r}")
+
+
+def drawn_labels(real: ImageSet, count: int) -> list[int]:
+    """`count` classes, each as likely as in the data."""
+    index = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(0))
+    labels: list[int] = real.labels[index].tolist()
+    return labels
+
+
+def table(result: Distribution, macs: int, drawn: Generated) -> Table:
+    """The numbers with what they were measured in."""
+    many, few = f"over {result.features}", f"over {result.fid_features}"
+    fid = (
+        ("FID", *fid),
+    )
+    rows = [
+        ("KID", f"{result.kid_mean:.5f} ± {result.kid_std:.5f}", f"{many}, subsets of {result.kid_subset}"),
+        ("FID", *fid),
+        if result.fid is None
+        else ("FID", f"{result.fid:.2f}", few),
+        ("MiFID", f"{result.mifid:.2f}", many),
+        ("precision", f"{result.precision:.3f}", many),
+        ("recall", f"{result.recall:.3f}", many),
+        ("GMACs a picture", f"{macs / 1e9:.1f}", ""),
+        ("seconds a picture", f"{drawn.seconds / len(drawn.images):.3f}", ""),
+    ]
+    n = f"n = {result.n_fake} drawn, {result.n_real} real; features of {result.extractor}"
+    out = Table(box=box.SIMPLE_HEAD, caption=n, caption_justify="left", padding=(0, 1, 0, 0))
+    out.add_column("measure")
+    out.add_column("value", justify="right")
+    out.add_column("features")
+    for row in rows:
+        out.add_row(*row)
+    return out

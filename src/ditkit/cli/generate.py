@@ -1,0 +1,156 @@
+"""`ditkit generate`: pictures from a model, as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ditkit.cli.options import (
+    Labels,
+    ModelName,
+    Number,
+    Policies,
+    Seeds,
+    policies_of,
+    progress,
+    seeds_of,
+    solver_of,
+    staged,
+    writable,
+)
+from ditkit.cli.pictures import grid, write_png
+from ditkit.core.checkpoint import write_json
+from ditkit.core.labels import class_index, class_names
+from ditkit.core.loading import load
+from ditkit.core.spec import spec
+from ditkit.tasks.generate import Generated
+from ditkit.tasks.generate import generate as draw
+
+
+def generate(
+    model: ModelName,
+    *,
+    label: Labels = (),
+    seeds: Seeds = ("0..7",),
+    steps: int = 50,
+    guidance: float = 2.0,
+    policy: Policies = (),
+    solver: str = "euler",
+    batch_size: int = 8,
+    max_bytes: Number = None,
+    out: Path = Path("outputs/generate"),
+    list_labels: bool = False,
+) -> None:
+    """Draw pictures with a trained model, one a seed.
+
+    Examples:
+        ditkit generate emoji
+        ditkit generate emoji --list-labels
+        ditkit generate emoji --label animal-mammal --seeds 0 1 2 3
+        ditkit generate emoji --label animal-bird --label food-fruit --seeds 0..7
+        ditkit generate emoji --policy taylorseer:interval=4,order=2
+        ditkit generate runs/mine/model --steps 25 --out outputs/mine
+
+    Writes into the folder of --out:
+        CLASS-SEED.png    each picture at its own size
+        sheet.png         all of them, enlarged
+        generated.json    settings, time, and what each policy did
+
+    Args:
+        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        label: Class to draw. Repeat it for several, each drawn with every seed; default: spread over all.
+        seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
+        steps: Steps of the solver.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
+        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
+        batch_size: Pictures drawn at once.
+        max_bytes: Memory that the policies may hold; more is refused.
+        out: Folder to write to.
+        list_labels: Print the classes and stop.
+    """
+    network = load(model)
+    if list_labels:
+        print("\n".join(class_names(network)))
+        return
+    numbers, policies, way = seeds_of(seeds), policies_of(policy), solver_of(solver)
+    for given in label:
+        class_index(network, given)
+    wanted: tuple[str | None, ...] = label or (None,)
+    writable(out)
+    drawn: list[Generated] = []
+    with progress() as advance:
+        for name in wanted:
+            drawn.append(
+                draw(
+                    network,
+                    name,
+                    numbers,
+                    steps=steps,
+                    guidance=guidance,
+                    solver=way,
+                    policies=policies,
+                    batch_size=batch_size,
+                    max_bytes=max_bytes,
+                    progress=staged(advance, f"drawing {name or ''}"),
+                )
+            )
+    settings = {
+        "model": model,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": spec(way),
+        "policies": list(map(spec, policies)),
+        "batch_size": batch_size,
+    }
+    files = write_pictures(drawn, out, columns=len(numbers) if label else round(len(numbers) ** 0.5))
+    write_json(out / "generated.json", {"settings": settings, **described(drawn, files)})
+    tell(drawn, files, out)
+
+
+def write_pictures(drawn: Sequence[Generated], out: Path, columns: int) -> list[str]:
+    """Each picture and the sheet; the pictures' file names."""
+    files = []
+    for image, seed, label in told(drawn):
+        name = f"{slug(label)}-{seed}.png" if label else f"{seed}.png"
+        files.append(write_png(out / name, image).name)
+    write_png(out / "sheet.png", grid(torch.cat([d.images for d in drawn]), columns))
+    return files
+
+
+def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, object]:
+    """What was drawn and what it took, JSON-able; the receipts of different labels are alike."""
+    return {
+        "pictures": [
+            {"file": file, "seed": seed, "label": label}
+            for file, (_, seed, label) in zip(files, told(drawn), strict=True)
+        ],
+        "seconds": sum(d.seconds for d in drawn),
+        "policy_bytes": max(d.policy_bytes for d in drawn),
+        "receipts": drawn[0].receipts,
+    }
+
+
+def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
+    """What each policy did, the time, and where everything lies."""
+    for receipt in drawn[0].receipts:
+        print(f"{receipt['policy']}, {receipt['sites']} sites")
+        for lane, done in receipt["lanes"].items():
+            print(f"  {lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
+    seconds = sum(d.seconds for d in drawn)
+    print(f"{len(files)} pictures in {seconds:.1f} s, {seconds / len(files):.2f} s each")
+    print(f"wrote {out}: sheet.png, generated.json, {files[0]}{' ...' if len(files) > 1 else ''}")
+
+
+def told(drawn: Sequence[Generated]) -> Iterator[tuple[torch.Tensor, int, str | None]]:
+    """Every picture with its seed and its class."""
+    for d in drawn:
+        yield from zip(d.images, d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
+
+
+def slug(label: str) -> str:
+    """`label` as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "unnamed"

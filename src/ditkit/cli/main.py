@@ -1,0 +1,57 @@
+"""`ditkit`: finds the command, runs it, and turns what a user can cause into one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+
+from ditkit.cli.parsing import Command, Group
+from ditkit.core.errors import DitkitError
+
+COMMANDS = ("generate", "train", "evaluate", "compare", "systems")
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that `words` (by default the process's arguments) ask for; the exit code."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        if list(words) == ["--version"]:
+            import ditkit
+
+            print(f"ditkit {ditkit.__version__}")
+        else:
+            ditkit_commands().resolve(words)()
+    except DitkitError as error:
+        print("ditkit: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("ditkit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def ditkit_commands() -> Group:
+    """Each command is the function of its own name in a module of its own name."""
+    return Group(
+        prog="ditkit",
+        about="Diffusion transformers: faster, smaller or better, and what it cost.",
+        members={name: partial(_command, name) for name in COMMANDS},
+    )
+
+
+def _command(name: str) -> Command | Group:
+    found: Command | Group = getattr(import_module(f"ditkit.cli.{name}"), name)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What several commands share: their flags, how these are read, and how progress is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ditkit.core.checkpoint import replacing
+from ditkit.core.errors import ConfigError
+from ditkit.core.policy import Policy
+from ditkit.core.spec import component
+from ditkit.sample import Solver
+from ditkit.sample.noise import distinct
+
+ModelName = Annotated[str, tyro.conf.Positional]
+Labels = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CLASS")]
+Seeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SEED ...")]
+Policies = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="POLICY")]
+Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+DataName = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+
+EXACT = "exact"
+RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
+
+Advance = Callable[[str, int, int], None]
+"""Called with (what is being done, so many done, so many in all)."""
+
+
+def seeds_of(words: Sequence[str]) -> tuple[int, ...]:
+    """`("0..2", "7")` is (0, 1, 2, 7): both ends of a range count.
+
+    Raises:
+        ConfigError: a word is neither, a range runs backwards, there is no seed, or one stands twice.
+    """
+    seeds: list[int] = []
+    for word in words:
+        ends = RANGE.fullmatch(word)
+        if word.isascii() and word.isdigit():
+            seeds.append(int(word))
+        elif ends and int(ends[1]) <= int(ends[2]):
+            seeds.extend(range(int(ends[1]), int(ends[2]) + 1))
+        else:
+            raise ConfigError(f"--seeds got {word!r}, expected whole numbers or ranges such as 0..15")
+    return distinct(seeds)
+
+
+def policies_of(specs: Sequence[str]) -> list[Policy]:
+    """The policies of `--policy`; `exact` stands for none.
+
+    Raises:
+        ConfigError: an unknown policy, field or value.
+    """
+    return [component(Policy, spec) for spec in specs if spec != EXACT]  # type: ignore[type-abstract]
+
+
+def solver_of(spec: str) -> Solver:
+    """The solver of `--solver`.
+
+    Raises:
+        ConfigError: an unknown solver, field or value.
+    """
+    return component(Solver, spec)  # type: ignore[type-abstract]
+
+
+def writable(folder: Path) -> Path:
+    """`folder`, made and tried out, so that hours of work do not end where they cannot be saved.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    trial = folder / ".ditkit"
+    with replacing(trial):
+        pass
+    trial.unlink()
+    return folder
+
+
+def staged(advance: Advance, stage: str) -> Callable[[int, int], None]:
+    """`advance` for one stage."""
+    return lambda done, total: advance(stage, done, total)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Advance]:
+    """A bar on stderr while the block runs, gone when it ends; silent where stderr is no terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    task = bar.add_task("", total=None)
+
+    def advance(stage: str, done: int, total: int) -> None:
+        bar.update(task, description=stage, completed=done, total=total)
+
+    with bar:
+        yield advance

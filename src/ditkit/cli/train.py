@@ -1,0 +1,126 @@
+"""`ditkit train`: a recipe, with its settings overridden by flags."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Self
+
+import tyro
+from rich.console import Console
+
+from ditkit import recipes
+from ditkit.cli.options import writable
+from ditkit.cli.parsing import Command, Group
+from ditkit.cli.pictures import grid, write_png
+from ditkit.core.labels import resolve_labels
+from ditkit.core.model import Model
+from ditkit.models.dit import DiTConfig
+from ditkit.tasks.class_image import ClassImageRecipe, describe, train_recipe
+from ditkit.tasks.generate import generate
+from ditkit.train.settings import Settings
+
+Build = Callable[[], ClassImageRecipe]
+SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
+
+
+@dataclass(frozen=True)
+class Network:
+    """What of the model does not follow from the data.
+
+    Args:
+        size: Height and width of a picture.
+        patch: Side of a token.
+        width: Of a token's vector.
+        depth: Number of blocks.
+        heads: Of attention.
+        label_dropout: Share of samples trained without their class.
+    """
+
+    size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    label_dropout: float
+
+    @classmethod
+    def of(cls, config: DiTConfig) -> Self:
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+
+def found() -> dict[str, Build]:
+    """Every recipe by name: the public functions of the modules of `ditkit.recipes`."""
+    names = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
+    modules = [importlib.import_module(f"{recipes.__name__}.{name}") for name in names]
+    return {
+        name.replace("_", "-"): function
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def command_of(name: str, build: Build) -> Command:
+    """`ditkit train NAME`."""
+    recipe = build()
+    own = Network.of(recipe.model)
+
+    def run(
+        *,
+        out: Path = Path("runs") / name,
+        data: str = recipe.data,
+        network: Annotated[Network, tyro.conf.arg(name="")] = own,
+        settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
+        resume: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        chosen = replace(recipe, data=data, model=replace(recipe.model, **asdict(network)), settings=settings)
+        if dry_run:
+            Console(highlight=False).print(describe(chosen))
+            return
+        writable(out)
+        train_recipe(chosen, out, resume=resume, sheet=partial(write_sheet, out / "samples"))
+        print(f"wrote {out}: model, losses.jsonl, samples; draw with: ditkit generate {out / 'model'}")
+
+    run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
+
+    Examples:
+        ditkit train {name} --dry-run
+        ditkit train {name} --out runs/mine
+        ditkit train {name} --out runs/mine --resume
+        ditkit train {name} --data photos --steps 5000 --batch 32
+
+    Writes into the folder of --out:
+        model/          the averaged weights, which ditkit generate takes
+        samples/        a sheet of samples every so often
+        losses.jsonl    a line a step
+
+    Args:
+        out: Folder of the run.
+        data: A named set (emoji, fashion), or a folder with a folder of images for each class.
+        resume: Go on where the run in --out was stopped.
+        dry_run: Print the settings, the parameters and the cost, and stop.
+    """.replace("\n    ", "\n")
+    return run
+
+
+def write_sheet(folder: Path, model: Model, step: int) -> None:
+    """Samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
+    classes = resolve_labels(model, None, SHEET_CLASSES)
+    labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
+    drawn = generate(model, labels, range(SHEET_CLASSES * SHEET_EACH), steps=SHEET_STEPS, batch_size=16)
+    write_png(folder / f"{step:06d}.png", grid(drawn.images, columns=SHEET_EACH))
+
+
+train = Group(
+    prog="ditkit train",
+    about="Train a model as a recipe says; if it is stopped, --resume goes on.",
+    members={name: partial(command_of, name, build) for name, build in found().items()},
+    what="recipe",
+)

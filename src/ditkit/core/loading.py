@@ -1,0 +1,46 @@
+"""`load`: a shipped model by its name, a folder by its path, or a model of the hub by its id."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.model import CONFIG, Model
+
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def load(source: str | Path) -> Model:
+    """A model in float32 and eval mode.
+
+    Args:
+        source: the name of a shipped model (`shipped()`), a folder that `Model.save` wrote, or `owner/name`
+            on the hub. A shipped name wins over a folder of that name: write `./emoji` for the folder.
+
+    Raises:
+        ConfigError: it is none of these. CheckpointError: what is there is damaged or incomplete, or the hub
+            has no such model or cannot be reached.
+    """
+    text = str(source)
+    if text in shipped():
+        return Model.load(_weights() / text)
+    folder = Path(os.path.expanduser(text))
+    if folder.is_dir():
+        return Model.load(folder)
+    if isinstance(source, str) and HUB_ID.fullmatch(text):
+        return Model.from_pretrained(text)
+    raise ConfigError(f"{unknown('model', text, shipped())}, and there is no folder of that name")
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the models inside the package."""
+    if not _weights().is_dir():
+        return ()
+    return tuple(sorted(folder.name for folder in _weights().iterdir() if (folder / CONFIG).is_file()))
+
+
+def _weights() -> Path:
+    return Path(str(files("ditkit"))) / "weights"

@@ -1,0 +1,159 @@
+"""The comparison as one HTML file that fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from torch import Tensor
+
+from ditkit.evaluate.columns import Column, groups
+from ditkit.evaluate.plots import speed_against_error
+from ditkit.evaluate.rows import DEFINITIONS, Row
+from ditkit.evaluate.sheet import image, png
+from ditkit.evaluate.style import STYLE
+from ditkit.evaluate.words import NOTHING
+
+
+def page(
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    headline: str,
+    *,
+    pictures: Mapping[str, Tensor],
+    captions: Mapping[str, Sequence[str]],
+    heads: Sequence[str],
+) -> str:
+    """The whole document.
+
+    Args:
+        pictures: uint8 [n, 1 or 3, H, W] by method. captions: beside them. heads: above each column.
+    """
+    parts = [
+        f"<h1>{escape(title(settings))}</h1>",
+        f'<p class="headline">{escape(headline)}</p>',
+        f'<p class="context">{escape(context(settings))}</p>',
+        section("Pictures", grid(pictures, captions, heads)),
+        section("Speed against error", speed_against_error(rows)),
+        section("Numbers", table(rows)),
+        section("How to read this", f"<p>{'</p><p>'.join(map(escape, reading(settings)))}</p>"),
+        details("Receipts: what each policy computed", receipts(rows)),
+        details("Settings", f"<pre>{escape(json.dumps(dict(settings), indent=2, ensure_ascii=False))}</pre>"),
+        details("What the columns mean", definitions(rows)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title(settings))}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def title(settings: Mapping[str, Any]) -> str:
+    model = settings["model"]
+    return f"{model['class']}, {model['parameters'] / 1e6:.1f} M parameters: exact and accelerated"
+
+
+def context(settings: Mapping[str, Any]) -> str:
+    """One line under the headline: what was run, where and when."""
+    count, threads = len(settings["seeds"]), settings["threads"]
+    return (
+        f"{count} pictures a row, {settings['steps']} steps, {settings['solver']}, {settings['guidance']}; "
+        f"{settings['device']}, {threads} thread{'s'[: threads > 1]}, {settings['dtype']}, "
+        f"torch {settings['versions']['torch']}; median of {settings['rounds']} alternated rounds; "
+        f"{settings['date'][:10]}."
+    )
+
+
+def reading(settings: Mapping[str, Any]) -> list[str]:
+    """A few plain sentences."""
+    steps, many = settings["steps"], settings["converged_steps"]
+    return [
+        f"Exact is the unaltered sampler with {steps} steps; every other row starts from the same noise, so that "
+        "a picture can be held against the one above it. PSNR says how near it stayed: at 20 dB it is plainly "
+        "another picture, 30 dB takes a second look, 40 dB is hard to see.",
+        "The control answers whether a method is worth having: it spends the same MACs on fewer exact steps. A "
+        "method whose control has the higher PSNR is beaten by simply taking fewer steps.",
+        f"Converged is the exact sampler with {many} steps, which {steps} steps only approximate. An accelerated "
+        "row that is as near to it as exact itself has an error below the one that was accepted already.",
+    ]
+
+
+def grid(pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str]) -> str:
+    """Rows of pictures, a method each; a column is a seed."""
+    cells = ['<div class="corner"></div>', *(f'<div class="head">{escape(head)}</div>' for head in heads)]
+    for name, of_method in pictures.items():
+        first, *rest = captions[name]
+        lines = "".join(f"<span>{escape(line)}</span>" for line in rest)
+        cells.append(f'<div class="caption"><b>{escape(first)}</b>{lines}</div>')
+        for head, picture in zip(heads, of_method, strict=False):
+            data = base64.b64encode(png(image(picture))).decode()
+            cells.append(f'<img alt="{escape(f"{name}: {head}")}" src="data:image/png;base64,{data}">')
+    count, columns = len(next(iter(pictures.values()))), len(heads)
+    more = f"<p>The first {columns} of {count} pictures.</p>" if count > columns else ""
+    return f'<div class="scroll"><div class="grid" style="--n:{columns}">{"".join(cells)}</div></div>{more}'
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Every number, in groups."""
+    shown = groups(rows)
+    flat = [(column, place == 0) for group in shown for place, column in enumerate(group.columns)]
+    top = "".join(
+        f'<th class="group" colspan="{len(group.columns)}">{escape(group.head)}</th>' for group in shown
+    )
+    heads = "".join(_head(column, starts) for column, starts in flat)
+    body = "".join(_line(row, flat) for row in rows)
+    return (
+        f'<div class="scroll"><table><thead><tr><th rowspan="2">method</th>{top}</tr><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def receipts(rows: Sequence[Row]) -> str:
+    found = [(row.name, receipt) for row in rows for receipt in row.receipt]
+    if not found:
+        return "<p>No policy ran.</p>"
+    return "".join(_receipt(name, receipt) for name, receipt in found)
+
+
+def definitions(rows: Sequence[Row]) -> str:
+    used = {key for row in rows for key in row.as_dict()}
+    items = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in DEFINITIONS.items() if key in used
+    )
+    return f"<dl>{items}</dl>"
+
+
+def section(head: str, inner: str) -> str:
+    return f"<section><h2>{escape(head)}</h2>{inner}</section>"
+
+
+def details(head: str, inner: str) -> str:
+    return f"<details><summary>{escape(head)}</summary>{inner}</details>"
+
+
+def _head(column: Column, starts: bool) -> str:
+    unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
+    tip = escape(DEFINITIONS[column.key])
+    return f'<th{_edge(starts)} title="{tip}">{escape(column.head)}{unit}</th>'
+
+
+def _line(row: Row, columns: Sequence[tuple[Column, bool]]) -> str:
+    cells = "".join(f"<td{_edge(starts)}>{escape(column.cell(row))}</td>" for column, starts in columns)
+    return f'<tr class="{row.kind}"><th scope="row">{escape(row.name)}</th>{cells}</tr>'
+
+
+def _receipt(name: str, receipt: Mapping[str, Any]) -> str:
+    lanes = ""
+    for lane, done in receipt["lanes"].items():
+        told = "; ".join(f"{verb} {steps or NOTHING}" for verb, steps in done.items())
+        lanes += f"<li>{escape(lane)}: {escape(told)}</li>"
+    saved = f"{receipt['sites']} sites, {receipt['site_calls_saved']:,} site calls saved in a batch"
+    return f"<p><b>{escape(name)}</b>: {saved}</p><ul>{lanes}</ul>"
+
+
+def _edge(starts: bool) -> str:
+    return ' class="first"' if starts else ""

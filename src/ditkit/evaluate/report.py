@@ -1,0 +1,122 @@
+"""The result of a comparison: rows, what they depend on, and the files that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ditkit.core.checkpoint import replacing, write_json
+from ditkit.evaluate.html import page
+from ditkit.evaluate.rows import DEFINITIONS, Row
+from ditkit.evaluate.sheet import png, sheet
+from ditkit.evaluate.words import NOTHING, caption, converged_caption, decibels, headline, megabytes, to_exact
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADS = (
+    "time\ns",
+    "speed\n-up",
+    "\nMACs",
+    "peak\nMB",
+    "to\nexact",
+    "same\nMACs",
+    "to con-\nverged",
+    "same\nMACs",
+)
+SHOWN = 16  # columns of pictures, beyond which a sheet is no longer looked at
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison, the exact sampler first.
+
+    Args:
+        settings: all that the numbers depend on, as JSON.
+        pictures: uint8 [n, 1 or 3, H, W] for each row's name, then for "converged", the run of many steps.
+    """
+
+    rows: tuple[Row, ...]
+    settings: Mapping[str, Any]
+    pictures: Mapping[str, Tensor]
+
+    @property
+    def headline(self) -> str:
+        """The result in one or two sentences."""
+        return headline(self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, without infinities: a PSNR of identical samples is None."""
+        rows = [row.as_dict() for row in self.rows]
+        used = {key: text for key, text in DEFINITIONS.items() if any(key in row for row in rows)}
+        return {"headline": self.headline, "rows": rows, "settings": dict(self.settings), "definitions": used}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write report.json, report.html (one file, nothing fetched) and sheet.png; each whole or not at all.
+
+        Raises:
+            ConfigError: the folder cannot be written; an earlier file stays as it was.
+        """
+        folder = Path(folder)
+        paths = [folder / name for name in ("report.json", "report.html", "sheet.png")]
+        captions, heads = self.captions(), self.heads()
+        html = page(
+            self.rows, self.settings, self.headline, pictures=self.pictures, captions=captions, heads=heads
+        )
+        picture = png(sheet(self.pictures, captions, heads))
+        write_json(paths[0], self.as_dict())
+        with replacing(paths[1]) as draft:
+            draft.write_text(html, encoding="utf8")
+        with replacing(paths[2]) as draft:
+            draft.write_bytes(picture)
+        return paths
+
+    def captions(self) -> dict[str, list[str]]:
+        """Lines beside each row of pictures."""
+        lines = {row.name: caption(row) for row in self.rows}
+        return lines | {"converged": converged_caption(self.settings["converged_steps"])}
+
+    def heads(self) -> list[str]:
+        """What stands above each column of pictures, of as many seeds as are shown."""
+        seeds = self.settings["seeds"][:SHOWN]
+        labels = self.settings["labels"] or [""] * len(seeds)
+        return [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=False)]
+
+    def table(self) -> Table:
+        """For a terminal of 80 columns."""
+        from rich import box
+        from rich.table import Table
+
+        count = len(self.settings["seeds"])
+        table = Table(
+            title=f"{count} samples in {self.settings['steps']} steps; distances are PSNR in dB",
+            caption=self.headline,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("method", min_width=18)
+        for head in HEADS:
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return table
+
+
+def _cells(row: Row) -> list[str]:
+    control = row.control_steps is not None
+    return [
+        row.name,
+        f"{row.seconds:.2f}",
+        f"{row.speedup:.2f}x",
+        f"{row.macs_ratio:.1%}" if row.macs_ratio < 1 else "100%",
+        megabytes(row.peak_bytes),
+        to_exact(row, row.psnr_db),
+        decibels(row.control_psnr_db, row.control_identical) if control else NOTHING,
+        decibels(row.psnr_converged_db),
+        decibels(row.control_psnr_converged_db) if control else NOTHING,
+    ]

@@ -1,0 +1,120 @@
+"""Pictures from a model, by seed and class."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.core.labels import class_names, resolve_labels
+from ditkit.core.model import Model
+from ditkit.core.policy import Policy
+from ditkit.sample import ClassifierFree, Euler, Guidance, Sampled, Solver, Unguided, sample
+from ditkit.sample.field import Progress
+from ditkit.sample.noise import distinct
+
+EULER = Euler()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was drawn, and what it took.
+
+    Args:
+        images: [B, C, H, W] float32, nominally in [-1, 1], on the CPU, in the order of the seeds.
+        labels: the class each picture was told, by name; empty for a model without classes.
+        receipts: one a policy and batch, as JSON, each once where batches do not differ.
+        seconds: wall clock. policy_bytes: the most that the policies held in a batch.
+        evaluations: of the guided model in one trajectory.
+    """
+
+    images: Tensor
+    seeds: tuple[int, ...]
+    labels: tuple[str, ...]
+    receipts: tuple[dict[str, Any], ...]
+    seconds: float
+    policy_bytes: int
+    evaluations: int
+
+
+def generate(
+    model: Model,
+    label: str | int | Sequence[str | int] | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    steps: int = 50,
+    guidance: float | Guidance = 2.0,
+    solver: Solver = EULER,
+    policies: Sequence[Policy] = (),
+    batch_size: int = 8,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Generated:
+    """Draw one picture a seed, the same alone and in a batch (to the rounding of the model).
+
+    Args:
+        label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+        guidance: a classifier-free scale (1 is none), or any guidance.
+        batch_size: pictures drawn at once. max_bytes: memory that the policies may hold meanwhile.
+        progress: called after each evaluation with (done, total).
+
+    Raises:
+        ConfigError: an unknown class, a seed given twice, a number out of range, a policy that does not fit.
+        ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
+    """
+    seeds = distinct(seeds)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} should be at least 1")
+    told = (label,) if isinstance(label, str | int) else label
+    classes = resolve_labels(model, told, len(seeds))
+    batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    began = time.perf_counter()
+    parts = [
+        sample(
+            model,
+            Cond() if classes is None else Cond(label=torch.tensor(classes[batch])),
+            seeds[batch],
+            steps=steps,
+            solver=solver,
+            guidance=guidance if isinstance(guidance, Guidance) else guided(guidance),
+            policies=policies,
+            max_bytes=max_bytes,
+            progress=_of_all(progress, i, len(batches)),
+        )
+        for i, batch in enumerate(batches)
+    ]
+    names = () if classes is None else tuple(class_names(model)[c] for c in classes)
+    return _joined(parts, seeds, names, time.perf_counter() - began)
+
+
+def guided(scale: float) -> Guidance:
+    """Classifier-free guidance at `scale`; at 1 none."""
+    return Unguided() if scale == 1 else ClassifierFree(scale)
+
+
+def _joined(
+    parts: list[Sampled], seeds: tuple[int, ...], labels: tuple[str, ...], seconds: float
+) -> Generated:
+    receipts = [receipt.as_dict() for part in parts for receipt in part.receipts]
+    return Generated(
+        images=torch.cat([part.samples.cpu() for part in parts]),
+        seeds=seeds,
+        labels=labels,
+        receipts=tuple(r for i, r in enumerate(receipts) if r not in receipts[:i]),
+        seconds=seconds,
+        policy_bytes=max(part.policy_bytes for part in parts),
+        evaluations=parts[0].evaluations,
+    )
+
+
+def _of_all(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+    """`progress` of one batch as progress of all of them."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(batch * total + done, batches * total)

@@ -1,0 +1,71 @@
+"""The variational bound that teaches DDPM's learned variance (Nichol and Dhariwal 2021; DiT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ditkit.core.convention import Convention
+from ditkit.core.ddpm import DiscretePath
+from ditkit.train.objective import Batch, Term
+
+HALF_BIN = 1 / 255
+"""Half the distance between two of the 256 values in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class VariationalBound(Term):
+    """The bound's term at t, in bits a dimension: KL(q(x_{t-1} | x_t, x_0) || p), at t = 0 the data's -log p.
+
+    Only the variance learns from it, the prediction counts as constant (Nichol and Dhariwal 2021, L_hybrid).
+    The predicted data are not clipped, and the weight is not rescaled by 1/1000 (DiT).
+    """
+
+    weight: float = 1.0
+
+    def lacks(self, convention: Convention) -> str:
+        if convention.path == "ddpm" and convention.extra == "variance":
+            return ""
+        given = f"path={convention.path!r} and extra={convention.extra!r}"
+        return f"a learned variance, path='ddpm' and extra='variance'; the model has {given}"
+
+    def loss(self, batch: Batch) -> Tensor:
+        path, t = cast(DiscretePath, batch.path), batch.t
+        constant = batch.prediction.detach()
+        guess = path.convert(constant, batch.x, t.to(batch.x.dtype), batch.convention.prediction, "data")
+        mean = path.posterior_mean(batch.x, guess, t)
+        log_variance = path.log_variance(batch.fraction, t, batch.x)
+        true_mean = path.posterior_mean(batch.x, batch.data, t)
+        kl = gaussian_kl(true_mean, path.log_variance(None, t, batch.x), mean, log_variance)
+        likelihood = discretised_log_likelihood(batch.data, mean, log_variance)
+        nats = torch.where(t == 0, -likelihood.flatten(1).mean(1), kl.flatten(1).mean(1))
+        return nats / math.log(2)
+
+
+def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+    """KL(N_1 || N_2) of each element, in nats."""
+    ratio = log_variance_1 - log_variance_2
+    return 0.5 * (ratio.exp() - ratio - 1 + (mean_1 - mean_2) ** 2 * (-log_variance_2).exp())
+
+
+def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of a Gaussian's mass in the bin of each value, in nats; the outer bins reach to infinity.
+
+    Ho et al. 2020, eq. 13, with the exact normal integral (DiT's code takes its tanh approximation). Mass is
+    counted on the side of the mean where it does not cancel, and is at least 1e-12 as there.
+
+    Args:
+        data: values of the 256 levels in [-1, 1].
+    """
+    inverse_std = (-0.5 * log_variance).exp()
+    offset = data - mean
+    below, above = (offset - HALF_BIN) * inverse_std, (offset + HALF_BIN) * inverse_std
+    near, far = (offset.abs() - HALF_BIN) * inverse_std, (offset.abs() + HALF_BIN) * inverse_std
+    inside = (torch.special.ndtr(-near) - torch.special.ndtr(-far)).clamp_min(1e-12).log()
+    lowest, highest = data < -1 + HALF_BIN, data > 1 - HALF_BIN
+    edge = torch.special.log_ndtr(torch.where(lowest, above, -below))
+    return torch.where(lowest | highest, edge, inside)
