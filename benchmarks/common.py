@@ -1,4 +1,4 @@
-"""What every benchmark shares: one table on the terminal, and the same rows with their origin in results/*.json."""
+"""What every benchmark shares: a table on the terminal, and the same rows with their origin in results/*.json."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ Row = Mapping[str, object]
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print `rows`, which have the same keys, as one table; a key's name carries the unit."""
-    table = Table(title=title)
+    """Print `rows`, which have the same keys, as the columns of one table; a key's name carries the unit."""
+    table = Table(title=title, show_header=False)
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*map(_text, row.values()))
+        table.add_row(name.replace("_", " "), *(_text(row[name]) for row in rows))
     Console().print(table)
 
 
@@ -42,7 +40,7 @@ def record(name: str, rows: Sequence[Row]) -> Path:
 
 
 def origin() -> dict[str, object]:
-    """Where numbers come from. `load` is the machine's before the end: above `threads`, others were at work too."""
+    """Where numbers come from; where `load` is above `threads`, others were at work too."""
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

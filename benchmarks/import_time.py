@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import tyro
-from common import record, show
 from rich.progress import track
+
+from common import record, show
 
 HEAVY = ("accelerate", "diffusers", "huggingface_hub", "matplotlib", "peft", "torchmetrics", "transformers")
 TIMED = """

@@ -2,8 +2,8 @@
 
     python benchmarks/site_cost.py
 
-Gates: site_ns < 1000, share_of_step < 0.01. `named_ns` also has what a block does to call its sites: it makes their
-names and binds the attention branch to its run.
+Gates: site_ns < 1000, share_of_step < 0.01. `named_ns` also has what a block does to call its sites: it makes
+their names and binds the attention branch to its run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from statistics import median
 
 import torch
 import tyro
-from common import record, show
-from skipped_step import random_model
 
+from common import record, show
 from ditkit.core.cond import Cond
 from ditkit.core.run import DIRECT
 from ditkit.evaluate.clock import alternated
+from skipped_step import random_model
 
 
 @dataclass(frozen=True)

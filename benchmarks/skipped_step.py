@@ -1,10 +1,10 @@
-"""TaylorSeer on a processor: what a forecast step and a recorded step cost, and what is left of the MACs' ratio.
+"""TaylorSeer on a processor: what forecast and recorded steps cost, and what is left of the MACs' ratio.
 
     python benchmarks/skipped_step.py
 
-The emoji model's shape with random weights, conditional and unconditional lane one after the other. Whole
-trajectories are run in turns, exact and with each interval; a step's seconds are the medians over them. Gates:
-skipped_share <= 0.06, recording_share <= 0.05, share_of_macs_ratio >= 0.8 up to interval 4 and >= 0.7 at 6.
+The emoji model's shape with random weights, the conditional and unconditional lane one after the other. Whole
+trajectories are run in turns, exact and with each interval; a step's seconds are the medians over them.
+Gates: skipped_share <= 0.06, recording_share <= 0.05, share_of_macs_ratio >= 0.8 up to interval 4, 0.7 at 6.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from statistics import median
 
 import torch
 import tyro
-from common import record, show
 from rich.progress import track
 from torch import Tensor
 
+from common import record, show
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention

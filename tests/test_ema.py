@@ -132,9 +132,8 @@ def snapshots(tmp_path):
 
 def test_snapshots_are_read_in_order(snapshots):
     found = read_snapshots(snapshots)
-    assert [(s.step, s.std) for s in found] == [
-        (t, std) for t in range(100, 900, 100) for std in (0.05, 0.10)
-    ]
+    expected = [(step, std) for step in range(100, 900, 100) for std in (0.05, 0.10)]
+    assert [(s.step, s.std) for s in found] == expected
 
 
 @pytest.mark.parametrize(("step", "std"), [(800, 0.05), (800, 0.10), (500, 0.10)])
@@ -142,25 +141,19 @@ def test_reconstructing_a_tracked_average_returns_it(snapshots, step, std):
     found = read_snapshots(snapshots)
     share = coefficients(found, step, std)
     kept = [s for s in found if (s.step, s.std) == (step, std)]
-    torch.testing.assert_close(
-        share, torch.tensor([float(s in kept) for s in found]).double(), atol=1e-9, rtol=0
-    )
+    only = torch.tensor([s in kept for s in found]).double()
+    torch.testing.assert_close(share, only, atol=1e-9, rtol=0)
     again = reconstruct(found, step, std)
     torch.testing.assert_close(again["weight"], kept[0].read()["weight"].float(), atol=1e-6, rtol=0)
     assert again["weight"].dtype == torch.float32 and again["count"].dtype == torch.long
 
 
-@pytest.mark.parametrize(("std", "bound"), [(0.06, 0.002), (0.075, 0.002), (0.08, 0.002), (0.15, 0.02)])
+@pytest.mark.parametrize(("std", "bound"), [(0.06, 0.01), (0.075, 0.01), (0.09, 0.01), (0.15, 0.05)])
 def test_reconstructing_an_untracked_average_comes_near_it(snapshots, std, bound):
-    """Relative to how far the two tracked averages lie apart; outside of their widths it is an extrapolation."""
-    direct = follow(Power(std), trajectory(800)).state["weight"]
-    apart = (
-        follow(Power(0.05), trajectory(800)).state["weight"]
-        - follow(Power(0.10), trajectory(800)).state["weight"]
-    )
+    """Error relative to how far the two tracked averages lie apart; at 0.15 it is an extrapolation."""
+    direct, narrow, wide = (follow(Power(s), trajectory(800)).state["weight"] for s in (std, 0.05, 0.10))
     again = reconstruct(read_snapshots(snapshots), 800, std)["weight"]
-    assert (again - direct).norm() < bound * 10 * apart.norm()
-    assert (again - direct).norm() > 0
+    assert (again - direct).norm() < bound * (wide - narrow).norm()
 
 
 def test_what_cannot_be_reconstructed_is_refused(snapshots, tmp_path):

@@ -1,7 +1,7 @@
 """Train the toy in FOLDER, killed with SIGKILL again and again: `kill_and_resume.py FOLDER KILLS SEED`.
 
-Every other kill comes at a random moment, the others while a state file is being written. Prints how many of the
-kills left an unfinished state file behind.
+Every other kill comes at a random moment, the others while a state file is being written. Prints how many of
+the kills left an unfinished state file behind.
 """
 
 from __future__ import annotations
@@ -32,11 +32,24 @@ def child(folder: Path) -> int:
 
 
 def drafts(folder: Path) -> set[Path]:
+    """State files that are being written, or that a kill left half-written."""
     return set(folder.glob(".state.safetensors.*"))
 
 
-def kill_in_writing(pid: int, folder: Path, chance: random.Random) -> None:
-    """Stop the run at random moments until one lies within the writing of a state, then kill it there."""
+def lines(folder: Path) -> int:
+    path = folder / "losses.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait(folder: Path, steps: int) -> None:
+    """Until the run has done so many steps more, or for ten seconds."""
+    goal, deadline = lines(folder) + steps, time.monotonic() + 10
+    while lines(folder) < goal and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def stop_in_writing(pid: int, folder: Path, chance: random.Random) -> None:
+    """Stop the run at random moments until one lies within the writing of a state."""
     old, deadline = drafts(folder), time.monotonic() + 1
     while time.monotonic() < deadline:
         time.sleep(chance.uniform(0, 0.004))
@@ -45,7 +58,6 @@ def kill_in_writing(pid: int, folder: Path, chance: random.Random) -> None:
         if drafts(folder) - old:
             break
         os.kill(pid, signal.SIGCONT)
-    os.kill(pid, signal.SIGKILL)
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
@@ -53,15 +65,16 @@ def main(folder: Path, kills: int, seed: int) -> None:
     chance, halfway = random.Random(seed), 0
     for kill in range(kills):
         pid = child(folder)
+        wait(folder, chance.randint(0, 6))
         if kill % 2:
-            kill_in_writing(pid, folder, chance)
+            stop_in_writing(pid, folder, chance)
         else:
-            time.sleep(chance.uniform(0, 0.3))
-            os.kill(pid, signal.SIGKILL)
+            time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if not os.WIFSIGNALED(status):
             sys.exit(f"the run ended by itself before kill {kill}: status {status}")
-        halfway += bool(drafts(folder))
+        halfway += kill % 2 and bool(drafts(folder))
     _, status = os.waitpid(child(folder), 0)
     if status:
         sys.exit(f"the last resume failed with status {status}")

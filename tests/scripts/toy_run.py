@@ -1,4 +1,4 @@
-"""A training run of seconds: a small DiT, random pictures. As a program: `toy_run.py FOLDER SETTINGS_JSON`."""
+"""A training run of seconds: a small DiT, random pictures. Or: `toy_run.py FOLDER SETTINGS_JSON`."""
 
 from __future__ import annotations
 

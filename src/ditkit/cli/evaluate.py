@@ -185,14 +185,10 @@ def drawn_labels(real: ImageSet, count: int) -> list[int]:
 def table(result: Distribution, macs: int, drawn: Generated) -> Table:
     """The numbers with what they were measured in."""
     many, few = f"over {result.features}", f"over {result.fid_features}"
-    fid = (
-        ("FID", *fid),
-    )
+    fid = ("none", f"{few}, n too small") if result.fid is None else (f"{result.fid:.2f}", few)
     rows = [
         ("KID", f"{result.kid_mean:.5f} ± {result.kid_std:.5f}", f"{many}, subsets of {result.kid_subset}"),
         ("FID", *fid),
-        if result.fid is None
-        else ("FID", f"{result.fid:.2f}", few),
         ("MiFID", f"{result.mifid:.2f}", many),
         ("precision", f"{result.precision:.3f}", many),
         ("recall", f"{result.recall:.3f}", many),

@@ -187,11 +187,16 @@ class Bench:
 class Judge:
     """Distances between what a row drew and `real`, pictures [N, 1 or 3, H, W] in [-1, 1].
 
+    Args:
+        drawn, channels: of what will be judged; what does not fit is refused before anything is drawn.
+
     Raises:
-        ConfigError: too few of them, or of what is drawn. DataError: the extractor's weights are missing.
+        ConfigError: too few pictures in either set, or samples that are no pictures. DataError: the extractor's weights are missing.
     """
 
-    def __init__(self, real: Tensor, drawn: int) -> None:
+    def __init__(self, real: Tensor, drawn: int, channels: int) -> None:
+        if channels not in (1, 3):
+            raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {channels}")
         if min(len(real), drawn) < FEWEST:
             raise ConfigError(
                 f"KID needs {FEWEST} pictures in each set, got {len(real)} real and {drawn} seeds"

@@ -75,8 +75,8 @@ TO_EXACT = (
 TO_CONVERGED = (Column("PSNR", "dB", "psnr_converged_db", lambda r: decibels(r.psnr_converged_db)),)
 CONTROL = (
     Column("steps", "", "control_steps", lambda r: str(r.control_steps or NOTHING)),
-    Column("exact", "dB", "control_psnr_db", lambda r: decibels(r.control_psnr_db, r.control_identical)),
-    Column("conv.", "dB", "control_psnr_converged_db", lambda r: decibels(r.control_psnr_converged_db)),
+    Column("to exact", "dB", "control_psnr_db", lambda r: decibels(r.control_psnr_db, r.control_identical)),
+    Column("to conv.", "dB", "control_psnr_converged_db", lambda r: decibels(r.control_psnr_converged_db)),
 )
 REAL = (
     Column("FID", "", "fid", _distance("fid", 2)),

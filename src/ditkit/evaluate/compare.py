@@ -54,8 +54,8 @@ def compare(
     """Draw the same seeds exactly and under each policy alone, and report cost and error side by side.
 
     A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of
-    samples as the sampler returns them, not clipped. A solver that draws noise gives other pictures in another
-    number of steps: there the converged and control columns say little.
+    samples as the sampler returns them, not clipped. A solver that draws noise gives other pictures in
+    another number of steps: there the converged and control columns say little.
 
     Args:
         model: in eval mode, on the device that is to be measured.
@@ -85,7 +85,7 @@ def compare(
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else Judge(real, len(seeds))
+    judge = None if real is None else Judge(real, len(seeds), model.sample_shape[0])
 
     bench = Bench(work, methods, progress)
     bench.count()

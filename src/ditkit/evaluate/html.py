@@ -72,13 +72,13 @@ def reading(settings: Mapping[str, Any]) -> list[str]:
     """A few plain sentences."""
     steps, many = settings["steps"], settings["converged_steps"]
     return [
-        f"Exact is the unaltered sampler with {steps} steps; every other row starts from the same noise, so that "
-        "a picture can be held against the one above it. PSNR says how near it stayed: at 20 dB it is plainly "
-        "another picture, 30 dB takes a second look, 40 dB is hard to see.",
-        "The control answers whether a method is worth having: it spends the same MACs on fewer exact steps. A "
-        "method whose control has the higher PSNR is beaten by simply taking fewer steps.",
-        f"Converged is the exact sampler with {many} steps, which {steps} steps only approximate. An accelerated "
-        "row that is as near to it as exact itself has an error below the one that was accepted already.",
+        f"Exact is the unaltered sampler with {steps} steps. Every other row starts from the same noise, so "
+        "that a picture can be held against the one above it. PSNR says how near it stayed: at 20 dB it is "
+        "plainly another picture, 30 dB takes a second look, 40 dB is hard to see.",
+        "The control answers whether a method is worth having: it spends the same MACs on fewer exact steps. "
+        "A method whose control has the higher PSNR is beaten by simply taking fewer steps.",
+        f"Converged is the exact sampler with {many} steps, which {steps} steps only approximate. A row that "
+        "is as near to it as exact itself has an error below the one that was accepted already.",
     ]
 
 

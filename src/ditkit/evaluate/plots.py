@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from itertools import groupby
 from typing import NamedTuple
 
 from ditkit.evaluate.rows import Row
@@ -14,6 +13,7 @@ WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 40, 46
 RADIUS, LETTER, LINE = 5.0, 6.6, 14.0  # of a marker; width and height of a letter of the labels
 COLOURS = 6  # that the page defines, as --c0, --c1 ...
+INK, CONTROL = "var(--ink)", "var(--control)"
 Error = Callable[[Row], float | None]
 
 
@@ -32,12 +32,25 @@ class Box(NamedTuple):
         return max(wide, 0) * max(high, 0)
 
 
+class Axis(NamedTuple):
+    """Round marks, and the linear map of the first and the last of them to `start` and `end`."""
+
+    marks: Sequence[float]
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        share = (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
+        return self.start + share * (self.end - self.start)
+
+
 class Point(NamedTuple):
     """A row in the plot; `control` is the height of its control, where that is no row of its own."""
 
     row: Row
     x: float
     y: float
+    paint: str
     control: float | None
 
 
@@ -59,26 +72,20 @@ def speed_against_error(rows: Sequence[Row]) -> str:
 def panel(title: str, rows: Sequence[Row], error: Error, of_control: Error) -> str:
     """One plot; rows that are identical to the reference have no finite PSNR and are left out."""
     timed_controls = any(row.kind == "control" for row in rows)
-    shown = [row for row in rows if error(row) is not None]
-    heights = [
-        v for row in shown for v in (error(row), None if timed_controls else of_control(row)) if v is not None
+    found = [
+        (row, y, None if timed_controls else of_control(row)) for row in rows if (y := error(row)) is not None
     ]
-    if not heights:
+    if not found:
         return ""
-    x_ticks = ticks(min(1.0, *(r.speedup for r in shown)), max(1.5, *(r.speedup for r in shown)))
-    y_ticks = ticks(min(heights), max(heights))
-    across = scale(x_ticks, FIELD.x, FIELD.x + FIELD.width)
-    up = scale(y_ticks, FIELD.y + FIELD.height, FIELD.y)
+    speeds = [row.speedup for row, _, _ in found]
+    heights = [y for _, *both in found for y in both if y is not None]
+    across = Axis(ticks(min(1.0, *speeds), max(1.5, *speeds)), FIELD.x, FIELD.x + FIELD.width)
+    up = Axis(ticks(min(heights), max(heights)), FIELD.y + FIELD.height, FIELD.y)
     points = [
-        Point(row, across(row.speedup), up(error(row) or 0.0), _height(of_control(row), up, timed_controls))
-        for row in shown
+        Point(row, across.at(row.speedup), up.at(y), paint(row, rows), None if c is None else up.at(c))
+        for row, y, c in found
     ]
-    parts = [
-        _axes(title, x_ticks, y_ticks, across, up),
-        *_lines(points, rows),
-        *_markers(points, rows),
-        *_labels(points),
-    ]
+    parts = [*_axes(title, across, up), *_lines(points), *_markers(points), *_labels(points)]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}, PSNR over speed-up">'
         f"{''.join(parts)}</svg>"
@@ -87,25 +94,25 @@ def panel(title: str, rows: Sequence[Row], error: Error, of_control: Error) -> s
 
 def legend(rows: Sequence[Row]) -> str:
     """What the colours and markers mean, as HTML."""
-    entries = [(colour(name, rows), "filled", name) for name in series(rows)]
+    entries = {row.series: ("filled", paint(row, rows)) for row in rows if row.kind == "policy"}
     if any(row.kind == "control" for row in rows):
-        entries.append(("var(--control)", "hollow", "fewer exact steps (the number beside the marker)"))
+        entries["fewer exact steps (the number beside the marker)"] = ("hollow", CONTROL)
     elif any(row.control_psnr_db is not None for row in rows):
-        entries.append(("var(--control)", "hollow", "fewer exact steps that cost the same MACs (not timed)"))
-    entries.append(("var(--ink)", "filled", "exact"))
+        entries["fewer exact steps that cost the same MACs (not timed)"] = ("hollow", CONTROL)
+    entries["exact"] = ("filled", INK)
     items = [
-        f'<li><i class="{look}" style="--c:{paint}"></i>{escape(text)}</li>' for paint, look, text in entries
+        f'<li><i class="{look}" style="--c:{colour}"></i>{escape(text)}</li>'
+        for text, (look, colour) in entries.items()
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def series(rows: Sequence[Row]) -> list[str]:
-    """The series of the policies, in the order of the rows."""
-    return list(dict.fromkeys(row.series for row in rows if row.kind == "policy"))
-
-
-def colour(name: str, rows: Sequence[Row]) -> str:
-    return f"var(--c{series(rows).index(name) % COLOURS})"
+def paint(row: Row, rows: Sequence[Row]) -> str:
+    """The row's colour, as CSS; policies of one series share one."""
+    if row.kind != "policy":
+        return INK if row.kind == "exact" else CONTROL
+    series = list(dict.fromkeys(other.series for other in rows if other.kind == "policy"))
+    return f"var(--c{series.index(row.series) % COLOURS})"
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -115,11 +122,6 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
-
-
-def scale(marks: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    """The linear map of the first and last mark to `start` and `end`."""
-    return lambda value: start + (value - marks[0]) / (marks[-1] - marks[0]) * (end - start)
 
 
 def place(points: Sequence[Box], texts: Sequence[str]) -> list[Box]:
@@ -151,81 +153,46 @@ def _outside(box: Box) -> float:
     return 10 * (box.width * box.height - box.overlap(FIELD))
 
 
-def _height(value: float | None, up: Callable[[float], float], timed_controls: bool) -> float | None:
-    return None if value is None or timed_controls else up(value)
-
-
-def _axes(
-    title: str,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    across: Callable[[float], float],
-    up: Callable[[float], float],
-) -> str:
+def _axes(title: str, across: Axis, up: Axis) -> list[str]:
     floor, wall = FIELD.y + FIELD.height, FIELD.x + FIELD.width
-    lines = [f'<text class="title" x="{LEFT}" y="18">{escape(title)}</text>']
-    lines.append(f'<text class="unit" x="{LEFT}" y="{TOP - 8}">PSNR, dB (higher is closer)</text>')
-    for value in y_ticks:
-        y = up(value)
-        lines.append(f'<line class="rule" x1="{LEFT}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
-        x = across(value)
-        lines.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
-        lines.append(
-            f'<text class="tick" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{value:g}</text>'
-        )
-    middle = FIELD.x + FIELD.width / 2
-    lines.append(
-        f'<text class="unit" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">times as fast as the exact run, wall clock</text>'
-    )
-    return "".join(lines)
-
-
-def _lines(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
-    """One line through each series, and one from every policy to its control."""
-    named = sorted((p for p in points if p.row.kind != "exact"), key=lambda p: (p.row.series, p.x))
-    lines = []
-    for name, group in groupby(named, key=lambda p: p.row.series):
-        members = list(group)
-        is_control = members[0].row.kind == "control"
-        paint = "var(--control)" if is_control else colour(name, rows)
-        path = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in members)
-        lines.append(
-            f'<polyline class="{"dashed" if is_control else "series"}" style="--c:{paint}" points="{path}"/>'
-        )
-    for p in points:
-        if p.control is not None:
-            lines.append(
-                f'<line class="stem" x1="{p.x:.1f}" x2="{p.x:.1f}" y1="{p.y:.1f}" y2="{p.control:.1f}"/>'
-            )
-    return lines
-
-
-def _markers(points: Sequence[Point], rows: Sequence[Row]) -> list[str]:
-    drawn = []
-    for p in points:
-        look = "hollow" if p.row.kind == "control" else "filled"
-        paint = {"control": "var(--control)", "exact": "var(--ink)"}.get(p.row.kind) or colour(
-            p.row.series, rows
-        )
-        tip = f"{p.row.name}: {p.row.speedup:.2f} times as fast"
-        drawn.append(_marker(p.x, p.y, look, paint, tip))
-        if p.control is not None:
-            tip = f"{p.row.control_steps} exact steps, the same MACs as {p.row.name}"
-            drawn.append(_marker(p.x, p.control, "hollow", "var(--control)", tip))
+    drawn = [
+        _text("title", LEFT, 18, title),
+        _text("unit", LEFT, TOP - 8, "PSNR, dB (higher is closer)"),
+        _text("unit", (LEFT + wall) / 2, HEIGHT - 8, "times as fast as exact (wall clock)", "middle"),
+    ]
+    for mark in up.marks:
+        drawn.append(_line("rule", (LEFT, wall), (up.at(mark), up.at(mark))))
+        drawn.append(_text("tick", LEFT - 8, up.at(mark) + 4, f"{mark:g}", "end"))
+    for mark in across.marks:
+        drawn.append(_line("rule", (across.at(mark), across.at(mark)), (TOP, floor)))
+        drawn.append(_text("tick", across.at(mark), floor + 17, f"{mark:g}", "middle"))
     return drawn
 
 
-def _marker(x: float, y: float, look: str, paint: str, tip: str) -> str:
-    return (
-        f'<circle class="{look}" style="--c:{paint}" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}">'
-        f"<title>{escape(tip)}</title></circle>"
-    )
+def _lines(points: Sequence[Point]) -> list[str]:
+    """One line through each series, in the order of its rows, and one from every policy to its control."""
+    drawn = []
+    for series in dict.fromkeys(p.row.series for p in points):
+        members = [p for p in points if p.row.series == series]
+        look = "dashed" if members[0].row.kind == "control" else "series"
+        path = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in members)
+        drawn.append(f'<polyline class="{look}" style="--c:{members[0].paint}" points="{path}"/>')
+    return drawn + [_line("stem", (p.x, p.x), (p.y, p.control)) for p in points if p.control is not None]
+
+
+def _markers(points: Sequence[Point]) -> list[str]:
+    drawn = []
+    for p in points:
+        look = "hollow" if p.row.kind == "control" else "filled"
+        drawn.append(_marker(p.x, p.y, look, p.paint, f"{p.row.name}: {p.row.speedup:.2f} times as fast"))
+        if p.control is not None:
+            tip = f"{p.row.control_steps} exact steps, the same MACs as {p.row.name}"
+            drawn.append(_marker(p.x, p.control, "hollow", CONTROL, tip))
+    return drawn
 
 
 def _labels(points: Sequence[Point]) -> list[str]:
-    """Each row's tag near its marker, with a line to it where another text is in between."""
+    """Each row's tag near its marker, with a line to it where something is in between."""
     boxes = [Box(p.x - RADIUS, p.y - RADIUS, 2 * RADIUS, 2 * RADIUS) for p in points]
     texts = [p.row.tag for p in points]
     drawn = []
@@ -233,9 +200,20 @@ def _labels(points: Sequence[Point]) -> list[str]:
         x, y = min(max(p.x, box.x), box.x + box.width), min(max(p.y, box.y), box.y + box.height)
         if math.dist((x, y), (p.x, p.y)) > 2 * RADIUS:
             drawn.append(_line("leader", (x, p.x), (y, p.y)))
-        drawn.append(f'<text class="tag" x="{box.x:.1f}" y="{box.y + LINE - 3:.1f}">{escape(text)}</text>')
+        drawn.append(_text("tag", box.x, box.y + LINE - 3, text))
     return drawn
+
+
+def _marker(x: float, y: float, look: str, colour: str, tip: str) -> str:
+    return (
+        f'<circle class="{look}" style="--c:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}">'
+        f"<title>{escape(tip)}</title></circle>"
+    )
 
 
 def _line(look: str, x: tuple[float, float], y: tuple[float, float]) -> str:
     return f'<line class="{look}" x1="{x[0]:.1f}" x2="{x[1]:.1f}" y1="{y[0]:.1f}" y2="{y[1]:.1f}"/>'
+
+
+def _text(look: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

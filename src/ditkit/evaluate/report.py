@@ -99,7 +99,7 @@ class Report:
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("method", min_width=18)
+        table.add_column("method", max_width=18)
         for head in HEADS:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:

@@ -31,7 +31,7 @@ section p { max-width: 75ch; }
 
 .grid {
   display: grid; gap: 6px; align-items: center; width: max-content;
-  grid-template-columns: 210px repeat(var(--n), clamp(64px, calc(980px / var(--n)), 128px));
+  grid-template-columns: 236px repeat(var(--n), clamp(64px, calc(980px / var(--n)), 128px));
 }
 .grid img {
   width: 100%; display: block; image-rendering: pixelated; border-radius: 4px; background: var(--panel);
@@ -43,9 +43,12 @@ section p { max-width: 75ch; }
   display: flex; flex-direction: column; justify-content: center;
 }
 
-.panels { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.panels {
+  display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
+}
 svg {
-  width: 100%; height: auto; background: var(--panel); border-radius: 8px; font-size: 12.5px; fill: var(--ink);
+  width: 100%; height: auto; background: var(--panel); border-radius: 8px;
+  font-size: 12.5px; fill: var(--ink);
 }
 svg .title { font-size: 15px; font-weight: 600; }
 svg .unit, svg .tick { fill: var(--pale); font-size: 12px; }

@@ -29,12 +29,12 @@ def distance(row: Row) -> str:
     """The PSNR to the exact run with its unit."""
     if row.kind == "exact":
         return "the reference"
-    return "identical to exact" if row.identical else f"PSNR {decibels(row.psnr_db)} dB to exact"
+    return "identical to exact" if row.identical else f"{decibels(row.psnr_db)} dB to exact"
 
 
 def caption(row: Row) -> list[str]:
     """Three lines beside a row of pictures."""
-    return [row.name, f"{row.seconds:.2f} s, {row.speedup:.2f} times as fast", distance(row)]
+    return [row.name, f"{row.seconds:.2f} s, {row.speedup:.2f}x", distance(row)]
 
 
 def converged_caption(steps: int) -> list[str]:
@@ -53,7 +53,7 @@ def headline(rows: Sequence[Row]) -> str:
     pictures = "identical pictures" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its pictures"
     faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {pictures}"
     if not close:
-        faster = f"No policy stays within {CLOSE_DB:g} dB of the exact sampler. The closest: {faster}"
+        faster = f"No policy keeps a PSNR of {CLOSE_DB:g} dB to the exact sampler. The closest: {faster}"
     return f"{faster}{_against_control(best)}."
 
 
@@ -64,5 +64,5 @@ def _against_control(row: Row) -> str:
     if row.control_psnr_db is None or row.psnr_db is None:
         return f"; {steps} would cost as much and be identical"
     if row.control_psnr_db < row.psnr_db:
-        return f"; the same compute spent on {steps} reaches only {decibels(row.control_psnr_db)} dB"
-    return f"; the same compute spent on {steps} would be closer, {decibels(row.control_psnr_db)} dB"
+        return f"; the same MACs spent on {steps} reach only {decibels(row.control_psnr_db)} dB"
+    return f"; the same MACs spent on {steps} would be closer, {decibels(row.control_psnr_db)} dB"

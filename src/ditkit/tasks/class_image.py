@@ -102,7 +102,7 @@ def describe(recipe: ClassImageRecipe) -> str:
         "data": f"{recipe.data}, {len(images)} images {list(images.images.shape[1:])}, "
         f"{len(images.classes)} classes, {images.images.nbytes / 1e6:.1f} MB in memory",
         **{f"model.{k}": v for k, v in asdict(recipe.model).items() if k != "class_names"},
-        **{f"terms.{k}": v for k, v in objective.describe().items()},
+        "terms": objective.terms,
         **{f"settings.{k}": v for k, v in vars(run).items()},
         "parameters": f"{parameters:,}",
         "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training",

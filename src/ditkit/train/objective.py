@@ -111,9 +111,9 @@ class Objective:
                 if site not in sites:
                     raise ConfigError(unknown(f"site that {name} reads:", site, sites))
 
-    def describe(self) -> dict[str, Any]:
-        """Settings of the active terms by name, as JSON has them."""
-        return {type(term).__name__: dict(vars(term)) for term in self.active}
+    def describe(self) -> list[dict[str, Any]]:
+        """Names and settings of the active terms, as JSON has them."""
+        return [{"term": type(term).__name__, **vars(term)} for term in self.active]
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.special import log_ndtr
 
 from ditkit.core.convention import Convention
 from ditkit.core.ddpm import DiscretePath
@@ -55,8 +56,9 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
 def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log of a Gaussian's mass in the bin of each value, in nats; the outer bins reach to infinity.
 
-    Ho et al. 2020, eq. 13, with the exact normal integral (DiT's code takes its tanh approximation). Mass is
-    counted on the side of the mean where it does not cancel, and is at least 1e-12 as there.
+    Ho et al. 2020, eq. 13, with the exact normal integral and no less than log 1e-12; DiT's code has that floor
+    and a tanh approximation of the integral. All in logarithms, on the side of the mean where nothing cancels:
+    torch's float32 `ndtr` is 3 % off at five deviations and 0 at seven.
 
     Args:
         data: values of the 256 levels in [-1, 1].
@@ -65,7 +67,8 @@ def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor)
     offset = data - mean
     below, above = (offset - HALF_BIN) * inverse_std, (offset + HALF_BIN) * inverse_std
     near, far = (offset.abs() - HALF_BIN) * inverse_std, (offset.abs() + HALF_BIN) * inverse_std
-    inside = (torch.special.ndtr(-near) - torch.special.ndtr(-far)).clamp_min(1e-12).log()
+    upper = log_ndtr(-near)
+    inside = upper + (-torch.expm1(log_ndtr(-far) - upper)).log()
     lowest, highest = data < -1 + HALF_BIN, data > 1 - HALF_BIN
-    edge = torch.special.log_ndtr(torch.where(lowest, above, -below))
-    return torch.where(lowest | highest, edge, inside)
+    edge = log_ndtr(torch.where(lowest, above, -below))
+    return torch.where(lowest | highest, edge, inside).clamp_min(math.log(1e-12))

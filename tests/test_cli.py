@@ -1,0 +1,291 @@
+"""The commands do what their help says, and say where they wrote what."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ditkit
+from ditkit.cli import compare as compare_command
+from ditkit.cli import evaluate as evaluate_command
+from ditkit.cli.generate import slug
+from ditkit.cli.main import COMMANDS, main
+from ditkit.cli.options import policies_of, seeds_of
+from ditkit.cli.parsing import one_line
+from ditkit.cli.pictures import grid
+from ditkit.cli.train import found, write_sheet
+from ditkit.core.errors import ConfigError
+from ditkit.evaluate.features import HEAD_TAP, POOLED_TAP
+from models_for_tests import CLASSES, save_tiny, tiny_model
+
+Capture = pytest.CaptureFixture[str]
+COLUMNS = 80
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of class folders, three noisy pictures in each."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def output(capsys: Capture, *words: object) -> str:
+    """What `ditkit WORDS` prints on stdout; it must succeed, and be silent on stderr."""
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert code == 0 and said.err == "", said
+    return said.out
+
+
+HELPS = [(), ("train",), *((command,) for command in COMMANDS), *(("train", name) for name in found())]
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_help_fits_the_terminal_and_ends_well(
+    words: tuple[str, ...], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    text = output(capsys, *words, "--help")
+    assert text.startswith(f"usage: {' '.join(('ditkit', *words))}")
+    overlong = [line for line in text.splitlines() if len(line) > COLUMNS and "--" not in line]
+    assert overlong == []
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "train"])
+def test_help_explains_every_flag_and_shows_examples(command: str, capsys: Capture) -> None:
+    text = output(capsys, command, "--help")
+    assert f"Examples:\n    ditkit {command}" in text
+    unexplained = re.findall(r"^│ (--\S+) .*│\n│\s+\(default", text, re.MULTILINE)
+    assert unexplained == []
+
+
+def test_no_words_list_the_commands(capsys: Capture) -> None:
+    text = output(capsys)
+    assert [command for command in COMMANDS if not re.search(rf"^  {command}  ", text, re.MULTILINE)] == []
+    assert text == output(capsys, "-h")
+
+
+def test_version(capsys: Capture) -> None:
+    assert output(capsys, "--version") == f"ditkit {ditkit.__version__}\n"
+
+
+def test_train_alone_lists_the_recipes(capsys: Capture) -> None:
+    text = output(capsys, "train")
+    assert "emoji" in found() and all(name in text for name in found())
+
+
+def test_generate_writes_pictures_a_sheet_and_what_it_did(
+    model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "new" / "out"
+    policy = "taylorseer:interval=3,order=1"
+    flags = ["--label", CLASSES[1], "--label", CLASSES[2], "--seeds", "0", "4..5", "--steps", "8"]
+    text = output(capsys, "generate", model, *flags, "--policy", policy, "--out", out)
+    names = {f"{label}-{seed}.png" for label in ("animal-mammal", "flag-other") for seed in (0, 4, 5)}
+    assert {path.name for path in out.iterdir()} == names | {"sheet.png", "generated.json"}
+    assert all(Image.open(out / name).size == (16, 16) for name in names)
+    assert str(out) in text and "sheet.png" in text and "6 pictures in" in text
+    assert "computed 0-1 4 7, forecast 2-3 5-6" in text
+
+    done = json.loads((out / "generated.json").read_text())
+    assert done["settings"]["policies"] == [policy] and done["settings"]["solver"] == "euler"
+    assert done["receipts"][0]["lanes"]["cond"]["forecast"] == "2-3 5-6"
+    assert {entry["file"] for entry in done["pictures"]} == names
+    assert done["pictures"][-1] == {"file": "flag-other-5.png", "seed": 5, "label": CLASSES[2]}
+    assert done["seconds"] > 0 and done["policy_bytes"] > 0
+
+
+def test_the_files_hold_what_generate_draws(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    output(
+        capsys, "generate", model, "--label", CLASSES[0], "--seeds", "7", "--steps", "3", "--out", tmp_path
+    )
+    drawn = ditkit.generate(ditkit.load(model), CLASSES[0], [7], steps=3).images[0]
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    read = torch.frombuffer(
+        bytearray(Image.open(tmp_path / "animal-bird-7.png").tobytes()), dtype=torch.uint8
+    )
+    assert torch.equal(read, expected.flatten())
+
+
+def test_generate_spreads_over_the_classes_by_default(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    output(capsys, "generate", model, "--seeds", "0..3", "--steps", "2", "--out", tmp_path)
+    pictures = json.loads((tmp_path / "generated.json").read_text())["pictures"]
+    assert [entry["label"] for entry in pictures] == list(CLASSES)
+
+
+def test_list_labels_draws_nothing(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert (
+        output(capsys, "generate", model, "--list-labels", "--out", tmp_path / "o")
+        == "\n".join(CLASSES) + "\n"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_exact_is_a_policy_that_changes_nothing(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    for name, flags in {"plain": [], "exact": ["--policy", "exact"]}.items():
+        output(capsys, "generate", model, "--seeds", "0", "--steps", "2", *flags, "--out", tmp_path / name)
+    plain, exact = ((tmp_path / name / "animal-bird-0.png").read_bytes() for name in ("plain", "exact"))
+    assert plain == exact
+
+
+def test_compare_writes_its_report_and_says_where(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ["--policy", "exact", "--policy", "taylorseer:interval=3", "--seeds", "0..1", "--steps", "6"]
+    text = output(
+        capsys, "compare", model, *flags, "--rounds", "1", "--no-memory", "--fewer-steps", "--out", tmp_path
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "sheet.png"}
+    assert f"open {tmp_path / 'report.html'} in a browser" in text
+    kinds = [row["kind"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
+    assert kinds == ["exact", "policy", "control"]
+
+
+def test_the_demo_is_what_it_says(
+    model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, object] = {}
+
+    class Stop(Exception):
+        """What was asked is known."""
+
+    def noted(_: object, policies: object, seeds: object, **options: object) -> None:
+        asked.update(options, policies=policies, seeds=seeds)
+        raise Stop
+
+    monkeypatch.setattr(compare_command, "compared", noted)
+    with pytest.raises(Stop):
+        main(["compare", str(model), "--demo", "--out", str(tmp_path)])
+    pairs = [(policy.interval, policy.order) for policy in asked["policies"]]  # type: ignore[attr-defined]
+    assert pairs == [(n, o) for n in (3, 4, 6) for o in (0, 1, 2)]
+    assert asked["controls_as_rows"] is True and asked["seeds"] == tuple(range(8)) and asked["steps"] == 50
+
+
+def test_train_from_a_folder_then_generate(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    size = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2"]
+    cadence = ["--warmup", "0", "--sheet-every", "2", "--save-every", "1", "--snapshot-every", "0"]
+    words = ["train", "emoji", "--data", photos, "--batch", "4", "--precision", "float32", *size, *cadence]
+    assert main([str(word) for word in [*words, "--steps", "2", "--out", run]]) == 0
+    assert f"ditkit generate {run / 'model'}" in capsys.readouterr().out
+    assert Image.open(run / "samples" / "000002.png").size[0] > 16
+    assert len((run / "losses.jsonl").read_text().splitlines()) == 2
+
+    assert main([str(word) for word in [*words, "--steps", "3", "--out", run, "--resume"]]) == 0
+    capsys.readouterr()
+    assert len((run / "losses.jsonl").read_text().splitlines()) == 3
+    assert output(capsys, "generate", run / "model", "--list-labels") == "cat\ndog\n"
+
+
+def test_dry_run_prints_and_trains_nothing(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = output(
+        capsys, "train", "emoji", "--data", photos, "--steps", "777", "--dry-run", "--out", tmp_path / "run"
+    )
+    assert "777" in text and "parameters" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_training_sheet_shows_every_class_in_its_row(tmp_path: Path) -> None:
+    write_sheet(tmp_path, tiny_model(), 123)
+    width, height = Image.open(tmp_path / "000123.png").size
+    assert height == pytest.approx(2 * width, rel=0.05)  # 8 classes down, 4 samples across
+
+
+class Features:
+    """Stands for the pretrained network: per-channel statistics of a picture."""
+
+    def taps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+        return {POOLED_TAP: pooled, HEAD_TAP: torch.cat([pooled, pooled.square()], 1)}
+
+
+def test_evaluate_measures_and_shows_neighbours(
+    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "m", tmp_path / "out"
+    tiny_model(classes=2, class_names=("cat", "dog")).save(folder)
+    monkeypatch.setattr(evaluate_command, "load_efficientnet_lite0", Features)
+    monkeypatch.setattr(
+        evaluate_command, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
+    )
+    flags = ["--data", photos, "--count", "6", "--steps", "4", "--neighbours", "3", "--batch-size", "4"]
+    text = output(capsys, "evaluate", folder, *flags, "--policy", "taylorseer:interval=2", "--out", out)
+    assert "KID" in text and "n = 6 drawn, 6 real" in text and "efficientnet" in text
+
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["distribution"]["n_fake"] == 6 and result["distribution"]["fid"] is None
+    assert result["settings"]["policies"] == ["taylorseer:interval=2"] and result["macs_each"] > 0
+    assert len(result["nearest"]) == 6
+    ids = {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
+    assert all(entry["pixels"]["id"] in ids and entry["features"]["id"] in ids for entry in result["nearest"])
+    assert Image.open(out / "neighbours.png").size[0] > 3 * 96
+
+
+def test_evaluate_refuses_other_classes(photos: Path, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["evaluate", str(model), "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "photos has 2 classes, the model has 4" in line
+
+
+def test_seeds_are_numbers_and_ranges() -> None:
+    assert seeds_of(["0..2", "7"]) == (0, 1, 2, 7)
+    assert seeds_of(["5..5"]) == (5,)
+    for word in ("1..", "..3", "1...3", "0x1", "1,2", "٣", "-1", "1.5"):
+        with pytest.raises(ConfigError, match="whole numbers"):
+            seeds_of([word])
+
+
+def test_policies_leave_exact_out() -> None:
+    assert policies_of(["exact"]) == [] and len(policies_of(["taylorseer", "exact"])) == 1
+
+
+def test_a_label_becomes_part_of_a_file_name() -> None:
+    assert slug("food fruit/../x") == "food-fruit-..-x"
+    assert slug("../..") == "unnamed" and slug("été") == "été"
+
+
+def test_a_grid_holds_every_picture_enlarged() -> None:
+    pictures = torch.stack([torch.full((1, 48, 48), value) for value in (-1.0, 0.0, 0.5)])
+    page = grid(pictures, columns=2)
+    assert page.shape == (1, 2 * (2 * 50 + 2), 2 * (2 * 50 + 2))
+    assert [page[0, 20, 20].item(), page[0, 20, 150].item(), page[0, 150, 20].item()] == [-1.0, 0.0, 0.5]
+    assert page[0, 150, 150].item() == 1.0
+
+
+def test_a_box_becomes_one_line() -> None:
+    box = "╭─ Error ─╮\n│ Error parsing │\n│ --steps: 'x'. │\n│ ─────── │\n│ For help, see │\n╰─────────╯\n"
+    assert one_line(box) == "Error parsing --steps: 'x'"
+    assert one_line("") == "the arguments are not understood"
+
+
+def test_a_reader_that_stops_early_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Closed:
+        """A pipe whose reader has gone."""
+
+        def __init__(self) -> None:
+            self.file = (tmp_path / "gone").open("w")
+
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None: ...
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["--version"]) == 0

@@ -1,0 +1,90 @@
+"""Fill the README's tables from benchmarks/results/*.json, so that no figure is typed by hand.
+
+    python tools/readme_tables.py            # rewrite README.md
+    python tools/readme_tables.py --check    # exit 1 if it would change
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = {
+    "demo": {
+        "name": "method",
+        "seconds": "seconds",
+        "speedup": "speed-up",
+        "macs_ratio": "MACs",
+        "psnr_db": "PSNR dB",
+        "control_psnr_db": "control dB",
+        "psnr_converged_db": "converged dB",
+        "control_psnr_converged_db": "control, converged dB",
+    },
+    "skipped_step": {
+        "batch": "batch",
+        "interval": "interval",
+        "skipped_share": "skipped / dense step",
+        "recording_share": "recording adds",
+        "macs_ratio": "MACs ratio",
+        "speedup": "speed-up",
+        "share_of_macs_ratio": "share of ratio",
+    },
+    "taylorseer_orders": {
+        "solver": "solver",
+        "interval": "interval",
+        "full": "full steps",
+        "mse_O0": "O=0",
+        "mse_O1": "O=1",
+        "mse_O2": "O=2",
+        "mse_O3": "O=3",
+        "mse_fewer_steps": "fewer exact steps",
+    },
+}
+"""For each table, the keys of its rows and their headings."""
+
+
+def filled(text: str) -> str:
+    """The README with every table made from its results."""
+    return re.sub(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(m[2]) + m[3], text, flags=re.S)
+
+
+def table(name: str) -> str:
+    """A Markdown table of benchmarks/results/`name`.json, with its origin under it."""
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf8"))
+    origin = result.get("settings", result)
+    columns = COLUMNS[name]
+    rows = [row for row in result["rows"] if set(columns) <= set(row)]
+    lines = [_line(list(columns.values())), _line(["---:"] * len(columns))]
+    lines += [_line([_cell(row[key]) for key in columns]) for row in rows]
+    versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items())
+    lines += ["", f"*{origin['date'][:10]}, {origin['device']}, {origin['threads']} threads, {versions}; `{origin['command']}`*"]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
+    return str(value)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf8")
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if filled(text) == text else "README.md: its tables are not those of benchmarks/results; run this tool")
+    readme.write_text(filled(text), encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
