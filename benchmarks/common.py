@@ -1,4 +1,4 @@
-"""What every benchmark shares: a table on the terminal, and the same rows with their origin in results/*.json."""
+"""What benchmarks share: a table on the terminal, and the same rows with their origin in results/*.json."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import tyro
-from common import record, show
 
+from common import record, show
 from ditkit.core.cond import Cond
 from ditkit.evaluate.clock import alternated, medians
 from ditkit.evaluate.macs import count_macs
@@ -56,7 +56,9 @@ def measure(size: int, arguments: Arguments, device: torch.device) -> list[dict[
     compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
     seconds = medians(
         alternated(
-            {"eager": lambda: model(x, t, cond), "compiled": lambda: compiled(x, t, cond)}, arguments.rounds, warmup=5
+            {"eager": lambda: model(x, t, cond), "compiled": lambda: compiled(x, t, cond)},
+            arguments.rounds,
+            warmup=5,
         )
     )
     return [

@@ -1,4 +1,4 @@
-"""TaylorSeer's small experiment: error to the exact run of the same seeds, by interval and order (specification, check 2).
+"""TaylorSeer's small experiment: error to the exact run of the same seeds, by interval and order (its check 2).
 
     python benchmarks/taylorseer_orders.py
 
@@ -14,11 +14,11 @@ from itertools import pairwise
 
 import torch
 import tyro
-from common import record, show
 from rich.progress import track
 from torch import Tensor
 
 import ditkit
+from common import record, show
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.model import Model
@@ -54,7 +54,10 @@ def main(arguments: Arguments) -> None:
         errors = measure(model, solver, arguments)
         rows += [
             {"solver": type(solver).__name__, "interval": n, "full": errors[n]["full"]}
-            | {f"mse_{name}": errors[n][name] for name in (*(f"O{o}" for o in arguments.orders), "fewer_steps")}
+            | {
+                f"mse_{name}": errors[n][name]
+                for name in (*(f"O{o}" for o in arguments.orders), "fewer_steps")
+            }
             for n in arguments.intervals
         ]
         verdicts += [{"solver": type(solver).__name__, **verdict} for verdict in judge(errors, arguments)]
@@ -82,7 +85,9 @@ def draw(model: Model, solver: Solver, policies: list[Policy], steps: int, argum
     told = Cond(label=labels)
     guidance = ClassifierFree(arguments.guidance)
     seeds = range(arguments.count)
-    return sample(model, told, seeds, steps=steps, solver=solver, guidance=guidance, policies=policies).samples
+    return sample(
+        model, told, seeds, steps=steps, solver=solver, guidance=guidance, policies=policies
+    ).samples
 
 
 def mse(x: Tensor, reference: Tensor) -> float:

@@ -3,8 +3,6 @@
 They act where RAS, Re-ttention and CG-Taylor act, and are no more than that.
 """
 
-# ruff: noqa: PLR0917 - a handler takes its site's arguments by position
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A small model that is not at its initial zero, and the plainest possible sampling loop."""
+"""A small model that is not at its initial zero, the plainest sampling loop, and a model of one branch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.policy import Policy
-from ditkit.core.run import Call
+from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT, DiTConfig
 
@@ -62,3 +62,25 @@ def sample(
                 xs[lane] = xs[lane] - v / steps
     trajectory.finish()
     return xs
+
+
+BRANCH = (Site("b", "branch"),)
+
+
+def play(
+    policy: Policy,
+    F: Callable[[Call], object],
+    calls: Sequence[Call],
+    tokens: Callable[[Call], object] = lambda call: torch.zeros(1, 1, 1),
+) -> list[object]:
+    """What one branch that is `F` of the call hands to its model in each of `calls`."""
+    trajectory = Trajectory(BRANCH, [policy], len(calls))
+    outs = []
+    for call in calls:
+        outs.append(trajectory.run(call).site("b", lambda x, call=call: F(call), tokens(call)))
+        trajectory.leave(call, None)
+    return outs
+
+
+def calls(total: int) -> list[Call]:
+    return [Call(index, total, 1 - index / total) for index in range(total)]

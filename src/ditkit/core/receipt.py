@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from ditkit.core.policy import Policy
@@ -10,11 +11,15 @@ from ditkit.core.run import Call, Handler
 
 
 class PolicyReceipt:
-    """For each lane, how many owned sites ran and how many were replaced in each evaluation."""
+    """For each lane, how many owned sites ran and how many were replaced in each evaluation.
 
-    def __init__(self, policy: Policy, verb: str) -> None:
-        self.policy = policy
-        self.verb = verb
+    Args:
+        verb: what a site is called whose function did not run.
+        depths: blocks of each `stack` site, whose function takes `start, stop`: it ran if its last block did.
+    """
+
+    def __init__(self, policy: Policy, verb: str, depths: Mapping[str, int]) -> None:
+        self.policy, self.verb, self.depths = policy, verb, depths
         self.sites: set[str] = set()
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         self._call: Call | None = None
@@ -26,13 +31,21 @@ class PolicyReceipt:
 
     def watch(self, name: str, handler: Handler) -> Handler:
         """`handler`, noting whether it ran the site's own function."""
-        met, ran = self._met, self._ran
+        met, ran, depth = self._met, self._ran, self.depths.get(name, 0)
 
         def watched(fn: Handler, *args: Any) -> Any:
             met.add(name)
+            reached = 0
 
             def probe(*inner: Any) -> Any:
-                ran.add(name)
+                nonlocal reached
+                if depth:
+                    given = inner[len(args) :]
+                    start = given[0] if given else 0
+                    stop = given[1] if len(given) > 1 else depth
+                    reached = stop if start <= reached else reached
+                if reached == depth:
+                    ran.add(name)
                 return fn(*inner)
 
             return handler(probe, *args)

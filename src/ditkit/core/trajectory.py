@@ -10,7 +10,7 @@ from torch import Tensor
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
 from ditkit.core.policy import RESOURCES, Claim, Policy
 from ditkit.core.receipt import PolicyReceipt
-from ditkit.core.run import DIRECT, Call, Handler, Run, Site
+from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
 
 DEPTH: dict[Claim, int] = {"own": 0, "wrap": 1, "see": 2}
 
@@ -36,8 +36,9 @@ class Trajectory:
         self.policies, self.total = tuple(policies), total
         self.claims = claim(sites, self.policies)
         self.sessions = [policy.start(sites, total) for policy in self.policies]
+        depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
         self.receipts = [
-            PolicyReceipt(policy, session.verb)
+            PolicyReceipt(policy, session.verb, depths)
             for policy, session in zip(self.policies, self.sessions, strict=True)
         ]
         self.max_bytes = max_bytes

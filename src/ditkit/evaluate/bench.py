@@ -191,7 +191,8 @@ class Judge:
         drawn, channels: of what will be judged; what does not fit is refused before anything is drawn.
 
     Raises:
-        ConfigError: too few pictures in either set, or samples that are no pictures. DataError: the extractor's weights are missing.
+        ConfigError: too few pictures in either set, or samples that are no pictures.
+        DataError: the extractor's weights are missing.
     """
 
     def __init__(self, real: Tensor, drawn: int, channels: int) -> None:

@@ -60,10 +60,11 @@ def title(settings: Mapping[str, Any]) -> str:
 def context(settings: Mapping[str, Any]) -> str:
     """One line under the headline: what was run, where and when."""
     count, threads = len(settings["seeds"]), settings["threads"]
+    rounds = "timed once" if settings["rounds"] == 1 else f"median of {settings['rounds']} alternated rounds"
     return (
         f"{count} pictures a row, {settings['steps']} steps, {settings['solver']}, {settings['guidance']}; "
         f"{settings['device']}, {threads} thread{'s'[: threads > 1]}, {settings['dtype']}, "
-        f"torch {settings['versions']['torch']}; median of {settings['rounds']} alternated rounds; "
+        f"torch {settings['versions']['torch']}; {rounds}; "
         f"{settings['date'][:10]}."
     )
 

@@ -3,8 +3,6 @@
 B batch, L image rows, S text rows, D width, N heads, K head width. In a joint sequence text comes first.
 """
 
-# ruff: noqa: PLR0917 - signatures are diffusers', and a site's function takes its arguments by position
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,7 +101,7 @@ def describe(recipe: ClassImageRecipe) -> str:
     lines = {
         "data": f"{recipe.data}, {len(images)} images {list(images.images.shape[1:])}, "
         f"{len(images.classes)} classes, {images.images.nbytes / 1e6:.1f} MB in memory",
-        **{f"model.{k}": v for k, v in asdict(recipe.model).items() if k != "class_names"},
+        **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         "terms": objective.terms,
         **{f"settings.{k}": v for k, v in vars(run).items()},
         "parameters": f"{parameters:,}",

@@ -71,7 +71,7 @@ class Log:
         with writing(self.folder):
             self.file.write(json.dumps(line).encode() + b"\n")
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate))
-        said = f"loss {losses['loss']:.4f}  {rate:.3g} images/s  {left} left"
+        said = f"loss {losses['loss']:.4f}  {rate:,.1f} images/s  {left} left"
         self.bar.update(self.task, completed=step, said=said)
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now

@@ -56,9 +56,9 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
 def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log of a Gaussian's mass in the bin of each value, in nats; the outer bins reach to infinity.
 
-    Ho et al. 2020, eq. 13, with the exact normal integral and no less than log 1e-12; DiT's code has that floor
-    and a tanh approximation of the integral. All in logarithms, on the side of the mean where nothing cancels:
-    torch's float32 `ndtr` is 3 % off at five deviations and 0 at seven.
+    Ho et al. 2020, eq. 13, with the exact normal integral and no less than log 1e-12; DiT's code has the same
+    floor and a tanh approximation of the integral. All in logarithms, on the side of the mean where nothing
+    cancels: torch's float32 `ndtr` is 3 % off at five deviations and 0 at seven (measured on 2.13, CPU).
 
     Args:
         data: values of the 256 levels in [-1, 1].
