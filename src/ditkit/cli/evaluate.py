@@ -102,15 +102,14 @@ def evaluate(
         result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
         near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
     options |= {"solver": spec(way), "policies": [spec(p) for p in policies]}
+    given = {"data": data, "count": count, **options}
     measured = {
-        "command": shlex.join(
-            ["ditkit", "evaluate", model, *flags({"data": data, "count": count, **options})]
-        ),
+        "command": shlex.join(["ditkit", "evaluate", model, *flags(given)]),
         **asdict(result),
         "macs_each": macs,
         "seconds_each": drawn.seconds / count,
         "policy_bytes": drawn.policy_bytes,
-        "settings": {"model": model, "data": data, "count": count, **options},
+        "settings": {"model": model, **given},
         "receipts": drawn.receipts,
         "nearest": near.as_list(drawn, real),
     }

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import tyro
-from rich.console import Console
 
 from ditkit import recipes
 from ditkit.cli.options import writable
@@ -82,7 +81,7 @@ def command_of(name: str, build: Build) -> Command:
     ) -> None:
         chosen = replace(recipe, data=data, model=replace(recipe.model, **asdict(network)), settings=settings)
         if dry_run:
-            Console(highlight=False).print(describe(chosen))
+            print(describe(chosen))
             return
         writable(out)
         train_recipe(chosen, out, resume=resume, sheet=partial(write_sheet, out / "samples"))

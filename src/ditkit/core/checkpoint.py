@@ -97,10 +97,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if not path.is_file():
             raise CheckpointError(f"no weights at {path}")
-        if path.suffix in PICKLED:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = load_file(path)
+        state = (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix in PICKLED
+            else load_file(path)
+        )
     except CheckpointError:
         raise
     except Exception as error:  # torch.load and safetensors raise many kinds for a file that is not theirs

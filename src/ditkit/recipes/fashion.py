@@ -12,7 +12,11 @@ from ditkit.train.terms.variational_bound import VariationalBound
 
 
 def fashion() -> ClassImageRecipe:
-    """COST"""
+    """4.2 M parameters, 64 tokens, noise prediction with learned variance; not yet run to its end.
+
+    Measured: 41 images/s on one core beside another training, so some four hours there; after 120 steps the total
+    loss is 0.13. Its FID is not known.
+    """
     return ClassImageRecipe(
         data="fashion",
         model=DiTConfig(
