@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from common import device, record, show
 from ditkit.core.cond import Cond
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
@@ -45,17 +44,7 @@ class Noise:
         return self.data[indices], Cond(label=self.label[indices])
 
 
-@dataclass
-class Row:
-    """One measured setting."""
-
-    name: str
-    images_per_second: float
-    step_seconds: float
-    tera_macs_per_second: float
-
-
-def measure(name: str, recipe: ClassImageRecipe, settings: Settings) -> Row:
+def measure(name: str, recipe: ClassImageRecipe, settings: Settings) -> dict[str, object]:
     """Train; the median step of the second half. A step ends when its loss has arrived, so the GPU is waited for."""
     data = Noise(recipe.model, settings.batch)
     once = replace(settings, sheet_every=0, save_every=0, snapshot_every=0)
@@ -64,20 +53,20 @@ def measure(name: str, recipe: ClassImageRecipe, settings: Settings) -> Row:
     seconds = median(end - start for start, end in pairwise(data.asked[len(data.asked) // 2 :]))
     passes = 4 if settings.gradient_checkpointing else 3
     rate = settings.batch / seconds
-    return Row(name, rate, seconds, passes * macs(recipe.model) * rate / 1e12)
+    return {
+        "recipe": name,
+        "images_per_second": round(rate, 1),
+        "step_seconds": round(seconds, 4),
+        "tera_macs_per_second": round(passes * macs(recipe.model) * rate / 1e12, 4),
+    }
 
 
 def main(steps: int = 12, batch: int = 64) -> None:
-    """Print one table.
+    """Print one table, and keep it in results/train_throughput.json.
 
     Args:
         steps: of each row, half of them measured. batch: images a step.
     """
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
     rows = []
     for name, recipe in (("emoji", emoji()), ("fashion", fashion())):
         for precision in ("float32", "bf16"):
@@ -89,17 +78,8 @@ def main(steps: int = 12, batch: int = 64) -> None:
         rows.append(measure("XL/2 bf16", large, plain))
         rows.append(measure("XL/2 bf16 compiled", large, replace(plain, compile=True)))
         rows.append(measure("XL/2 bf16 checkpointed", large, replace(plain, gradient_checkpointing=True)))
-    table = Table(title=f"training on {device}, batch {batch}")
-    for heading in ("recipe", "images/s", "seconds a step", "TMAC/s"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.images_per_second:,.1f}",
-            f"{row.step_seconds:.3f}",
-            f"{row.tera_macs_per_second:.3f}",
-        )
-    Console().print(table)
+    show(f"training on {device()}, batch {batch}", rows)
+    record("train_throughput", rows)
 
 
 if __name__ == "__main__":
