@@ -15,6 +15,7 @@ from rich.console import Console
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError, NoEffectError
+from ditkit.core.labels import resolve_labels
 from ditkit.evaluate import bench
 from ditkit.evaluate.bench import pooled_psnr_db
 from ditkit.evaluate.compare import compare
@@ -24,8 +25,8 @@ from ditkit.evaluate.plots import Box, place, ticks
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
 from ditkit.evaluate.words import headline
-from ditkit.evaluate.workload import Workload, resolve_labels
 from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler, Heun, Unguided, sample
+from ditkit.sample.workload import Workload
 from rig import TINY, tiny_dit
 
 STEPS, CONVERGED, SEEDS = 12, 60, (0, 1, 2)

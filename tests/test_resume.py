@@ -50,7 +50,7 @@ def test_killed_again_and_again_it_gives_the_same_run(tmp_path):
     assert int(done.stdout) >= 2  # of the three kills aimed at a state being written
     toy_run(tmp_path / "whole", steps=60)
     assert same_run(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list((tmp_path / "killed").rglob(".*"))
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(whole, tmp_path):

@@ -23,7 +23,7 @@ from ditkit.evaluate.macs import MacCount, MacCounter
 from ditkit.evaluate.memory import PeakMemory
 from ditkit.evaluate.metrics import SSIM_PADDING, psnr_db, relative_l2, ssim
 from ditkit.evaluate.rows import Kind, Row
-from ditkit.evaluate.workload import Drawn, Workload
+from ditkit.sample.workload import Drawn, Workload
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)

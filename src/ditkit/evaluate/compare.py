@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
+from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.evaluate.bench import EXACT, Bench, Judge, Method, Progress
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
 from ditkit.evaluate.sheet import as_pictures
-from ditkit.evaluate.workload import Workload, resolve_labels
 from ditkit.sample.field import placement
 from ditkit.sample.guidance import ClassifierFree, Guidance
 from ditkit.sample.noise import distinct
 from ditkit.sample.solvers import Euler, Solver
+from ditkit.sample.workload import Workload
 
 EULER, GUIDED = Euler(), ClassifierFree(2.0)
 CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges

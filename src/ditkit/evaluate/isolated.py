@@ -17,8 +17,8 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.evaluate.memory import PeakMemory, measure_peak
-from ditkit.evaluate.workload import Drawn, Workload
 from ditkit.sample.field import placement
+from ditkit.sample.workload import Drawn, Workload
 
 
 class Isolated:

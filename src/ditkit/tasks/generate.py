@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names, resolve_labels
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
-from ditkit.sample import ClassifierFree, Euler, Guidance, Sampled, Solver, Unguided, sample
+from ditkit.sample import ClassifierFree, Euler, Guidance, Solver, Unguided
 from ditkit.sample.field import Progress
 from ditkit.sample.noise import distinct
+from ditkit.sample.workload import Workload
 
 EULER = Euler()
 
@@ -69,52 +67,23 @@ def generate(
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
     seeds = distinct(seeds)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} should be at least 1")
     told = (label,) if isinstance(label, str | int) else label
     classes = resolve_labels(model, told, len(seeds))
-    batches = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    guidance = guidance if isinstance(guidance, Guidance) else guided(guidance)
+    work = Workload(model, classes, seeds, steps, solver, guidance, batch_size, max_bytes)
     began = time.perf_counter()
-    parts = [
-        sample(
-            model,
-            Cond() if classes is None else Cond(label=torch.tensor(classes[batch])),
-            seeds[batch],
-            steps=steps,
-            solver=solver,
-            guidance=guidance if isinstance(guidance, Guidance) else guided(guidance),
-            policies=policies,
-            max_bytes=max_bytes,
-            progress=_of_all(progress, i, len(batches)),
-        )
-        for i, batch in enumerate(batches)
-    ]
-    names = () if classes is None else tuple(class_names(model)[c] for c in classes)
-    return _joined(parts, seeds, names, time.perf_counter() - began)
+    drawn = work.draw(policies, progress=progress)
+    return Generated(
+        images=drawn.samples,
+        seeds=seeds,
+        labels=() if classes is None else tuple(class_names(model)[c] for c in classes),
+        receipts=drawn.receipts,
+        seconds=time.perf_counter() - began,
+        policy_bytes=drawn.policy_bytes,
+        evaluations=drawn.evaluations,
+    )
 
 
 def guided(scale: float) -> Guidance:
     """Classifier-free guidance at `scale`; at 1 none."""
     return Unguided() if scale == 1 else ClassifierFree(scale)
-
-
-def _joined(
-    parts: list[Sampled], seeds: tuple[int, ...], labels: tuple[str, ...], seconds: float
-) -> Generated:
-    receipts = [receipt.as_dict() for part in parts for receipt in part.receipts]
-    return Generated(
-        images=torch.cat([part.samples.cpu() for part in parts]),
-        seeds=seeds,
-        labels=labels,
-        receipts=tuple(r for i, r in enumerate(receipts) if r not in receipts[:i]),
-        seconds=seconds,
-        policy_bytes=max(part.policy_bytes for part in parts),
-        evaluations=parts[0].evaluations,
-    )
-
-
-def _of_all(progress: Progress | None, batch: int, batches: int) -> Progress | None:
-    """`progress` of one batch as progress of all of them."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(batch * total + done, batches * total)

@@ -28,17 +28,25 @@ class Settings:
     """Everything about a run but its model, its data and its objective.
 
     Args:
-        steps: optimiser steps. batch: samples a step, over all processes and accumulated parts together.
+        steps: optimiser steps.
+        batch: samples a step, over all processes and accumulated parts together.
         accumulate: parts into which each process cuts its share of the batch.
-        learning_rate: of AdamW, reached after `warmup` steps; from `decay_after` on it falls as the inverse
-            square root of the step (EDM2, eq. 67; 0 keeps it constant). betas, weight_decay: of AdamW.
-        clip: largest gradient norm, 0 for none. precision: of the forward pass.
+        learning_rate: of AdamW, reached after `warmup` steps.
+        warmup: steps in which the learning rate rises.
+        decay_after: from this step on the learning rate falls as the inverse square root of the step (EDM2,
+            eq. 67); 0 keeps it constant.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        clip: largest gradient norm; 0 for none.
+        precision: of the forward pass.
         timesteps: which noise-times are visited.
         averages: of the weights; the first is what is sampled and saved.
-        gradient_checkpointing: recompute blocks in the backward pass. compile: the network, by torch.compile.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        compile: the network, by torch.compile.
         seed: of weights, order, noise, times and dropout.
-        save_every, sheet_every, snapshot_every: steps between resumable states, sample sheets, and copies of
-            the averages for post-hoc reconstruction; 0 for never. The last step counts as due for each.
+        save_every: steps between resumable states; 0 for never. The last step always counts as due.
+        sheet_every: steps between sample sheets; 0 for never.
+        snapshot_every: steps between copies of the averages for post-hoc reconstruction; 0 for never.
     """
 
     steps: int = 10_000

@@ -75,9 +75,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def discard_drafts(folder: Path) -> None:
-    """Remove what a kill left of a state that was being written."""
-    for draft in folder.glob(f".{STATE}.*"):
-        draft.unlink(missing_ok=True)
+    """Remove what a kill left of tensors being written: our draft, and the one safetensors makes of it."""
+    for pattern in (".*.safetensors.*", ".tmp??????"):
+        for draft in folder.rglob(pattern):
+            draft.unlink(missing_ok=True)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What every row of a comparison draws: one model, one list of seeds, one way to sample."""
+"""One sample a seed in batches: one model, one list of seeds, one way to sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
@@ -120,37 +120,6 @@ class Workload:
 def full_evaluations(receipt: PolicyReceipt) -> int:
     """Evaluations of the lane with the most of them in which every owned site ran."""
     return max((sum(not gone for _, gone in lane.values()) for lane in receipt.rows.values()), default=0)
-
-
-def resolve_labels(model: Model, labels: Sequence[int | str] | None, count: int) -> tuple[int, ...] | None:
-    """One class index a sample, from indices and names; one label serves all, None spreads over the classes.
-
-    Raises:
-        ConfigError: a number of labels that is neither 1 nor `count`, an unknown name, an index out of range,
-            or labels for a model that has no classes.
-    """
-    classes: int | None = getattr(model.config, "classes", None)
-    if classes is None:
-        if labels is not None:
-            raise ConfigError(f"labels={list(labels)!r}: a {type(model).__name__} takes no class labels")
-        return None
-    if labels is None:
-        return tuple(i * classes // count for i in range(count))
-    if len(labels) not in (1, count):
-        raise ConfigError(f"{len(labels)} labels for {count} seeds; expected one, or one a seed")
-    found = tuple(_label(model, label, classes) for label in labels)
-    return found * count if len(found) == 1 else found
-
-
-def _label(model: Model, label: int | str, classes: int) -> int:
-    names: tuple[str, ...] = getattr(model.config, "class_names", ())
-    if isinstance(label, str):
-        if label not in names:
-            raise ConfigError(unknown("class", label, names))
-        return names.index(label)
-    if not 0 <= label < classes:
-        raise ConfigError(f"class {label} should lie between 0 and {classes - 1}")
-    return label
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
