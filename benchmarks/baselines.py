@@ -32,7 +32,7 @@ SIZE, CHANNELS, CLASSES = 16, 4, 4
 class Waves:
     """Latents [4, 16, 16]: a wave whose direction is the class, a weaker one of another class, and fine noise.
 
-    The phases are random, so that no two are alike; the weaker wave makes classes overlap.
+    The phases vary, so that no two are alike; the weaker wave makes classes overlap.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -40,7 +40,7 @@ class Waves:
         self.label = torch.randint(CLASSES, (count,), generator=g)
         other = (self.label + torch.randint(1, CLASSES, (count,), generator=g)) % CLASSES
         strength = 0.5 + 0.5 * torch.rand(2, count, 1, 1, 1, generator=g)
-        phase = 2 * math.pi * torch.rand(2, count, CHANNELS, generator=g)
+        phase = 0.5 * torch.randn(2, count, CHANNELS, generator=g)
         own, stray = (_waves(c)[:, None] for c in (self.label, other))
         self.data = strength[0] * torch.cos(own + phase[0, :, :, None, None])
         self.data += 0.8 * strength[1] * torch.cos(stray + phase[1, :, :, None, None])
@@ -80,7 +80,7 @@ def held_out_loss(model: Model) -> float:
     return losses["loss"].item()
 
 
-def accuracy(model: Model, scale: float, count: int = 128) -> float:
+def accuracy(model: Model, scale: float, count: int = 256) -> float:
     """Share of guided samples that are recognised as the class asked for."""
     label = torch.arange(count) % CLASSES
     drawn = sample(model, Cond(label=label), range(count), steps=20, guidance=ClassifierFree(scale))
@@ -120,7 +120,7 @@ def rows(steps: int) -> list[dict[str, float]]:
                 "macs": macs(raw.config),
                 "loss": held_out_loss(raw),
                 "loss_averaged": held_out_loss(averaged),
-                **{f"accuracy_guidance_{scale}": accuracy(averaged, scale) for scale in (1.0, 1.5, 3.0)},
+                **{f"accuracy_guidance_{scale}": accuracy(averaged, scale) for scale in (1.0, 2.0, 4.0)},
             }
         )
     return found

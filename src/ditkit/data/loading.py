@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.data import folder, sets
+from ditkit.data.folder import load as load_folder
 from ditkit.data.images import ImageSet
+
+SETS = "ditkit.data.sets"
 
 
 def names() -> tuple[str, ...]:
     """The named sets: one module of `ditkit.data.sets` each, with a function `load(size, ...)`."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(sets.__path__)))
+    return tuple(
+        sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(SETS).__path__))
+    )
 
 
 def load(name_or_path: str | Path, size: int | None = None, **options: Any) -> ImageSet:
@@ -43,8 +47,8 @@ def load(name_or_path: str | Path, size: int | None = None, **options: Any) -> I
 
 def _loader(name_or_path: str | Path) -> Callable[..., ImageSet]:
     if isinstance(name_or_path, str) and name_or_path in names():
-        loader: Callable[..., ImageSet] = importlib.import_module(f"{sets.__name__}.{name_or_path}").load
+        loader: Callable[..., ImageSet] = importlib.import_module(f"{SETS}.{name_or_path}").load
         return loader
     if os.path.isdir(name_or_path):
-        return partial(folder.load, Path(name_or_path))
+        return partial(load_folder, Path(name_or_path))
     raise DataError(f"{unknown('data set', name_or_path, names())}, and there is no folder of that name")
