@@ -1,4 +1,4 @@
-"""Section 2 of the DiT and SiT specification on toy latents: a few minutes on two cores.
+"""Section 2 of the DiT and SiT specification on toy latents: minutes on one core.
 
 python benchmarks/baselines.py            prints a table and writes benchmarks/results/baselines.json
 """
@@ -117,6 +117,7 @@ def rows(steps: int) -> list[dict[str, float]]:
         found.append(
             {
                 "patch": patch,
+                "steps": steps,
                 "macs": macs(raw.config),
                 "loss": held_out_loss(raw),
                 "loss_averaged": held_out_loss(averaged),
@@ -126,7 +127,7 @@ def rows(steps: int) -> list[dict[str, float]]:
     return found
 
 
-def main(steps: int = 300) -> None:
+def main(steps: int = 1500) -> None:
     """Train patches 8, 4 and 2 alike; compare losses, averages and guidance.
 
     Args:

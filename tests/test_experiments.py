@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_baselines_on_toy_latents(monkeypatch):
     """Fewer MACs, worse loss; the average beats the last weights; guidance raises class accuracy."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    eight, four, two = runpy.run_path(str(BENCHMARKS / "baselines.py"))["rows"](300)
+    eight, four, two = runpy.run_path(str(BENCHMARKS / "baselines.py"))["rows"](1500)
     assert eight["macs"] < four["macs"] < two["macs"]
     assert eight["loss_averaged"] > four["loss_averaged"] > two["loss_averaged"]
     for row in (eight, four, two):

@@ -19,6 +19,7 @@ import tyro
 
 from ditkit.core.checkpoint import read_json, replacing
 from ditkit.core.model import Model, parameter_count
+from ditkit.train.posthoc import read_snapshots, reconstruct
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,7 @@ class Arguments:
 
     Args:
         run: folder of the training run. name: of the shipped model. hours, hardware: that the training took.
+        std: relative width of the average that ships, reconstructed from the run's snapshots; 0 for its first average.
         evaluation: folder that `ditkit evaluate` wrote for the shipped weights; the card is written when it is given.
     """
 
@@ -36,6 +38,7 @@ class Arguments:
     name: str = "emoji"
     hours: float = 0.0
     hardware: str = "two CPU cores"
+    std: float = 0.0
     evaluation: Path | None = None
 
 
@@ -44,7 +47,16 @@ def main(arguments: Arguments) -> None:
     losses = [json.loads(line) for line in (arguments.run / "losses.jsonl").read_text().splitlines()]
     recipe = read_json(arguments.run / "recipe.json")
     model = Model.load(arguments.run / "model")
-    history = {"trained": recipe["data"], "steps": losses[-1]["step"], "batch": recipe["settings"]["batch"]}
+    width = arguments.std or recipe["settings"]["averages"][0]["std"]
+    if arguments.std:
+        state = reconstruct(read_snapshots(arguments.run / "snapshots"), losses[-1]["step"], arguments.std)
+        model = type(model).holding(model.config, state, "reconstructed average")
+    history = {
+        "trained": recipe["data"],
+        "steps": losses[-1]["step"],
+        "batch": recipe["settings"]["batch"],
+        "average": width,
+    }
     model.save(folder, torch.float16, history=(history,))
     size = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
     print(f"{folder.relative_to(ROOT)}: {parameter_count(model):,} parameters, {size:.1f} MB")
@@ -110,7 +122,7 @@ measured in minutes on a laptop; it is not a model of art.
 - **Training.** Recipe `ditkit.recipes.emoji`: {losses[-1]["step"]:,} steps of {settings["batch"]} pictures
   ({pictures:,} in all, {pictures / evaluation["n_real"]:.0f} epochs), {arguments.hours:.1f} hours on
   {arguments.hardware} in bf16 autocast. AdamW; a power-function average of relative width
-  {settings["averages"][0]["std"]}, stored in 16 bits.
+  {arguments.std or settings["averages"][0]["std"]}, stored in 16 bits.
 - **Memorisation.** A set this small is memorised in part, and this model is no exception: many of its pictures are
   close to one training picture. `docs/{arguments.name}/neighbours.png` shows samples, each beside its nearest training
   picture; the memorisation-informed distance below counts it.

@@ -1,0 +1,82 @@
+"""The model that ships: its size, its pictures, and what TaylorSeer does to them."""
+
+from __future__ import annotations
+
+import functools
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import ditkit
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.loading import shipped
+from ditkit.core.model import Model, parameter_count
+from ditkit.core.policy import Policy
+
+LABELS = ["face-smiling", "country-flag", "heart", "time"]
+STEPS = 50
+
+
+@functools.cache
+def model() -> Model:
+    return ditkit.load("emoji")
+
+
+@functools.cache
+def drawn(*policies: Policy, steps: int = STEPS) -> Tensor:
+    return ditkit.generate(model(), LABELS, range(4), steps=steps, policies=policies).images
+
+
+def error(x: Tensor) -> float:
+    return (x - drawn()).square().mean().item()
+
+
+def test_it_is_small_enough_to_ship() -> None:
+    assert "emoji" in shipped()
+    assert parameter_count(model()) <= 12_000_000
+    folder = Path(str(files("ditkit"))) / "weights" / "emoji"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
+    assert (folder / "README.md").is_file()
+
+
+def test_its_classes_have_names() -> None:
+    names = model().config.class_names
+    assert len(names) == model().config.classes == 99
+    assert {"animal-mammal", *LABELS} <= set(names)
+
+
+def test_pictures_use_the_range_of_pictures() -> None:
+    """White corners, and next to nothing outside [-1, 1]: an untrained or broken model has neither."""
+    images = drawn()
+    flag = LABELS.index("country-flag")
+    for i in range(len(LABELS)):
+        if i != flag:
+            assert images[i, :, 0, 0].mean() > 0.9
+    assert (images.abs() > 1.1).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("interval", [3, 4, 6])
+def test_forecasting_beats_reuse(interval: int) -> None:
+    errors = [error(drawn(TaylorSeer(interval=interval, order=order))) for order in (0, 1, 2)]
+    assert errors[1] < errors[0]
+    assert errors[2] < 1.1 * errors[1]
+
+
+def test_first_order_halves_the_error_of_reuse() -> None:
+    reuse, first = (error(drawn(TaylorSeer(interval=4, order=order))) for order in (0, 1))
+    assert 2 * first <= reuse
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+def test_forecasting_beats_fewer_exact_steps(interval: int) -> None:
+    full = len(TaylorSeer(interval=interval).full_steps(STEPS))
+    fewer = error(drawn(steps=full))
+    assert error(drawn(TaylorSeer(interval=interval, order=2))) < fewer
+    assert error(drawn(TaylorSeer(interval=interval, order=1))) < fewer
+
+
+def test_neutral_setting_changes_no_bit() -> None:
+    assert torch.equal(drawn(TaylorSeer(interval=1)), drawn())
