@@ -173,3 +173,12 @@ def test_labels_spread_over_the_classes() -> None:
     assert class_names(model) == CLASSES
     nameless = tiny_model(class_names=())
     assert class_names(nameless) == ("0", "1", "2", "3") and class_index(nameless, "2") == 2
+
+
+def test_the_names_of_the_readme() -> None:
+    """Policies and backbones are imported from their family's package."""
+    from ditkit.caching import TaylorSeer
+    from ditkit.models import DiT
+
+    assert TaylorSeer.__module__ == "ditkit.caching.taylorseer"
+    assert DiT.__module__ == "ditkit.models.dit"
