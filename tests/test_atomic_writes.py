@@ -134,7 +134,7 @@ def test_a_disk_that_fills_half_way_keeps_the_earlier_model(folder):
 def test_a_kill_half_way_keeps_the_earlier_model(folder, monkeypatch):
     before = contents(folder)
 
-    def half(path: Path, state: dict[str, Tensor]) -> None:
+    def half(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
         path.write_bytes(bytes(50_000))
         os.kill(os.getpid(), signal.SIGKILL)
 

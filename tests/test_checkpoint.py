@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ditkit.core import checkpoint
 from ditkit.core.checkpoint import fill, read_json, read_state, write_json
 from ditkit.core.errors import CheckpointError, DitkitError
 from ditkit.core.model import Model
@@ -269,6 +271,49 @@ def test_a_config_that_is_not_the_models_is_quoted(folder, change, expected):
 def test_a_config_file_that_is_no_config_is_refused(folder, text, expected):
     (folder / CONFIG).write_text(text)
     assert expected in refused(folder)
+
+
+def test_weights_beside_a_config_that_they_were_not_saved_with_are_refused(folder, monkeypatch):
+    Model.load(folder)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Path, "replace", killed_after_the_config(Path.replace))
+        DiT(replace(SMALL, label_dropout=0.5)).save(folder)
+    assert json.loads((folder / CONFIG).read_text())["config"]["label_dropout"] == 0.5
+    assert f"{folder / WEIGHTS} was saved with another config than {folder / CONFIG}" in refused(folder)
+    DiT(SMALL).save(folder, history=["again"])
+    assert Model.load(folder).history == ("again",)
+
+
+def killed_after_the_config(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+    def renamed(self: Path, target: Path) -> Path:
+        if target.name == WEIGHTS:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    return renamed
+
+
+def test_weights_that_name_no_config_are_taken_as_they_are(folder):
+    edit_weights(folder, lambda s: None)  # written without metadata
+    edit_config(folder, label_dropout=0.5)
+    assert Model.load(folder).config.label_dropout == 0.5
+
+
+def test_spaces_and_the_order_of_keys_change_no_config(folder):
+    described = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(dict(reversed(described.items()))))
+    Model.load(folder)
+
+
+def test_both_files_are_on_disk_before_either_takes_its_place(folder, monkeypatch):
+    done = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: done.append("sync"))
+    rename = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: done.append(target.name) or rename(self, target)
+    )
+    DiT(SMALL).save(folder)
+    assert done[:3] == ["sync", "sync", CONFIG] and done[-1] == WEIGHTS
 
 
 def test_bytes_that_are_no_text_are_refused(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,19 @@ from PIL import Image
 import ditkit
 from ditkit.cli import compare as compare_command
 from ditkit.cli import evaluate as evaluate_command
-from ditkit.cli.generate import slug
+from ditkit.cli import generate as generate_command
+from ditkit.cli.generate import file_stems, slug
+from ditkit.cli.guiding import Guiding
 from ditkit.cli.main import COMMANDS, main
-from ditkit.cli.options import policies_of, seeds_of
+from ditkit.cli.options import policies_of, seeds_of, writable
 from ditkit.cli.parsing import one_line
 from ditkit.cli.pictures import grid
 from ditkit.cli.train import found, write_sheet
 from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
 from ditkit.evaluate.features import HEAD_TAP, POOLED_TAP
+from ditkit.sample import Autoguidance, ClassifierFree, Unguided
+from ditkit.tasks.generate import Generated
 from models_for_tests import CLASSES, save_tiny, tiny_model
 
 Capture = pytest.CaptureFixture[str]
@@ -191,6 +197,39 @@ def test_train_from_a_folder_then_generate(photos: Path, tmp_path: Path, capsys:
     assert output(capsys, "generate", run / "model", "--list-labels") == "cat\ndog\n"
 
 
+SMALL = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2", "--warmup", "0", "--steps", "1"]
+SMALL += ["--batch", "2", "--precision", "float32", "--sheet-every", "0", "--snapshot-every", "0"]
+
+
+def test_captions_train_as_one_class_and_only_what_exists_is_named(
+    photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    names = [f"cat/{i}.png" for i in range(3)]
+    lines = [json.dumps({"file_name": name, "text": f"picture {name}"}) for name in names]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    run = tmp_path / "run"
+    words = ["train", "emoji", "--data", photos, *SMALL, "--save-every", "0", "--out", run]
+    assert main([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote {run}: model, losses.jsonl, tensorboard; draw with: " in said
+    assert not (run / "samples").exists() and not (run / "state.safetensors").exists()
+    assert output(capsys, "generate", run / "model", "--list-labels") == "photos\n"
+    told = output(capsys, *words, "--dry-run")
+    assert re.search(r"3 images \[3, 16, 16\], 1 classes", told)
+
+
+def test_only_the_first_process_speaks_and_says_if_tensorboard_is_missing(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditkit.cli.train.train_recipe", lambda *_, **__: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["train", "emoji", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "draw with" in said.out and said.err.startswith("TensorBoard is not installed")
+    monkeypatch.setenv("RANK", "1")
+    assert output(capsys, "train", "emoji", "--out", tmp_path) == ""
+
+
 def test_dry_run_prints_and_trains_nothing(photos: Path, tmp_path: Path, capsys: Capture) -> None:
     text = output(
         capsys, "train", "emoji", "--data", photos, "--steps", "777", "--dry-run", "--out", tmp_path / "run"
@@ -222,14 +261,19 @@ def test_evaluate_measures_and_shows_neighbours(
     monkeypatch.setattr(
         evaluate_command, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
     )
-    flags = ["--data", photos, "--count", "6", "--steps", "4", "--neighbours", "3", "--batch-size", "4"]
+    (photos / "dog" / "bad.png").write_bytes(b"no image")
+    flags = ["--data", photos, "--max-bad", "1", "--count", "6", "--steps", "4", "--batch-size", "4"]
+    flags += ["--guidance-interval", "0.2", "0.8"]
     text = output(capsys, "evaluate", folder, *flags, "--policy", "taylorseer:interval=2", "--out", out)
     assert "KID" in text and "n = 6 drawn, 6 real" in text and "efficientnet" in text
 
     result = json.loads((out / "evaluation.json").read_text())
     assert result["n_fake"] == result["n_real"] == 6 and result["fid"] is None
     assert result["settings"]["policies"] == ["taylorseer:interval=2"] and result["macs_each"] > 0
-    assert result["command"].startswith(f"ditkit evaluate {folder} --data {photos} --count 6 --steps 4")
+    assert result["command"].startswith(
+        f"ditkit evaluate {folder} --data {photos} --max-bad 1 --count 6 --steps 4"
+    )
+    assert "--guidance 2.0 --guidance-interval 0.2 0.8 --solver euler" in result["command"]
     assert result["command"].endswith("--policy taylorseer:interval=2 --batch-size 4")
     assert len(result["nearest"]) == 6
     ids = {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
@@ -241,6 +285,68 @@ def test_evaluate_refuses_other_classes(photos: Path, model: Path, tmp_path: Pat
     assert main(["evaluate", str(model), "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "photos has 2 classes, the model has 4" in line
+
+
+def test_evaluate_refuses_too_few_real_pictures_before_drawing(
+    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(classes=2, class_names=("cat", "dog")).save(tmp_path / "m")
+    for name in ("cat/0", "cat/1", "dog/2"):
+        (photos / f"{name}.png").unlink()
+    monkeypatch.setattr(evaluate_command, "generate", lambda *_, **__: pytest.fail("work has started"))
+    words = ["evaluate", tmp_path / "m", "--data", photos, "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 2
+    assert "photos has 3 pictures, expected at least 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_guidance_become_a_guidance(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert Guiding().make() == ClassifierFree(2.0) and Guiding(guidance=1.0).make() == Unguided()
+    assert Guiding(3.0, (0.1, 0.5), 2).make() == ClassifierFree(3.0, channels=2, interval=(0.1, 0.5))
+    assert isinstance(Guiding(guide=str(model)).make(), Autoguidance)
+    tiny_model(depth=1).save(tmp_path / "weak")
+    flags = {
+        "plain": [],
+        "guide": ["--guide", tmp_path / "weak"],
+        "late": ["--guidance-interval", "0", "0.4"],
+    }
+    for name, given in flags.items():
+        output(capsys, "generate", model, "--seeds", "0", "--steps", "4", *given, "--out", tmp_path / name)
+    pictures = {(tmp_path / name / "animal-bird-0.png").read_bytes() for name in flags}
+    assert len(pictures) == 3
+    settings = json.loads((tmp_path / "guide" / "generated.json").read_text())["settings"]
+    assert settings["guide"] == str(tmp_path / "weak")
+
+
+def test_receipts_of_every_label_are_kept_once(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate_command.draw
+
+    def marked(network: Model, label: str, *args: object, **options: object) -> Generated:
+        drawn = whole(network, label, *args, **options)  # type: ignore[arg-type]
+        kind = label.partition("-")[0]
+        return replace(drawn, receipts=tuple({**receipt, "policy": kind} for receipt in drawn.receipts))
+
+    monkeypatch.setattr(generate_command, "draw", marked)
+    labels = [word for name in (CLASSES[0], CLASSES[1], CLASSES[3]) for word in ("--label", name)]
+    flags = ["--policy", "taylorseer:interval=2", "--seeds", "0", "--steps", "5", "--out", tmp_path]
+    text = output(capsys, "generate", model, *labels, *flags)
+    kept = [r["policy"] for r in json.loads((tmp_path / "generated.json").read_text())["receipts"]]
+    assert kept == ["animal", "food"] and "animal, " in text and "food, " in text
+
+
+def test_a_trial_of_the_folder_leaves_a_users_files_and_takes_its_own_folders_away(tmp_path: Path) -> None:
+    (tmp_path / ".ditkit").write_text("mine")
+    with writable(tmp_path), writable(tmp_path):
+        assert list(tmp_path.iterdir()) == [tmp_path / ".ditkit"]
+    assert (tmp_path / ".ditkit").read_text() == "mine"
+    for place in ("a/b/c", "a/d"):
+        with pytest.raises(KeyboardInterrupt), writable(tmp_path / place):
+            if place == "a/b/c":
+                (tmp_path / "a" / "kept").mkdir()
+            raise KeyboardInterrupt
+        assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "kept"]
 
 
 def test_seeds_are_numbers_and_ranges() -> None:
@@ -258,6 +364,16 @@ def test_policies_leave_exact_out() -> None:
 def test_a_label_becomes_part_of_a_file_name() -> None:
     assert slug("food fruit/../x") == "food-fruit-..-x"
     assert slug("../..") == "unnamed" and slug("été") == "été"
+
+
+def test_classes_with_one_slug_keep_their_files_apart() -> None:
+    assert file_stems(["a b", "cat", "a/b", "Cat"]) == {
+        "a b": "a-b@0",
+        "cat": "cat@1",
+        "a/b": "a-b@2",
+        "Cat": "Cat@3",
+    }
+    assert file_stems(["a b", "cat"]) == {"a b": "a-b", "cat": "cat"}
 
 
 def test_a_grid_holds_every_picture_enlarged() -> None:

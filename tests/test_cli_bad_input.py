@@ -71,6 +71,14 @@ GENERATE = [
     (["--seeds", "-1"], ["-1"]),
     (["--seeds", "one"], ["'one'", "whole numbers"]),
     (["--seeds"], ["seeds is empty"]),
+    (["--label", "food-fruit", "--label", "food-fruit"], ["'food-fruit'", "given twice"]),
+    (["--guidance-interval", "0.9", "0.1"], ["interval=(0.9, 0.1)"]),
+    (["--guidance-channels", "9"], ["channels=9", "predicts 3"]),
+    (["--guide", "emoji", "--guidance-interval", "0", "0.5"], ["--guide emoji", "--guidance-interval 0 0.5"]),
+    (["--guide", "emoji", "--guidance-channels", "2"], ["--guide emoji", "--guidance-channels 2"]),
+    (["--guide", "emojy"], ["unknown model 'emojy'"]),
+    (["--guidance", "1", "--guide", "emoji"], ["--guidance=1", "--guide emoji"]),
+    (["--guidance", "1", "--guidance-channels", "2"], ["--guidance=1", "--guidance-channels 2"]),
 ]
 
 
@@ -80,7 +88,7 @@ def test_generate_refuses(
 ) -> None:
     line = complaint(capsys, "generate", model, "--out", out, *words)
     assert [part for part in quoted if part not in line] == []
-    assert files(out) == []
+    assert not out.exists()
 
 
 ELSEWHERE = [
@@ -107,7 +115,7 @@ def test_other_commands_refuse(
     monkeypatch.chdir(tmp_path)
     line = complaint(capsys, *words)
     assert [part for part in quoted if part not in line] == []
-    assert files(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -128,14 +136,15 @@ def test_compare_refuses(
 ) -> None:
     line = complaint(capsys, "compare", model, "--out", out, *words)
     assert [part for part in quoted if part not in line] == []
-    assert files(out) == []
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("words", "quoted"),
     [
         (["--count", "2"], ["--count=2", "at least 4"]),
-        (["--count", "8", "--neighbours", "9"], ["--neighbours=9", "1 to 8"]),
+        (["--neighbours", "0"], ["--neighbours=0", "at least 1"]),
+        (["--max-bad", "3"], ["'emoji'", "'max_bad'"]),
         (["--data", "emojy"], ["'emojy'", "did you mean 'emoji'?"]),
     ],
 )
@@ -144,7 +153,7 @@ def test_evaluate_refuses(
 ) -> None:
     line = complaint(capsys, "evaluate", model, "--out", out, *words)
     assert [part for part in quoted if part not in line] == []
-    assert files(out) == []
+    assert not out.exists()
 
 
 def rewritten(weights: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -258,7 +267,16 @@ def test_train_refuses_a_folder_without_pictures(tmp_path: Path, capsys: Capture
     (tmp_path / "empty").mkdir()
     line = complaint(capsys, "train", "emoji", "--data", tmp_path / "empty", "--out", tmp_path / "run")
     assert str(tmp_path / "empty") in line
-    assert files(tmp_path) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
+
+
+def test_train_gives_up_at_the_limit_of_damaged_files(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "bad.png").write_bytes(b"no image")
+    words = ["train", "emoji", "--data", tmp_path / "set", "--out", tmp_path / "new" / "run"]
+    line = complaint(capsys, *words, "--max-bad", "0")
+    assert "max_bad=0" in line and "bad.png" in line
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
 
 
 def test_earlier_results_survive_a_failure(model: Path, out: Path, capsys: Capture) -> None:
@@ -276,6 +294,21 @@ def test_an_interrupt_is_one_line(model: Path, capsys: Capture, monkeypatch: pyt
     monkeypatch.setattr("ditkit.cli.generate.load", interrupted)
     assert main(["generate", str(model)]) == 130
     assert capsys.readouterr().err == "ditkit: interrupted\n"
+
+
+def test_an_interrupt_that_says_what_is_saved_names_the_command(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("the state of step 7 is saved in x y")
+
+    monkeypatch.setattr("ditkit.cli.train.train_recipe", interrupted)
+    words = ["train", "emoji", "--out", str(tmp_path / "x y")]
+    said = f"the state of step 7 is saved in x y; go on with: ditkit train emoji --out '{tmp_path / 'x y'}'"
+    for given in (words, [*words, "--resume"]):
+        assert main(given) == 130
+        assert capsys.readouterr().err == f"ditkit: interrupted; {said} --resume\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unexpected_error_keeps_its_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,4 +329,4 @@ def test_a_process_of_its_own_ends_with_one_line_and_code_2(words: list[str], mo
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("ditkit: error: ")
-    assert files(out) == []
+    assert not out.exists()

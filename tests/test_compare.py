@@ -53,7 +53,7 @@ def drawn(steps=STEPS, policies=(), labels=(0, 1, 2)) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return compared(POLICIES, labels=[0, 1, 2], controls_as_rows=True)
+    return compared(POLICIES, label=[0, 1, 2], controls_as_rows=True)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_the_table_reads_at_80_columns(report):
 
 
 def test_batches_change_the_cost_and_not_the_pictures(rows):
-    batched = {row.name: row for row in compared(POLICIES, labels=[0, 1, 2], batch_size=2).rows}
+    batched = {row.name: row for row in compared(POLICIES, label=[0, 1, 2], batch_size=2).rows}
     row = batched[FORECAST.name]
     assert row.psnr_db == pytest.approx(rows[FORECAST.name].psnr_db, abs=1e-2)
     assert row.macs == rows[FORECAST.name].macs
@@ -277,14 +277,16 @@ def test_progress_counts_up_to_the_end_of_every_stage():
     [
         ([POLICIES[1], POLICIES[1]], {}, r"TaylorSeer\(interval=4, order=0.* is given twice"),
         ([], {"seeds": (3, 1, 3)}, "seed 3 is given twice"),
-        ([], {"labels": [0, 1]}, "2 labels for 3 seeds"),
-        ([], {"labels": [7]}, "class 7 should lie between 0 and 3"),
-        ([], {"labels": ["cat"]}, "unknown class 'cat'"),
+        ([], {"label": [0, 1]}, "2 labels for 3 seeds"),
+        ([], {"label": [7]}, "class 7 should lie between 0 and 3"),
+        ([], {"label": "cat"}, "unknown class 'cat'"),
         ([], {"steps": 0}, "steps=0 should be at least 1"),
         ([], {"batch_size": 0}, "batch_size=0 should be at least 1"),
-        ([], {"rounds": 0}, "rounds=0, expected at least 1"),
+        ([], {"rounds": 0}, "rounds=0 should be at least 1"),
         ([], {"converged_steps": STEPS}, "converged_steps=12, expected more than steps=12"),
         ([TaylorSeer(warmup=13)], {}, "warmup=13"),
+        ([], {"max_bytes": -1}, "max_bytes=-1 should be at least 1"),
+        ([], {"converged_steps": 99.5}, "converged_steps=99.5 should be an integer"),
         ([POLICIES[2]], {"max_bytes": 1000}, "max_bytes=1,000: TaylorSeer"),
     ],
 )
@@ -292,6 +294,30 @@ def test_what_cannot_be_compared_is_refused_in_one_line(policies, settings, mess
     with pytest.raises(ConfigError, match=message) as caught:
         compared(policies, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_compare_takes_what_generate_takes():
+    told = {"label": "2", "guidance": 3.0, "solver": "euler", "control": False}
+    row = compared("taylorseer:interval=4,order=0", **told).rows[1]
+    meant = {"label": [2] * 3, "guidance": ClassifierFree(3.0), "solver": Euler(), "control": False}
+    twin = compared(POLICIES[1:2], **meant).rows[1]
+    assert (row.name, row.psnr_db, row.macs) == (twin.name, twin.psnr_db, twin.macs)
+
+
+@dataclass(frozen=True)
+class Typed(TaylorSeer):
+    """As a policy typed at a prompt: its module is `__main__`."""
+
+    __module__ = "__main__"
+
+
+def test_what_memory_cannot_be_measured_for_is_refused_before_anything_is_drawn(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(Workload, "draw", lambda *_, **__: pytest.fail("drawn"))
+    scheduler = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+    for policies, settings in (([Typed()], {}), ([], {"solver": scheduler})):
+        with pytest.raises(ConfigError, match="or pass memory=False"):
+            compared(policies, memory=True, **settings)
 
 
 def test_a_policy_without_effect_is_named():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.convention import DDPM, Convention
+from ditkit.core.errors import ConfigError
 from ditkit.models.dit import DiT
 from ditkit.sample import (
     Autoguidance,
@@ -126,3 +127,10 @@ def test_autoguidance_extrapolates_from_a_weaker_model() -> None:
     assert seen == [3] * 8
     same = draw(model, guidance=Autoguidance(1.7, model))
     torch.testing.assert_close(same, draw(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), None, "2", True])
+def test_scales_that_are_no_finite_number_are_refused(scale: Any) -> None:
+    for make in (ClassifierFree, lambda given: Autoguidance(given, tiny())):
+        with pytest.raises(ConfigError, match=f"scale={scale!r} should be a finite number"):
+            make(scale)

@@ -13,7 +13,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, SIT, Convention
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError
-from ditkit.core.path import Path
+from ditkit.core.path import Cosine, Linear, Path, VariancePreserving
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.train.objective import Batch, Objective, Term
 from ditkit.train.terms.regression import Regression
@@ -55,7 +55,35 @@ def test_regression_is_zero_at_its_target_and_the_squared_distance_elsewhere(con
     batch = made_batch(convention)
     assert Regression().loss(batch).max() < 1e-16
     off = Batch(**vars(batch) | {"prediction": batch.prediction + 0.5})
-    torch.testing.assert_close(Regression().loss(off), torch.full((16,), 0.25, dtype=torch.float64))
+    weight = torch.ones(16, dtype=torch.float64)
+    if convention.prediction == "score":  # as SiT: the target grows like 1 / sigma
+        weight = batch.path.at(batch.t.double()).sigma ** 2
+    torch.testing.assert_close(Regression().loss(off), 0.25 * weight)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: f"{c.path}-{c.prediction}-{c.time}")
+def test_the_loss_is_moderate_at_both_ends_of_time(convention):
+    model, path = toy_model(convention), convention.make_path()
+    data, noise = torch.rand(2, 4, 1, 8, 8) * 2 - 1
+    t = path.place(torch.tensor([0, 1e-9, 1e-4, 1 - 2**-53], dtype=torch.float64))
+    told = Cond(label=torch.zeros(4, dtype=torch.long))
+    loss = Objective((Regression(),))(model, model, path=path, data=data, noise=noise, t=t, cond=told)["loss"]
+    assert loss < (1e4 if convention.path == "vp" and convention.prediction == "velocity" else 10)
+
+
+def test_trained_times_are_sits():
+    u = torch.rand(1000, dtype=torch.float64)
+    for path in (Linear(), Cosine()):
+        for kind in ("velocity", "data"):
+            assert torch.equal(path.trainable(u, kind), u)  # to the bit: runs are resumed
+        for kind in ("noise", "score"):
+            torch.testing.assert_close(path.trainable(u, kind), 1e-3 + (1 - 2e-3) * u, rtol=0, atol=1e-15)
+    for kind in ("velocity", "noise", "data", "score"):
+        torch.testing.assert_close(
+            VariancePreserving().trainable(u, kind), 1e-5 + (1 - 1e-5) * u, rtol=0, atol=1e-15
+        )
+    index = torch.arange(1000)
+    assert torch.equal(DiscretePath.linear().trainable(index, "noise"), index)
 
 
 def test_network_is_fed_and_read_in_its_own_convention():

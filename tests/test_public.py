@@ -89,7 +89,18 @@ def test_without_a_network_the_hub_gives_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as error:
         ditkit.load("someone/nothing")
-    assert "someone/nothing" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("no folder 'someone/nothing', and the hub: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_of_what_the_hub_says_the_first_sentence_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise OSError("404 Client Error. (Request ID: 1)\n\nRepository Not Found. Please check ...")
+
+    monkeypatch.setattr(core_model, "snapshot_download", missing)
+    with pytest.raises(CheckpointError) as error:
+        ditkit.load("runs/typo")
+    assert str(error.value) == "no folder 'runs/typo', and the hub: 404 Client Error"
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/there", "a/b/c", "", "..", "x y"])
@@ -148,6 +159,24 @@ def test_progress_counts_all_batches() -> None:
         ({"label": ["animal-bird"] * 3}, "3 labels for 2 seeds"),
         ({"seeds": [1, 1]}, "seed 1 is given twice"),
         ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [1.5]}, "seed=1.5 should be an integer"),
+        ({"seeds": [True]}, "seed=True should be an integer"),
+        ({"seeds": [2**70]}, f"seed={2**70} should be at most 4294967295"),
+        ({"seeds": [-1]}, "seed=-1 should be at least 0"),
+        ({"seeds": 5}, "seeds=5 should be a sequence"),
+        ({"label": 1.0}, "class=1.0 should be an integer"),
+        ({"steps": 6.0}, "steps=6.0 should be an integer"),
+        ({"batch_size": "2"}, "batch_size='2' should be an integer"),
+        ({"guidance": None}, "guidance=None should be a finite number"),
+        ({"guidance": "2"}, "guidance='2' should be a finite number"),
+        ({"guidance": float("nan")}, "guidance=nan should be a finite number"),
+        ({"solver": "huen"}, "did you mean 'heun'"),
+        ({"solver": 3}, "solver=3 should be a Solver"),
+        ({"policies": ["taylorser"]}, "did you mean 'taylorseer'"),
+        ({"policies": [3]}, "got 3, expected a Policy"),
+        ({"policies": None}, "got None, expected a Policy"),
+        ({"max_bytes": 0}, "max_bytes=0 should be at least 1"),
+        ({"max_bytes": 1e6}, "max_bytes=1000000.0 should be an integer"),
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"steps": 1, "policies": [TaylorSeer()]}, "warmup=2"),
@@ -158,6 +187,26 @@ def test_generate_refuses_in_one_line(options: dict[str, object], quoted: str) -
     with pytest.raises(ConfigError) as error:
         ditkit.generate(tiny_model(), **{"seeds": [0, 1], **options})  # type: ignore[arg-type]
     assert quoted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(ConfigError, match=r"model='./tiny' should be a Model, such as ditkit.load gives"):
+        ditkit.generate("./tiny")  # type: ignore[arg-type]
+
+
+def test_components_are_taken_as_objects_or_texts() -> None:
+    policy, model = TaylorSeer(interval=3), tiny_model()
+    drawn = [
+        ditkit.generate(model, 0, [0], steps=4, solver=solver, policies=policies).images
+        for solver, policies in (
+            (Heun(), [policy]),
+            ("heun", policy),
+            ("heun", "taylorseer:interval=3"),
+            ("heun", ["taylorseer:interval=3"]),
+        )
+    ]
+    assert all(torch.equal(images, drawn[0]) for images in drawn)
+    assert not torch.equal(ditkit.generate(model, 0, [0], steps=4, solver="heun").images, drawn[0])
 
 
 def test_two_owners_are_refused() -> None:

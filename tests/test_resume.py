@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ditkit.core.convention import Convention
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError
@@ -163,6 +164,91 @@ def test_damaged_states_are_refused_and_left_alone(tmp_path):
             toy_run(tmp_path, steps=6, resume=True)
         assert state.read_bytes() == damage
     assert len(losses(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("average.0.head.out.bias", lambda v: v[:1], r"has shape \[1\], expected \[8\]"),
+        ("average.1.head.out.bias", lambda v: v * float("nan"), "holds NaN or infinity"),
+        ("optimizer.exp_avg.head.out.bias", lambda v: v[None], r"has shape \[1, 8\], expected \[8\]"),
+        ("optimizer.exp_avg_sq.head.out.bias", lambda v: v + float("inf"), "holds NaN or infinity"),
+        ("optimizer.step.head.out.bias", lambda v: v[None], r"has shape \[1\], expected \[\]"),
+        ("optimizer.exp_avg_sq.head.out.bias", None, "missing tensor"),
+    ],
+)
+def test_a_state_with_one_wrong_tensor_is_refused_by_its_name(whole, tmp_path, name, change, message):
+    state = load_file(whole / "state.safetensors")
+    value = state.pop(name)
+    if change is not None:
+        state[name] = change(value).contiguous()
+    save_file(state, tmp_path / "state.safetensors", {"step": "20", "averages": "2"})
+    (tmp_path / "recipe.json").write_bytes((whole / "recipe.json").read_bytes())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        toy_run(tmp_path, resume=True)
+    assert repr(name) in str(caught.value)
+
+
+OURS = (".state.safetensors.ab_d3f9h", ".tmpAb12Cd", "model/.model.safetensors.aaaaaaaa")
+OURS += ("snapshots/.00000004-0.100.safetensors.12345678",)
+THEIRS = (".mine.safetensors.aaaaaaaa", ".state.safetensors.bak", ".tmp-notes", "photos/.tmpAb12Cd")
+THEIRS += ("samples/.state.safetensors.ab_d3f9h", ".tmpabcdef/file")
+
+
+def test_only_a_resume_removes_drafts_and_only_ours(tmp_path):
+    for name in OURS + THEIRS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    toy_run(tmp_path, steps=4, save_every=4)
+    assert [name for name in OURS + THEIRS if not (tmp_path / name).exists()] == []
+    toy_run(tmp_path, steps=5, resume=True)
+    assert [name for name in OURS if (tmp_path / name).exists()] == []
+    assert [name for name in THEIRS if not (tmp_path / name).exists()] == []
+
+
+class Interrupted(Pictures):
+    """Ctrl-C while step 5 gathers its batch, so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.batches = times, 0
+
+    def batch(self, indices):
+        self.batches += 1
+        for _ in range(self.times if self.batches == 5 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(indices)
+
+
+@pytest.mark.parametrize(
+    ("times", "save_every", "said"),
+    [
+        (1, 100, "the state of step 5 is saved in"),
+        (2, 2, "the state of step 4 is saved in"),
+        (1, 0, "no state is saved in"),
+        (2, 100, "no state is saved in"),
+    ],
+)
+def test_an_interrupted_run_says_what_is_saved_and_goes_on(whole, tmp_path, times, save_every, said):
+    with pytest.raises(KeyboardInterrupt, match=said):
+        train(toy_model(), Interrupted(times), DIFFUSION, settings(save_every=save_every), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / "state.safetensors").exists() == (not said.startswith("no"))
+    toy_run(tmp_path, resume=True)
+    assert same_run(tmp_path, whole)
+
+
+def test_an_interrupt_in_the_last_step_lets_it_end(tmp_path):
+    train(toy_model(), Interrupted(1), DIFFUSION, settings(steps=5), tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_what_is_due_never_is_not_due_at_the_end(tmp_path):
+    sheets = []
+    given = settings(steps=4, save_every=0, sheet_every=0, snapshot_every=0)
+    train(toy_model(), Pictures(), DIFFUSION, given, tmp_path, sheet=lambda *drawn: sheets.append(drawn))
+    assert sheets == [] and not (tmp_path / "snapshots").exists()
+    assert not (tmp_path / "state.safetensors").exists()
 
 
 @contextmanager

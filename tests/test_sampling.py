@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -33,6 +34,7 @@ from ditkit.sample import (
     initial_noise,
     sample,
 )
+from ditkit.sample.noise import LAST_SEED, distinct
 from sampling_for_tests import COND, SEEDS, batches, draw, solvers, tiny
 
 
@@ -64,12 +66,30 @@ def test_noise_belongs_to_the_seed() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "message"),
-    [([], "seeds is empty"), ([3, 7, 3], "seed 3 is given twice")],
-    ids=["none", "twice"],
+    [([], "seeds is empty"), ([3, 7, 3], "seed 3 is given twice"), ([2**32], "at most 4294967295")],
+    ids=["none", "twice", "large"],
 )
 def test_seeds_that_are_refused(seeds: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         initial_noise((1,), seeds)
+
+
+def test_seeds_of_other_libraries_are_integers() -> None:
+    for seeds in (range(3), torch.arange(3), torch.arange(3).numpy()):
+        assert distinct(seeds) == (0, 1, 2)
+
+
+def test_many_seeds_are_told_apart_at_once() -> None:
+    began = time.perf_counter()
+    assert len(distinct(range(100_000))) == 100_000
+    assert time.perf_counter() - began < 5  # comparing each with all before it would take minutes
+
+
+def test_the_last_seed_is_the_last_with_noise_of_its_own() -> None:
+    def first(seed: int) -> float:
+        return torch.randn(1, generator=torch.Generator().manual_seed(seed)).item()
+
+    assert first(LAST_SEED + 1) == first(0) != first(LAST_SEED)
 
 
 def test_euler_is_the_plain_loop() -> None:

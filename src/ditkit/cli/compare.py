@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     DataName,
     Labels,
@@ -25,7 +26,6 @@ from ditkit.core.loading import load
 from ditkit.core.policy import Policy
 from ditkit.data.loading import load as load_data
 from ditkit.evaluate.compare import compare as compared
-from ditkit.tasks.generate import guided
 
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
 
@@ -38,7 +38,7 @@ def compare(
     seeds: Seeds = ("0..7",),
     label: Labels = (),
     steps: int = 50,
-    guidance: float = 2.0,
+    guiding: GuidingFlags = GUIDED,
     solver: str = "euler",
     converged_steps: Number = None,
     fewer_steps: bool = False,
@@ -68,7 +68,6 @@ def compare(
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
         steps: Steps of the solver.
-        guidance: Scale of classifier-free guidance; 1 is none.
         solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
@@ -82,19 +81,18 @@ def compare(
     policies = demo_policies(policy) if demo else policies_of(policy)
     if not policy and not demo:
         raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
-    numbers, way = seeds_of(seeds), solver_of(solver)
+    numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
     network = load(model)
     real = None if data is None else load_data(data, network.sample_shape[-1]).images_float()
-    writable(out)
-    with progress() as advance:
+    with writable(out), progress() as advance:
         report = compared(
             network,
             policies,
             numbers,
-            labels=label or None,
+            label=label or None,
             steps=steps,
             solver=way,
-            guidance=guided(guidance),
+            guidance=guidance,
             converged_steps=converged_steps,
             rounds=rounds,
             batch_size=batch_size,
@@ -104,7 +102,7 @@ def compare(
             controls_as_rows=fewer_steps or demo,
             progress=advance,
         )
-    files = report.save(out)
+        files = report.save(out)
     Console().print(report.table())
     print(f"wrote {out}: " + ", ".join(file.name for file in files))
     print(f"open {next(file for file in files if file.suffix == '.html')} in a browser")

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     ModelName,
+    Number,
     Policies,
     policies_of,
     progress,
@@ -50,11 +52,12 @@ def evaluate(
     data: str = "emoji",
     count: int = 1000,
     steps: int = 50,
-    guidance: float = 2.0,
+    guiding: GuidingFlags = GUIDED,
     policy: Policies = (),
     solver: str = "euler",
     batch_size: int = 50,
     neighbours: int = 16,
+    max_bad: Number = None,
     out: Path = Path("outputs/evaluate"),
 ) -> None:
     """Measure a model against real pictures: KID, FID, precision, recall.
@@ -71,62 +74,72 @@ def evaluate(
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
-        data: A named set (emoji, fashion), or a folder with a folder of images for each class.
+        data: A named set (emoji, fashion), or a folder with a folder of images for each class, or with a
+            metadata.jsonl of captions; those images are all of one class.
         count: Pictures to draw, with classes as often as in the data; seeds 0, 1, 2 ...
         steps: Steps of the solver.
-        guidance: Scale of classifier-free guidance; 1 is none.
         policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
         solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
         batch_size: Pictures drawn at once.
-        neighbours: Pictures shown beside their nearest real ones.
+        neighbours: Pictures shown beside their nearest real ones, at most --count.
+        max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         out: Folder to write to.
     """
     if count < FEWEST:
         raise ConfigError(f"--count={count}, expected at least {FEWEST}")
-    if not 1 <= neighbours <= count:
-        raise ConfigError(f"--neighbours={neighbours}, expected 1 to {count}, the pictures drawn")
+    if neighbours < 1:
+        raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load(model), policies_of(policy), solver_of(solver)
-    real = load_data(data, network.sample_shape[-1])
-    check_classes(network, real)
+    guidance = guiding.make()
+    real = load_data(data, network.sample_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
+    check_real(network, real)
     extractor = load_efficientnet_lite0()
-    writable(out)
-    labels = drawn_labels(real, count)
-    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": way, "policies": policies}
-    with progress() as advance:
-        macs = count_macs(lambda: generate(network, labels[0], (0,), **options)).total
-        options |= {"batch_size": batch_size}
-        drawn = generate(network, labels, range(count), progress=staged(advance, "drawing"), **options)
-        fake = extract(extractor, drawn.images, progress=staged(advance, "features, drawn"))
-        features = extract(extractor, real.images_float(), progress=staged(advance, "features, real"))
-        advance("distances", 0, 1)
-        result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
-        near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
-    options |= {"solver": spec(way), "policies": [spec(p) for p in policies]}
-    given = {"data": data, "count": count, **options}
-    measured = {
-        "command": shlex.join(["ditkit", "evaluate", model, *flags(given)]),
-        **asdict(result),
-        "macs_each": macs,
-        "seconds_each": drawn.seconds / count,
-        "policy_bytes": drawn.policy_bytes,
-        "settings": {"model": model, **given},
-        "receipts": drawn.receipts,
-        "nearest": near.as_list(drawn, real),
-    }
-    write_json(out / "evaluation.json", measured)
-    write_png(out / "sheet.png", grid(drawn.images[:SHOWN], columns=round(SHOWN**0.5)))
-    with replacing(out / "neighbours.png") as draft:
-        draft.write_bytes(near.sheet(drawn, real, neighbours))
+    with writable(out):
+        labels = drawn_labels(real, count)
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": way, "policies": policies}
+        with progress() as advance:
+            macs = count_macs(lambda: generate(network, labels[0], (0,), **options)).total
+            options |= {"batch_size": batch_size}
+            drawn = generate(network, labels, range(count), progress=staged(advance, "drawing"), **options)
+            fake = extract(extractor, drawn.images, progress=staged(advance, "features, drawn"))
+            features = extract(extractor, real.images_float(), progress=staged(advance, "features, real"))
+            advance("distances", 0, 1)
+            result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
+            near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
+        given = {
+            "data": data,
+            "max_bad": max_bad,
+            "count": count,
+            "steps": steps,
+            **asdict(guiding),
+            "solver": spec(way),
+            "policies": [spec(p) for p in policies],
+            "batch_size": batch_size,
+        }
+        measured = {
+            "command": shlex.join(["ditkit", "evaluate", model, *flags(given)]),
+            **asdict(result),
+            "macs_each": macs,
+            "seconds_each": drawn.seconds / count,
+            "policy_bytes": drawn.policy_bytes,
+            "settings": {"model": model, **given},
+            "receipts": drawn.receipts,
+            "nearest": near.as_list(drawn, real),
+        }
+        write_json(out / "evaluation.json", measured)
+        write_png(out / "sheet.png", grid(drawn.images[:SHOWN], columns=round(SHOWN**0.5)))
+        with replacing(out / "neighbours.png") as draft:
+            draft.write_bytes(near.sheet(drawn, real, min(neighbours, count)))
     Console().print(table(result, measured))
     print(f"wrote {out}: evaluation.json, sheet.png, neighbours.png")
 
 
 def flags(options: Mapping[str, Any]) -> Iterator[str]:
-    """`options` as words of a command line; a list is a flag that is repeated."""
+    """`options` as words of a command line; a list is a flag that is repeated, a tuple one of several words."""
     for name, value in options.items():
         word = "--policy" if name == "policies" else f"--{name.replace('_', '-')}"
-        for item in value if isinstance(value, list) else [value]:
-            yield from (word, str(item))
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            yield from (word, *map(str, item if isinstance(item, tuple) else (item,)))
 
 
 @dataclass(frozen=True)
@@ -177,15 +190,20 @@ def nearest(drawn: Generated, real: ImageSet, fake_features: Tensor, real_featur
     )
 
 
-def check_classes(model: Model, real: ImageSet) -> None:
-    """Refuse data whose classes or channels are not the model's."""
+def check_real(model: Model, real: ImageSet) -> None:
+    """Refuse data that is too little to measure, or whose classes or channels are not the model's.
+
+    Images with captions instead of classes fit any model of one class.
+    """
+    if len(real) < FEWEST:
+        raise ConfigError(f"{real.name} has {len(real)} pictures, expected at least {FEWEST}")
     if model.sample_shape[0] != real.images.shape[1]:
         given, expected = real.images.shape[1], model.sample_shape[0]
         raise ConfigError(f"{real.name} has {given} channels, the model draws {expected}")
     known = class_names(model)
-    if len(known) != len(real.classes):
+    if len(known) != max(1, len(real.classes)):
         raise ConfigError(f"{real.name} has {len(real.classes)} classes, the model has {len(known)}")
-    for i, (ours, theirs) in enumerate(zip(known, real.classes, strict=True)):
+    for i, (ours, theirs) in enumerate(zip(known, real.classes or known, strict=True)):
         if ours not in (theirs, str(i)):
             raise ConfigError(f"class {i} of {real.name} is {theirs!r}, the model's is {ours!r}")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     Labels,
     ModelName,
@@ -23,8 +27,10 @@ from ditkit.cli.options import (
 )
 from ditkit.cli.pictures import grid, write_png
 from ditkit.core.checkpoint import write_json
+from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.loading import load
+from ditkit.core.model import Model
 from ditkit.core.spec import spec
 from ditkit.tasks.generate import Generated
 from ditkit.tasks.generate import generate as draw
@@ -36,7 +42,7 @@ def generate(
     label: Labels = (),
     seeds: Seeds = ("0..7",),
     steps: int = 50,
-    guidance: float = 2.0,
+    guiding: GuidingFlags = GUIDED,
     policy: Policies = (),
     solver: str = "euler",
     batch_size: int = 8,
@@ -55,7 +61,7 @@ def generate(
         ditkit generate runs/mine/model --steps 25 --out outputs/mine
 
     Writes into the folder of --out:
-        CLASS-SEED.png    each picture at its own size
+        CLASS-SEED.png    each picture at its own size (CLASS@INDEX if names clash)
         sheet.png         all of them, enlarged
         generated.json    settings, time, and what each policy did
 
@@ -64,7 +70,6 @@ def generate(
         label: Class to draw. Repeat it for several, each drawn with every seed; default: spread over all.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
         steps: Steps of the solver.
-        guidance: Scale of classifier-free guidance; 1 is none.
         policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
         solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
         batch_size: Pictures drawn at once.
@@ -77,12 +82,19 @@ def generate(
         print("\n".join(class_names(network)))
         return
     numbers, policies, way = seeds_of(seeds), policies_of(policy), solver_of(solver)
-    for given in label:
-        class_index(network, given)
+    check_labels(network, label)
     wanted: tuple[str | None, ...] = label or (None,)
-    writable(out)
+    guidance = guiding.make()
+    settings = {
+        "model": model,
+        "steps": steps,
+        **asdict(guiding),
+        "solver": spec(way),
+        "policies": list(map(spec, policies)),
+        "batch_size": batch_size,
+    }
     drawn: list[Generated] = []
-    with progress() as advance:
+    with writable(out), progress() as advance:
         for name in wanted:
             drawn.append(
                 draw(
@@ -98,31 +110,37 @@ def generate(
                     progress=staged(advance, f"drawing {name or ''}"),
                 )
             )
-    settings = {
-        "model": model,
-        "steps": steps,
-        "guidance": guidance,
-        "solver": spec(way),
-        "policies": list(map(spec, policies)),
-        "batch_size": batch_size,
-    }
-    files = write_pictures(drawn, out, columns=len(numbers) if label else round(len(numbers) ** 0.5))
-    write_json(out / "generated.json", {"settings": settings, **described(drawn, files)})
+        stems = file_stems(class_names(network))
+        columns = len(numbers) if label else round(len(numbers) ** 0.5)
+        files = write_pictures(drawn, stems, out, columns)
+        write_json(out / "generated.json", {"settings": settings, **described(drawn, files)})
     tell(drawn, files, out)
 
 
-def write_pictures(drawn: Sequence[Generated], out: Path, columns: int) -> list[str]:
+def check_labels(model: Model, labels: Sequence[str]) -> None:
+    """Refuse a class that the model does not have, or that is given twice."""
+    seen: set[int] = set()
+    for label in labels:
+        index = class_index(model, label)
+        if index in seen:
+            raise ConfigError(f"--label {label!r} is given twice, expected each class once")
+        seen.add(index)
+
+
+def write_pictures(
+    drawn: Sequence[Generated], stems: Mapping[str, str], out: Path, columns: int
+) -> list[str]:
     """Each picture and the sheet; the pictures' file names."""
     files = []
     for image, seed, label in told(drawn):
-        name = f"{slug(label)}-{seed}.png" if label else f"{seed}.png"
+        name = f"{stems[label]}-{seed}.png" if label else f"{seed}.png"
         files.append(write_png(out / name, image).name)
     write_png(out / "sheet.png", grid(torch.cat([d.images for d in drawn]), columns))
     return files
 
 
 def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, object]:
-    """What was drawn and what it took, JSON-able; the receipts of different labels are alike."""
+    """What was drawn and what it took, JSON-able."""
     return {
         "pictures": [
             {"file": file, "seed": seed, "label": label}
@@ -130,13 +148,13 @@ def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, obj
         ],
         "seconds": sum(d.seconds for d in drawn),
         "policy_bytes": max(d.policy_bytes for d in drawn),
-        "receipts": drawn[0].receipts,
+        "receipts": receipts(drawn),
     }
 
 
 def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
     """What each policy did, the time, and where everything lies."""
-    for receipt in drawn[0].receipts:
+    for receipt in receipts(drawn):
         print(f"{receipt['policy']}, {receipt['sites']} sites")
         for lane, done in receipt["lanes"].items():
             print(f"  {lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
@@ -145,10 +163,31 @@ def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
     print(f"wrote {out}: sheet.png, generated.json, {files[0]}{' ...' if len(files) > 1 else ''}")
 
 
+def receipts(drawn: Sequence[Generated]) -> list[dict[str, Any]]:
+    """What the policies did for all labels, each once where labels do not differ."""
+    found: list[dict[str, Any]] = []
+    for d in drawn:
+        found += [receipt for receipt in d.receipts if receipt not in found]
+    return found
+
+
 def told(drawn: Sequence[Generated]) -> Iterator[tuple[torch.Tensor, int, str | None]]:
     """Every picture with its seed and its class."""
     for d in drawn:
         yield from zip(d.images, d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
+
+
+def file_stems(classes: Sequence[str]) -> dict[str, str]:
+    """What stands for each class in file names: its slug, with its index where another's is the same.
+
+    A slug has no "@", and some file systems do not tell "A" from "a".
+    """
+    slugs = [slug(name) for name in classes]
+    times = Counter(text.casefold() for text in slugs)
+    return {
+        name: text if times[text.casefold()] == 1 else f"{text}@{i}"
+        for i, (name, text) in enumerate(zip(classes, slugs, strict=True))
+    }
 
 
 def slug(label: str) -> str:

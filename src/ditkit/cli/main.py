@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -28,8 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except DitkitError as error:
         print("ditkit: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("ditkit: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("ditkit: interrupted" + resumable(stop, words), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,6 +38,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def resumable(stop: KeyboardInterrupt, words: Sequence[str]) -> str:
+    """What is saved and the command that goes on from it; nothing unless the interrupt says what is saved."""
+    if not stop.args:
+        return ""
+    again = words if "--resume" in words else [*words, "--resume"]
+    return f"; {stop}; go on with: {shlex.join(['ditkit', *again])}"
 
 
 def ditkit_commands() -> Group:

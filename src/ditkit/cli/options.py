@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ditkit.core.checkpoint import replacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component
@@ -70,17 +71,36 @@ def solver_of(spec: str) -> Solver:
     return component(Solver, spec)  # type: ignore[type-abstract]
 
 
-def writable(folder: Path) -> Path:
-    """`folder`, made and tried out, so that hours of work do not end where they cannot be saved.
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """`folder`, made and tried out before the block, so that hours of work do not end unsaved.
+
+    If the block fails, the folders that were made for it go again unless they hold something.
 
     Raises:
         ConfigError: nothing can be written there.
     """
-    trial = folder / ".ditkit"
-    with replacing(trial):
-        pass
-    trial.unlink()
-    return folder
+    made: list[Path] = []
+    try:
+        try:
+            for place in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+                place.mkdir(exist_ok=True)
+                made.append(place)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"cannot write in {folder}: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        for place in reversed(made):
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: torchrun and accelerate number theirs in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def staged(advance: Advance, stage: str) -> Callable[[int, int], None]:

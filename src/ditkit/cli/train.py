@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Annotated, Self
 import tyro
 
 from ditkit import recipes
-from ditkit.cli.options import writable
+from ditkit.cli.options import Number, leads, writable
 from ditkit.cli.parsing import Command, Group
 from ditkit.cli.pictures import grid, write_png
 from ditkit.core.labels import resolve_labels
@@ -26,6 +27,8 @@ from ditkit.train.settings import Settings
 
 Build = Callable[[], ClassImageRecipe]
 SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
+LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
+"""What a run may leave in its folder."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,24 @@ def command_of(name: str, build: Build) -> Command:
         *,
         out: Path = Path("runs") / name,
         data: str = recipe.data,
+        max_bad: Number = recipe.max_bad,
         network: Annotated[Network, tyro.conf.arg(name="")] = own,
         settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        chosen = replace(recipe, data=data, model=replace(recipe.model, **asdict(network)), settings=settings)
+        model = replace(recipe.model, **asdict(network))
+        chosen = replace(recipe, data=data, max_bad=max_bad, model=model, settings=settings)
         if dry_run:
             print(describe(chosen))
             return
-        writable(out)
-        train_recipe(chosen, out, resume=resume, sheet=partial(write_sheet, out / "samples"))
-        print(f"wrote {out}: model, losses.jsonl, samples; draw with: ditkit generate {out / 'model'}")
+        if leads() and importlib.util.find_spec("tensorboard") is None:
+            print("TensorBoard is not installed: the losses go to losses.jsonl alone", file=sys.stderr)
+        with writable(out):
+            train_recipe(chosen, out, resume=resume, sheet=partial(write_sheet, out / "samples"))
+        if leads():
+            there = ", ".join(name for name in LEFT if (out / name).exists())
+            print(f"wrote {out}: {there}; draw with: ditkit generate {out / 'model'}")
 
     run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
 
@@ -96,13 +105,16 @@ def command_of(name: str, build: Build) -> Command:
         ditkit train {name} --data photos --steps 5000 --batch 32
 
     Writes into the folder of --out:
-        model/          the averaged weights, which ditkit generate takes
-        samples/        a sheet of samples every so often
-        losses.jsonl    a line a step
+        model/               the averaged weights, which ditkit generate takes
+        samples/             a sheet of samples every so often
+        losses.jsonl         a line a step
+        state.safetensors    what --resume goes on from
 
     Args:
         out: Folder of the run.
-        data: A named set (emoji, fashion), or a folder with a folder of images for each class.
+        data: A named set (emoji, fashion), or a folder with a folder of images for each class, or with a
+            metadata.jsonl of captions; those images are all trained as one class, named as the folder.
+        max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

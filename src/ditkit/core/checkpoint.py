@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,8 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = Path(name)
     try:
         yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        to_disk(draft)
         draft.chmod(0o644)
         draft.replace(path)
     except (OSError, SafetensorError) as error:
@@ -49,6 +49,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot write {path}: {reason}; nothing was changed there") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content would survive a loss of power."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,6 +89,18 @@ def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Tensors as safetensors, at once in their place."""
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, dict(metadata or {}))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_state` has read."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value as it reads back, whatever the order of its keys and its spaces."""
+    canonical = json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

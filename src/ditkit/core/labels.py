@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
+from ditkit.core.numbers import integer
 
 
-def resolve_labels(model: Model, labels: Sequence[int | str] | None, count: int) -> tuple[int, ...] | None:
+def resolve_labels(
+    model: Model, labels: int | str | Sequence[int | str] | None, count: int
+) -> tuple[int, ...] | None:
     """One class index a sample, from indices and names; one label serves all, None spreads over the classes.
 
     Returns:
@@ -18,10 +21,12 @@ def resolve_labels(model: Model, labels: Sequence[int | str] | None, count: int)
         ConfigError: a number of labels that is neither 1 nor `count`, an unknown name, an index out of range,
             or labels for a model that has no classes.
     """
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
+        labels = (labels,)
     classes: int | None = getattr(model.config, "classes", None)
     if classes is None:
         if labels is not None:
-            raise ConfigError(f"labels={list(labels)!r}: a {type(model).__name__} takes no class labels")
+            raise ConfigError(f"label={list(labels)!r}: a {type(model).__name__} takes no class labels")
         return None
     if labels is None:
         return tuple(i * classes // count for i in range(count))
@@ -42,9 +47,10 @@ def class_index(model: Model, label: int | str) -> int:
         if label not in names:
             raise ConfigError(unknown("class", label, names))
         return names.index(label)
-    if not 0 <= label < len(names):
-        raise ConfigError(f"class {label} should lie between 0 and {len(names) - 1}")
-    return label
+    index = integer("class", label, least=0)
+    if index >= len(names):
+        raise ConfigError(f"class {index} should lie between 0 and {len(names) - 1}")
+    return index
 
 
 def class_names(model: Model) -> tuple[str, ...]:

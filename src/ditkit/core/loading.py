@@ -7,7 +7,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import CheckpointError, ConfigError, unknown
 from ditkit.core.model import CONFIG, Model
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -31,7 +31,7 @@ def load(source: str | Path) -> Model:
     if folder.is_dir():
         return Model.load(folder)
     if isinstance(source, str) and HUB_ID.fullmatch(text):
-        return Model.from_pretrained(text)
+        return _from_hub(text)
     raise ConfigError(f"{unknown('model', text, shipped())}, and there is no folder of that name")
 
 
@@ -40,6 +40,16 @@ def shipped() -> tuple[str, ...]:
     if not _weights().is_dir():
         return ()
     return tuple(sorted(folder.name for folder in _weights().iterdir() if (folder / CONFIG).is_file()))
+
+
+def _from_hub(name: str) -> Model:
+    """A mistyped folder of two parts comes here as well, so the error names that first."""
+    try:
+        return Model.from_pretrained(name)
+    except CheckpointError as error:
+        said = str(error).removeprefix(f"no model folder and no model of the hub at {name}: ")
+        sentence = said.partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise CheckpointError(f"no folder {name!r}, and the hub: {sentence}") from error
 
 
 def _weights() -> Path:

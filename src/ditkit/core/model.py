@@ -13,7 +13,17 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from ditkit.core.catalog import find
-from ditkit.core.checkpoint import dump_state, fill, read_json, read_state, replacing, write_json
+from ditkit.core.checkpoint import (
+    digest,
+    dump_state,
+    fill,
+    read_json,
+    read_metadata,
+    read_state,
+    replacing,
+    to_disk,
+    write_json,
+)
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
@@ -22,6 +32,8 @@ from ditkit.core.run import Site
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+DIGEST = "config_sha256"
+"""Key of the weights' metadata: of the config.json that they were saved with."""
 DESCRIBED = ("model", "config", "history")
 """Keys of config.json."""
 
@@ -55,7 +67,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """The shape of one sample, without the batch axis."""
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
-        """config.json and safetensors in `folder`, both complete before either takes its place.
+        """config.json and safetensors in `folder`, both on disk before either takes its place.
+
+        Weights saved with another config, as a kill between the two leaves them, are refused by `load`.
 
         Args:
             dtype: store floating-point weights in this type.
@@ -76,7 +90,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
             k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()
         }
         with replacing(folder / WEIGHTS) as weights:
-            dump_state(weights, state)
+            dump_state(weights, state, {DIGEST: digest(described)})
+            to_disk(weights)  # then config.json takes its place; `load` finds out if these weights never do
             write_json(folder / CONFIG, described)
         return folder
 
@@ -85,7 +100,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """A model saved by `save`, in float32 and eval mode.
 
         Raises:
-            CheckpointError: the folder is incomplete, of another architecture, or damaged.
+            CheckpointError: the folder is incomplete, of another architecture, damaged, or a config and weights
+                that were not saved together (weights that do not say with which are taken as they are).
         """
         path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         described = read_json(path)
@@ -95,6 +111,10 @@ class Model(nn.Module, ModelHubMixin, ABC):
         model = kind.holding(
             config_of(kind.Config, described.get("config"), path), read_state(weights), weights
         )
+        if read_metadata(weights).get(DIGEST, saved := digest(described)) != saved:
+            raise CheckpointError(
+                f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
+            )
         model.history = tuple(described.get("history", ()))
         return model
 

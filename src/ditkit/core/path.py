@@ -53,6 +53,10 @@ class Path(ABC):
     def place(self, u: Tensor) -> Tensor:
         """Numbers u in [0, 1) to times of this path."""
 
+    def trainable(self, t: Tensor, prediction: Prediction) -> Tensor:
+        """Drawn times `t`, moved to where a network can learn `prediction`; a discrete path's stay."""
+        return t
+
     def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha data + sigma noise; `t` [B] or [B, T]."""
         c = self.at(spread(t, data))
@@ -114,6 +118,15 @@ class ContinuousPath(Path):
     def place(self, u: Tensor) -> Tensor:
         return u
 
+    def span(self, prediction: Prediction) -> tuple[float, float]:
+        """First and last t in which `prediction` is trained (SiT's train_eps; data, which it has not, at all t)."""
+        return (1e-3, 1 - 1e-3) if prediction in ("noise", "score") else (0.0, 1.0)
+
+    def trainable(self, t: Tensor, prediction: Prediction) -> Tensor:
+        """[0, 1] onto `span`, evenly, as SiT draws its times."""
+        low, high = self.span(prediction)
+        return low + (high - low) * t
+
 
 @dataclass(frozen=True)
 class Linear(ContinuousPath):
@@ -146,6 +159,10 @@ class VariancePreserving(ContinuousPath):
         alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
         alpha_rate = -0.5 * alpha * (t * slope + self.beta_min)
         return Coefficients(alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma)
+
+    def span(self, prediction: Prediction) -> tuple[float, float]:
+        """SiT's: sigma' is infinite at t = 0, and alpha is not 0 at t = 1."""
+        return 1e-5, 1.0
 
 
 PATHS: dict[str, type[ContinuousPath]] = {"linear": Linear, "cosine": Cosine, "vp": VariancePreserving}

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
-from ditkit.core.policy import RESOURCES, Claim, Policy
+from ditkit.core.numbers import integer
+from ditkit.core.policy import RESOURCES, Claim, Policy, as_policies
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
 
@@ -27,13 +28,18 @@ class Trajectory:
     Raises:
         ConflictError: two policies own the same site or resource.
         NoEffectError: a policy has no site it can use.
-        ConfigError: a policy claims a site that does not exist, or does not fit `total`.
+        ConfigError: what is given is no policy, claims a site that does not exist, or does not fit `total`;
+            or `max_bytes` is no positive integer.
     """
 
     def __init__(
-        self, sites: Sequence[Site], policies: Sequence[Policy], total: int, max_bytes: int | None = None
+        self,
+        sites: Sequence[Site],
+        policies: Policy | str | Sequence[Policy | str],
+        total: int,
+        max_bytes: int | None = None,
     ) -> None:
-        self.policies, self.total = tuple(policies), total
+        self.policies, self.total = as_policies(policies), total
         self.claims = claim(sites, self.policies)
         self.sessions = [policy.start(sites, total) for policy in self.policies]
         depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
@@ -41,7 +47,7 @@ class Trajectory:
             PolicyReceipt(policy, session.verb, depths)
             for policy, session in zip(self.policies, self.sessions, strict=True)
         ]
-        self.max_bytes = max_bytes
+        self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, least=1)
         self.peak_bytes = 0
 
     def run(self, call: Call) -> Run:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -87,11 +85,9 @@ class Bench:
         # counting has warmed every one of them up
         self.seconds = alternated(functions, rounds, warmup=0, progress=tell)
 
-    def measure_memory(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            isolated = Isolated(self.work, Path(folder))
-            for method in self._told("measuring memory", self.methods):
-                self.memory[method.name] = isolated.peak(method.policies, method.steps)
+    def measure_memory(self, isolated: Isolated) -> None:
+        for method in self._told("measuring memory", self.methods):
+            self.memory[method.name] = isolated.peak(method.policies, method.steps)
 
     def rows(self, judge: Judge | None) -> tuple[Row, ...]:
         return tuple(self._row(method, judge) for method in self._told("comparing", self.methods))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,32 +17,32 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
-from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.policy import Policy
+from ditkit.core.numbers import integer
+from ditkit.core.policy import Policy, as_policies
 from ditkit.evaluate.bench import EXACT, Bench, Judge, Method, Progress
+from ditkit.evaluate.isolated import Isolated
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
 from ditkit.evaluate.sheet import as_pictures
 from ditkit.sample.field import placement
-from ditkit.sample.guidance import ClassifierFree, Guidance
-from ditkit.sample.noise import distinct
+from ditkit.sample.guidance import Guidance
 from ditkit.sample.solvers import Euler, Solver
 from ditkit.sample.workload import Workload
 
-EULER, GUIDED = Euler(), ClassifierFree(2.0)
+EULER = Euler()
 CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges
 
 
 def compare(
     model: Model,
-    policies: Sequence[Policy],
+    policies: Policy | str | Sequence[Policy | str],
     seeds: Sequence[int],
     *,
-    labels: Sequence[int | str] | None = None,
+    label: int | str | Sequence[int | str] | None = None,
     steps: int = 50,
-    solver: Solver = EULER,
-    guidance: Guidance = GUIDED,
+    solver: Solver | str = EULER,
+    guidance: float | Guidance = 2.0,
     converged_steps: int | None = None,
     rounds: int = 3,
     batch_size: int = 8,
@@ -60,7 +61,9 @@ def compare(
 
     Args:
         model: in eval mode, on the device that is to be measured.
-        labels: class indices or names, one a seed or one for all; by default spread evenly over the classes.
+        policies: objects, or texts as the command line takes them ("taylorseer:interval=4"); so is `solver`.
+        label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+        guidance: a classifier-free scale (1 is none), or any guidance.
         converged_steps: of the exact run that stands for convergence; by default 10 times `steps`.
         rounds: timed passes over all seeds. One pass before them counts MACs, and warms up.
         batch_size: seeds drawn at once. max_bytes: memory that a policy may hold meanwhile.
@@ -71,33 +74,34 @@ def compare(
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: a seed or policy given twice, an unknown label, a number out of range, or a policy that
-            does not fit the model or `max_bytes`. NoEffectError, ConflictError: as the sampler raises them.
+        ConfigError: a seed or policy given twice, an unknown label, a number out of range, a policy that does
+            not fit the model or `max_bytes`, or (with `memory`) something that another process cannot be told.
+        NoEffectError, ConflictError: as the sampler raises them.
     """
-    seeds = distinct(seeds)
-    classes = resolve_labels(model, labels, len(seeds))
-    work = Workload(model, classes, seeds, steps, solver, guidance, batch_size, max_bytes)
+    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes)
+    policies = as_policies(policies)
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
-    if converged_steps <= steps:
+    if integer("converged_steps", converged_steps, least=1) <= steps:
         raise ConfigError(f"converged_steps={converged_steps}, expected more than steps={steps}")
-    if rounds < 1:
-        raise ConfigError(f"rounds={rounds}, expected at least 1")
+    integer("rounds", rounds, least=1)
     methods = [Method(EXACT, "exact", EXACT, EXACT, (), steps)]
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else Judge(real, len(seeds), model.sample_shape[0])
+    judge = None if real is None else Judge(real, len(work.seeds), model.sample_shape[0])
 
-    bench = Bench(work, methods, progress)
-    bench.count()
-    if control:
-        bench.add_controls()
-    if controls_as_rows:
-        bench.add_control_rows()
-    bench.converge(converged_steps)
-    bench.time(rounds)
-    if memory:
-        bench.measure_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        isolated = Isolated(work, policies, Path(folder)) if memory else None  # refuses before any drawing
+        bench = Bench(work, methods, progress)
+        bench.count()
+        if control:
+            bench.add_controls()
+        if controls_as_rows:
+            bench.add_control_rows()
+        bench.converge(converged_steps)
+        bench.time(rounds)
+        if isolated is not None:
+            bench.measure_memory(isolated)
     settings = settings_of(work, converged_steps, rounds, memory)
     pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
     return Report(bench.rows(judge), settings, pictures)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ditkit.core.catalog import every
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
@@ -22,16 +23,19 @@ from ditkit.sample.workload import Drawn, Workload
 
 
 class Isolated:
-    """A workload written to `folder`, to be drawn by other processes; its models are written once.
+    """A workload written to `folder`, to be drawn by other processes under any of `policies`.
+
+    Its models are written once.
 
     Raises:
-        ConfigError: the workload holds something that JSON and model folders cannot describe.
+        ConfigError: the workload or a policy holds something that JSON and model folders cannot describe.
     """
 
-    def __init__(self, work: Workload, folder: Path) -> None:
+    def __init__(self, work: Workload, policies: Sequence[Policy], folder: Path) -> None:
         self.device = placement(work.model)[0].type
         self.folder = folder
         self.described = describe(work.first_batch(), folder)
+        describe(tuple(policies), folder)  # what `peak` would refuse is refused before anything is measured
 
     def peak(self, policies: Sequence[Policy], steps: int) -> PeakMemory:
         """Peak memory while the first batch is drawn."""
@@ -61,7 +65,8 @@ def describe(value: Any, folder: Path) -> Any:
         return value
     if isinstance(value, tuple):
         return [describe(item, folder) for item in value]
-    if isinstance(value, Model):
+    kind = type(value)
+    if isinstance(value, Model) and kind in every(Model):  # type: ignore[type-abstract]
         device, dtype = placement(value)
         place = folder / f"model{sum(1 for _ in folder.iterdir())}"
         return {
@@ -69,11 +74,11 @@ def describe(value: Any, folder: Path) -> Any:
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
         }
-    kind = type(value)
-    if not dataclasses.is_dataclass(value) or "<locals>" in kind.__qualname__:
+    importable = kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
+    if not dataclasses.is_dataclass(value) or not importable:
         raise ConfigError(
-            f"{kind.__qualname__} cannot be described to another process, which measures peak memory; "
-            "expected a dataclass of a module, holding plain values or models; or pass memory=False"
+            f"{kind.__module__}.{kind.__qualname__} cannot be described to another process, which measures peak "
+            "memory; expected a dataclass of a module, holding plain values or models; or pass memory=False"
         )
     names = [f.name for f in dataclasses.fields(value)]
     return {

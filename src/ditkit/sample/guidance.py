@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import ClassVar, final
 
 import torch
@@ -65,6 +66,7 @@ class ClassifierFree(Guidance):
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        _check_scale("ClassifierFree: scale", self.scale)
         if self.channels is not None and self.channels < 1:
             raise ConfigError(
                 f"ClassifierFree: channels={self.channels} should be at least 1, or None for all"
@@ -96,6 +98,9 @@ class Autoguidance(Guidance):
     scale: float
     guide: Model = field(repr=False)
 
+    def __post_init__(self) -> None:
+        _check_scale("Autoguidance: scale", self.scale)
+
     def __call__(self, branches: Branches, t: float) -> Tensor:
         if self.scale == 1:
             return branches("cond")[0]
@@ -104,6 +109,23 @@ class Autoguidance(Guidance):
 
     def networks(self) -> Mapping[str, Model]:
         return {"guide": self.guide}
+
+
+def guided(given: float | Guidance) -> Guidance:
+    """A guidance as it is, a number as the scale of classifier-free guidance; 1 is none.
+
+    Raises:
+        ConfigError: neither, or a scale that is not finite.
+    """
+    if isinstance(given, Guidance):
+        return given
+    _check_scale("guidance", given)
+    return Unguided() if given == 1 else ClassifierFree(given)
+
+
+def _check_scale(name: str, given: object) -> None:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not isfinite(given):
+        raise ConfigError(f"{name}={given!r} should be a finite number")
 
 
 def extrapolate(strong: Tensor, weak: Tensor, scale: float, channels: int | None = None) -> Tensor:

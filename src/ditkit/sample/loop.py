@@ -11,6 +11,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
+from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.sample.field import Field, Progress, placement
@@ -69,8 +70,7 @@ def sample(
         NoEffectError: a policy touched nothing or saved nothing.
         DitkitError: a sample is not finite.
     """
-    if steps < 1:
-        raise ConfigError(f"steps={steps} should be at least 1")
+    integer("steps", steps, least=1)
     device, _ = placement(model)
     noise = SampleNoise(seeds, model.sample_shape)
     _check_batch(cond, len(noise.seeds))

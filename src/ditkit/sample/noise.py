@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
+from ditkit.core.numbers import integer
+
+LAST_SEED = 2**32 - 1
+"""torch's CPU generator reads 32 bits: a larger seed would repeat the noise of a smaller one."""
 
 
 class SampleNoise:
@@ -18,7 +22,7 @@ class SampleNoise:
         shape: of one sample, without the batch axis.
 
     Raises:
-        ConfigError: no seed, or one given twice.
+        ConfigError: as `distinct` does.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
@@ -40,12 +44,17 @@ def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
     """`seeds` as a tuple.
 
     Raises:
-        ConfigError: there is none, or one stands twice; the message quotes it.
+        ConfigError: there is none, or one is no integer from 0 to `LAST_SEED` or stands twice; the message
+            quotes it.
     """
-    given = tuple(seeds)
-    if not given:
-        raise ConfigError("seeds is empty; expected one seed a sample")
-    for place, seed in enumerate(given):
-        if seed in given[:place]:
+    if not isinstance(seeds, Iterable):
+        raise ConfigError(f"seeds={seeds!r} should be a sequence, one seed a sample")
+    seen: dict[int, None] = {}
+    for given in seeds:
+        seed = integer("seed", given, least=0, most=LAST_SEED)
+        if seed in seen:
             raise ConfigError(f"seed {seed} is given twice; expected different seeds, one a sample")
-    return given
+        seen[seed] = None
+    if not seen:
+        raise ConfigError("seeds is empty; expected one seed a sample")
+    return tuple(seen)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
+from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
-from ditkit.core.policy import Policy
+from ditkit.core.numbers import integer
+from ditkit.core.policy import Policy, as_policies
 from ditkit.core.receipt import PolicyReceipt
+from ditkit.core.spec import component
 from ditkit.core.trajectory import Trajectory
-from ditkit.sample.guidance import Guidance
+from ditkit.sample.guidance import Guidance, guided
 from ditkit.sample.loop import Sampled, sample
+from ditkit.sample.noise import distinct
 from ditkit.sample.solvers import Solver
 
 Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
@@ -59,21 +64,55 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} should be at least 1")
+            integer(name, getattr(self, name), least=1)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        label: int | str | Sequence[int | str] | None,
+        seeds: Sequence[int],
+        steps: int,
+        solver: Solver | str,
+        guidance: float | Guidance,
+        batch_size: int,
+        max_bytes: int | None,
+    ) -> Self:
+        """The workload that `generate` and `compare` are asked for in these words.
+
+        Args:
+            label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+            solver: or its text, such as "heun". guidance: or a classifier-free scale, of which 1 is none.
+
+        Raises:
+            ConfigError: one of them is nothing of the kind, or out of range.
+        """
+        if not isinstance(model, Model):
+            raise ConfigError(f"model={model!r} should be a Model, such as ditkit.load gives")
+        if isinstance(solver, str):
+            solver = component(Solver, solver)  # type: ignore[type-abstract]
+        if not isinstance(solver, Solver):
+            raise ConfigError(f"solver={solver!r} should be a Solver, or a text such as 'heun'")
+        seeds = distinct(seeds)
+        labels = resolve_labels(model, label, len(seeds))
+        return cls(model, labels, seeds, steps, solver, guided(guidance), batch_size, max_bytes)
 
     def check(self, policies: Sequence[Policy]) -> None:
         """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
         Trajectory(self.model.sites(), policies, self.solver.evaluations(self.steps), self.max_bytes)
 
     def draw(
-        self, policies: Sequence[Policy] = (), steps: int | None = None, progress: Progress | None = None
+        self,
+        policies: Policy | str | Sequence[Policy | str] = (),
+        steps: int | None = None,
+        progress: Progress | None = None,
     ) -> Drawn:
         """One sample a seed, in `steps` steps (by default the workload's), under `policies`.
 
         Raises:
             NoEffectError: a policy saved nothing. DitkitError: as `ditkit.sample.sample` does.
         """
+        policies = as_policies(policies)
         steps = self.steps if steps is None else steps
         starts = range(0, len(self.seeds), self.batch_size)
         each = self.solver.evaluations(steps)

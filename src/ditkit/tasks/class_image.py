@@ -24,24 +24,28 @@ class ClassImageRecipe:
     """A network, a set and a training run.
 
     Args:
-        data: a named set or a folder of class folders.
+        data: a named set, a folder of class folders, or a folder of images with captions, which are trained as
+            one class of the folder's name; nothing takes the captions in.
         model: its channels, classes and class names are taken from the data.
         settings: of the run. terms: of the objective, one of each kind.
+        max_bad: damaged files of a folder to leave out; None for the loader's own limit.
     """
 
     data: str
     model: DiTConfig
     settings: Settings
     terms: tuple[Term, ...] = (Regression(),)
+    max_bad: int | None = None
+
+    def images(self) -> ImageSet:
+        """The data, at the model's size."""
+        options = {} if self.max_bad is None else {"max_bad": self.max_bad}
+        return load(self.data, self.model.size, **options)
 
     def resolved(self, images: ImageSet) -> ClassImageRecipe:
         """With the model's classes and channels as the data has them."""
-        model = replace(
-            self.model,
-            channels=images.images.shape[1],
-            classes=len(images.classes),
-            class_names=images.classes,
-        )
+        names = images.classes or (images.name,)
+        model = replace(self.model, channels=images.images.shape[1], classes=len(names), class_names=names)
         return replace(self, model=model)
 
 
@@ -66,7 +70,7 @@ def train_recipe(
     Raises:
         ConfigError: resuming with another recipe than the folder's, or any of `train`'s reasons.
     """
-    images = load(recipe.data, recipe.model.size)
+    images = recipe.images()
     recipe = recipe.resolved(images)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
@@ -89,7 +93,7 @@ def describe(recipe: ClassImageRecipe) -> str:
     Raises:
         ConfigError, DataError: what `train_recipe` would refuse before its first step.
     """
-    images = load(recipe.data, recipe.model.size)
+    images = recipe.images()
     recipe = recipe.resolved(images)
     with torch.device("meta"):
         model = DiT(recipe.model)
@@ -100,7 +104,7 @@ def describe(recipe: ClassImageRecipe) -> str:
     copies = 3 + len(run.averages)  # weights, two moments, averages
     lines = {
         "data": f"{recipe.data}, {len(images)} images {list(images.images.shape[1:])}, "
-        f"{len(images.classes)} classes, {images.images.nbytes / 1e6:.1f} MB in memory",
+        f"{recipe.model.classes} classes, {images.images.nbytes / 1e6:.1f} MB in memory",
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         "terms": objective.terms,
         **{f"settings.{k}": v for k, v in vars(run).items()},

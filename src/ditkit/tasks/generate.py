@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.core.labels import class_names, resolve_labels
+from ditkit.core.labels import class_names
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
-from ditkit.sample import ClassifierFree, Euler, Guidance, Solver, Unguided
+from ditkit.sample import Euler, Guidance, Solver
 from ditkit.sample.field import Progress
-from ditkit.sample.noise import distinct
 from ditkit.sample.workload import Workload
 
 EULER = Euler()
@@ -48,8 +47,8 @@ def generate(
     *,
     steps: int = 50,
     guidance: float | Guidance = 2.0,
-    solver: Solver = EULER,
-    policies: Sequence[Policy] = (),
+    solver: Solver | str = EULER,
+    policies: Policy | str | Sequence[Policy | str] = (),
     batch_size: int = 8,
     max_bytes: int | None = None,
     progress: Progress | None = None,
@@ -59,6 +58,7 @@ def generate(
     Args:
         label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
         guidance: a classifier-free scale (1 is none), or any guidance.
+        solver, policies: objects, or texts as the command line takes them ("heun", "taylorseer:interval=4").
         batch_size: pictures drawn at once. max_bytes: memory that the policies may hold meanwhile.
         progress: called after each evaluation with (done, total).
 
@@ -66,24 +66,15 @@ def generate(
         ConfigError: an unknown class, a seed given twice, a number out of range, a policy that does not fit.
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
-    seeds = distinct(seeds)
-    told = (label,) if isinstance(label, str | int) else label
-    classes = resolve_labels(model, told, len(seeds))
-    guidance = guidance if isinstance(guidance, Guidance) else guided(guidance)
-    work = Workload(model, classes, seeds, steps, solver, guidance, batch_size, max_bytes)
+    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes)
     began = time.perf_counter()
     drawn = work.draw(policies, progress=progress)
     return Generated(
         images=drawn.samples,
-        seeds=seeds,
-        labels=() if classes is None else tuple(class_names(model)[c] for c in classes),
+        seeds=work.seeds,
+        labels=() if work.labels is None else tuple(class_names(model)[c] for c in work.labels),
         receipts=drawn.receipts,
         seconds=time.perf_counter() - began,
         policy_bytes=drawn.policy_bytes,
         evaluations=drawn.evaluations,
     )
-
-
-def guided(scale: float) -> Guidance:
-    """Classifier-free guidance at `scale`; at 1 none."""
-    return Unguided() if scale == 1 else ClassifierFree(scale)

@@ -20,6 +20,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
 from ditkit.train.ema import Average
+from ditkit.train.interrupt import noted_interrupts
 from ditkit.train.log import Log, writing
 from ditkit.train.objective import Objective
 from ditkit.train.posthoc import write_snapshot
@@ -69,6 +70,7 @@ def train(
         ConfigError: the folder holds another run or cannot be written, the disk is full, or the settings or
             the objective do not fit the model or the launcher.
         DitkitError: a loss or gradient is no longer finite; the last saved state is intact.
+        KeyboardInterrupt: says what is saved. One process saves its state first, unless `save_every` is 0.
     """
     run = _Run(model, data, objective, settings, folder)
     run.open(about or {}, resume)
@@ -107,7 +109,7 @@ class _Run:
             weight_decay=settings.weight_decay,
         )
         self.averages = [Average(self.model, decay) for decay in settings.averages]
-        self.done = 0
+        self.done = self.saved = 0
 
     def open(self, about: Mapping[str, Any], resume: bool) -> None:
         """Take over the folder: check what it holds, restore the state, write the record."""
@@ -124,6 +126,7 @@ class _Run:
             check_start(self.folder)
         if (self.folder / STATE).exists():
             self.done = load_state(self.folder, self.model, self.averages, self.optimizer)
+            self.saved = self.done
         if self.done > self.settings.steps:
             raise ConfigError(
                 f"{self.folder} has done {self.done} steps, more than steps={self.settings.steps}"
@@ -131,7 +134,8 @@ class _Run:
         self.accelerator.wait_for_everyone()  # all have looked before the first writes
         if self.accelerator.is_main_process:
             write_json(self.folder / RECIPE, described)
-            discard_drafts(self.folder)
+            if resume:
+                discard_drafts(self.folder)
         with writing(self.folder):
             self.accelerator.init_trackers(
                 "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}}
@@ -141,13 +145,22 @@ class _Run:
 
     def follow(self, log: Log | None, sheet: Sheet | None) -> None:
         """Step to the end; the process that has the log also writes what is due."""
-        while self.done < self.settings.steps:
-            losses = self.step()
-            if log is not None:
-                log.step(self.done, losses)
-                with writing(self.folder):
-                    self.accelerator.log(losses, step=self.done)
-                self.keep(sheet)
+        alone = self.accelerator.num_processes == 1  # one of several that stops leaves the others waiting
+        try:
+            with noted_interrupts(alone) as asked:
+                while self.done < self.settings.steps and not asked.is_set():
+                    losses = self.step()
+                    if log is not None:
+                        log.step(self.done, losses)
+                        with writing(self.folder):
+                            self.accelerator.log(losses, step=self.done)
+                        self.keep(sheet)
+                if self.done < self.settings.steps:
+                    self.save()
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            kept = f"the state of step {self.saved}" if self.saved else "no state"
+            raise KeyboardInterrupt(f"{kept} is saved in {self.folder}") from stop
 
     def step(self) -> dict[str, float]:
         """One optimiser step over the global batch of number `done`; its mean losses and gradient norm."""
@@ -206,7 +219,13 @@ class _Run:
         if sheet is not None and self.due(settings.sheet_every):
             sheet(self.averaged(), self.done)
         if self.due(settings.save_every):
+            self.save()
+
+    def save(self) -> None:
+        """The state, unless the settings want none or it is there."""
+        if self.settings.save_every and self.saved != self.done:
             save_state(self.folder, self.done, self.model, self.averages, self.optimizer)
+            self.saved = self.done
 
     def due(self, every: int) -> bool:
         return every > 0 and (self.done % every == 0 or self.done == self.settings.steps)

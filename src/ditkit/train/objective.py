@@ -130,9 +130,11 @@ class Objective:
 
         Args:
             forward: what is called, `model` itself or a wrapper around it (DDP).
-            data, noise: [B, ...]. t: [B] from `Timesteps` and `path`.
+            data, noise: [B, ...].
+            t: [B] from `Timesteps` and `path`, moved to the times at which the prediction can be trained.
         """
         convention: Convention = model.config.convention
+        t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype))
         names = sorted({name for term in self.active for name in term.reads(model.sites())})
         run = Tap(names) if names else DIRECT

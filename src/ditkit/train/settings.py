@@ -44,9 +44,9 @@ class Settings:
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: the network, by torch.compile.
         seed: of weights, order, noise, times and dropout.
-        save_every: steps between resumable states; 0 for never. The last step always counts as due.
-        sheet_every: steps between sample sheets; 0 for never.
-        snapshot_every: steps between copies of the averages for post-hoc reconstruction; 0 for never.
+        save_every: steps between resumable states; one more after the last step. 0 for never, then neither.
+        sheet_every: steps between sample sheets; likewise.
+        snapshot_every: steps between copies of the averages for post-hoc reconstruction; likewise.
     """
 
     steps: int = 10_000
