@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -14,19 +14,17 @@ from rich.console import Console
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError, DitkitError, NoEffectError
+from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.labels import resolve_labels
 from ditkit.evaluate import bench
 from ditkit.evaluate.bench import pooled_psnr_db
 from ditkit.evaluate.compare import compare
 from ditkit.evaluate.features import EfficientNetLite0
-from ditkit.evaluate.isolated import describe, revive
 from ditkit.evaluate.plots import Box, place, ticks
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
 from ditkit.evaluate.words import headline
-from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler, Heun, Unguided, sample
-from ditkit.sample.workload import Workload
+from ditkit.sample import ClassifierFree, Euler, Heun, Unguided, sample
 from rig import TINY, tiny_dit
 
 STEPS, CONVERGED, SEEDS = 12, 60, (0, 1, 2)
@@ -304,22 +302,6 @@ def test_compare_takes_what_generate_takes():
     assert (row.name, row.psnr_db, row.macs) == (twin.name, twin.psnr_db, twin.macs)
 
 
-@dataclass(frozen=True)
-class Typed(TaylorSeer):
-    """As a policy typed at a prompt: its module is `__main__`."""
-
-    __module__ = "__main__"
-
-
-def test_what_memory_cannot_be_measured_for_is_refused_before_anything_is_drawn(monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(Workload, "draw", lambda *_, **__: pytest.fail("drawn"))
-    scheduler = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
-    for policies, settings in (([Typed()], {}), ([], {"solver": scheduler})):
-        with pytest.raises(ConfigError, match="or pass memory=False"):
-            compared(policies, memory=True, **settings)
-
-
 def test_a_policy_without_effect_is_named():
     with pytest.raises(NoEffectError, match=r"TaylorSeer\(interval=20"):
         compared([TaylorSeer(interval=20, warmup=12)])
@@ -382,25 +364,3 @@ def test_ticks_are_round_and_enclose(low, high):
 def test_peak_memory_is_that_of_another_process():
     row = compared(memory=True, batch_size=2).rows[0]
     assert 0 < row.peak_added_bytes < row.peak_bytes
-
-
-def test_another_process_is_told_the_same_work(tmp_path):
-    guide = tiny_dit(seed=1)
-    guidance = Autoguidance(1.5, guide)
-    work = Workload(tiny_dit(), (0, 1, 2), SEEDS, STEPS, Euler(), guidance, batch_size=2)
-    told = json.loads(json.dumps(describe(work, tmp_path)))
-    assert torch.equal(revive(told).draw(POLICIES[2:]).samples, work.draw(POLICIES[2:]).samples)
-    interval = ClassifierFree(2.0, interval=(0.2, 0.8))
-    assert revive(json.loads(json.dumps(describe(interval, tmp_path)))) == interval
-
-
-def test_what_cannot_be_told_to_another_process_is_refused(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-
-    @dataclass(frozen=True)
-    class Local:
-        size: int = 1
-
-    for value in (Local(), DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler())):
-        with pytest.raises(DitkitError, match="or pass memory=False"):
-            describe(value, tmp_path)
