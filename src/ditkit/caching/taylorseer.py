@@ -110,6 +110,8 @@ class Ladder(NamedTuple):
     """Indices of the first and the latest full evaluation."""
     anchors: tuple[float, ...]
     """Places of full evaluations on the axis, latest first: one for each factor."""
+    scales: tuple[float, ...]
+    """A factor is its scale times the tensor kept: dividing by distances here spares a pass over memory."""
     geometry: Geometry
     tokens: list[torch.Size]
     branches: dict[str, Branch]
@@ -157,7 +159,7 @@ class Forecaster(Session):
         ladder: Ladder | None = self.state.get(lane)
         if ladder is not None and self._is_full(call, ladder):
             ladder = None
-        weights = [] if ladder is None else self.policy.weights(place, ladder.anchors)
+        weights = [] if ladder is None else _scaled(self.policy.weights(place, ladder.anchors), ladder.scales)
         evaluation = Evaluation(call, place, ladder, weights)
         self.put(lane, evaluation)
         return {name: partial(evaluation.branch, name) for name in self.branches}
@@ -197,34 +199,55 @@ def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> 
     """The ladder one full evaluation later; takes the old one's branches out of it one by one."""
     call, place, geometry = evaluation.call, evaluation.place, _geometry(evaluation.call)
     anchors: tuple[float, ...] = ()
+    scales: tuple[float, ...] = ()
     earlier: dict[str, Branch] = {}
     if old is not None and old.geometry == geometry and old.tokens == evaluation.tokens:
-        anchors, earlier = old.anchors, old.branches
-    spans = policy.spans(place, anchors)
+        anchors, scales, earlier = old.anchors, old.scales, old.branches
+    # Heun visits a noise-time twice: a newer value, and nothing new on its slope.
+    repeated = anchors[:1] == (place,)
+    ratios: Sequence[float] | None = None
+    if not repeated:
+        ratios, scales = _distances(scales, policy.spans(place, anchors))
     branches = {}
     for name in list(evaluation.outputs):
-        branches[name] = _recorded(evaluation.outputs.pop(name), earlier.pop(name, None), spans)
-    kept = anchors[1:] if anchors[:1] == (place,) else anchors[: policy.order]
+        branches[name] = _recorded(evaluation.outputs.pop(name), earlier.pop(name, None), ratios)
+    kept = anchors[1:] if repeated else anchors[: policy.order]
     held = sum(t.nbytes for branch in branches.values() for factors in branch.factors for t in factors)
     first = call.index if old is None else old.first
-    return Ladder(first, call.index, (place, *kept), geometry, evaluation.tokens, branches, held)
+    return Ladder(first, call.index, (place, *kept), scales, geometry, evaluation.tokens, branches, held)
 
 
-def _recorded(out: Any, old: Branch | None, spans: Sequence[float]) -> Branch:
+def _distances(scales: Sequence[float], spans: Sequence[float]) -> tuple[list[float], tuple[float, ...]]:
+    """What old tensors count in the new differences, and the new scales.
+
+    With g_i = s_i D_i and f_i = r_i E_i, g_{i+1} = (g_i - f_i) / d_i is s_i / d_i (D_i - r_i / s_i E_i).
+    """
+    ratios, fresh = [], [1.0]
+    for scale, span in zip(scales, spans, strict=False):
+        ratios.append(scale / fresh[-1])
+        fresh.append(fresh[-1] / span)
+    return ratios, tuple(fresh)
+
+
+def _scaled(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
+    return [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+
+
+def _recorded(out: Any, old: Branch | None, ratios: Sequence[float] | None) -> Branch:
     """The branch's factors after a full evaluation that returned `out`."""
     leaves, spec = tree_flatten(out)
     earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.factors
-    factors = [_differences(_kept(leaf), f, spans) for leaf, f in zip(leaves, earlier, strict=True)]
+    factors = [_differences(_kept(leaf), f, ratios) for leaf, f in zip(leaves, earlier, strict=True)]
     return Branch(factors, [leaf.dtype for leaf in leaves], spec)
 
 
-def _differences(fresh: Tensor, earlier: Sequence[Tensor], spans: Sequence[float]) -> list[Tensor]:
-    """g_0 = `fresh`, g_{i+1} = (g_i - f_i) / d_i for as many factors and spans as there are."""
-    if spans and spans[0] == 0:  # Heun visits a noise-time twice: a newer value, and nothing new on its slope
+def _differences(fresh: Tensor, earlier: Sequence[Tensor], ratios: Sequence[float] | None) -> list[Tensor]:
+    """D_0 = `fresh`, D_{i+1} = D_i - ratio_i E_i for as many as there are; without ratios only D_0 is new."""
+    if ratios is None:
         return [fresh, *earlier[1:]]
     factors = [fresh]
-    for f, span in zip(earlier, spans, strict=False):
-        factors.append(torch.sub(factors[-1], f).div_(span))
+    for f, ratio in zip(earlier, ratios, strict=False):
+        factors.append(torch.sub(factors[-1], f, alpha=ratio))
     return factors
 
 
