@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
 
-DEMO ?= ditkit compare emoji --demo --out outputs/demo
+DEMO ?= ditkit compare emoji --demo --out outputs/demo $(addprefix --label ,face-smiling country-flag heart \
+	animal-bird food-fruit time place-building person)
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help

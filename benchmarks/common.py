@@ -22,10 +22,16 @@ Row = Mapping[str, object]
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print `rows`, which have the same keys, as the columns of one table; a key's name carries the unit."""
-    table = Table(title=title, show_header=False)
-    for name in rows[0]:
-        table.add_row(name.replace("_", " "), *(_text(row[name]) for row in rows))
+    """Print `rows`, which have the same keys, as one table, its shorter side across; a key's name carries the unit."""
+    names = [name.replace("_", " ") for name in rows[0]]
+    cells = [[_text(value) for value in row.values()] for row in rows]
+    if len(rows) >= len(names):
+        table = Table(*names, title=title)
+    else:
+        table = Table(title=title, show_header=False)
+        cells = [[name, *column] for name, column in zip(names, zip(*cells, strict=True), strict=True)]
+    for line in cells:
+        table.add_row(*line)
     Console().print(table)
 
 
@@ -63,4 +69,4 @@ def device() -> str:
 
 
 def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
