@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf8")
 
 def test_python_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {"__name__": "readme"}
+    module = types.ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # where dataclasses look up their module
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(examples) >= 3
     for example in examples:
-        exec(compile(quick(example), "README.md", "exec"), scope)
+        exec(compile(quick(example), "README.md", "exec"), vars(module))
     assert (tmp_path / "outputs" / "compare" / "report.html").is_file()
 
 

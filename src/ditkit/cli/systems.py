@@ -61,7 +61,13 @@ def table(rows: tuple[catalogue.System, ...]) -> Table:
     out.add_column("status", no_wrap=True)
     out.add_column("components", overflow="fold")
     for row in rows:
-        components = "\n".join(path.removeprefix("ditkit.") for path in row.components)
+        components = "\n".join(_short(path) for path in row.components)
         style = STYLES.get(row.status, "red")
         out.add_row(str(row.number), row.name, row.arxiv, f"[{style}]{row.status}[/]", components)
     return out
+
+
+def _short(component: str) -> str:
+    """`ditkit.caching.taylorseer:TaylorSeer` as `caching.TaylorSeer`."""
+    module, _, name = component.partition(":")
+    return f"{module.split('.')[1]}.{name}"
