@@ -31,6 +31,7 @@ class Arguments:
     Args:
         run: folder of the training run. name: of the shipped model. hours, hardware: that the training took.
         std: relative width of the average that ships, reconstructed from the run's snapshots; 0 for its first average.
+        remark: what somebody saw in its pictures, as one more entry of the card's list.
         evaluation: folder that `ditkit evaluate` wrote for the shipped weights; the card is written when it is given.
     """
 
@@ -39,6 +40,7 @@ class Arguments:
     hours: float = 0.0
     hardware: str = "two CPU cores"
     std: float = 0.0
+    remark: str = ""
     evaluation: Path | None = None
 
 
@@ -106,7 +108,9 @@ def card(
     shown = [i for i in range(len(steps)) if i in (0, 4, 9, 19, 39) or i == len(steps) - 1]
     curve = "\n".join(f"| {steps[i]:,} | {means[i]:.4f} |" for i in shown)
     settings = recipe["settings"]
-    metrics = "\n".join(f"| {key} | {_cell(value)} |" for key, value in evaluation.items() if _is_cell(value))
+    metrics = "\n".join(
+        f"| {key} | {_cell(value)} |" for key, value in evaluation.items() if _is_figure(key, value)
+    )
     pictures = settings["batch"] * losses[-1]["step"]
     return f"""# {arguments.name}
 
@@ -123,13 +127,14 @@ measured in minutes on a laptop; it is not a model of art.
   ({pictures:,} in all, {pictures / evaluation["n_real"]:.0f} epochs), {arguments.hours:.1f} hours on
   {arguments.hardware} in bf16 autocast. AdamW; a power-function average of relative width
   {arguments.std or settings["averages"][0]["std"]}, stored in 16 bits.
-- **Memorisation.** A set this small is memorised in part, and this model is no exception: many of its pictures are
-  close to one training picture. `docs/{arguments.name}/neighbours.png` shows samples, each beside its nearest training
-  picture; the memorisation-informed distance below counts it.
+- **Memorisation.** A set this small is memorised in part: some samples are near-copies of one training picture,
+  above all flags and people, others are mixtures. `docs/{arguments.name}/neighbours.png` shows samples, each beside its
+  nearest training pictures in features and in pixels; the memorisation-informed distance (mifid) counts it.
+{arguments.remark}
 
 ## Loss
 
-Mean over 100 steps (`docs/{arguments.name}/loss.png`; every step is in the run's `losses.jsonl`).
+Mean over 100 steps (`docs/{arguments.name}/loss.png`).
 
 | step | loss |
 |---|---|
@@ -137,7 +142,9 @@ Mean over 100 steps (`docs/{arguments.name}/loss.png`; every step is in the run'
 
 ## Measured
 
-By `{evaluation.get("command", "ditkit evaluate")}`.
+By `{evaluation["command"]}`.
+The distances compare with those of the same extractor and layer only, not with the
+FID of papers; precision and recall use the same features as KID.
 
 | figure | value |
 |---|---|
@@ -145,8 +152,8 @@ By `{evaluation.get("command", "ditkit evaluate")}`.
 """
 
 
-def _is_cell(value: object) -> bool:
-    return isinstance(value, str | int | float) or value is None
+def _is_figure(key: str, value: object) -> bool:
+    return (isinstance(value, str | int | float) or value is None) and key not in ("command", "policy_bytes")
 
 
 def _cell(value: object) -> str:
