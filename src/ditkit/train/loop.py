@@ -99,7 +99,7 @@ class _Run:
         self.accelerator = _accelerator(folder)
         self.device = self.accelerator.device
         self.share = settings.share(self.accelerator.num_processes)
-        _checkpointing(model, settings.gradient_checkpointing)
+        model.gradient_checkpointing = settings.gradient_checkpointing
         self.model = model.train().to(self.device)
         self.path = model.config.convention.make_path()
         self.optimizer = torch.optim.AdamW(
@@ -255,10 +255,3 @@ def _accelerator(folder: Path) -> Accelerator:
             f"training: {accelerator.distributed_type.value} is not supported (choose from: {names})"
         )
     return accelerator
-
-
-def _checkpointing(model: Model, wanted: bool) -> None:
-    if hasattr(model, "gradient_checkpointing"):
-        model.gradient_checkpointing = wanted
-    elif wanted:
-        raise ConfigError(f"training: {type(model).__name__} has no gradient checkpointing")
