@@ -21,7 +21,9 @@ class Cond:
         frames: [B, T, D] an embedding per frame.
         text: [B, S, D] text tokens, with `text_mask` [B, S] true where a token is real.
         maps: [B, C, ...] maps aligned with the sample's own axes.
-        context: [B, C, T, H, W] given frames.
+        context: [B, C, T, H, W] given content, of the sample's own shape, read where `mask` is 0.
+        mask: [B, 1, T, H, W], 1 where content is to be made, 0 where `context` gives it (VDT, section 3.3).
+            Without a mask, all is to be made.
     """
 
     label: Tensor | None = None
@@ -32,6 +34,13 @@ class Cond:
     text_mask: Tensor | None = None
     maps: Tensor | None = None
     context: Tensor | None = None
+    mask: Tensor | None = None
+
+    def given(self, x: Tensor) -> Tensor:
+        """`x` [B, C, ...] with the given content in its place, to the bit; `x` itself where nothing is given."""
+        if self.mask is None or self.context is None:
+            return x
+        return torch.where(self.mask.bool(), x, self.context.to(x.dtype))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
         """`fn` applied to every tensor that is present."""

@@ -57,10 +57,6 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
         """The token segments of a call on a sample of `shape`, without the batch axis."""
 
-    @abstractmethod
-    def unconditional(self, cond: Cond) -> Cond:
-        """The same batch, told nothing."""
-
     @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
@@ -176,6 +172,15 @@ class Model(nn.Module, ModelHubMixin, ABC):
             raise CheckpointError(
                 f"no model folder and no model of the hub at {folder}: {_first_line(error)}"
             ) from error
+
+
+class Denoiser(Model):
+    """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
+    `convention`, which says what its numbers mean."""
+
+    @abstractmethod
+    def unconditional(self, cond: Cond) -> Cond:
+        """The same batch, told nothing."""
 
 
 def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:

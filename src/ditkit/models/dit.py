@@ -16,7 +16,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, sincos_table
@@ -67,7 +67,7 @@ class DiTConfig:
             raise ConfigError(f"DiT: {len(self.class_names)} class names for {self.classes} classes")
 
 
-class DiT(Model):
+class DiT(Denoiser):
     """A transformer over patches with adaLN-Zero conditioning on time and class."""
 
     Config = DiTConfig

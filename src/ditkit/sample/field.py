@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call
@@ -52,7 +52,7 @@ class Lane(NamedTuple):
 
     name: str
     net: str
-    model: Model
+    model: Denoiser
     cond: Cond
     trajectory: Trajectory
     copies: int = 1
@@ -71,7 +71,7 @@ class Field:
 
     def __init__(
         self,
-        model: Model,
+        model: Denoiser,
         cond: Cond,
         guidance: Guidance,
         policies: Sequence[Policy],
@@ -163,7 +163,7 @@ class _Evaluation:
         return value, fraction
 
 
-def placement(model: Model) -> tuple[torch.device, torch.dtype]:
+def placement(model: Denoiser) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a model's first floating-point parameter; without any, CPU and float64."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -178,7 +178,7 @@ def _latest(path: Path, kind: Prediction) -> float:
     return LATEST if needs_data and ends_at_zero else math.inf
 
 
-def _check(lane: Lane, model: Model) -> None:
+def _check(lane: Lane, model: Denoiser) -> None:
     if lane.model.training:
         raise ConfigError(
             f"the network {lane.net!r} is in train mode and would drop labels at random; call eval() first"

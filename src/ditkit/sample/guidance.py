@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser
 
 Branches = Callable[..., tuple[Tensor, ...]]
 """`branches("cond", "uncond")` runs the named branches and returns their predictions, each [B, C, ...].
@@ -31,7 +31,7 @@ class Guidance(ABC):
         """The guided prediction at noise-time `t`, [B, C, ...], in the form the model predicts."""
 
     @abstractmethod
-    def networks(self) -> Mapping[str, Model]:
+    def networks(self) -> Mapping[str, Denoiser]:
         """Networks beside the sampled one, by branch name."""
 
 
@@ -43,7 +43,7 @@ class Unguided(Guidance):
     def __call__(self, branches: Branches, t: float) -> Tensor:
         return branches("cond")[0]
 
-    def networks(self) -> Mapping[str, Model]:
+    def networks(self) -> Mapping[str, Denoiser]:
         return {}
 
 
@@ -81,7 +81,7 @@ class ClassifierFree(Guidance):
         cond, uncond = branches("cond", "uncond")
         return extrapolate(cond, uncond, self.scale, self.channels)
 
-    def networks(self) -> Mapping[str, Model]:
+    def networks(self) -> Mapping[str, Denoiser]:
         return {}
 
 
@@ -96,7 +96,7 @@ class Autoguidance(Guidance):
     """
 
     scale: float
-    guide: Model = field(repr=False)
+    guide: Denoiser = field(repr=False)
 
     def __post_init__(self) -> None:
         _check_scale("Autoguidance: scale", self.scale)
@@ -107,7 +107,7 @@ class Autoguidance(Guidance):
         cond, guide = branches("cond", "guide")
         return extrapolate(cond, guide, self.scale)
 
-    def networks(self) -> Mapping[str, Model]:
+    def networks(self) -> Mapping[str, Denoiser]:
         return {"guide": self.guide}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
@@ -42,7 +42,7 @@ class Sampled:
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: Denoiser,
     cond: Cond,
     seeds: Sequence[int],
     *,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import resolve_labels
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.core.receipt import PolicyReceipt
@@ -53,7 +53,7 @@ class Workload:
         max_bytes: memory that the policies may hold together in a batch.
     """
 
-    model: Model
+    model: Denoiser
     labels: tuple[int, ...] | None
     seeds: tuple[int, ...]
     steps: int
@@ -69,7 +69,7 @@ class Workload:
     @classmethod
     def of(
         cls,
-        model: Model,
+        model: Denoiser,
         label: int | str | Sequence[int | str] | None,
         seeds: Sequence[int],
         steps: int,
@@ -87,8 +87,8 @@ class Workload:
         Raises:
             ConfigError: one of them is nothing of the kind, or out of range.
         """
-        if not isinstance(model, Model):
-            raise ConfigError(f"model={model!r} should be a Model, such as ditkit.load gives")
+        if not isinstance(model, Denoiser):
+            raise ConfigError(f"model={model!r} should be a denoiser, such as ditkit.load gives")
         if isinstance(solver, str):
             solver = component(Solver, solver)  # type: ignore[type-abstract]
         if not isinstance(solver, Solver):
