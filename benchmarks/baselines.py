@@ -17,14 +17,14 @@ from common import record, show
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.model import Model
+from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.sample import ClassifierFree, sample
-from ditkit.tasks.class_image import macs
+from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.loop import train
-from ditkit.train.objective import Objective
+from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
-from ditkit.train.terms.regression import Regression
 
 SIZE, CHANNELS, CLASSES = 16, 4, 4
 
@@ -49,7 +49,7 @@ class Waves:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: Chance | None = None) -> tuple[Tensor, Cond]:
         return self.data[indices], Cond(label=self.label[indices])
 
 
@@ -74,9 +74,7 @@ def held_out_loss(model: Model) -> float:
     data, told = (held := Waves(512, seed=2)).batch(torch.arange(len(held)))
     noise, t = torch.randn(data.shape, generator=g), (torch.arange(512) + 0.5) / 512
     path = model.config.convention.make_path()
-    losses = Objective((Regression(),))(
-        model.eval(), model, path=path, data=data, noise=noise, t=t, cond=told
-    )
+    losses = Denoising().at(model.eval(), model, path=path, data=data, noise=noise, t=t, cond=told)
     return losses["loss"].item()
 
 
@@ -106,7 +104,12 @@ def trained(patch: int, steps: int) -> tuple[DiT, Model]:
         steps=steps, batch=32, learning_rate=2e-3, warmup=20, averages=(Power(0.1),), save_every=0
     )
     with tempfile.TemporaryDirectory() as folder:
-        return model, train(model, Waves(4096, seed=1), Objective((Regression(),)), settings, Path(folder))
+        return model, train(model, Waves(4096, seed=1), Denoising(), settings, Path(folder))
+
+
+def forward_macs(model: DiT) -> int:
+    told = Cond(label=torch.zeros(1, dtype=torch.long))
+    return count_macs(model, torch.zeros(1, *model.sample_shape), torch.zeros(1), told).total
 
 
 def rows(steps: int) -> list[dict[str, float]]:
@@ -118,7 +121,7 @@ def rows(steps: int) -> list[dict[str, float]]:
             {
                 "patch": patch,
                 "steps": steps,
-                "macs": macs(raw.config),
+                "macs": forward_macs(raw),
                 "loss": held_out_loss(raw),
                 "loss_averaged": held_out_loss(averaged),
                 **{f"accuracy_guidance_{scale}": accuracy(averaged, scale) for scale in (1.0, 2.0, 4.0)},

@@ -22,9 +22,10 @@ from ditkit.core.cond import Cond
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
 from ditkit.recipes.fashion import fashion
-from ditkit.tasks.class_image import ClassImageRecipe, macs
+from ditkit.tasks.class_image import ClassImageRecipe
+from ditkit.tasks.recipe import forward_macs
 from ditkit.train.loop import train
-from ditkit.train.objective import Objective
+from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
 
 
@@ -39,7 +40,7 @@ class Noise:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
         self.asked.append(time.perf_counter())
         return self.data[indices], Cond(label=self.label[indices])
 
@@ -49,7 +50,7 @@ def measure(name: str, recipe: ClassImageRecipe, settings: Settings) -> dict[str
     data = Noise(recipe.model, settings.batch)
     once = replace(settings, sheet_every=0, save_every=0, snapshot_every=0)
     with tempfile.TemporaryDirectory() as folder:
-        train(DiT(recipe.model), data, Objective(recipe.terms), once, Path(folder))
+        train(DiT(recipe.model), data, recipe.objective, once, Path(folder))
     seconds = median(end - start for start, end in pairwise(data.asked[len(data.asked) // 2 :]))
     passes = 4 if settings.gradient_checkpointing else 3
     rate = settings.batch / seconds
@@ -57,7 +58,7 @@ def measure(name: str, recipe: ClassImageRecipe, settings: Settings) -> dict[str
         "recipe": name,
         "images_per_second": round(rate, 1),
         "step_seconds": round(seconds, 4),
-        "tera_macs_per_second": round(passes * macs(recipe.model) * rate / 1e12, 4),
+        "tera_macs_per_second": round(passes * forward_macs(recipe) * rate / 1e12, 4),
     }
 
 

@@ -21,12 +21,13 @@ from ditkit.cli.guiding import Guiding
 from ditkit.cli.main import COMMANDS, main
 from ditkit.cli.options import policies_of, seeds_of, writable
 from ditkit.cli.parsing import one_line
-from ditkit.cli.pictures import grid
-from ditkit.cli.train import found, write_sheet
+from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.evaluate.features import HEAD_TAP, POOLED_TAP
+from ditkit.evaluate.pictures import grid
 from ditkit.sample import Autoguidance, ClassifierFree, Unguided
+from ditkit.tasks.class_image import write_sheet
 from ditkit.tasks.generate import Generated
 from models_for_tests import CLASSES, save_tiny, tiny_model
 

@@ -15,7 +15,8 @@ from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError
 from ditkit.core.path import Cosine, Linear, Path, VariancePreserving
 from ditkit.models.dit import DiT, DiTConfig
-from ditkit.train.objective import Batch, Objective, Term
+from ditkit.train.denoising import Denoising, NoisyBatch
+from ditkit.train.objective import Term
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import (
     HALF_BIN,
@@ -33,7 +34,7 @@ CONVENTIONS = [
 ] + [SIT, DDPM, Convention("ddpm", "data", "index"), Convention("ddpm", "score", "index")]
 
 
-def made_batch(convention: Convention, fraction: float | Tensor | None = None) -> Batch:
+def made_batch(convention: Convention, fraction: float | Tensor | None = None) -> NoisyBatch:
     """16 noisy samples [1, 4, 4] with a perfect prediction, made from the data without `Path.convert`."""
     path: Path = convention.make_path()
     data, noise = torch.rand(2, 16, 1, 4, 4, dtype=torch.float64) * 2 - 1
@@ -47,14 +48,24 @@ def made_batch(convention: Convention, fraction: float | Tensor | None = None) -
         "score": -noise / c.sigma,
     }[convention.prediction]
     spread_fraction = None if fraction is None else torch.as_tensor(fraction).expand(data.shape)
-    return Batch(path, convention, data, noise, x, t, perfect, spread_fraction, {})
+    return NoisyBatch(
+        path=path,
+        convention=convention,
+        data=data,
+        noise=noise,
+        x=x,
+        t=t,
+        prediction=perfect,
+        fraction=spread_fraction,
+        taps={},
+    )
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: f"{c.path}-{c.prediction}-{c.time}")
 def test_regression_is_zero_at_its_target_and_the_squared_distance_elsewhere(convention):
     batch = made_batch(convention)
     assert Regression().loss(batch).max() < 1e-16
-    off = Batch(**vars(batch) | {"prediction": batch.prediction + 0.5})
+    off = NoisyBatch(**vars(batch) | {"prediction": batch.prediction + 0.5})
     weight = torch.ones(16, dtype=torch.float64)
     if convention.prediction == "score":  # as SiT: the target grows like 1 / sigma
         weight = batch.path.at(batch.t.double()).sigma ** 2
@@ -67,7 +78,7 @@ def test_the_loss_is_moderate_at_both_ends_of_time(convention):
     data, noise = torch.rand(2, 4, 1, 8, 8) * 2 - 1
     t = path.place(torch.tensor([0, 1e-9, 1e-4, 1 - 2**-53], dtype=torch.float64))
     told = Cond(label=torch.zeros(4, dtype=torch.long))
-    loss = Objective((Regression(),))(model, model, path=path, data=data, noise=noise, t=t, cond=told)["loss"]
+    loss = Denoising().at(model, model, path=path, data=data, noise=noise, t=t, cond=told)["loss"]
     assert loss < (1e4 if convention.path == "vp" and convention.prediction == "velocity" else 10)
 
 
@@ -97,20 +108,20 @@ def test_network_is_fed_and_read_in_its_own_convention():
     data, noise = torch.randn(2, 3, 1, 8, 8)
     t = torch.tensor([0.1, 0.5, 0.9])
     told = Cond(label=torch.zeros(3, dtype=torch.long))
-    losses = Objective((Regression(),))(
+    losses = Denoising().at(
         perfect_sit, toy_model(SIT), path=SIT.make_path(), data=data, noise=noise, t=t, cond=told
     )
     torch.testing.assert_close(seen["t"], 1 - t)
     assert losses["loss"] < 1e-12
 
 
-def at_start() -> tuple[DiT, Batch]:
+def at_start() -> tuple[DiT, NoisyBatch]:
     """A fresh DiT, which answers exactly zero, under DDPM's convention."""
     model = DiT(DiTConfig(size=4, patch=2, channels=1, width=32, depth=1, heads=2, classes=2))
     batch = made_batch(DDPM)
     out = model(batch.x.float(), batch.t.float(), Cond(label=torch.zeros(16, dtype=torch.long)))
     prediction, fraction = DDPM.split(out.double())
-    return model, Batch(**vars(batch) | {"prediction": prediction, "fraction": fraction})
+    return model, NoisyBatch(**vars(batch) | {"prediction": prediction, "fraction": fraction})
 
 
 def test_fresh_network_has_the_mean_of_both_log_variances():
@@ -127,7 +138,7 @@ def test_bound_teaches_the_variance_and_nothing_else():
     batch = made_batch(DDPM)
     out = torch.randn(16, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     prediction, fraction = DDPM.split(out)
-    told = Batch(**vars(batch) | {"prediction": prediction, "fraction": fraction})
+    told = NoisyBatch(**vars(batch) | {"prediction": prediction, "fraction": fraction})
     VariationalBound().loss(told).sum().backward()
     assert out.grad is not None
     assert torch.equal(out.grad[:, :1], torch.zeros_like(out.grad[:, :1]))
@@ -144,7 +155,9 @@ def test_bound_is_zero_for_the_true_posterior():
 def test_bound_is_the_integral_of_q_log_q_over_p_in_bits():
     """Twin: E_q[log2 q - log2 p] on a grid around each mean, from the densities of x_{t-1}."""
     batch = made_batch(DDPM, fraction=0.7)
-    wrong = Batch(**vars(batch) | {"prediction": batch.prediction + 0.3 * torch.randn(16, 1, 4, 4).double()})
+    wrong = NoisyBatch(
+        **vars(batch) | {"prediction": batch.prediction + 0.3 * torch.randn(16, 1, 4, 4).double()}
+    )
     path, t = DiscretePath.linear(), wrong.t
     guess = (wrong.x - (1 - path.abar[t]).sqrt()[:, None, None, None] * wrong.prediction) / path.abar[
         t
@@ -166,7 +179,7 @@ def spread(v: Tensor) -> Tensor:
 
 def test_bound_at_time_zero_is_the_likelihood_of_the_data():
     batch = made_batch(DDPM, fraction=0.5)
-    first = Batch(**vars(batch) | {"t": torch.zeros(16, dtype=torch.long)})
+    first = NoisyBatch(**vars(batch) | {"t": torch.zeros(16, dtype=torch.long)})
     path = DiscretePath.linear()
     guess = (first.x - (1 - path.abar[0]).sqrt() * first.prediction) / path.abar[0].sqrt()
     log_variance = 0.5 * (path.beta[0].log() + path.posterior_variance[1].log()).expand_as(guess)
@@ -207,10 +220,10 @@ def test_dit_objective_is_both_terms_with_their_weights():
     path, told = DiscretePath.linear(), Cond(label=torch.arange(4))
     given = {"path": path, "data": data, "noise": noise, "t": torch.tensor([0, 3, 500, 999]), "cond": told}
     model = toy_model()
-    both = DIFFUSION(model, model, **given)
+    both = DIFFUSION.at(model, model, **given)
     assert set(both) == {"Regression", "VariationalBound", "loss"}
     torch.testing.assert_close(both["loss"], both["Regression"] + both["VariationalBound"])
-    doubled = Objective((Regression(2.0), VariationalBound(0.5)))(model, model, **given)
+    doubled = Denoising((Regression(2.0), VariationalBound(0.5))).at(model, model, **given)
     torch.testing.assert_close(doubled["loss"], 2 * both["Regression"] + 0.5 * both["VariationalBound"])
 
 
@@ -218,10 +231,10 @@ def test_dit_objective_is_both_terms_with_their_weights():
 def test_term_of_weight_zero_is_not_computed(kind, monkeypatch):
     monkeypatch.setattr(kind, "loss", lambda *_: pytest.fail("computed"))
     monkeypatch.setattr(kind, "reads", lambda *_: pytest.fail("asked for its sites"))
-    objective = Objective((kind(weight=0.0), Kept()))
+    objective = Denoising((kind(weight=0.0), Kept()))
     model = toy_model()
     data, noise = torch.randn(2, 2, 1, 8, 8)
-    losses = objective(
+    losses = objective.at(
         model,
         model,
         path=DiscretePath.linear(),
@@ -248,11 +261,11 @@ class Kept(Term):
 
 def test_objectives_that_cannot_be_learned_are_refused():
     with pytest.raises(ConfigError, match=r"Regression: weight=-1.0 should not be negative"):
-        Objective((Regression(-1.0),))
+        Denoising((Regression(-1.0),))
     with pytest.raises(ConfigError, match="nothing to learn"):
-        Objective((Regression(0.0),))
+        Denoising((Regression(0.0),))
     with pytest.raises(ConfigError, match="Regression is given twice"):
-        Objective((Regression(), Regression(2.0)))
+        Denoising((Regression(), Regression(2.0)))
     with pytest.raises(ConfigError, match=r"VariationalBound needs a learned variance.*path='linear'"):
         DIFFUSION.check(toy_model(Convention()))
     DIFFUSION.check(toy_model())

@@ -213,11 +213,11 @@ class Interrupted(Pictures):
         super().__init__()
         self.times, self.batches = times, 0
 
-    def batch(self, indices):
+    def batch(self, indices, chance):
         self.batches += 1
         for _ in range(self.times if self.batches == 5 else 0):
             signal.raise_signal(signal.SIGINT)
-        return super().batch(indices)
+        return super().batch(indices, chance)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_state_intact(whole, tmp
     class Poisoned(Pictures):
         batches = 0
 
-        def batch(self, indices):
-            data, cond = super().batch(indices)
+        def batch(self, indices, chance):
+            data, cond = super().batch(indices, chance)
             self.batches += 1
             return (data * float("nan") if self.batches == 8 else data), cond
 

@@ -20,14 +20,14 @@ from ditkit.core.convention import DDPM, SIT, Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import parameter_count
 from ditkit.data.images import ImageSet
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
 from ditkit.recipes.fashion import fashion
 from ditkit.tasks import class_image
+from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.ema import Constant, Power
 from ditkit.train.loop import train
-from ditkit.train.randomness import batch_indices, draws, epoch_order
+from ditkit.train.randomness import Chance, batch_indices, epoch_order
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
 from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
@@ -52,8 +52,9 @@ def close(a: Path, b: Path, rtol: float) -> None:
 
 
 def test_flow_matching_learns(tmp_path):
-    given = settings(steps=120, batch=16, timesteps=LogitNormal(), save_every=0)
-    model = train(toy_model(Convention()), Pictures(), FLOW, given, tmp_path)
+    given = settings(steps=120, batch=16, save_every=0)
+    flow = replace(FLOW, timesteps=LogitNormal())
+    model = train(toy_model(Convention()), Pictures(), flow, given, tmp_path)
     curve = [line["loss"] for line in losses(tmp_path)]
     assert sum(curve[-20:]) < 0.5 * sum(curve[:20])
     assert not model.training
@@ -102,7 +103,7 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
 
 def test_labels_are_dropped_once_at_the_model_s_rate():
     """What the model is told is drawn by the loop; the network draws nothing of its own on top."""
-    drop = torch.cat([draws(range(64), (1,), 0, step)[2] for step in range(50)])
+    drop = torch.cat([Chance(0, step, range(64)).draws((1,))[2] for step in range(50)])
     assert (drop < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
     model, seen = toy_model(label_dropout=0.5).train(), []
     model.label.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -121,10 +122,11 @@ def test_every_sample_is_visited_once_an_epoch():
 
 
 def test_draws_belong_to_their_place():
-    whole, parts = draws(range(6), (2, 3), 7, 11), [draws(range(a, a + 2), (2, 3), 7, 11) for a in (0, 2, 4)]
+    whole = Chance(7, 11, range(6)).draws((2, 3))
+    parts = [Chance(7, 11, range(a, a + 2)).draws((2, 3)) for a in (0, 2, 4)]
     assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
-    assert not torch.equal(whole[0], draws(range(6), (2, 3), 7, 12)[0])
-    assert not torch.equal(whole[0], draws(range(6), (2, 3), 8, 11)[0])
+    assert not torch.equal(whole[0], Chance(7, 12, range(6)).draws((2, 3))[0])
+    assert not torch.equal(whole[0], Chance(8, 11, range(6)).draws((2, 3))[0])
 
 
 def test_learning_rate_rises_then_falls_as_the_inverse_root():
@@ -207,9 +209,9 @@ def test_progress_fits_a_terminal_of_80_columns(tmp_path):
             said += chunk
     assert process.returncode == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).replace("\r", "\n")
-    frames = [line for line in shown.split("\n") if "images/s" in line]
+    frames = [line for line in shown.split("\n") if "samples/s" in line]
     assert frames, shown
-    assert re.search(r"60/60 +loss 0\.\d{4}  [\d,.]+ images/s  0:00:00 left", frames[-1]), frames[-1]
+    assert re.search(r"60/60 +loss 0\.\d{4}  [\d,.]+ samples/s  0:00:00 left", frames[-1]), frames[-1]
     assert max(len(line) for line in frames) <= 80
     assert "…" not in shown
 
@@ -238,35 +240,37 @@ def little_recipe() -> class_image.ClassImageRecipe:
 
 
 def test_recipe_takes_channels_and_classes_from_its_data(little_set, tmp_path):
-    model = class_image.train_recipe(little_recipe(), tmp_path)
+    model = train_recipe(little_recipe(), tmp_path)
     assert (model.config.channels, model.config.classes, model.config.class_names) == (1, 3, ("a", "b", "c"))
     written = json.loads((tmp_path / "recipe.json").read_text())
     assert written["data"] == "little" and written["samples"] == 12
-    assert [term["term"] for term in written["terms"]] == ["Regression", "VariationalBound"]
+    assert [term["is"] for term in written["objective"]["terms"]] == ["Regression", "VariationalBound"]
     with pytest.raises(ConfigError, match=r"data was 'little', now 'other'"):
-        class_image.train_recipe(replace(little_recipe(), data="other"), tmp_path, resume=True)
+        train_recipe(replace(little_recipe(), data="other"), tmp_path, resume=True)
 
 
 def test_recipe_describes_itself_and_trains_nothing(little_set, tmp_path):
-    said = class_image.describe(little_recipe())
+    said = describe(little_recipe())
     for part in (
         r"data +little, 12 images \[1, 8, 8\], 3 classes, 0.0 MB in memory",
         r"model.classes +3\n",
         r"settings.learning_rate +0.002\n",
-        r"terms +\(Regression\(weight=1.0\), VariationalBound\(weight=1.0\)\)",
-        rf"parameters +{parameter_count(DiT(little_recipe().resolved(little_set).model)):,}\n",
+        r"objective.terms +\(Regression\(weight=1.0\), VariationalBound\(weight=1.0, on_given=False\)\)",
+        rf"parameters +{parameter_count(DiT(little_recipe().fitting(little_set).model)):,}\n",
         r"length +3 steps x 8 = 2.0 epochs",
     ):
         assert re.search(part, said), (part, said)
     unfit = replace(little_recipe(), model=replace(little_recipe().model, convention=SIT))
     with pytest.raises(ConfigError, match="VariationalBound needs"):
-        class_image.describe(unfit)
+        describe(unfit)
 
 
 @pytest.mark.parametrize("recipe", [emoji(), fashion()], ids=["emoji", "fashion"])
-def test_closed_form_of_the_macs_is_what_runs(recipe):
-    config = recipe.model
-    model, (x, told) = DiT(config).eval(), (torch.zeros(1, *DiT(config).sample_shape), Pictures().batch)
-    counted = count_macs(model, x, torch.zeros(1), told(torch.zeros(1, dtype=torch.long))[1])
-    assert counted.total == class_image.macs(config)
-    assert not counted.uncounted
+def test_macs_counted_on_meta_are_those_of_the_closed_form(recipe):
+    """DiT's 12 N d^2 + 2 N^2 d + 6 d^2 a block, and the small rest."""
+    c = recipe.model
+    tokens, d, pixels = (c.size // c.patch) ** 2, c.width, c.patch**2 * c.channels
+    out = pixels * (1 if c.convention.extra == "none" else 2)
+    block = 12 * tokens * d**2 + 2 * tokens**2 * d + 6 * d**2
+    rest = tokens * pixels * d + 256 * d + d**2 + 2 * d**2 + tokens * d * out
+    assert forward_macs(recipe) == c.depth * block + rest

@@ -13,15 +13,16 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant, Power
 from ditkit.train.loop import train
-from ditkit.train.objective import Objective
+from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import VariationalBound
 
-DIFFUSION = Objective((Regression(), VariationalBound()))
-FLOW = Objective((Regression(),))
+DIFFUSION = Denoising((Regression(), VariationalBound()))
+FLOW = Denoising((Regression(),))
 
 
 class Pictures:
@@ -35,7 +36,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: Chance | None = None) -> tuple[Tensor, Cond]:
         return self.data[indices], Cond(label=self.label[indices])
 
 
@@ -74,7 +75,7 @@ def toy_run(folder: Path, resume: bool = False, **changed: Any) -> DiT:
 def losses(folder: Path) -> list[dict[str, float]]:
     """The lines of losses.jsonl without the rate, which no two runs share."""
     lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from ditkit.cli.options import (
     staged,
     writable,
 )
-from ditkit.cli.pictures import grid, write_png
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
@@ -37,6 +36,7 @@ from ditkit.data.loading import load as load_data
 from ditkit.evaluate.distribution import Distribution, distribution, nearest_neighbours
 from ditkit.evaluate.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
 from ditkit.evaluate.macs import count_macs
+from ditkit.evaluate.pictures import grid, write_png
 from ditkit.evaluate.sheet import as_pictures, png, sheet
 from ditkit.tasks.generate import Generated, generate
 

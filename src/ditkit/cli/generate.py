@@ -25,13 +25,13 @@ from ditkit.cli.options import (
     staged,
     writable,
 )
-from ditkit.cli.pictures import grid, write_png
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.loading import load
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
+from ditkit.evaluate.pictures import grid, write_png
 from ditkit.tasks.generate import Generated
 from ditkit.tasks.generate import generate as draw
 

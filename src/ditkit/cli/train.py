@@ -7,53 +7,22 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any
 
 import tyro
 
 from ditkit import recipes
 from ditkit.cli.options import Number, leads, writable
 from ditkit.cli.parsing import Command, Group
-from ditkit.cli.pictures import grid, write_png
-from ditkit.core.labels import resolve_labels
-from ditkit.core.model import Model
-from ditkit.models.dit import DiTConfig
-from ditkit.tasks.class_image import ClassImageRecipe, describe, train_recipe
-from ditkit.tasks.generate import generate
+from ditkit.tasks.recipe import Recipe, describe, network_of, train_recipe, with_network
 from ditkit.train.settings import Settings
 
-Build = Callable[[], ClassImageRecipe]
-SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
+Build = Callable[[], Recipe]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
 """What a run may leave in its folder."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """What of the model does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        patch: Side of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-        label_dropout: Share of samples trained without their class.
-    """
-
-    size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    label_dropout: float
-
-    @classmethod
-    def of(cls, config: DiTConfig) -> Self:
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
 
 def found() -> dict[str, Build]:
@@ -71,31 +40,33 @@ def found() -> dict[str, Build]:
 def command_of(name: str, build: Build) -> Command:
     """`ditkit train NAME`."""
     recipe = build()
-    own = Network.of(recipe.model)
+    own = network_of(recipe)
 
     def run(
         *,
         out: Path = Path("runs") / name,
         data: str = recipe.data,
         max_bad: Number = recipe.max_bad,
-        network: Annotated[Network, tyro.conf.arg(name="")] = own,
+        network: Any = own,
         settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        model = replace(recipe.model, **asdict(network))
-        chosen = replace(recipe, data=data, max_bad=max_bad, model=model, settings=settings)
+        chosen = with_network(replace(recipe, data=data, max_bad=max_bad, settings=settings), network)
         if dry_run:
             print(describe(chosen))
             return
         if leads() and importlib.util.find_spec("tensorboard") is None:
             print("TensorBoard is not installed: the losses go to losses.jsonl alone", file=sys.stderr)
         with writable(out):
-            train_recipe(chosen, out, resume=resume, sheet=partial(write_sheet, out / "samples"))
+            train_recipe(chosen, out, resume=resume)
         if leads():
             there = ", ".join(name for name in LEFT if (out / name).exists())
             print(f"wrote {out}: {there}; draw with: ditkit generate {out / 'model'}")
 
+    run.__annotations__["network"] = Annotated[
+        recipe.Network, tyro.conf.arg(name="")
+    ]  # each task has its own
     run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
 
     Examples:
@@ -119,14 +90,6 @@ def command_of(name: str, build: Build) -> Command:
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")
     return run
-
-
-def write_sheet(folder: Path, model: Model, step: int) -> None:
-    """Samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
-    classes = resolve_labels(model, None, SHEET_CLASSES)
-    labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
-    drawn = generate(model, labels, range(SHEET_CLASSES * SHEET_EACH), steps=SHEET_STEPS, batch_size=16)
-    write_png(folder / f"{step:06d}.png", grid(drawn.images, columns=SHEET_EACH))
 
 
 train = Group(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ditkit.core.convention import Convention
 from ditkit.models.dit import DiTConfig
 from ditkit.tasks.class_image import ClassImageRecipe
+from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
@@ -30,10 +31,10 @@ def emoji() -> ClassImageRecipe:
             betas=(0.9, 0.99),
             clip=1.0,
             precision="bf16",
-            timesteps=LogitNormal(0.0, 1.0),
             averages=(Power(0.10), Power(0.05)),
             save_every=250,
             sheet_every=1000,
             snapshot_every=1000,
         ),
+        objective=Denoising(timesteps=LogitNormal(0.0, 1.0)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ditkit.core.convention import DDPM
 from ditkit.models.dit import DiTConfig
 from ditkit.tasks.class_image import ClassImageRecipe
+from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings
 from ditkit.train.terms.regression import Regression
@@ -30,5 +31,5 @@ def fashion() -> ClassImageRecipe:
             clip=1.0,
             averages=(Constant(0.999),),
         ),
-        terms=(Regression(), VariationalBound()),
+        objective=Denoising((Regression(), VariationalBound())),
     )

@@ -58,7 +58,7 @@ def sample(
 
     Args:
         model: in eval mode, on the device where the sampling shall happen.
-        cond: what each sample is told, in the order of `seeds`.
+        cond: what each sample is told, in the order of `seeds`; given content comes out as it went in.
         max_bytes: memory that all policies may hold together.
         batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond"; by
             default they are two calls, in the lanes "cond" and "uncond".
@@ -87,6 +87,7 @@ def sample(
     )
     solver.times(field.path, steps)  # refuses a path before any work is done
     samples = solver.solve(field, noise.draw(device).to(state_dtype(device)), steps, noise).float()
+    samples = cond.to(device).given(samples)
     _check_finite(samples, noise.seeds)
     trajectory = field.trajectory
     return Sampled(samples, trajectory.finish(), trajectory.peak_bytes, field.index, field.forwards)

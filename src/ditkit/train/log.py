@@ -67,11 +67,11 @@ class Log:
         now = time.monotonic()
         self.times.append(now)
         rate = (len(self.times) - 1) * self.batch / max(now - self.times[0], 1e-9)
-        line = {"step": step, **losses, "images_per_second": round(rate, 2)}
+        line = {"step": step, **losses, "samples_per_second": round(rate, 2)}
         with writing(self.folder):
             self.file.write(json.dumps(line).encode() + b"\n")
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate))
-        said = f"loss {losses['loss']:.4f}  {rate:,.1f} images/s  {left} left"
+        said = f"loss {losses['loss']:.4f}  {rate:,.1f} samples/s  {left} left"
         self.bar.update(self.task, completed=step, said=said)
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now

@@ -24,7 +24,7 @@ from ditkit.train.interrupt import noted_interrupts
 from ditkit.train.log import Log, writing
 from ditkit.train.objective import Objective
 from ditkit.train.posthoc import write_snapshot
-from ditkit.train.randomness import batch_indices, draws
+from ditkit.train.randomness import Chance, batch_indices
 from ditkit.train.record import RECIPE, check_resume, check_start
 from ditkit.train.settings import Settings
 from ditkit.train.state import STATE, discard_drafts, load_state, save_state
@@ -37,8 +37,8 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Cond]:
-        """Samples [B, ...] in float32 and what the model is told of them."""
+    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+        """Samples [B, ...] in float32 and what the model is told of them; `chance` is for what it draws."""
         ...
 
 
@@ -101,7 +101,6 @@ class _Run:
         self.share = settings.share(self.accelerator.num_processes)
         model.gradient_checkpointing = settings.gradient_checkpointing
         self.model = model.train().to(self.device)
-        self.path = model.config.convention.make_path()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -117,7 +116,7 @@ class _Run:
             **about,
             "samples": len(self.data),
             "model": dataclasses.asdict(self.model.config),
-            "terms": self.objective.describe(),
+            "objective": self.objective.describe(),
             "settings": dataclasses.asdict(self.settings),
         }
         if resume:
@@ -199,16 +198,12 @@ class _Run:
 
     def losses(self, indices: Tensor, places: range) -> dict[str, Tensor]:
         """The objective on some places of the global batch; all that is random is drawn on the CPU."""
-        data, cond = self.data.batch(indices[places.start : places.stop])
-        noise, time, drop = draws(places, tuple(data.shape[1:]), self.settings.seed, self.done)
-        dropped = drop < getattr(self.model.config, "label_dropout", 0.0)
-        told = dataclasses.replace(cond, drop=dropped).to(self.device)
-        t = self.path.place(self.settings.timesteps.quantile(time)).to(self.device)
-        data, noise = data.to(self.device), noise.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return self.objective(
-                self.forward, self.model, path=self.path, data=data, noise=noise, t=t, cond=told
-            )
+        chance = Chance(self.settings.seed, self.done, places)
+        data, cond = self.data.batch(indices[places.start : places.stop], chance)
+        data, cond = data.to(self.device), cond.to(self.device)
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        with half, chance.of_network(self.device):
+            return self.objective(self.forward, self.model, data, cond, chance)
 
     def keep(self, sheet: Sheet | None) -> None:
         """Write what is due after this step; the state last, so that a kill before it repeats the others."""

@@ -1,43 +1,44 @@
-"""What training minimises: a weighted sum of terms over one noisy batch."""
+"""What training minimises: a weighted sum of terms over what a network said of one batch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
-from ditkit.core.path import Path
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.train.randomness import Chance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A noisy batch and what the network said of it.
+    """A batch and what the network said of it.
 
     Args:
-        data, noise, x: [B, ...] in float32; x = alpha data + sigma noise.
-        t: [B] noise-time, or the index of a discrete path.
-        prediction: the network's, in noise-time. fraction: of the learned variance, or None.
+        data: [B, ...] in float32, what is to be said. prediction: [B, ...].
+        mask: 1 where content counts, broadcast to the data; None where all does.
         taps: outputs of the sites that the terms read, by name.
     """
 
-    path: Path
-    convention: Convention
     data: Tensor
-    noise: Tensor
-    x: Tensor
-    t: Tensor
     prediction: Tensor
-    fraction: Tensor | None
+    mask: Tensor | None = None
     taps: Mapping[str, Any]
+
+    def residual(self) -> Tensor:
+        """What a perfect network would make zero, [B, ...]."""
+        return self.data - self.prediction
+
+    def counted(self, error: Tensor) -> Tensor:
+        """`error` [B, ...] where content counts, and 0 elsewhere."""
+        return error if self.mask is None else error * self.mask
 
 
 class Term(ABC):
@@ -50,13 +51,13 @@ class Term(ABC):
         """Names of the sites whose outputs the term needs."""
         return ()
 
-    def lacks(self, convention: Convention) -> str:
-        """What the term needs and a model of this convention does not give; empty for nothing."""
+    def lacks(self, model: Model) -> str:
+        """What the term needs and the model does not give; empty for nothing."""
         return ""
 
     @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
-        """The unweighted loss of each sample, [B]."""
+    def loss(self, batch: Any) -> Tensor:
+        """The unweighted loss of each sample of a `Batch`, [B]."""
 
 
 class Tap(Run):
@@ -77,8 +78,8 @@ class Tap(Run):
 
 
 @dataclass(frozen=True)
-class Objective:
-    """Weighted terms over one forward pass."""
+class Objective(ABC):
+    """Weighted terms over one forward pass; a subclass says what the network is asked."""
 
     terms: tuple[Term, ...]
 
@@ -92,6 +93,18 @@ class Objective:
         if not self.active:
             raise ConfigError("Objective: every term has weight 0, so there is nothing to learn")
 
+    @abstractmethod
+    def __call__(
+        self, forward: Callable[..., Any], model: Model, data: Tensor, cond: Cond, chance: Chance
+    ) -> dict[str, Tensor]:
+        """Mean loss of each active term, and their weighted sum under `loss`.
+
+        Args:
+            forward: what is called, `model` itself or a wrapper around it (DDP).
+            data: [B, ...] float32, with `cond`, on the model's device.
+            chance: all that is random about these samples.
+        """
+
     @property
     def active(self) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if term.weight)
@@ -100,48 +113,41 @@ class Objective:
         """Refuse a model that an active term cannot learn from, before the first step.
 
         Raises:
-            ConfigError: the model's convention does not fit, or it lacks a site that a term reads.
+            ConfigError: the model is not of the kind that a term needs, or lacks a site that it reads.
         """
         sites = {site.name for site in model.sites()}
         for term in self.active:
             name = type(term).__name__
-            if lacking := term.lacks(model.config.convention):
+            if lacking := term.lacks(model):
                 raise ConfigError(f"{name} needs {lacking}")
             for site in term.reads(model.sites()):
                 if site not in sites:
                     raise ConfigError(unknown(f"site that {name} reads:", site, sites))
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Names and settings of the active terms, as JSON has them."""
-        return [{"term": type(term).__name__, **vars(term)} for term in self.active]
+    def describe(self) -> dict[str, Any]:
+        """What is minimised, as JSON has it."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "terms"}
+        return {"kind": type(self).__name__, **own, "terms": [_plain(term) for term in self.active]}
 
-    def __call__(
-        self,
-        forward: Callable[..., Tensor],
-        model: Model,
-        *,
-        path: Path,
-        data: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        cond: Cond,
-    ) -> dict[str, Tensor]:
-        """Mean loss of each active term, and their weighted sum under `loss`.
-
-        Args:
-            forward: what is called, `model` itself or a wrapper around it (DDP).
-            data, noise: [B, ...].
-            t: [B] from `Timesteps` and `path`, moved to the times at which the prediction can be trained.
-        """
-        convention: Convention = model.config.convention
-        t = path.trainable(t, convention.prediction)
-        x = path.mix(data, noise, t.to(data.dtype))
+    def tap(self, model: Model) -> Run:
+        """A run that keeps what the active terms read."""
         names = sorted({name for term in self.active for name in term.reads(model.sites())})
-        run = Tap(names) if names else DIRECT
-        out = forward(x, convention.model_time(t).to(data.dtype), cond, run)
-        prediction, fraction = convention.split(out.float())
-        taps = run.seen if isinstance(run, Tap) else {}
-        batch = Batch(path, convention, data, noise, x, t, prediction, fraction, taps)
+        return Tap(names) if names else DIRECT
+
+    def weigh(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean loss of each active term, and their weighted sum under `loss`."""
         losses = {type(term).__name__: term.loss(batch).mean() for term in self.active}
         weighted = [term.weight * losses[type(term).__name__] for term in self.active]
         return losses | {"loss": torch.stack(weighted).sum()}
+
+
+def seen(run: Run) -> Mapping[str, Any]:
+    """What the run of `Objective.tap` kept."""
+    return run.seen if isinstance(run, Tap) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as its name and fields, as JSON has them; anything else as it is."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return {"is": type(value).__name__, **asdict(value)}

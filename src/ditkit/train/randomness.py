@@ -5,6 +5,9 @@ So a run that is resumed, or split over processes, draws what a single uninterru
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -12,11 +15,14 @@ import torch
 from torch import Tensor
 
 
+def seed_of(*key: int) -> int:
+    """A seed of 63 bits from a tuple of integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
 def generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by a tuple of integers."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 @lru_cache(maxsize=2)
@@ -32,12 +38,33 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
     return torch.cat([epoch_order(size, seed, e)[place[epoch == e]] for e in epoch.unique().tolist()])
 
 
-def draws(places: range, shape: tuple[int, ...], seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each place of the global batch: noise [n, *shape], uniform numbers for time and dropout, [n]."""
-    noise, time, drop = [], [], []
-    for place in places:
-        g = generator(seed, 1, step, place)
-        time.append(torch.rand((), generator=g, dtype=torch.float64))
-        drop.append(torch.rand((), generator=g))
-        noise.append(torch.randn(shape, generator=g))
-    return torch.stack(noise), torch.stack(time), torch.stack(drop)
+@dataclass(frozen=True)
+class Chance:
+    """All that is random about some places of the global batch of one step."""
+
+    seed: int
+    step: int
+    places: range
+
+    def draws(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """For each place: noise [n, *shape], uniform numbers for time (float64) and dropout, [n]."""
+        noise, time, drop = [], [], []
+        for g in self._generators(1):
+            time.append(torch.rand((), generator=g, dtype=torch.float64))
+            drop.append(torch.rand((), generator=g))
+            noise.append(torch.randn(shape, generator=g))
+        return torch.stack(noise), torch.stack(time), torch.stack(drop)
+
+    def of_data(self) -> Iterator[torch.Generator]:
+        """A generator a place, for what the data themselves draw: masks, crops."""
+        return self._generators(2)
+
+    @contextmanager
+    def of_network(self, device: torch.device) -> Iterator[None]:
+        """Inside, what a network draws itself (dropout) follows from the step and the first place."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed_of(self.seed, 3, self.step, self.places.start))
+            yield
+
+    def _generators(self, use: int) -> Iterator[torch.Generator]:
+        return (generator(self.seed, use, self.step, place) for place in self.places)

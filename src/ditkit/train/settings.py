@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.train.ema import Constant, Power
-from ditkit.train.timesteps import UNIFORM, LogitNormal, Shifted, Uniform
 
 Precision = Literal["float32", "bf16"]
 NOT_NEGATIVE = (
@@ -39,7 +38,6 @@ class Settings:
         weight_decay: of AdamW.
         clip: largest gradient norm; 0 for none.
         precision: of the forward pass.
-        timesteps: which noise-times are visited.
         averages: of the weights; the first is what is sampled and saved.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: the network, by torch.compile.
@@ -59,7 +57,6 @@ class Settings:
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Precision = "float32"
-    timesteps: Uniform | LogitNormal | Shifted = UNIFORM
     averages: tuple[Constant | Power, ...] = (Constant(),)
     gradient_checkpointing: bool = False
     compile: bool = False

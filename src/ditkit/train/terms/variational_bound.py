@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from ditkit.core.convention import Convention
 from ditkit.core.ddpm import DiscretePath
-from ditkit.train.objective import Batch, Term
+from ditkit.core.model import Model
+from ditkit.train.denoising import NoisyBatch
+from ditkit.train.objective import Term
 
 HALF_BIN = 1 / 255
 """Half the distance between two of the 256 values in [-1, 1]."""
@@ -24,17 +25,22 @@ class VariationalBound(Term):
 
     Only the variance learns from it, the prediction counts as constant (Nichol and Dhariwal 2021, L_hybrid).
     The predicted data are not clipped, and the weight is not rescaled by 1/1000 (DiT).
+
+    Args:
+        on_given: learn the variance of given content too, which the network sees without noise (VDT's code does).
     """
 
     weight: float = 1.0
+    on_given: bool = False
 
-    def lacks(self, convention: Convention) -> str:
+    def lacks(self, model: Model) -> str:
+        convention = model.config.convention
         if convention.path == "ddpm" and convention.extra == "variance":
             return ""
         given = f"path={convention.path!r} and extra={convention.extra!r}"
         return f"a learned variance, path='ddpm' and extra='variance'; the model has {given}"
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: NoisyBatch) -> Tensor:
         path, t = cast(DiscretePath, batch.path), batch.t
         constant = batch.prediction.detach()
         guess = path.convert(constant, batch.x, t.to(batch.x.dtype), batch.convention.prediction, "data")
@@ -43,6 +49,8 @@ class VariationalBound(Term):
         true_mean = path.posterior_mean(batch.x, batch.data, t)
         kl = gaussian_kl(true_mean, path.log_variance(None, t, batch.x), mean, log_variance)
         likelihood = discretised_log_likelihood(batch.data, mean, log_variance)
+        if not self.on_given:
+            likelihood, kl = batch.counted(likelihood), batch.counted(kl)
         nats = torch.where(t == 0, -likelihood.flatten(1).mean(1), kl.flatten(1).mean(1))
         return nats / math.log(2)
 

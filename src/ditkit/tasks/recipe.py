@@ -1,0 +1,131 @@
+"""Data, network, objective and a training run bound together: what `ditkit train` takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ditkit.core.model import Model, parameter_count
+from ditkit.evaluate.macs import count_macs
+from ditkit.train.loop import Samples, Sheet, train
+from ditkit.train.objective import Objective
+from ditkit.train.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """A network, a set and a training run; a subclass is one task.
+
+    Args:
+        data: a named set, or a user's own folder or file.
+        model: the network's config; what of it the data decide is taken from them.
+        settings: of the run. objective: what it minimises.
+        max_bad: damaged files of a folder to leave out; None for the loader's own limit.
+    """
+
+    Network: ClassVar[type]
+    """A dataclass of those fields of `model` that do not follow from the data; their flags."""
+
+    data: str
+    model: Any
+    settings: Settings
+    objective: Objective
+    max_bad: int | None = None
+
+    @abstractmethod
+    def prepared(self) -> tuple[Self, Samples]:
+        """With everything that the data decide, and the data as training samples.
+
+        Raises:
+            DataError, ConfigError: the data are missing or damaged, or do not fit the network.
+        """
+
+    @abstractmethod
+    def network(self) -> Model:
+        """A network of `model`, with fresh weights of torch's global generator."""
+
+    @abstractmethod
+    def facts(self, samples: Samples) -> str:
+        """What the data are, in one line."""
+
+    @abstractmethod
+    def example(self, model: Model) -> tuple[Any, ...]:
+        """Arguments of a forward pass on one sample, on the meta device."""
+
+    @abstractmethod
+    def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
+        """What writes a picture of how far training is into `folder`, now and then."""
+
+
+def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
+    """Train as the recipe says; weights, state, losses, samples and snapshots go to `folder`.
+
+    Raises:
+        ConfigError: resuming with another recipe than the folder's, or any of `train`'s reasons.
+        DataError: the data are missing or damaged.
+    """
+    recipe, samples = recipe.prepared()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(recipe.settings.seed)
+        model = recipe.network()
+    return train(
+        model,
+        samples,
+        recipe.objective,
+        recipe.settings,
+        folder,
+        about={"data": recipe.data},
+        resume=resume,
+        sheet=recipe.sheet(folder / "samples", samples),
+    )
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe and what it costs, in lines; loads the data, trains nothing.
+
+    Raises:
+        ConfigError, DataError: what `train_recipe` would refuse before its first step.
+    """
+    recipe, samples = recipe.prepared()
+    with torch.device("meta"):
+        model = recipe.network().eval()
+    recipe.objective.check(model)
+    run, parameters, forward = recipe.settings, parameter_count(model), forward_macs(recipe)
+    passes = 4 if run.gradient_checkpointing else 3  # backward takes two; checkpointing repeats the forward
+    copies = 3 + len(run.averages)  # weights, two moments, averages
+    lines = {
+        "data": f"{recipe.data}, {recipe.facts(samples)}",
+        **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
+        **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
+        **{f"settings.{k}": v for k, v in vars(run).items()},
+        "parameters": f"{parameters:,}",
+        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training",
+        "MACs of a step": f"{passes * forward * run.batch:,}",
+        "state": f"{4 * copies * parameters / 1e6:.1f} MB on disk, "
+        f"{4 * (copies + 1) * parameters / 1e6:.1f} MB in memory with gradients",
+        "length": f"{run.steps} steps x {run.batch} = {run.steps * run.batch / len(samples):.1f} epochs",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def forward_macs(recipe: Recipe) -> int:
+    """Multiply-accumulates of a forward pass of one sample, counted on the meta device."""
+    with torch.device("meta"), torch.no_grad():
+        model = recipe.network().eval()
+        return count_macs(model, *recipe.example(model)).total
+
+
+def with_network(recipe: Recipe, network: Any) -> Recipe:
+    """The recipe with the fields of `network`, one of `recipe.Network`, in its model."""
+    return replace(recipe, model=replace(recipe.model, **vars(network)))
+
+
+def network_of(recipe: Recipe) -> Any:
+    """The fields of the recipe's model that have flags."""
+    names = [f.name for f in fields(recipe.Network)]
+    return recipe.Network(**{name: getattr(recipe.model, name) for name in names})

@@ -1,0 +1,35 @@
+"""Learning to say what follows from what was seen, in one pass and without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Denoiser, Model
+from ditkit.train.objective import Batch, Objective, Term, seen
+from ditkit.train.randomness import Chance
+from ditkit.train.terms.regression import Regression
+
+
+@dataclass(frozen=True)
+class Forecasting(Objective):
+    """The network is shown `Cond.context` and says the data. Cells where `Cond.mask` is 0 do not count."""
+
+    terms: tuple[Term, ...] = (Regression(),)
+
+    def check(self, model: Model) -> None:
+        if isinstance(model, Denoiser):
+            raise ConfigError(f"Forecasting: a {type(model).__name__} needs noise; train it by Denoising")
+        super().check(model)
+
+    def __call__(
+        self, forward: Callable[..., Any], model: Model, data: Tensor, cond: Cond, chance: Chance
+    ) -> dict[str, Tensor]:
+        run = self.tap(model)
+        prediction = forward(cond.context, run)
+        return self.weigh(Batch(data=data, prediction=prediction.float(), mask=cond.mask, taps=seen(run)))
