@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.evaluate.compare import compare
 from ditkit.evaluate.isolated import describe, revive
@@ -38,7 +39,8 @@ def test_what_memory_cannot_be_measured_for_is_refused_before_anything_is_drawn(
 def test_another_process_is_told_the_same_work(tmp_path):
     guide = tiny_dit(seed=1)
     guidance = Autoguidance(1.5, guide)
-    work = Workload(tiny_dit(), (0, 1, 2), SEEDS, STEPS, Euler(), guidance, batch_size=2)
+    model, cond = tiny_dit(), Cond(label=torch.tensor([0, 1, 2]))
+    work = Workload(model, cond, SEEDS, model.sample_shape, STEPS, Euler(), guidance, batch_size=2)
     told = json.loads(json.dumps(describe(work, tmp_path)))
     assert torch.equal(
         revive(told).draw([TaylorSeer(interval=4)]).samples, work.draw([TaylorSeer(interval=4)]).samples

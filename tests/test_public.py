@@ -190,7 +190,7 @@ def test_generate_refuses_in_one_line(options: dict[str, object], quoted: str) -
 
 
 def test_a_path_is_no_model() -> None:
-    with pytest.raises(ConfigError, match=r"model='./tiny' should be a Model, such as ditkit.load gives"):
+    with pytest.raises(ConfigError, match=r"model='./tiny' should be a denoiser, such as ditkit.load gives"):
         ditkit.generate("./tiny")  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.numbers import integer
@@ -28,7 +29,7 @@ from ditkit.evaluate.sheet import as_pictures
 from ditkit.sample.field import placement
 from ditkit.sample.guidance import Guidance
 from ditkit.sample.solvers import Euler, Solver
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import TOLD_NOTHING, Workload
 
 EULER = Euler()
 CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges
@@ -43,6 +44,8 @@ def compare(
     steps: int = 50,
     solver: Solver | str = EULER,
     guidance: float | Guidance = 2.0,
+    cond: Cond = TOLD_NOTHING,
+    shape: Sequence[int] | None = None,
     converged_steps: int | None = None,
     rounds: int = 3,
     batch_size: int = 8,
@@ -64,6 +67,8 @@ def compare(
         policies: objects, or texts as the command line takes them ("taylorseer:interval=4"); so is `solver`.
         label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
         guidance: a classifier-free scale (1 is none), or any guidance.
+        cond: what else each sample is told, in the order of the seeds, such as given frames and their mask.
+        shape: of one sample; by default that of the given content, or the model's.
         converged_steps: of the exact run that stands for convergence; by default 10 times `steps`.
         rounds: timed passes over all seeds. One pass before them counts MACs, and warms up.
         batch_size: seeds drawn at once. max_bytes: memory that a policy may hold meanwhile.
@@ -78,7 +83,7 @@ def compare(
             not fit the model or `max_bytes`, or (with `memory`) something that another process cannot be told.
         NoEffectError, ConflictError: as the sampler raises them.
     """
-    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes)
+    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
     policies = as_policies(policies)
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
     if integer("converged_steps", converged_steps, least=1) <= steps:
@@ -125,6 +130,7 @@ def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool)
         "guidance": str(work.guidance),
         "seeds": list(work.seeds),
         "labels": None if work.labels is None else [names[i] if names else str(i) for i in work.labels],
+        "shape": list(work.shape),
         "batch_size": work.batch_size,
         "max_bytes": work.max_bytes,
         "rounds": rounds,

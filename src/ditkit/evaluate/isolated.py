@@ -1,6 +1,7 @@
 """Peak memory of a workload's first batch, in a process that has done nothing else.
 
-The other process is told what to draw as JSON; models travel as folders that `Model.save` wrote.
+The other process is told what to draw as JSON; models travel as folders that `Model.save` wrote,
+tensors as safetensors.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditkit.core.catalog import every
+from ditkit.core.checkpoint import read_state, write_state
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
@@ -56,7 +59,7 @@ def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], 
 
 
 def describe(value: Any, folder: Path) -> Any:
-    """Numbers, strings, tuples, dataclasses and models as JSON, which `revive` reads.
+    """Numbers, strings, tuples, tensors, dataclasses and models as JSON, which `revive` reads.
 
     Raises:
         ConfigError: `value` is something else, or its class cannot be imported by name.
@@ -66,6 +69,10 @@ def describe(value: Any, folder: Path) -> Any:
     if isinstance(value, tuple):
         return [describe(item, folder) for item in value]
     kind = type(value)
+    if isinstance(value, Tensor):
+        place = folder / f"tensor{sum(1 for _ in folder.iterdir())}.safetensors"
+        write_state(place, {"tensor": value})
+        return {"tensor": str(place)}
     if isinstance(value, Model) and kind in every(Model):  # type: ignore[type-abstract]
         device, dtype = placement(value)
         place = folder / f"model{sum(1 for _ in folder.iterdir())}"
@@ -93,6 +100,8 @@ def revive(given: Any) -> Any:
         return tuple(revive(item) for item in given)
     if not isinstance(given, Mapping):
         return given
+    if "tensor" in given:
+        return read_state(Path(given["tensor"]))["tensor"]
     if "model" in given:
         return Model.load(given["model"]).to(given["device"], getattr(torch, given["dtype"]))
     module, name = given["class"].split(":")

@@ -27,7 +27,7 @@ class Sampled:
     """What a trajectory gave and what it took.
 
     Args:
-        samples: [B, *model.sample_shape] float32 on the model's device, in the order of the seeds.
+        samples: [B, *shape] float32 on the model's device, in the order of the seeds.
         receipts: one a policy. policy_bytes: the most that all policies held together.
         evaluations: of the guided model, which a solver asks for.
         forwards: of the networks; a batched pair of branches is one.
@@ -46,6 +46,7 @@ def sample(
     cond: Cond,
     seeds: Sequence[int],
     *,
+    shape: Sequence[int] | None = None,
     steps: int = 50,
     solver: Solver = EULER,
     guidance: Guidance = UNGUIDED,
@@ -59,6 +60,7 @@ def sample(
     Args:
         model: in eval mode, on the device where the sampling shall happen.
         cond: what each sample is told, in the order of `seeds`; given content comes out as it went in.
+        shape: of one sample, without the batch axis; by default the model's own.
         max_bytes: memory that all policies may hold together.
         batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond"; by
             default they are two calls, in the lanes "cond" and "uncond".
@@ -72,7 +74,7 @@ def sample(
     """
     integer("steps", steps, least=1)
     device, _ = placement(model)
-    noise = SampleNoise(seeds, model.sample_shape)
+    noise = SampleNoise(seeds, model.sample_shape if shape is None else shape)
     _check_batch(cond, len(noise.seeds))
     total = solver.evaluations(steps)
     field = Field(

@@ -24,6 +24,7 @@ from ditkit.sample.noise import distinct
 from ditkit.sample.solvers import Solver
 
 Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
+TOLD_NOTHING = Cond()
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Drawn:
     policy_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """One sample a seed, in batches of at most `batch_size`.
 
     Args:
-        labels: one class a seed; None for a model that is told none.
+        cond: what each sample is told, in the order of the seeds.
+        shape: of one sample, without the batch axis.
         max_bytes: memory that the policies may hold together in a batch.
     """
 
     model: Denoiser
-    labels: tuple[int, ...] | None
+    cond: Cond
     seeds: tuple[int, ...]
+    shape: tuple[int, ...]
     steps: int
     solver: Solver
     guidance: Guidance
@@ -77,11 +80,15 @@ class Workload:
         guidance: float | Guidance,
         batch_size: int,
         max_bytes: int | None,
+        cond: Cond = TOLD_NOTHING,
+        shape: Sequence[int] | None = None,
     ) -> Self:
         """The workload that `generate` and `compare` are asked for in these words.
 
         Args:
             label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+            cond: what else each sample is told, in the order of the seeds.
+            shape: of one sample; by default that of the given content, if any, else the model's own.
             solver: or its text, such as "heun". guidance: or a classifier-free scale, of which 1 is none.
 
         Raises:
@@ -95,7 +102,16 @@ class Workload:
             raise ConfigError(f"solver={solver!r} should be a Solver, or a text such as 'heun'")
         seeds = distinct(seeds)
         labels = resolve_labels(model, label, len(seeds))
-        return cls(model, labels, seeds, steps, solver, guided(guidance), batch_size, max_bytes)
+        if labels is not None:
+            cond = replace(cond, label=torch.tensor(labels))
+        own = model.sample_shape if cond.context is None else cond.context.shape[1:]
+        shape = tuple(own if shape is None else shape)
+        return cls(model, cond, seeds, shape, steps, solver, guided(guidance), batch_size, max_bytes)
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class of each sample; None for a model that is told none."""
+        return None if self.cond.label is None else self.cond.label.tolist()
 
     def check(self, policies: Sequence[Policy]) -> None:
         """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
@@ -136,8 +152,8 @@ class Workload:
 
     def first_batch(self) -> Workload:
         """The same, with the seeds of the first batch only."""
-        labels = None if self.labels is None else self.labels[: self.batch_size]
-        return replace(self, seeds=self.seeds[: self.batch_size], labels=labels)
+        first = slice(self.batch_size)
+        return replace(self, seeds=self.seeds[first], cond=self.cond.rows(first))
 
     def _batch(
         self, start: int, policies: Sequence[Policy], steps: int, progress: Progress | None
@@ -145,8 +161,9 @@ class Workload:
         part = slice(start, start + self.batch_size)
         return sample(
             self.model,
-            Cond() if self.labels is None else Cond(label=torch.tensor(self.labels[part])),
+            self.cond.rows(part),
             self.seeds[part],
+            shape=self.shape,
             steps=steps,
             solver=self.solver,
             guidance=self.guidance,

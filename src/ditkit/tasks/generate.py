@@ -1,4 +1,4 @@
-"""Pictures from a model, by seed and class."""
+"""Pictures and clips from a model, by seed, class and what is given of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ditkit.core.cond import Cond
 from ditkit.core.labels import class_names
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.sample import Euler, Guidance, Solver
 from ditkit.sample.field import Progress
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import TOLD_NOTHING, Workload
 
 EULER = Euler()
 
@@ -24,8 +25,9 @@ class Generated:
     """What was drawn, and what it took.
 
     Args:
-        images: [B, C, H, W] float32, nominally in [-1, 1], on the CPU, in the order of the seeds.
-        labels: the class each picture was told, by name; empty for a model without classes.
+        images: [B, C, H, W], or clips [B, C, T, H, W]: float32, nominally in [-1, 1], on the CPU, in the order
+            of the seeds.
+        labels: the class each sample was told, by name; empty for a model without classes.
         receipts: one a policy and batch, as JSON, each once where batches do not differ.
         seconds: wall clock. policy_bytes: the most that the policies held in a batch.
         evaluations: of the guided model in one trajectory.
@@ -51,22 +53,26 @@ def generate(
     policies: Policy | str | Sequence[Policy | str] = (),
     batch_size: int = 8,
     max_bytes: int | None = None,
+    cond: Cond = TOLD_NOTHING,
+    shape: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Generated:
-    """Draw one picture a seed, the same alone and in a batch (to the rounding of the model).
+    """Draw one sample a seed, the same alone and in a batch (to the rounding of the model).
 
     Args:
         label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
         guidance: a classifier-free scale (1 is none), or any guidance.
         solver, policies: objects, or texts as the command line takes them ("heun", "taylorseer:interval=4").
-        batch_size: pictures drawn at once. max_bytes: memory that the policies may hold meanwhile.
+        batch_size: samples drawn at once. max_bytes: memory that the policies may hold meanwhile.
+        cond: what else each sample is told, in the order of the seeds, such as given frames and their mask.
+        shape: of one sample (C, H, W) or (C, T, H, W); by default that of the given content, or the model's.
         progress: called after each evaluation with (done, total).
 
     Raises:
         ConfigError: an unknown class, a seed given twice, a number out of range, a policy that does not fit.
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
-    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes)
+    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
     began = time.perf_counter()
     drawn = work.draw(policies, progress=progress)
     return Generated(
