@@ -93,7 +93,7 @@ class SelectedRows(Session):
             v = torch.where(by_row(fresh, image, v), v, self.stale)
         dropped = torch.zeros(image.length) if self.dropped is None else self.dropped
         if self.policy.selects(call.index + 1):
-            rows = v if v.ndim == 3 else patchify(v, v.shape[-1] // image.grid.width)
+            rows = v if v.ndim == 3 else patchify(v, patch_of(v, image))
             priority = dropped.exp() / rows.std(-1).mean(0).clamp_min(1e-9)
             count = int(self.policy.ratio * image.length)
             self.active = priority.argsort(descending=True)[:count].sort().values
@@ -117,13 +117,20 @@ def scattered(out: Tensor, rows: Tensor, length: int) -> Tensor:
     return out.new_zeros(out.shape[0], length, out.shape[-1]).index_copy(1, rows, out)
 
 
+def patch_of(v: Tensor, image: Segment) -> tuple[int, ...]:
+    """Sides of a token of a picture [B, C, H, W] or a clip [B, C, T, H, W]."""
+    size = v.shape[2:]
+    return tuple(n // count for n, count in zip(size, image.grid.shape[-len(size) :], strict=True))
+
+
 def by_row(mask: Tensor, image: Segment, v: Tensor) -> Tensor:
-    """A row mask [L] that broadcasts to a sample [B, L, C] or [B, C, H, W]."""
+    """A row mask [L] that broadcasts to a sample [B, L, C], [B, C, H, W] or [B, C, T, H, W]."""
     if v.ndim == 3:
         return mask[:, None]
-    patch = v.shape[-1] // image.grid.width
-    cells = mask.reshape(image.grid.height, image.grid.width)
-    return cells.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    cells = mask.reshape(image.grid.shape[2 - v.ndim :])
+    for axis, side in enumerate(patch_of(v, image)):
+        cells = cells.repeat_interleave(side, axis)
+    return cells
 
 
 @dataclass(frozen=True)

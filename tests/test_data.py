@@ -91,13 +91,18 @@ def test_inconsistent_sets_are_refused(changes, message):
 
 
 def test_names_are_the_files_of_the_folder():
-    assert names() == ("emoji", "fashion")
+    assert names() == ("emoji", "fashion", "moving-digits", "rain", "vizdoom", "winds")
 
 
 @pytest.mark.parametrize(
     ("args", "options", "error", "message"),
     [
-        (("emojy",), {}, DataError, "unknown data set 'emojy'; did you mean 'emoji'.*no folder of that name"),
+        (
+            ("emojy",),
+            {},
+            DataError,
+            "unknown data set 'emojy'; did you mean 'emoji'.*no folder, .csv or .nc file of that name",
+        ),
         (("emoji", 0), {}, ConfigError, "size=0 is not a positive whole number"),
         (("emoji", 65), {}, ConfigError, "size=65 is outside 1..64"),
         (

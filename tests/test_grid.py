@@ -64,6 +64,25 @@ def test_the_grid_of_a_signal(size, patch, shape):
         (lambda: unpatchify(torch.zeros(1, 5, 12), Grid(1, 2, 2), 2), "5 tokens do not fill"),
         (lambda: unpatchify(torch.zeros(1, 4, 12), Grid(4), 2), "4 tokens do not fill one frame"),
         (lambda: unpatchify(torch.zeros(1, 4, 13), Grid(1, 2, 2), 2), "width 13 does not divide"),
+        (
+            lambda: patchify(torch.zeros(1, 3, 5, 8, 8), (2, 4, 4)),
+            "5 x 8 x 8 does not divide into patches of 2",
+        ),
+        (
+            lambda: patchify(torch.zeros(1, 3, 4, 8, 8), (4, 4)),
+            "4 x 8 x 8 does not divide into patches of 4 x 4",
+        ),
+        (lambda: patchify(torch.zeros(1, 3, 8, 8), 0), "8 x 8 does not divide into patches of 0"),
+        (
+            lambda: unpatchify(torch.zeros(1, 4, 12), Grid(2), (1, 1, 1)),
+            "4 tokens do not fill a grid of (2, 1, 1)",
+        ),
+        (lambda: unpatchify(torch.zeros(1, 2, 12), Grid(2), (1, 1)), "2 tokens do not fill one frame"),
+        (
+            lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (2, 1, 2)),
+            "width 9 does not divide into patches of 2 x 1",
+        ),
+        (lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (2,)), "patch (2,) should be (height, width) or"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(make, expected):
@@ -95,6 +114,35 @@ def test_unpatchify_puts_h_w_p_q_c_at_c_hp_wq(rows, columns, channels, patch):
                         value = tokens[:, h * columns + w, (p * patch + q) * channels + c]
                         slow[:, c, h * patch + p, w * patch + q] = value
     assert torch.equal(out, slow)
+
+
+@given(sides, sides, sides, st.integers(1, 3), st.tuples(*[st.integers(1, 3)] * 3))
+def test_clips_are_cut_like_a_strided_convolution_over_time_too(frames, rows, columns, channels, patch):
+    size = [n * p for n, p in zip((frames, rows, columns), patch, strict=True)]
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    kernel = torch.randn(5, channels, *patch, dtype=torch.float64)
+    by_convolution = torch.nn.functional.conv3d(x, kernel, stride=patch).flatten(2).mT
+    assert torch.allclose(patchify(x, patch) @ kernel.flatten(1).mT, by_convolution, atol=1e-12)
+
+    tokens = (
+        patchify(x, patch).unflatten(-1, (channels, -1)).mT.flatten(2)
+    )  # channels fastest, as a head has them
+    assert torch.equal(unpatchify(tokens, Grid.of(tuple(size), patch), patch), x)
+
+
+@given(sides, sides, sides, st.integers(1, 3))
+def test_one_number_is_the_patch_of_every_frame_alone(frames, rows, columns, patch):
+    clip = torch.randn(2, 3, frames, rows * patch, columns * patch)
+    tokens = patchify(clip, patch).unflatten(1, (frames, -1))
+    assert torch.equal(tokens, torch.stack([patchify(frame, patch) for frame in clip.unbind(2)], 1))
+    assert torch.equal(patchify(clip, patch), patchify(clip, (1, patch, patch)))
+
+
+def test_a_patch_of_three_sides_keeps_the_time_axis_of_one_frame():
+    tokens = torch.randn(2, 6, 12)
+    clip = unpatchify(tokens, Grid(1, 2, 3), (1, 2, 2))
+    assert clip.shape == (2, 3, 1, 4, 6)
+    assert torch.equal(clip[:, :, 0], unpatchify(tokens, Grid(1, 2, 3), 2))
 
 
 def test_rows_of_tokens_take_their_positions_along():

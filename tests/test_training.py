@@ -136,6 +136,14 @@ def test_learning_rate_rises_then_falls_as_the_inverse_root():
     assert Settings(learning_rate=0.5).rate(0) == 0.5
 
 
+def test_learning_rate_falls_along_half_a_cosine():
+    given = Settings(steps=110, learning_rate=1.0, warmup=10, cosine=True)
+    rates = [given.rate(step) for step in (0, 9, 10, 35, 60, 110)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, (2 + 2**0.5) / 4, 0.5, 0.0])
+    with pytest.raises(ConfigError, match="cosine and decay_after=5 both lower the learning rate"):
+        Settings(cosine=True, decay_after=5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -230,7 +238,7 @@ def little_set(monkeypatch) -> ImageSet:
     pictures = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=g)
     names = tuple(map(str, range(12)))
     images = ImageSet("little", pictures, torch.arange(12) % 3, ("a", "b", "c"), names, names)
-    monkeypatch.setattr(class_image, "load", lambda name, size: images)
+    monkeypatch.setattr(class_image, "load_images", lambda name, size: images)
     return images
 
 

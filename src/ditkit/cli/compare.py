@@ -24,7 +24,7 @@ from ditkit.cli.options import (
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.core.policy import Policy
-from ditkit.data.loading import load as load_data
+from ditkit.data.loading import load_images
 from ditkit.evaluate.compare import compare as compared
 
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
@@ -83,7 +83,7 @@ def compare(
         raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
     numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
     network = load(model)
-    real = None if data is None else load_data(data, network.sample_shape[-1]).images_float()
+    real = None if data is None else load_images(data, network.sample_shape[-1]).images_float()
     with writable(out), progress() as advance:
         report = compared(
             network,

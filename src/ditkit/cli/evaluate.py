@@ -32,7 +32,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
 from ditkit.data.images import ImageSet
-from ditkit.data.loading import load as load_data
+from ditkit.data.loading import load_images
 from ditkit.evaluate.distribution import Distribution, distribution, nearest_neighbours
 from ditkit.evaluate.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
 from ditkit.evaluate.macs import count_macs
@@ -91,7 +91,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load(model), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
-    real = load_data(data, network.sample_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
+    real = load_images(data, network.sample_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
     check_real(network, real)
     extractor = load_efficientnet_lite0()
     with writable(out):

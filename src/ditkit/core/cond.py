@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ditkit.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Cond:
@@ -56,6 +58,13 @@ class Cond:
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Batches after one another; all must have the same fields present."""
-        present = [f.name for f in fields(Cond) if getattr(conds[0], f.name) is not None]
+        """Batches after one another.
+
+        Raises:
+            ConfigError: they are not told the same kinds of things.
+        """
+        told = [[f.name for f in fields(Cond) if getattr(c, f.name) is not None] for c in conds]
+        if any(names != told[0] for names in told):
+            raise ConfigError(f"Cond.cat: batches are told different things: {told}")
+        present = told[0]
         return Cond(**{name: torch.cat([getattr(c, name) for c in conds]) for name in present})

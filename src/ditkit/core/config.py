@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from reprlib import repr as short
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ditkit.core.errors import CheckpointError, DitkitError, nearest, unknown
@@ -40,6 +41,8 @@ def config_of(kind: type[C], given: object, source: object) -> C:
 
 def _value(kind: Any, given: Any, where: str) -> Any:
     """`given` as a `kind`: JSON has neither tuples nor dataclasses, and may write 1.0 as 1."""
+    if get_origin(kind) is UnionType:  # one number or a tuple of them: JSON tells them apart
+        kind = next((k for k in get_args(kind) if (get_origin(k) is tuple) == isinstance(given, list)), kind)
     if is_dataclass(kind):
         return config_of(kind, given, where)  # type: ignore[arg-type]
     if get_origin(kind) is Literal and isinstance(given, str):

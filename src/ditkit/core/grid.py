@@ -86,32 +86,55 @@ class Grid:
         return order.reshape(cut).permute(0, 1, 3, 2, 4).reshape(-1)
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] to row-major tokens [B, L, C p p], channels slowest, as a convolution's kernel flattens.
+def patchify(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:
+    """[B, C, H, W] or [B, C, T, H, W] to row-major tokens [B, L, C P], channels slowest, as a kernel flattens.
+
+    Args:
+        patch: its sides, one for each axis after the channels, P their product; one number p is (p, p), or
+            (1, p, p) for a clip.
 
     Raises:
-        ShapeError: a side does not divide by the patch.
+        ShapeError: a side does not divide by the patch, or the patch has other axes.
     """
-    B, C, H, W = x.shape
-    if H % patch or W % patch:
-        raise ShapeError(f"patchify: {H} x {W} does not divide into patches of {patch}")
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
+    B, C, *size = x.shape
+    sides = (1, patch, patch)[-len(size) :] if isinstance(patch, int) else patch
+    if len(sides) != len(size) or any(p < 1 or n % p for n, p in zip(size, sides, strict=True)):
+        given = " x ".join(map(str, size))
+        raise ShapeError(f"patchify: {given} does not divide into patches of {_times(patch)}")
+    counts = [n // p for n, p in zip(size, sides, strict=True)]
+    x = x.reshape(B, C, *(n for pair in zip(counts, sides, strict=True) for n in pair))
+    axes = range(2, x.ndim)
+    return x.permute(0, *axes[::2], 1, *axes[1::2]).reshape(B, prod(counts), C * prod(sides))
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
-    """Row-major tokens [B, L, p p C], channels fastest (DiT, final layer), to [B, C, H, W].
+def unpatchify(tokens: Tensor, grid: Grid, patch: int | tuple[int, ...]) -> Tensor:
+    """Row-major tokens [B, L, P C], channels fastest (DiT, final layer), to [B, C, H, W] or [B, C, T, H, W].
+
+    Args:
+        patch: one number or (height, width) of a picture's; (frames, height, width) of a clip's, which has a
+            time axis even where the grid has one frame.
 
     Raises:
         ShapeError: the tokens do not fill the grid, or their width is no number of whole patches.
     """
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    if len(sides) not in (2, 3):
+        raise ShapeError(f"unpatchify: patch {sides} should be (height, width) or (frames, height, width)")
     B, L, D = tokens.shape
-    if (1, grid.height, grid.width) != grid.shape or grid.length != L:
-        raise ShapeError(f"unpatchify: {L} tokens do not fill one frame of a grid of {grid.shape}")
-    if D % patch**2:
-        raise ShapeError(f"unpatchify: width {D} does not divide into patches of {patch} x {patch}")
-    x = tokens.reshape(B, grid.height, grid.width, patch, patch, D // patch**2)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, grid.height * patch, grid.width * patch)
+    counts = grid.shape[-len(sides) :]
+    if prod(counts) != grid.length or grid.length != L:
+        fill = "a grid" if len(sides) == 3 else "one frame of a grid"
+        raise ShapeError(f"unpatchify: {L} tokens do not fill {fill} of {grid.shape}")
+    if D % prod(sides):
+        raise ShapeError(f"unpatchify: width {D} does not divide into patches of {_times(sides)}")
+    k = len(sides)
+    x = tokens.reshape(B, *counts, *sides, D // prod(sides))
+    x = x.permute(0, -1, *(axis for i in range(1, k + 1) for axis in (i, i + k)))
+    return x.reshape(B, D // prod(sides), *(n * p for n, p in zip(counts, sides, strict=True)))
+
+
+def _times(sides: int | tuple[int, ...]) -> str:
+    return str(sides) if isinstance(sides, int) else " x ".join(map(str, sides))
 
 
 class Segment(NamedTuple):

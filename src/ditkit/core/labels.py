@@ -24,7 +24,7 @@ def resolve_labels(
     if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
         labels = (labels,)
     classes: int | None = getattr(model.config, "classes", None)
-    if classes is None:
+    if not classes:
         if labels is not None:
             raise ConfigError(f"label={list(labels)!r}: a {type(model).__name__} takes no class labels")
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,7 @@ from ditkit.core.checkpoint import (
     to_disk,
     write_json,
 )
+from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
@@ -34,7 +36,10 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 DIGEST = "config_sha256"
 """Key of the weights' metadata: of the config.json that they were saved with."""
-DESCRIBED = ("model", "config", "history")
+CODEC = "codec"
+"""Folder of the codec, and key of config.json: of the config.json in that folder."""
+FILES = (WEIGHTS, CONFIG, f"{CODEC}/{CODEC_CONFIG}", f"{CODEC}/{CODEC_WEIGHTS}")
+DESCRIBED = ("model", "config", "history", CODEC)
 """Keys of config.json."""
 
 
@@ -48,6 +53,21 @@ class Model(nn.Module, ModelHubMixin, ABC):
     """What was done to the weights since training; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+    codec: Codec = IDENTITY
+    """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
+    to train, and it goes to its input's device by itself."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`codec` is kept beside the model, not in it: among its modules it would be trained and saved as a part.
+
+        Raises:
+            ShapeError: the model's samples are not latents of the codec.
+        """
+        if name != CODEC:
+            super().__setattr__(name, value)
+            return
+        value.signal_shape(self.sample_shape)
+        object.__setattr__(self, name, value.eval().requires_grad_(False))
 
     @abstractmethod
     def sites(self) -> tuple[Site, ...]:
@@ -63,12 +83,13 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """The shape of one sample, without the batch axis."""
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
-        """config.json and safetensors in `folder`, both on disk before either takes its place.
+        """config.json and safetensors in `folder`, with the codec's own in `codec`; all on disk before any takes its
+        place.
 
-        Weights saved with another config, as a kill between the two leaves them, are refused by `load`.
+        Weights or a codec saved with another config, as a kill between them leaves them, are refused by `load`.
 
         Args:
-            dtype: store floating-point weights in this type.
+            dtype: store floating-point weights in this type; not the codec's.
             history: what was done to the model since it was loaded; config.json keeps all of it.
 
         Raises:
@@ -77,27 +98,37 @@ class Model(nn.Module, ModelHubMixin, ABC):
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"weights are saved in a floating-point type, not {dtype}")
         folder = Path(folder)
-        described = {
-            "model": type(self).__name__,
-            "config": dataclasses.asdict(self.config),
-            "history": [*self.history, *history],
-        }
         state = {
             k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()
         }
-        with replacing(folder / WEIGHTS) as weights:
+        with self._codec_drafted(folder) as codec, replacing(folder / WEIGHTS) as weights:
+            described = {
+                "model": type(self).__name__,
+                "config": dataclasses.asdict(self.config),
+                "history": [*self.history, *history],
+                **codec,
+            }
             dump_state(weights, state, {DIGEST: digest(described)})
             to_disk(weights)  # then config.json takes its place; `load` finds out if these weights never do
             write_json(folder / CONFIG, described)
         return folder
+
+    @contextmanager
+    def _codec_drafted(self, folder: Path) -> Iterator[dict[str, str]]:
+        """Yields what config.json says of the codec, whose files take their places after the model's."""
+        if isinstance(self.codec, Identity):
+            yield {}
+            return
+        with self.codec.drafted(folder / CODEC) as described:
+            yield {CODEC: digest(described)}
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """A model saved by `save`, in float32 and eval mode.
 
         Raises:
-            CheckpointError: the folder is incomplete, of another architecture, damaged, or a config and weights
-                that were not saved together (weights that do not say with which are taken as they are).
+            CheckpointError: the folder is incomplete, of another architecture, damaged, or a config, weights and
+                codec that were not saved together (weights that do not say with which are taken as they are).
         """
         path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         described = read_json(path)
@@ -112,6 +143,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
             )
         model.history = tuple(described.get("history", ()))
+        if CODEC in described:
+            model.codec = _codec(described, path)
         return model
 
     @classmethod
@@ -167,7 +200,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         if folder.is_dir():
             return cls.load(folder)
         try:
-            return cls.load(snapshot_download(str(folder), allow_patterns=[WEIGHTS, CONFIG], **download))
+            return cls.load(snapshot_download(str(folder), allow_patterns=FILES, **download))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"no model folder and no model of the hub at {folder}: {_first_line(error)}"
@@ -203,6 +236,16 @@ def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
         return find(Model, name)  # type: ignore[type-abstract]
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _codec(described: Mapping[str, Any], path: Path) -> Codec:
+    """The codec beside a model's config.json, if it is the one that this was saved with."""
+    folder = path.parent / CODEC
+    if digest(read_json(folder / CODEC_CONFIG)) != described[CODEC]:
+        raise CheckpointError(
+            f"{folder} is another codec than {path} was saved with: a save was interrupted, or one was edited"
+        )
+    return Codec.load(folder)
 
 
 def parameter_count(module: nn.Module) -> int:

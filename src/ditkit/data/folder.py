@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -15,6 +14,7 @@ import torch
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.decode import SUFFIXES, DamagedImage, read_square
 from ditkit.data.images import ImageSet
+from ditkit.data.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def load(root: Path, size: int | None = None, max_bad: int = 10, max_bytes: int 
 
 def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     """Class names, and the images below each class folder. Hidden files and folders are left out."""
-    folders, files = _walk(root)
+    folders, files = walk(root)
     images = [f for f in files if f.suffix.lower() in SUFFIXES]
     if not images:
         raise DataError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}); {LAYOUTS}")
@@ -124,7 +124,7 @@ def _parse_line(root: Path, line: bytes, place: str) -> Entry:
     return Entry(relative.as_posix(), row["text"])
 
 
-def _walk(root: Path) -> tuple[list[str], list[PurePath]]:
+def walk(root: Path) -> tuple[list[str], list[PurePath]]:
     """Names of the folders directly below `root`, and all files, relative to it."""
 
     def refuse(error: OSError) -> None:
@@ -147,21 +147,11 @@ def _walk(root: Path) -> tuple[list[str], list[PurePath]]:
     return top, files
 
 
-def _tracked(entries: list[Entry], root: Path) -> Iterable[Entry]:
-    from rich.console import Console
-    from rich.progress import track
-
-    terminal = Console(stderr=True)
-    return track(
-        entries, f"reading {root}", console=terminal, transient=True, disable=not terminal.is_terminal
-    )
-
-
 def _decode(root: Path, entries: list[Entry], classes: tuple[str, ...], size: int, max_bad: int) -> ImageSet:
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
     kept: list[Entry] = []
     bad: list[str] = []
-    for entry in _tracked(entries, root):
+    for entry in tracked(entries, f"reading {root}"):
         try:
             pixels[len(kept)] = read_square(root / entry.file_name, size)
         except DamagedImage as reason:

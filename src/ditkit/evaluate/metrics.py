@@ -35,11 +35,15 @@ def relative_l2(x: Tensor, ref: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, ref: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, eq. 13): [B, C, H, W] -> [B], 1 where equal.
+    """Structural similarity: [B, C, H, W] -> [B], the mean of `ssim_map` over pixels and channels, 1 where equal."""
+    return ssim_map(x, ref).flatten(1).mean(1)
 
-    Gaussian window of 11 taps, sigma 1.5, K1 = 0.01, K2 = 0.03, borders reflected, mean over pixels and
-    channels. Raises ShapeError for unequal shapes or pictures of fewer than 6 pixels a side, DataError for
-    values not finite.
+
+def ssim_map(x: Tensor, ref: Tensor) -> Tensor:
+    """Structural similarity about every pixel (Wang et al. 2004, eq. 13): [B, C, H, W] -> the same shape.
+
+    Gaussian window of 11 taps, sigma 1.5, K1 = 0.01, K2 = 0.03, borders reflected. Raises ShapeError for
+    unequal shapes or pictures of fewer than 6 pixels a side, DataError for values not finite.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -48,9 +52,18 @@ def ssim(x: Tensor, ref: Tensor) -> Tensor:
         raise ShapeError(
             f"ssim: expected [B, C, H, W] with H, W > {SSIM_PADDING} (half the window), got {list(x.shape)}"
         )
-    return structural_similarity_index_measure(
-        x, ref, sigma=1.5, kernel_size=11, k1=0.01, k2=0.03, data_range=DATA_RANGE, reduction="none"
+    _, values = structural_similarity_index_measure(
+        x,
+        ref,
+        sigma=1.5,
+        kernel_size=11,
+        k1=0.01,
+        k2=0.03,
+        data_range=DATA_RANGE,
+        reduction="none",
+        return_full_image=True,
     )
+    return values
 
 
 def _checked(name: str, x: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ditkit.core.errors import DataError, ShapeError
+
 if TYPE_CHECKING:
     from PIL import Image
 
 CELL, GAP, MARGIN = 96, 4, 12
-LABEL_WIDTH, LINE = 250, 18
+LABEL_WIDTH, LINE, CAPTION_TOP = 250, 18, 6
 INK, PALE, PAPER = "#1b1f24", "#667085", "#ffffff"
 
 
@@ -21,6 +23,18 @@ def as_pictures(samples: Tensor) -> Tensor:
     """[n, C, H, W] in [-1, 1] as uint8 [n, 1 or 3, H, W]; of other numbers of channels, the first."""
     shown = samples if samples.shape[1] in (1, 3) else samples[:, :1]
     return ((shown.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def as_frames(clip: Tensor) -> Tensor:
+    """A clip [C, T, H, W] in [-1, 1] as uint8 [T, 1 or 3, H, W].
+
+    Raises ShapeError for another shape, DataError for values that are not finite.
+    """
+    if clip.ndim != 4 or clip.numel() == 0:
+        raise ShapeError(f"expected a clip [C, T, H, W], got {list(clip.shape)}")
+    if broken := int((~clip.isfinite()).sum()):
+        raise DataError(f"{broken} of {clip.numel()} values of the clip are not finite, expected [-1, 1]")
+    return as_pictures(clip.transpose(0, 1)).cpu()
 
 
 def image(picture: Tensor) -> Image.Image:
@@ -37,33 +51,40 @@ def png(picture: Image.Image) -> bytes:
 
 
 def sheet(
-    pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str]
+    pictures: Mapping[str, Tensor],
+    captions: Mapping[str, Sequence[str]],
+    heads: Sequence[str],
+    cell: tuple[int, int] = (CELL, CELL),
 ) -> Image.Image:
     """A row of pictures a method under column heads, each row with its caption's lines on the left.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method; the first `len(heads)` of each are shown.
         captions: lines of text by method; the first is its title.
+        cell: width and height of a picture on the sheet.
     """
     from PIL import Image, ImageDraw
 
-    size = (
-        2 * MARGIN + LABEL_WIDTH + len(heads) * (CELL + GAP),
-        2 * MARGIN + LINE + len(pictures) * (CELL + GAP),
-    )
+    width, height = cell
+    step = max(height + GAP, CAPTION_TOP + LINE * max(len(captions[name]) for name in pictures))
+    size = (2 * MARGIN + LABEL_WIDTH + len(heads) * (width + GAP), 2 * MARGIN + LINE + len(pictures) * step)
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     left, top = MARGIN + LABEL_WIDTH, MARGIN + LINE
     for column, head in enumerate(heads):
-        draw.text((left + column * (CELL + GAP), MARGIN), clipped(head, CELL), PALE, font(11))
+        draw.text((left + column * (width + GAP), MARGIN), clipped(head, width), PALE, font(11))
     for row, (name, of_method) in enumerate(pictures.items()):
-        y = top + row * (CELL + GAP)
-        for line, text in enumerate(captions[name]):
+        y = top + row * step
+        for line, caption in enumerate(captions[name]):
             look = (INK, font(14)) if line == 0 else (PALE, font(12))
-            draw.text((MARGIN, y + 6 + line * LINE), clipped(text, LABEL_WIDTH, look[1].size), *look)
+            text = clipped(caption, LABEL_WIDTH - 2 * GAP, look[1].size)
+            draw.text((MARGIN, y + CAPTION_TOP + line * LINE), text, *look)
         for column, picture in enumerate(of_method[: len(heads)]):
-            shown = image(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
-            page.paste(shown, (left + column * (CELL + GAP), y))
+            enlarged = width >= picture.shape[-1]
+            shown = image(picture).resize(
+                cell, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
+            )
+            page.paste(shown, (left + column * (width + GAP), y))
     return page
 
 

@@ -1,17 +1,51 @@
 """How the report looks, by day and by night, on a desk and on a telephone."""
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1b1f24; --pale: #5b6573; --paper: #ffffff; --panel: #f6f7f9; --edge: #d9dde3; --control: #6b7280;
-  --c0: #2563eb; --c1: #d97706; --c2: #059669; --c3: #c026a3; --c4: #7c3aed; --c5: #0e7490;
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LIGHT = {
+    "ink": "#1b1f24",
+    "pale": "#5b6573",
+    "paper": "#ffffff",
+    "panel": "#f6f7f9",
+    "edge": "#d9dde3",
+    "control": "#6b7280",
+    "c0": "#2563eb",
+    "c1": "#d97706",
+    "c2": "#059669",
+    "c3": "#c026a3",
+    "c4": "#7c3aed",
+    "c5": "#0e7490",
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e8eaed; --pale: #a2abb8; --paper: #14171b; --panel: #1c2026; --edge: #363c45; --control: #9aa4b2;
-    --c0: #7aa7ff; --c1: #f5b14c; --c2: #4fd1a1; --c3: #f08bdc; --c4: #b79bff; --c5: #5cc8dc;
-  }
+"""The page's colours by day; in CSS each is a variable, `--ink` and so on."""
+DARK = {
+    "ink": "#e8eaed",
+    "pale": "#a2abb8",
+    "paper": "#14171b",
+    "panel": "#1c2026",
+    "edge": "#363c45",
+    "control": "#9aa4b2",
+    "c0": "#7aa7ff",
+    "c1": "#f5b14c",
+    "c2": "#4fd1a1",
+    "c3": "#f08bdc",
+    "c4": "#b79bff",
+    "c5": "#5cc8dc",
 }
+
+
+def variables(colours: Mapping[str, str]) -> str:
+    """As declarations of CSS."""
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}
+"""
+    + """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
@@ -99,3 +133,4 @@ dd { margin: 0; }
   dd { margin-bottom: 8px; }
 }
 """
+)

@@ -1,5 +1,20 @@
 """Backbones, one file each."""
 
+from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.vdt import VDT, VDTConfig
+from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
-__all__ = ["DiT", "DiTConfig"]
+__all__ = [
+    "VDT",
+    "ConvLSTM",
+    "ConvLSTMConfig",
+    "DiT",
+    "DiTConfig",
+    "PredFormer",
+    "PredFormerConfig",
+    "VDTConfig",
+    "VideoDiT",
+    "VideoDiTConfig",
+]

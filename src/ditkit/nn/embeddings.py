@@ -33,19 +33,30 @@ class TimeEmbedding(nn.Module):
         return self.outer(nn.functional.silu(self.inner(wave)))
 
 
+def drop_labels(label: Tensor, drop: Tensor | None, null: int, rate: float) -> Tensor:
+    """Labels [B] with the null class where `drop` [B] says so; without it, a share `rate` drawn here."""
+    if drop is None and rate:
+        drop = torch.rand(label.shape, device=label.device) < rate
+    return label if drop is None else label.masked_fill(drop, null)
+
+
+def sincos_axis(count: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Frozen 1-D positions [count, width], float32: [sin, cos] of frequencies 10000^(-2i / width).
+
+    Angles are taken in float64, once a place, so that no model has to keep the table.
+    """
+    half = width // 2
+    frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(count, device=device)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1).float()
+
+
 def sincos_table(grid: Grid, width: int, device: torch.device | str | None = None) -> Tensor:
     """Frozen 2-D positions [L, width], float32: the column in the first half of the channels, then the row.
 
-    Each half is [sin, cos] of all frequencies 10000^(-2i / (width / 2)); DiT calls meshgrid with width first.
-    Angles are taken in float64, once a row and once a column, so that no model has to keep the table.
+    Each half is a `sincos_axis`; DiT calls meshgrid with width first. Every frame has the same positions.
     """
-    quarter = width // 4
-    frequency = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
-
-    def waves(count: int) -> Tensor:
-        angle = torch.arange(count, device=device)[:, None] * frequency
-        return torch.cat([angle.sin(), angle.cos()], -1).float()
-
     shape = (*grid.shape, width // 2)
-    columns, rows = waves(grid.width), waves(grid.height)[:, None]
+    columns = sincos_axis(grid.width, width // 2, device)
+    rows = sincos_axis(grid.height, width // 2, device)[:, None]
     return torch.cat([columns.expand(shape), rows.expand(shape)], -1).reshape(grid.length, width)

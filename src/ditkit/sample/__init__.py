@@ -1,5 +1,6 @@
 """From noise to samples: solvers, guidance, and the loop that joins them with policies."""
 
+from ditkit.sample.forecast import forecast
 from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Unguided
 from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.noise import SampleNoise, initial_noise
@@ -20,6 +21,7 @@ __all__ = [
     "Sampled",
     "Solver",
     "Unguided",
+    "forecast",
     "initial_noise",
     "sample",
 ]

@@ -14,11 +14,11 @@ from ditkit.core.cond import Cond
 from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
 from ditkit.data.images import ImageSet
-from ditkit.data.loading import load
+from ditkit.data.loading import load_images
 from ditkit.evaluate.pictures import grid, write_png
-from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.dit import DiTConfig
 from ditkit.tasks.generate import generate
-from ditkit.tasks.recipe import Recipe
+from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import Samples, Sheet
 from ditkit.train.objective import Objective
@@ -63,19 +63,15 @@ class ClassImageRecipe(Recipe):
     model: DiTConfig
     objective: Objective = FLOW_MATCHING
 
-    def prepared(self) -> tuple[Self, Samples]:
-        options = {} if self.max_bad is None else {"max_bad": self.max_bad}
-        images = load(self.data, self.model.size, **options)
-        return self.fitting(images), Labelled(images)
+    def prepared(self) -> Prepared:
+        images = load_images(self.data, self.model.size, **self.loading)
+        return Prepared(self.fitting(images), Labelled(images))
 
     def fitting(self, images: ImageSet) -> Self:
         """With the model's classes and channels as the data has them."""
         names = images.classes or (images.name,)
         model = replace(self.model, channels=images.images.shape[1], classes=len(names), class_names=names)
         return replace(self, model=model)
-
-    def network(self) -> DiT:
-        return DiT(self.model)
 
     def facts(self, samples: Samples) -> str:
         assert isinstance(samples, Labelled)

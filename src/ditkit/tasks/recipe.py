@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ditkit.core.catalog import every
+from ditkit.core.codec import IDENTITY, Codec
 from ditkit.core.model import Model, parameter_count
 from ditkit.evaluate.macs import count_macs
 from ditkit.train.loop import Samples, Sheet, train
@@ -25,6 +28,7 @@ class Recipe(ABC):
         model: the network's config; what of it the data decide is taken from them.
         settings: of the run. objective: what it minimises.
         max_bad: damaged files of a folder to leave out; None for the loader's own limit.
+        options: of the set's own loader.
     """
 
     Network: ClassVar[type]
@@ -35,18 +39,25 @@ class Recipe(ABC):
     settings: Settings
     objective: Objective
     max_bad: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @abstractmethod
-    def prepared(self) -> tuple[Self, Samples]:
+    def prepared(self) -> Prepared:
         """With everything that the data decide, and the data as training samples.
 
         Raises:
             DataError, ConfigError: the data are missing or damaged, or do not fit the network.
         """
 
-    @abstractmethod
     def network(self) -> Model:
         """A network of `model`, with fresh weights of torch's global generator."""
+        kinds = every(Model)  # type: ignore[type-abstract]
+        return next(kind for kind in kinds if kind.Config is type(self.model))(self.model)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of the loader."""
+        return {**self.options, **({} if self.max_bad is None else {"max_bad": self.max_bad})}
 
     @abstractmethod
     def facts(self, samples: Samples) -> str:
@@ -61,6 +72,14 @@ class Recipe(ABC):
         """What writes a picture of how far training is into `folder`, now and then."""
 
 
+class Prepared(NamedTuple):
+    """A recipe with what the data decide, its samples, and the codec that makes them of signals."""
+
+    recipe: Recipe
+    samples: Samples
+    codec: Codec = IDENTITY
+
+
 def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
     """Train as the recipe says; weights, state, losses, samples and snapshots go to `folder`.
 
@@ -68,17 +87,18 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         ConfigError: resuming with another recipe than the folder's, or any of `train`'s reasons.
         DataError: the data are missing or damaged.
     """
-    recipe, samples = recipe.prepared()
+    recipe, samples, codec = recipe.prepared()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network()
+    model.codec = codec
     return train(
         model,
         samples,
         recipe.objective,
         recipe.settings,
         folder,
-        about={"data": recipe.data},
+        about={"data": recipe.data, "options": dict(recipe.options)},
         resume=resume,
         sheet=recipe.sheet(folder / "samples", samples),
     )
@@ -90,7 +110,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         ConfigError, DataError: what `train_recipe` would refuse before its first step.
     """
-    recipe, samples = recipe.prepared()
+    recipe, samples, _ = recipe.prepared()
     with torch.device("meta"):
         model = recipe.network().eval()
     recipe.objective.check(model)

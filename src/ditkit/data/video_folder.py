@@ -1,0 +1,113 @@
+"""A user's own folder of video files, at any depth."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+
+import torch
+
+from ditkit.core.errors import ConfigError, DataError
+from ditkit.core.numbers import integer
+from ditkit.data.clips import MemoryClips, Windows, frame_size
+from ditkit.data.folder import walk
+from ditkit.data.progress import tracked
+from ditkit.data.video_decode import SUFFIXES, DamagedVideo, Film, read_film
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    root: Path,
+    size: int | Sequence[int] | None = None,
+    frames: int = 16,
+    stride: int = 1,
+    step: int = 1,
+    fps: float | None = None,
+    max_bad: int = 10,
+    max_bytes: int = 4 * 2**30,
+) -> MemoryClips:
+    """Decode every video below `root` into memory at `size`, a number (square) or (height, width), as RGB.
+
+    A clip is `frames` frames, `stride` apart; the next begins `step` frames later. With `fps` each file is
+    resampled: at each k / fps the frame whose time stamp is nearest. Without it all files must have one, constant rate.
+    Damaged files are logged by name and skipped.
+
+    Raises:
+        ConfigError: no size given, or a number out of range.
+        DataError: unreadable folder, no videos, more than `max_bad` damaged ones, a video shorter than a clip,
+            frames of differing sizes, a variable or differing frame rate, or more than `max_bytes` of pixels.
+    """
+    if size is None:
+        raise ConfigError(f"{root}: a folder of videos needs a size in pixels, for example size=64")
+    height, width = frame_size(size)
+    windows = Windows((), frames, stride, step)
+    integer("max_bad", max_bad, least=0)
+    if fps is not None and not (isinstance(fps, int | float) and 0 < fps < math.inf):
+        raise ConfigError(f"fps={fps!r}, expected a positive number of frames a second")
+    films: list[Film] = []
+    for film in _sound_films(root, (height, width), fps, max_bad, max_bytes):
+        _check(film, (films or [film])[0], windows)
+        films.append(film)
+    return MemoryClips(
+        name=root.resolve().name,
+        films=tuple(torch.from_numpy(film.frames).permute(0, 3, 1, 2) for film in films),
+        film_ids=tuple(film.path.relative_to(root).as_posix() for film in films),
+        film_fps=films[0].rate(),
+        frames=frames,
+        stride=stride,
+        step=step,
+    )
+
+
+def find_videos(root: Path) -> list[PurePath]:
+    """The video files below `root`, relative to it, in order; hidden ones are left out."""
+    videos = sorted(f for f in walk(root)[1] if f.suffix.lower() in SUFFIXES)
+    if not videos:
+        raise DataError(f"{root} holds no videos ({' '.join(sorted(SUFFIXES))})")
+    return videos
+
+
+def holds_videos(root: Path) -> bool:
+    """Whether a folder, which can be read, holds video files at any depth."""
+    return any(f.suffix.lower() in SUFFIXES for f in walk(root)[1])
+
+
+def _sound_films(
+    root: Path, size: tuple[int, int], fps: float | None, max_bad: int, max_bytes: int
+) -> Iterator[Film]:
+    """The videos that can be decoded, one by one, at `fps`."""
+    bad: list[str] = []
+    videos = find_videos(root)
+    frames_left = max_bytes // (3 * size[0] * size[1])
+    for file in tracked(videos, f"reading {root}"):
+        try:
+            film = read_film(root / file, size, fps, frames_left)
+        except DamagedVideo as reason:
+            bad.append(file.as_posix())
+            logger.warning("skipped damaged video %s: %s", root / file, reason)
+            if len(bad) > max_bad:
+                raise DataError(
+                    f"{root}: {len(bad)} damaged videos, more than max_bad={max_bad}: {', '.join(bad)}"
+                ) from reason
+        else:
+            frames_left -= len(film.frames)
+            yield film
+    if len(bad) == len(videos):
+        raise DataError(f"{root}: every video is damaged: {', '.join(bad)}")
+
+
+def _check(film: Film, first: Film, windows: Windows) -> None:
+    """Long enough for a clip, at a constant rate that is the first film's within one percent."""
+    if len(film.frames) < windows.span:
+        raise DataError(
+            f"{film.path}: {len(film.frames)} frames at {film.nominal_fps:.4g} a second, fewer than the "
+            f"{windows.span} of a clip of frames={windows.frames} with stride={windows.stride}"
+        )
+    if not math.isclose(film.rate(), first.rate(), rel_tol=0.01):
+        raise DataError(
+            f"{film.path}: {film.rate():.4g} frames a second, but {first.path.name} has {first.rate():.4g}; "
+            "give fps= to resample both"
+        )

@@ -1,0 +1,282 @@
+"""VDT (arXiv 2305.13311): a video diffusion transformer, factorised in space and time, told by a mask what to make."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.core.cond import Cond
+from ditkit.core.convention import DDPM, Convention
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.grid import Grid, Segment, patchify, unpatchify
+from ditkit.core.model import Denoiser
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.models.dit import DEEPEST, DiT
+from ditkit.nn.axes import Clip
+from ditkit.nn.blocks import Head, Stack
+from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis, sincos_table
+from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
+
+Mode = Literal["video", "image"]
+Conditioning = Literal["mask", "concat", "adaln", "cross"]
+
+SIZES = {"S": (12, 384, 6), "L": (28, 1152, 16)}
+"""Depth, width, heads (VDT, table 1)."""
+
+
+@dataclass(frozen=True)
+class VDTConfig:
+    """Architecture and convention of a VDT.
+
+    Args:
+        channels, frames: of a sample. size: its height and width; one number for both. Any others run, too.
+        patch: side of a token, within a frame. width, depth, heads: of the transformer.
+        classes: labels, without the null class; the paper's models have one, which need not be given.
+        mode: "image" leaves time out, attention and positions: every frame is a DiT's picture.
+        conditioning: how given content comes in. "mask" puts it in the place of the noise (section 3.3); on whole
+            frames that is the paper's choice among the others, concatenation in token space, at half its tokens.
+            "concat" is that concatenation, spelled out: clean tokens precede the noisy ones along time.
+            "adaln" adds the mean of the clean tokens to c; "cross" attends to them in every block.
+        label_dropout: share of training samples whose label is replaced by the null class.
+        class_names: one a class, or empty.
+    """
+
+    channels: int = 4
+    frames: int = 16
+    size: int | tuple[int, int] = 32
+    patch: int = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    classes: int = 1
+    mode: Mode = "video"
+    conditioning: Conditioning = "mask"
+    label_dropout: float = 0.1
+    convention: Convention = DDPM
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "frames", "size", "patch", "width", "depth", "heads", "classes"):
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,)) < 1:
+                raise ConfigError(f"VDT: {name}={given} should be at least 1")
+        for name, choices in (("mode", get_args(Mode)), ("conditioning", get_args(Conditioning))):
+            if getattr(self, name) not in choices:
+                raise ConfigError("VDT: " + unknown(name, getattr(self, name), choices))
+        if any(n % self.patch for n in self.shape[1:]):
+            raise ShapeError(f"VDT: size={self.size} does not divide into patches of {self.patch}")
+        if self.width % self.heads:
+            raise ShapeError(f"VDT: width={self.width} does not divide into heads={self.heads}")
+        if self.width % 4:
+            raise ShapeError(f"VDT: width={self.width} should divide by 4 for the sin-cos table")
+        if self.depth > DEEPEST:
+            raise ConfigError(f"VDT: depth={self.depth} should be at most {DEEPEST}")
+        if not 0 <= self.label_dropout < 1:
+            raise ConfigError(f"VDT: label_dropout={self.label_dropout} should lie in [0, 1)")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ConfigError(f"VDT: {len(self.class_names)} class names for {self.classes} classes")
+        if self.mode == "image" and self.conditioning == "concat":
+            raise ConfigError(
+                "VDT: conditioning='concat' joins frames along time, which mode='image' has not"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of a sample."""
+        return (self.frames, *((self.size, self.size) if isinstance(self.size, int) else self.size))
+
+
+class VDT(Denoiser):
+    """DiT's blocks with attention along time before each, and given content in the place of noise."""
+
+    Config = VDTConfig
+    config: VDTConfig
+
+    def __init__(self, config: VDTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        video, cross = c.mode == "video", c.conditioning == "cross"
+        pixels = c.patch**2 * c.channels
+        self.embed = nn.Linear(pixels, c.width)
+        self.time = TimeEmbedding(c.width)
+        self.label = nn.Embedding(c.classes + 1, c.width)
+        self.blocks = nn.ModuleList(SpaceTimeBlock(c.width, c.heads, video, cross) for _ in range(c.depth))
+        self.head = Head(c.width, pixels * (1 if c.convention.extra == "none" else 2))
+        self.pool = nn.Linear(c.width, c.width) if c.conditioning == "adaln" else None
+        self.nothing = nn.Parameter(torch.zeros(c.width)) if cross else None
+        self.reset_parameters()
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """S/2 or L/2, the paper's sizes, with `changes` to the config.
+
+        Raises:
+            ConfigError: the name is neither.
+        """
+        names = [f"{size}/2" for size in SIZES]
+        if name not in names:
+            raise ConfigError(unknown("VDT preset", name, names))
+        depth, width, heads = SIZES[name.split("/", maxsplit=1)[0]]
+        return cls(VDTConfig(**{"width": width, "depth": depth, "heads": heads, **changes}))
+
+    @classmethod
+    def from_image(cls, image: DiT, **changes: Any) -> Self:
+        """A VDT with the weights of a DiT, whose temporal branches all give 0 at first (ours; W_fc = 0).
+
+        Args:
+            changes: to the config, such as `frames`.
+        """
+        model = cls(VDTConfig(**{**asdict(image.config), "convention": image.config.convention, **changes}))
+        model.load_state_dict({**model.state_dict(), **image.state_dict()})
+        for part in model.modules():
+            if isinstance(part, TemporalAttention):
+                nn.init.zeros_(part.fc.weight)
+        return model
+
+    def reset_parameters(self) -> None:
+        """As DiT, and the temporal branches Xavier-uniform throughout: they are not zero at first, the output is."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
+            nn.init.normal_(table, std=0.02)
+        for part in (*self.blocks, self.head):
+            nn.init.zeros_(part.modulation.weight)
+        nn.init.zeros_(self.head.out.weight)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int, int]:
+        return (self.config.channels, *self.config.shape)
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        grid = Grid.of(tuple(shape[-3:]), self.config.patch)
+        image = Segment("image", grid, grid.length)
+        return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
+
+    def sites(self) -> tuple[Site, ...]:
+        has = (self.config.mode == "video", self.config.conditioning == "cross")
+        blocks = [site for i in range(len(self.blocks)) for site in SpaceTimeBlock.sites(f"blocks.{i}", *has)]
+        return (
+            Site("time", "time"),
+            Site("tokens", "tokens"),
+            Site("blocks", "stack"),
+            *blocks,
+            Site("head", "head"),
+        )
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """All to be made, of the null class.
+
+        Raises:
+            ConfigError: there is neither a label nor a mask to take away.
+        """
+        told = cond.mask if cond.label is None else cond.label
+        if told is None:
+            raise ConfigError("VDT: Cond has neither a label nor a mask that guidance could leave out")
+        label = torch.full((len(told),), self.config.classes, device=told.device)
+        return replace(cond, label=label, mask=None if cond.mask is None else torch.ones_like(cond.mask))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
+        """Predict from noisy clips; any length and size that the patch divides will do.
+
+        Args:
+            x: [B, C, T, H, W]. t: [B], in the unit the convention names.
+            cond: `label` [B], by default 0; `context` and `mask`, without which all is to be made. What x holds
+                where content is given counts for nothing. The network is not told the mask itself.
+
+        Returns:
+            [B, C, T, H, W], or 2C channels where the convention has an extra half.
+
+        Raises:
+            ConfigError: a mask without context.
+            ShapeError: the clip, the context or the mask is not as it should be, or a policy took
+                some rows of "concat".
+        """
+        self._check(x, cond)
+        grid = self._grid(x)
+        c_BD = run.site("time", self.condition, t, cond)
+        tokens: SceneTokens = run.site("tokens", self.tokenize, x, cond)
+        if self.config.conditioning == "concat" and tokens.scene.clip.kept is not None:
+            raise ShapeError("VDT: conditioning='concat' needs every row, a policy left some out")
+        stack = Stack(self.blocks, run, checkpointing=self._checkpointing())
+        h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.scene)
+        out = run.site("head", self.head, h_BLD[:, -grid.length :], c_BD)
+        return unpatchify(out, grid, (1, self.config.patch, self.config.patch))
+
+    def condition(self, t: Tensor, cond: Cond) -> Tensor:
+        """c = time embedding + label embedding (+ pooled clean tokens: adaln), [B, D]; all frames share it."""
+        label = torch.zeros(len(t), dtype=torch.long, device=t.device) if cond.label is None else cond.label
+        rate = self.config.label_dropout if self.training else 0.0
+        c_BD = self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
+        return c_BD if self.pool is None else c_BD + self.pool(self.mean_clean(c_BD, cond))
+
+    def mean_clean(self, c_BD: Tensor, cond: Cond) -> Tensor:
+        """Mean of the clean tokens that hold given content, [B, D]; 0 where nothing is given."""
+        if cond.mask is None:
+            return torch.zeros_like(c_BD)
+        clean, some = self.clean(cond)
+        known = some.to(clean.dtype)[..., None]
+        return (clean * known).sum(1) / known.sum(1).clamp_min(1)
+
+    def tokenize(self, x: Tensor, cond: Cond) -> SceneTokens:
+        """Patches of x embedded, [B, L, D]: given content in its place, or 0 there where it comes another way."""
+        how, mask = self.config.conditioning, cond.mask
+        noisy = cond.given(x) if how == "mask" or mask is None else x.masked_fill(~mask.bool(), 0)
+        h_BLD, grid = self._embed(noisy), self._grid(x)
+        T, n = grid.frames, grid.height * grid.width
+        if how == "concat":
+            clean = torch.zeros_like(h_BLD) if mask is None else self.clean(cond)[0]
+            return SceneTokens(torch.cat([clean, h_BLD], 1), Scene(Clip(2 * T, n), self._seen(x, mask)))
+        if self.nothing is None:
+            return SceneTokens(h_BLD, Scene(Clip(T, n)))
+        memory, known = self.nothing.expand(len(x), 1, -1), x.new_ones(len(x), 1, dtype=torch.bool)
+        if mask is not None:
+            clean, some = self.clean(cond)
+            memory, known = torch.cat([memory, clean], 1), torch.cat([known, some], 1)
+        return SceneTokens(h_BLD, Scene(Clip(T, n), memory=memory, known=known))
+
+    def clean(self, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Tokens of the given content, [B, L, D], and which of them hold any, [B, L]."""
+        assert cond.context is not None and cond.mask is not None
+        made = cond.mask.bool()
+        tokens = self._embed(cond.context.to(self.embed.weight.dtype).masked_fill(made, 0))
+        return tokens, ~patchify(made, self.config.patch).all(-1)
+
+    def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, 2 T]: a frame is seen in its clean tokens if some of it is given, in its noisy ones if some is not."""
+        made_BTL = x.new_ones(x.shape[0], x.shape[2], 1, dtype=torch.bool)
+        if mask is not None:
+            made_BTL = mask.bool().transpose(1, 2).flatten(2)
+        return torch.cat([~made_BTL.all(-1), made_BTL.any(-1)], 1)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Embedded patches of x [B, C, T, H, W] with their positions in space and time, [B, L, D]."""
+        grid, width = self._grid(x), self.config.width
+        h_BLD = self.embed(patchify(x, self.config.patch))
+        table = sincos_table(grid, width, x.device)
+        if self.config.mode == "video":
+            over_time = sincos_axis(grid.frames, width, x.device)
+            table = table + over_time.repeat_interleave(grid.height * grid.width, 0)
+        return h_BLD + table.to(h_BLD.dtype)
+
+    def _grid(self, x: Tensor) -> Grid:
+        return Grid.of(tuple(x.shape[2:]), self.config.patch)
+
+    def _check(self, x: Tensor, cond: Cond) -> None:
+        if x.ndim != 5 or x.shape[1] != self.config.channels:
+            raise ShapeError(f"VDT: input {list(x.shape)} should be [B, {self.config.channels}, T, H, W]")
+        if cond.mask is None:
+            return
+        if cond.context is None:
+            raise ConfigError("VDT: Cond.mask says what is given, but Cond.context is None")
+        for name, given, channels in (("context", cond.context, x.shape[1]), ("mask", cond.mask, 1)):
+            expected = [len(x), channels, *x.shape[2:]]
+            if list(given.shape) != expected:
+                raise ShapeError(f"VDT: Cond.{name} {list(given.shape)} should be {expected}")
+
+    def _checkpointing(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()

@@ -1,0 +1,21 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """W2 drop(SiLU(Wg u) * Wx u), all three with bias (PredFormer; Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.gate = nn.Linear(width, hidden)
+        self.value = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, u: Tensor) -> Tensor:
+        gated = F.silu(self.gate(u)) * self.value(u)
+        return self.out(F.dropout(gated, self.dropout, self.training))

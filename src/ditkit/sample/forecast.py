@@ -1,0 +1,34 @@
+"""Forecasts longer or shorter than the number of frames that a model says at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError, ShapeError
+from ditkit.core.model import Denoiser, Model
+from ditkit.core.numbers import integer
+
+
+def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
+    """The `horizon` frames after `observed`: predicted frames are fed back, and the last pass is cut (PredFormer).
+
+    Args:
+        observed: [B, C, T, H, W].
+
+    Returns:
+        [B, C, horizon, H, W].
+
+    Raises:
+        ConfigError: the horizon is no positive integer, or the model needs noise.
+        ShapeError: `observed` is no batch of clips.
+    """
+    horizon = integer("horizon", horizon, least=1)
+    if isinstance(model, Denoiser):
+        raise ConfigError(f"forecast: a {type(model).__name__} makes frames from noise; use sample")
+    if observed.ndim != 5 or not observed.shape[2]:
+        raise ShapeError(f"forecast: observed {list(observed.shape)} should be [B, C, T, H, W]")
+    made: list[Tensor] = []
+    for _ in range(0, horizon, observed.shape[2]):
+        made.append(model(made[-1] if made else observed))
+    return torch.cat(made, 2)[:, :, :horizon]

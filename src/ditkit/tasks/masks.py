@@ -1,0 +1,228 @@
+"""What of a clip is given and what is to be made: the tasks of one masked video model (VDT, section 3.3).
+
+A mask is bool [1, T, H, W] on the grid of the network's input, true where content is to be made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+
+Size = tuple[int, int, int]
+"""Frames, height and width."""
+
+SMALLEST, ASPECT = 4, 0.3
+"""Cells of a block of `region`, and its narrowest shape (BEiT, algorithm 1)."""
+TRIMMED = 3
+"""Most frames at either end of a clip that `region` gives whole."""
+HIDDEN = 0.8
+"""Chance of a frame to be made in `random-frames`."""
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """A task, as the masks that stand for it.
+
+    Args:
+        draw: from (T, H, W) and a CPU generator to the mask, bool [1, T, H, W].
+        frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be made.
+    """
+
+    name: str
+    draw: Callable[[Size, Generator], Tensor]
+    frames: int = 2
+    cells: int = 1
+
+    def fits(self, size: Size) -> bool:
+        return size[0] >= self.frames and size[1] * size[2] >= self.cells
+
+    def __call__(self, size: Size, generator: Generator) -> Tensor:
+        """A mask of `size`.
+
+        Raises:
+            ConfigError: the clip is too short or too small for this task.
+        """
+        if not self.fits(size):
+            T, H, W = size
+            raise ConfigError(
+                f"mask {self.name!r} needs {self.frames} frames of {self.cells} cells or more, got {T} of {H} x {W}"
+            )
+        return self.draw(size, generator)
+
+
+def _frames(given: Callable[[int], Tensor | Sequence[int]]) -> Callable[[Size, Generator], Tensor]:
+    """A kind that draws nothing and gives the frames `given(T)`."""
+
+    def draw(size: Size, generator: Generator) -> Tensor:
+        mask = torch.ones(1, *size, dtype=torch.bool)
+        mask[:, given(size[0])] = False
+        return mask
+
+    return draw
+
+
+def _single_frame(size: Size, generator: Generator) -> Tensor:
+    frame = _integer(size[0], generator)
+    return _frames(lambda T: [frame])(size, generator)
+
+
+def _random_frames(size: Size, generator: Generator) -> Tensor:
+    """Drawn again until a frame is given and one is to be made: at 16 frames, once in 36 times."""
+    made = torch.ones(size[0], dtype=torch.bool)
+    while made.all() or not made.any():
+        made = torch.rand(size[0], generator=generator) < HIDDEN
+    return made[None, :, None, None].expand(1, *size).clone()
+
+
+def _region(size: Size, generator: Generator) -> Tensor:
+    """Blocks of half a frame's cells, in all frames but up to three at either end, which are given."""
+    T = size[0]
+    before = _integer(min(TRIMMED, T - 1) + 1, generator)
+    after = _integer(min(TRIMMED, T - 1 - before) + 1, generator)
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, before : T - after] = _blocks(size[1], size[2], generator)
+    return mask
+
+
+def _blocks(H: int, W: int, generator: Generator) -> Tensor:
+    """BEiT's blockwise mask: rectangles of random area and shape until half the cells are covered, or none fits."""
+    mask, most = torch.zeros(H, W, dtype=torch.bool), H * W // 2
+    while (left := most - int(mask.sum())) > 0:
+        block = _block(mask, left, generator)
+        if block is None:
+            break
+        mask[block] = True
+    if not mask.any():  # a grid on which no rectangle fits
+        mask.view(-1)[_integer(H * W, generator)] = True
+    return mask
+
+
+def _block(mask: Tensor, left: int, generator: Generator) -> tuple[slice, slice] | None:
+    """One of ten tries that covers between 1 and `left` new cells."""
+    H, W = mask.shape
+    for _ in range(10):
+        area = _uniform(min(SMALLEST, left), left, generator)
+        aspect = math.exp(_uniform(math.log(ASPECT), -math.log(ASPECT), generator))
+        h, w = max(round(math.sqrt(area * aspect)), 1), max(round(math.sqrt(area / aspect)), 1)
+        if h >= H or w >= W:
+            continue
+        top, start = _integer(H - h + 1, generator), _integer(W - w + 1, generator)
+        block = (slice(top, top + h), slice(start, start + w))
+        if 0 < h * w - int(mask[block].sum()) <= left:
+            return block
+    return None
+
+
+def _integer(below: int, generator: Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _uniform(low: float, high: float, generator: Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+KINDS: Mapping[str, MaskKind] = {
+    kind.name: kind
+    for kind in (
+        MaskKind("unconditional", _frames(lambda T: []), frames=1),
+        MaskKind("predict", _frames(lambda T: range(T // 2))),
+        MaskKind("backward", _frames(lambda T: range(T - T // 2, T))),
+        MaskKind("interpolate", _frames(lambda T: range(0, T, 4))),
+        MaskKind("single-frame", _single_frame),
+        MaskKind("random-frames", _random_frames),
+        MaskKind("region", _region, frames=1, cells=2),
+        MaskKind("first-frame", _frames(lambda T: [0])),
+        MaskKind("first-last", _frames(lambda T: [0, T - 1]), frames=3),
+    )
+}
+"""Every task by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""
+
+TEMPORAL = ("predict", "backward", "interpolate", "unconditional", "single-frame", "random-frames")
+"""The paper's training tasks on whole frames."""
+
+
+def mask_kind(name: str) -> MaskKind:
+    """The task called `name`.
+
+    Raises:
+        ConfigError: there is none; the message quotes the nearest.
+    """
+    if name not in KINDS:
+        raise ConfigError(unknown("mask", name, KINDS))
+    return KINDS[name]
+
+
+@dataclass(frozen=True)
+class MaskMixture:
+    """A task for each training sample: `region` with its chance, else one of `frames`, all alike (VDT's code).
+
+    The code draws one mask a batch; here every sample has its own. Tasks that a clip is too short for are
+    left out.
+
+    Args:
+        region: chance of the task "region". frames: names of the other tasks.
+    """
+
+    region: float = 0.2
+    frames: tuple[str, ...] = TEMPORAL
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.region <= 1:
+            raise ConfigError(f"MaskMixture: region={self.region} should lie in [0, 1]")
+        if not self.frames and self.region < 1:
+            raise ConfigError(f"MaskMixture: region={self.region} without other frames, expected 1")
+        for name in self.frames:
+            mask_kind(name)
+
+    def kind(self, size: Size, generator: Generator) -> MaskKind:
+        """The next task.
+
+        Raises:
+            ConfigError: a clip of `size` is too short or small for all of them.
+        """
+        region = KINDS["region"]
+        chance = self.region if region.fits(size) else 0.0
+        kinds = [KINDS[name] for name in self.frames if KINDS[name].fits(size)]
+        if not kinds and not chance:
+            raise ConfigError(f"MaskMixture: clips of {size} (frames, height, width) fit none of its tasks")
+        if not kinds or float(torch.rand((), generator=generator)) < chance:
+            return region
+        return kinds[_integer(len(kinds), generator)]
+
+    def masks(self, size: Size, generators: Sequence[Generator]) -> Tensor:
+        """One mask a generator, bool [B, 1, T, H, W], whatever else is in the batch."""
+        return torch.stack([self.kind(size, g)(size, g) for g in generators])
+
+
+def checked(mask: Tensor, size: Size, source: object = "mask") -> Tensor:
+    """A user's masks [B, 1, T, H, W] as bool, each of which gives something and leaves something to be made.
+
+    Args:
+        source: what the errors name, such as the file that the mask was read from.
+
+    Raises:
+        ShapeError: the masks are not of `size`.
+        ConfigError: a value is neither 0 nor 1, or a mask hides everything or nothing.
+    """
+    if mask.ndim != 5 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != tuple(size):
+        raise ShapeError(f"{source}: {list(mask.shape)} should be {['B', 1, *size]}".replace("'", ""))
+    other = mask[(mask != 0) & (mask != 1)]
+    if other.numel():
+        raise ConfigError(f"{source}: value {other[0].item():g} should be 0 (given) or 1 (to be made)")
+    made = mask.bool()
+    for row, cells in enumerate(made.flatten(1)):
+        if cells.all():
+            raise ConfigError(
+                f"{source}: row {row} hides everything, expected some 0; 'unconditional' needs no mask"
+            )
+        if not cells.any():
+            raise ConfigError(
+                f"{source}: row {row} hides nothing, expected some 1 where content is to be made"
+            )
+    return made

@@ -1,0 +1,52 @@
+"""Learning to code a signal and to decode it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ditkit.core.codec import VariationalCodec
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.train.objective import Batch, Objective
+from ditkit.train.randomness import Chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedBatch(Batch):
+    """A batch, what came back of it, and the Gaussians [B, C, ...] that its latents were drawn from."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Autoencoding(Objective):
+    """A codec sees data, draws latents and decodes them (arXiv 2112.10752, section 3.1)."""
+
+    def check(self, model: Any) -> None:
+        for term in self.active:
+            if lacking := term.lacks(model):
+                raise ConfigError(f"{type(term).__name__} needs {lacking}")
+        if not isinstance(model, VariationalCodec):
+            raise ConfigError(
+                f"Autoencoding: a {type(model).__name__} has no latents that are drawn, as ImageVae has"
+            )
+
+    def __call__(
+        self, forward: Callable[..., Any], model: Any, data: Tensor, cond: Cond, chance: Chance
+    ) -> dict[str, Tensor]:
+        noise, _, _ = chance.draws(model.latent_shape(tuple(data.shape[1:])))
+        prediction, mean, log_variance = forward(data, noise.to(data.device))
+        return self.weigh(
+            CodedBatch(
+                data=data,
+                prediction=prediction.float(),
+                taps={},
+                mean=mean.float(),
+                log_variance=log_variance.float(),
+            )
+        )

@@ -1,0 +1,463 @@
+"""Fields and series: parts and windows without leakage, scaling, calendars, and what each bad file says."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ditkit.core.errors import ConfigError, DataError, ShapeError
+from ditkit.data import fields, series
+from ditkit.data.calendar import Step, month_of_year, slot_of_day, step_of
+from ditkit.data.fields import FieldSet
+from ditkit.data.sets import rain, winds
+
+HOURS = np.datetime64("2024-02-28T22:00") + np.arange(10) * np.timedelta64(1, "h")
+
+
+def tiny(**changes) -> FieldSet:
+    """Ten hours of two variables on 2 x 3 cells; the first is 10 n + cell, the second its negative."""
+    first = (10.0 * torch.arange(10.0)[:, None] + torch.arange(6.0)).view(10, 1, 2, 3)
+    given = {
+        "name": "tiny",
+        "values": torch.cat([first, -first], 1),
+        "times": HOURS,
+        "step": Step(1, "hour"),
+        "variables": ("up", "down"),
+        "units": ("m", "K"),
+    }
+    return FieldSet(**(given | changes))
+
+
+# -- calendar
+
+
+def times(*stamps: str) -> np.ndarray:
+    return np.array(stamps, dtype="M8[us]")
+
+
+@pytest.mark.parametrize(
+    ("stamps", "step"),
+    [
+        (["2024-01-31", "2024-02-29", "2024-03-31"], "month"),
+        (["2022-01-01", "2023-01-01", "2024-01-01"], "12 months"),
+        (["2024-01-01", "2024-01-08", "2024-01-15"], "7 days"),
+        (["2024-02-28T23:30", "2024-02-29T00:00", "2024-02-29T00:30"], "30 minutes"),
+        (["2024-01-01T00:00:00", "2024-01-01T00:00:00.1"], "100 milliseconds"),
+        (["2024-01-01T00", "2024-01-01T01", "2024-01-01T02", "2024-01-01T05"], "hour"),
+        (["1982-01-16T20:00", "1982-02-16T06:30", "1982-03-18T17:00"], "month"),
+    ],
+)
+def test_step_of_a_calendar(stamps, step):
+    found = step_of(times(*stamps))
+    assert str(found) == step
+    assert found.index(times(*stamps)).tolist()[:2] == [0, 1]
+
+
+def test_a_month_keeps_its_day_or_ends_on_its_last():
+    after = Step(1, "month").after(times("2024-01-31T12:00")[0], np.arange(4))
+    expected = ["2024-01-31T12:00", "2024-02-29T12:00", "2024-03-31T12:00", "2024-04-30T12:00"]
+    assert after.tolist() == times(*expected).tolist()
+
+
+def test_phases_of_year_and_day():
+    stamps = times("1969-12-31T23:59", "2024-03-01T06:00")
+    assert month_of_year(stamps).tolist() == [11, 2]
+    assert slot_of_day(stamps, 24).tolist() == [23, 6]
+    assert [Step(1, "hour").per_day, Step(5, "hour").per_day, Step(1, "day").per_day] == [24, 0, 0]
+
+
+# -- the set itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": torch.zeros(10, 2, 2)}, r"float32 \[10, 2, 2\], expected torch.float32 \[N, C, H, W\]"),
+        ({"units": ("m",)}, "numbers of variables differ.*'units': 1"),
+        ({"variables": ("up", "up")}, "numbers of variables differ.*'variables': 1"),
+        ({"times": HOURS[:9]}, r"\[9\], expected datetime64 \[10\]"),
+        ({"times": HOURS[[*range(9), 8]]}, "index 9 follows 2024-02-29T06:00, expected one step .hour."),
+        ({"step": Step(30, "minute")}, "index 1 follows 2024-02-28T22:00"),
+        ({"valid": torch.ones(2, 3)}, r"expected torch.bool \[2, 2, 3\]"),
+        ({"values": torch.full((10, 2, 2, 3), torch.nan)}, "120 of 120 values are not finite"),
+    ],
+)
+def test_inconsistent_sets_are_refused(changes, message):
+    with pytest.raises(DataError, match=message):
+        tiny(**changes)
+
+
+def test_windows_are_consecutive_frames():
+    given, target = tiny().window(3, observed=2, horizon=4)
+    assert given.shape == (2, 2, 2, 3) and target.shape == (2, 4, 2, 3)
+    assert given[0, :, 0, 0].tolist() == [30, 40] and target[0, :, 0, 0].tolist() == [50, 60, 70, 80]
+    assert target[1, 0, 1, 2].item() == -55
+    assert tiny().target_times(3, 2, 4).tolist() == HOURS[5:9].tolist()
+
+
+def test_batches_cover_every_window_once_in_order():
+    batches = list(tiny().batches(observed=2, horizon=3, size=4))
+    assert [list(starts) for starts, _, _ in batches] == [[0, 1, 2, 3], [4, 5]]
+    firsts = torch.cat([target for _, _, target in batches])[:, 0, 0, 0, 0]
+    assert firsts.tolist() == [20, 30, 40, 50, 60, 70]
+    assert [list(starts) for starts, _, _ in tiny().batches(2, 3, size=9, stride=4)] == [[0, 4]]
+
+
+def test_no_window_is_an_error_with_the_numbers():
+    assert tiny().count(6, 4) == 1
+    with pytest.raises(
+        DataError, match="tiny has 10 steps, expected at least 11 for one window of observed=6"
+    ):
+        tiny().count(6, 5)
+    with pytest.raises(ConfigError, match="start=1 should be at most 0"):
+        tiny().window(1, 6, 4)
+    with pytest.raises(ConfigError, match="horizon=0 should be at least 1"):
+        tiny().count(6, 0)
+
+
+@pytest.mark.parametrize("lead_in", [0, 1, 3])
+@pytest.mark.parametrize("observed", [1, 3])
+def test_no_target_of_one_part_is_seen_in_another_as_target(lead_in, observed):
+    parts = tiny().split(validation=0.2, test=3, lead_in=lead_in)
+    assert [len(part) - part.lead_in for part in parts] == [5, 2, 3]
+    targets = [
+        {t for i in range(part.count(observed, 1)) for t in part.target_times(i, observed, 1).tolist()}
+        for part in parts
+        if len(part) > max(observed, part.lead_in)
+    ]
+    assert sum(map(len, targets)) == len(set().union(*targets))
+    assert max(targets[0]) == HOURS[4].tolist()
+    if lead_in >= observed:
+        assert [len(t) for t in targets] == [5 - observed, 2, 3]
+        given, target = parts.test.window(0, observed, 1)
+        assert given[0, -1, 0, 0] == 60 and target[0, 0, 0, 0] == 70
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation": 0.5, "test": 0.5}, "leave 0 of 10 steps for training, expected at least 1"),
+        ({"test": 7, "lead_in": 3}, "leave 2 of 10 steps for training, expected at least 3"),
+        ({"validation": 1.5}, "validation=1.5 should be a fraction"),
+        ({"test": -1}, "test=-1 should be a fraction"),
+        ({"test": True}, "test=True should be a fraction"),
+        ({"lead_in": -1}, "lead_in=-1 should be at least 0"),
+    ],
+)
+def test_splits_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny().split(**options)
+
+
+def test_scaling_is_of_the_training_part_and_has_an_inverse():
+    parts = tiny().split(validation=0, test=5)
+    scaled = parts.normalised()
+    up = parts.training.values[:, 0]
+    assert scaled.training.values.mean((0, 2, 3)).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert scaled.training.values.std((0, 2, 3), correction=0).tolist() == pytest.approx([1, 1])
+    assert scaled.test.scaling is scaled.training.scaling
+    assert scaled.test.scaling.mean.tolist() == pytest.approx([up.mean().item(), -up.mean().item()])
+    assert scaled.test.values.mean() == pytest.approx(0, abs=1e-6)  # up and down cancel
+    assert scaled.test.values[:, 0].min() > 1.0  # later hours lie above the training part
+    torch.testing.assert_close(scaled.test.scaling.restore(scaled.test.values), parts.test.values)
+    given, _ = scaled.test.batch([0], 2, 1)
+    torch.testing.assert_close(scaled.test.scaling.restore(given)[0, :, 0], parts.test.values[0])
+    with pytest.raises(ConfigError, match="normalised already"):
+        scaled.normalised()
+
+
+def test_a_constant_variable_has_no_scaling():
+    with pytest.raises(DataError, match=r"variable 'up' is constant at 3 in all 10 steps"):
+        tiny(values=torch.full((10, 2, 2, 3), 3.0)).fit_scaling()
+
+
+def test_cropping_and_padding_divide_by_the_patch():
+    assert tiny().cropped(2).values.equal(tiny().values[..., :2])
+    padded = tiny().padded(4)
+    assert padded.values.shape == (10, 2, 4, 4)
+    assert padded.values[:, :, :2, :3].equal(tiny().values)
+    assert padded.valid.sum().item() == 12 and padded.valid[:, :2, :3].all()
+    assert padded.values[:, ~padded.valid].eq(0).all()
+    with pytest.raises(ShapeError, match=r"\[2, 3\] cells hold no patch of 4 x 4"):
+        tiny().cropped(4)
+
+
+def test_padding_and_dead_cells_stay_out_of_the_scaling():
+    valid = torch.ones(2, 2, 3, dtype=torch.bool)
+    valid[0, 0, 0] = False
+    dead = tiny(valid=valid, values=tiny().values.where(valid, 0))
+    live = tiny().values[:, 0].flatten(1)[:, 1:]
+    for one in (dead, dead.padded(8)):
+        scaling = one.fit_scaling()
+        assert scaling.mean[0] == pytest.approx(live.mean().item())
+        normalised = one.normalised(scaling)
+        assert normalised.values[:, ~one.valid].eq(0).all()
+
+
+# -- named sets
+
+
+@pytest.mark.parametrize(("module", "package"), [(winds, "ferret-datasets"), (rain, "r-cran-stars")])
+def test_a_set_that_is_not_here_says_what_to_install(module, package, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "DEBIAN_FILE", tmp_path / "absent.nc")
+    monkeypatch.setenv("DITKIT_DATA", str(tmp_path))
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(DataError, match=f"the {name} set.*apt-get install --no-install-recommends {package}"):
+        module.load()
+    with pytest.raises(ConfigError, match=f"{name}: size=64, expected none"):
+        module.load(64)
+    (tmp_path / "absent.nc").write_bytes(b"other")
+    with pytest.raises(DataError, match=f"has SHA-256 {hashlib.sha256(b'other').hexdigest()}, expected"):
+        module.load()
+
+
+def loaded(module) -> FieldSet:
+    pytest.importorskip("netCDF4")
+    try:
+        return module.load()
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_real_winds():
+    found = loaded(winds)
+    assert found.values.shape == (132, 2, 73, 144) and found.valid is None and str(found.step) == "month"
+    assert [str(found.times[i].astype("M8[M]")) for i in (0, -1)] == ["1982-01", "1992-12"]
+    # the westerlies of the Southern Ocean (rows of 52.5 to 45 S) and the trades (7.5 to 15 N) blow as on Earth
+    assert found.values[:, 0, 15:19].mean() > 5 and found.values[:, 0, 39:43].mean() < -1
+
+
+def test_real_rain():
+    found = loaded(rain)
+    assert found.values.shape == (23, 1, 118, 87) and found.units == ("mm/h",) and str(found.step) == "hour"
+    assert found.values.min() == 0 and found.values.max() == 163.75
+    assert found.times[0] == np.datetime64("2018-09-13T19:00")
+
+
+# -- a user's netCDF file
+
+
+def write_netcdf(
+    path: Path, values: np.ndarray, stamps=(0, 1, 2, 3), calendar="standard", units=None
+) -> Path:
+    netCDF4 = pytest.importorskip("netCDF4")
+    with netCDF4.Dataset(path, "w") as file:
+        for name, length in zip(("time", "y", "x"), values.shape, strict=True):
+            file.createDimension(name, length)
+        time = file.createVariable("time", "f8", ("time",))
+        time.units, time.calendar = units or "days since 2024-01-01", calendar
+        time[:] = stamps
+        heat = file.createVariable("heat", "i2", ("time", "y", "x"), fill_value=-1)
+        heat.units, heat.scale_factor, heat.add_offset = "K", 0.5, 100.0
+        heat[:] = np.ma.array(np.nan_to_num(values), mask=np.isnan(values))
+        file.createVariable("height", "f4", ("y", "x"))[:] = 1
+        file.createVariable("edge", "f4", ("time", "x", "x"))[:] = 1
+    return path
+
+
+def ramp() -> np.ndarray:
+    """Four times of 2 x 3 cells: 100 + 10 n + cell, in halves."""
+    return 100 + 10.0 * np.arange(4)[:, None, None] + np.arange(6).reshape(2, 3)
+
+
+def test_netcdf_scaled_values_and_a_cell_that_never_holds_data(tmp_path):
+    values = ramp()
+    values[:, 1, 1] = np.nan
+    found = fields.load(write_netcdf(tmp_path / "heat.nc", values), variables=["heat"])
+    assert (found.name, found.variables, found.units, str(found.step)) == ("heat", ("heat",), ("K",), "day")
+    assert found.valid.sum() == 5 and not found.valid[0, 1, 1]
+    assert found.values[2, 0].tolist() == [[120, 121, 122], [123, 0, 125]]
+
+
+def test_times_in_fractions_of_a_day_are_even(tmp_path):
+    stamps = 40_000 + np.arange(4) / 24
+    found = fields.load(
+        write_netcdf(tmp_path / "h.nc", ramp(), stamps, units="days since 1900-01-01"), ["heat"]
+    )
+    assert str(found.step) == "hour"
+
+
+def test_a_hole_is_an_error_or_interpolated_in_time(tmp_path, caplog):
+    values = ramp()
+    values[1:3, 0, 2] = values[0, 1, 0] = np.nan
+    path = write_netcdf(tmp_path / "heat.nc", values)
+    with pytest.raises(DataError) as caught:
+        fields.load(path, ["heat"])
+    assert str(caught.value) == (
+        f"{path}, time step 1: variable 'heat' has no finite value in cell (1, 0) of 2 x 3 (3 missing in all), "
+        "expected numbers; repair='interpolate' fills them in time"
+    )
+    found = fields.load(path, ["heat"], repair="interpolate")
+    assert found.values[:, 0, 0, 2].tolist() == [102, 112, 122, 132]
+    assert found.values[:, 0, 1, 0].tolist() == [113, 113, 123, 133]  # held before the first known value
+    assert "3 of 24 values are interpolated" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "load", "error", "message"),
+    [
+        ({}, {}, DataError, r"'heat' lies over \('time', 'y', 'x'\), 'edge' over .*choose with variables="),
+        ({}, {"variables": ["heta"]}, ConfigError, "unknown variable 'heta'; did you mean 'heat'"),
+        ({}, {"variables": []}, ConfigError, "expected at least one name"),
+        ({}, {"repair": "sorted"}, ConfigError, "unknown repair 'sorted'; did you mean 'sort'"),
+        (
+            {},
+            {"variables": ["heat"], "max_bytes": 95},
+            DataError,
+            "need 96 bytes of memory, more than max_bytes=95",
+        ),
+        ({"calendar": "360_day"}, {"variables": ["heat"]}, DataError, "calendar '360_day'"),
+        (
+            {"units": "moons since 2024-01-01"},
+            {"variables": ["heat"]},
+            DataError,
+            "units 'moons since.*not readable",
+        ),
+        (
+            {"stamps": (0, 2, 1, 3)},
+            {"variables": ["heat"]},
+            DataError,
+            "time step 3: time 2024-01-02.*repair='sort'",
+        ),
+        ({"stamps": (0, 1, np.nan, 3)}, {"variables": ["heat"]}, DataError, "time step 3: 'time' is missing"),
+    ],
+)
+def test_bad_netcdf(options, load, error, message, tmp_path):
+    path = write_netcdf(tmp_path / "heat.nc", ramp(), **options)
+    with pytest.raises(error, match=message) as caught:
+        fields.load(path, **load)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_netcdf_with_fields(tmp_path):
+    pytest.importorskip("netCDF4")
+    with pytest.raises(DataError, match=r"absent.nc as netCDF: No such file"):
+        fields.load(tmp_path / "absent.nc")
+    (tmp_path / "text.nc").write_text("no")
+    with pytest.raises(DataError, match=r"cannot read .*text.nc as netCDF"):
+        fields.load(tmp_path / "text.nc")
+
+
+# -- a CSV of several series
+
+
+@pytest.fixture
+def csv(tmp_path):
+    pytest.importorskip("pandas")
+
+    def write(*rows: str, header: str = "time,load,heat") -> Path:
+        path = tmp_path / "s.csv"
+        path.write_text("\n".join([header, *rows]) + "\n")
+        return path
+
+    return write
+
+
+def test_series_become_a_field_of_one_cell(csv):
+    path = csv("2024-01-31,1,2e3", "2024-02-29, 3 ,4", "", "2024-03-31,5,6")
+    found = series.load(path)
+    assert found.values.shape == (3, 2, 1, 1) and found.values.flatten().tolist() == [1, 2000, 3, 4, 5, 6]
+    assert (found.name, found.variables, str(found.step), found.valid) == (
+        "s",
+        ("load", "heat"),
+        "month",
+        None,
+    )
+    assert series.load(path, columns=["heat"]).values.flatten().tolist() == [2000, 4, 6]
+
+
+def test_time_column_format_separator_and_offsets(csv):
+    path = csv("1;31.03.2024 01:00+01:00", "2;31.03.2024 03:00+02:00", header="load;when")
+    found = series.load(path, time="when", time_format="%d.%m.%Y %H:%M%z", separator=";")
+    assert [str(t) for t in found.times.astype("M8[h]")] == ["2024-03-31T00", "2024-03-31T01"]
+
+
+DAYS = ("2024-01-01,1,2", "2024-01-02,3,4", "2024-01-03,5,6")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((), "holds no lines of data, expected a header and at least 2"),
+        (DAYS[:1], "lines with data: 1, expected at least 2"),
+        ((*DAYS, "2024-01-04,x,4"), "line 5: column 'load' is 'x', expected a number"),
+        ((*DAYS, "2024-01-04,True,4"), "line 5: column 'load' is 'True', expected a number"),
+        (
+            (*DAYS, "2024-01-04,,4"),
+            r"line 5: column 'load' has no finite value \(1 missing.*repair='interpolate'",
+        ),
+        ((*DAYS, "2024-01-04,inf,4"), "line 5: column 'load' has no finite value"),
+        ((*DAYS, "2024-01-04,1e300,4"), "line 5: column 'load' has no finite value"),
+        ((*DAYS, "2024-01-04,7"), "line 5: column 'heat' has no finite value"),
+        ((*DAYS, "2024-01-04,7,8,9"), "Expected 3 fields in line 5, saw 4"),
+        (
+            (*DAYS, "soon,7,8"),
+            "line 5: time column 'time' is 'soon', expected a time stamp like '2024-01-01'",
+        ),
+        ((*DAYS, "2024-01-32,7,8"), "line 5: time column 'time' is '2024-01-32'"),
+        ((*DAYS, ",7,8"), "line 5: time column 'time' is empty"),
+        (
+            ("0,7,8", "1,7,8"),
+            "line 2: time column 'time' is '0', expected a time stamp like 2024-01-31 18:00",
+        ),
+        (("2024-01-01,7,8,9",), "line 2: 4 values, expected 3 as in the header, separated by ','"),
+        (DAYS[::-1], "line 3: time 2024-01-02T00:00 comes after 2024-01-03T00:00.*repair='sort'"),
+        ((*DAYS, DAYS[2]), "line 5: time 2024-01-03T00:00 again, first on line 4.*repair='first'"),
+        (
+            (*DAYS, "", "2024-01-06,7,8"),
+            r"line 6: time 2024-01-06T00:00 follows 2024-01-03T00:00, expected one step \(day\).*\(2 steps in all\)",
+        ),
+        (("2024-01-01,1,", "2024-01-02,1,"), "column 'heat' holds no number at all"),
+    ],
+)
+def test_bad_rows_are_named(csv, rows, message):
+    with pytest.raises(DataError, match=message) as caught:
+        series.load(csv(*rows))
+    assert "\n" not in str(caught.value) and "s.csv" in str(caught.value)
+
+
+def test_a_time_between_two_steps_has_no_repair(csv):
+    rows = [f"2024-01-01 0{i}:00,1,2" for i in range(4)]
+    with pytest.raises(
+        DataError, match=r"line 6: time 2024-01-01T04:20 is no whole number of steps \(hour\)"
+    ):
+        series.load(csv(*rows, "2024-01-01 04:20,1,2"), repair="interpolate")
+
+
+def test_bad_headers_and_columns(csv):
+    with pytest.raises(DataError, match="line 1: column 'a' appears 2 times"):
+        series.load(csv("2024-01-01,1,2", header="time,a,a"))
+    with pytest.raises(ConfigError, match="unknown column 'laod'; did you mean 'load'"):
+        series.load(csv(*DAYS), columns=["laod"])
+    with pytest.raises(ConfigError, match="at least one series, each column once"):
+        series.load(csv(*DAYS), columns=["time"])
+    with pytest.raises(DataError, match="No such file"):
+        series.load("absent.csv")
+
+
+def test_every_repair_at_once(csv, caplog):
+    path = csv("2024-01-05,1,2", "2024-01-01,1,2", "2024-01-01,9,9", "2024-01-02,,3", "2024-01-04,7,5")
+    found = series.load(path, repair=("sort", "first", "interpolate"))
+    assert [str(t) for t in found.times.astype("M8[D]")] == [f"2024-01-0{i}" for i in range(1, 6)]
+    assert found.values[:, :, 0, 0].tolist() == [[1, 2], [3, 3], [5, 4], [7, 5], [1, 2]]
+    assert "1 of 5 steps are missing and interpolated" in caplog.text
+
+
+def test_a_gap_of_a_month_is_filled_on_its_last_day(csv):
+    found = series.load(csv("2024-01-31,1,2", "2024-03-31,3,2", "2024-04-30,4,1"), repair="interpolate")
+    assert [str(t) for t in found.times.astype("M8[D]")] == [
+        "2024-01-31",
+        "2024-02-29",
+        "2024-03-31",
+        "2024-04-30",
+    ]
+    assert found.values[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_wrong_century_is_not_filled(csv):
+    with pytest.raises(DataError, match=r"line 5: gaps need 36521 steps \(day\) made up from 4 given ones"):
+        series.load(csv(*DAYS, "2124-01-01,1,2"), repair="interpolate")
