@@ -255,7 +255,7 @@ def test_a_config_that_is_not_the_models_is_quoted(folder, change, expected):
         ("{}", "no 'model' that names an architecture"),
         ('{"model": 1}', "no 'model' that names an architecture"),
         ('{"modle": "DiT"}', "unknown key 'modle'; did you mean 'model'?"),
-        ('{"model": "DTI"}', "unknown model 'DTI'; did you mean 'dit'?"),
+        ('{"model": "DiTs"}', "unknown model 'DiTs'; did you mean 'dit'?"),
         ('{"model": "DiT"}', "DiTConfig should be an object, not None"),
         ('{"model": "DiT", "config": []}', "DiTConfig should be an object, not []"),
         ('{"model": "DiT", "config": {}, "history": 3}', "'history' should be a list"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
+    CLIP_AXES,
     DataName,
     Labels,
     ModelName,
@@ -21,13 +25,20 @@ from ditkit.cli.options import (
     solver_of,
     writable,
 )
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
+from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.data.loading import load_images
 from ditkit.evaluate.compare import compare as compared
+from ditkit.sample.workload import TOLD_NOTHING
+from ditkit.tasks.masks import mask_kind
+from ditkit.tasks.video import conditioned
+from ditkit.tasks.video_scores import UNCONDITIONAL, held_out
 
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
+PREDICT = "predict"
 
 
 def compare(
@@ -47,6 +58,7 @@ def compare(
     max_bytes: Number = None,
     no_memory: bool = False,
     data: DataName = None,
+    mask: DataName = None,
     out: Path = Path("outputs/compare"),
 ) -> None:
     """Compare policies with the exact sampler: speed beside error.
@@ -55,27 +67,32 @@ def compare(
         ditkit compare emoji --policy taylorseer:interval=4
         ditkit compare emoji --policy taylorseer --policy taylorseer:order=1 --seeds 0..15
         ditkit compare emoji --demo --out outputs/demo
+        ditkit compare runs/vdt/model --policy taylorseer:interval=4 --guidance 1
+        ditkit compare runs/vdt/model --policy taylorseer --data moving-digits --mask interpolate
 
     Writes into the folder of --out:
-        report.html    pictures, plot and table in one file, for a browser
+        report.html    pictures or clips, plots and a table in one file, for a browser
         report.json    every number, with what it means
-        sheet.png      the pictures
+        sheet.png      the pictures, or frames of the clips
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         policy: Such as taylorseer:interval=4,order=2. Repeat it, a row each; exact is always there.
         demo: Instead of --policy: TaylorSeer with intervals 3, 4, 6 and orders 0, 1, 2, and --fewer-steps.
-        seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
+        seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
         steps: Steps of the solver.
-        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
+        solver: From noise to sample: euler, heun, ddim, ancestral, eulermaruyama.
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
         rounds: Timed passes over all seeds; the median counts.
-        batch_size: Pictures drawn at once.
+        batch_size: Samples drawn at once.
         max_bytes: Memory that a policy may hold; more is refused.
         no_memory: Do not measure peak memory, which takes a process for each row.
-        data: A named set (emoji) or a folder, to report FID and KID against.
+        data: A named set (emoji) or a folder. Of images: to report FID and KID against. Of clips (moving-digits,
+            vizdoom): clips that are given in part, of the test split where there is one.
+        mask: What of the clips of --data is given: predict (the first half; the default), backward,
+            interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
     """
     policies = demo_policies(policy) if demo else policies_of(policy)
@@ -83,7 +100,11 @@ def compare(
         raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
     numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
     network = load(model)
-    real = None if data is None else load_images(data, network.sample_shape[-1]).images_float()
+    if not isinstance(network, Denoiser):
+        raise ConfigError(
+            f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
+        )
+    real, cond = told(network, data, mask, numbers)
     with writable(out), progress() as advance:
         report = compared(
             network,
@@ -93,6 +114,7 @@ def compare(
             steps=steps,
             solver=way,
             guidance=guidance,
+            cond=cond,
             converged_steps=converged_steps,
             rounds=rounds,
             batch_size=batch_size,
@@ -117,3 +139,40 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     if given:
         raise ConfigError(f"compare: got --policy {given[0]} with --demo, expected one of the two")
     return [TaylorSeer(interval=n, order=o) for n in DEMO_INTERVALS for o in DEMO_ORDERS]
+
+
+def told(
+    network: Denoiser, data: str | None, mask: str | None, seeds: Sequence[int]
+) -> tuple[Tensor | None, Cond]:
+    """What `--data` and `--mask` ask for: pictures to measure against, or clips that are given in part.
+
+    Raises:
+        ConfigError: they contradict each other or the model. Those of the loaders.
+    """
+    if mask is not None:
+        mask_kind(mask)
+    if len(network.signal_shape) != CLIP_AXES:
+        if mask is not None:
+            raise ConfigError(f"--mask {mask} with a model of pictures, expected one of clips")
+        real = None if data is None else load_images(data, network.signal_shape[-1]).images_float()
+        return real, TOLD_NOTHING
+    if data is None:
+        if mask not in (None, UNCONDITIONAL):
+            raise ConfigError(f"--mask {mask} without clips, expected --data, such as moving-digits")
+        return None, TOLD_NOTHING
+    if mask == UNCONDITIONAL:
+        raise ConfigError(f"--mask {mask} gives nothing of --data {data}, expected one of the two")
+    return None, conditioned(given_clips(network, data, len(seeds)), mask or PREDICT, seeds)
+
+
+def given_clips(network: Denoiser, data: str, count: int) -> Tensor:
+    """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
+
+    Raises:
+        ConfigError: the set has other channels. Those of the loader.
+    """
+    channels, frames, height, width = network.signal_shape
+    clips = held_out(data, (height, width), frames)
+    if clips.channels != channels:
+        raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
+    return clips.clips(torch.arange(count) * len(clips) // count)

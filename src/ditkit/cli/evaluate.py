@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     ModelName,
     Number,
     Policies,
+    load_maker,
     policies_of,
     progress,
     solver_of,
@@ -28,7 +29,6 @@ from ditkit.cli.options import (
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
-from ditkit.core.loading import load
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
 from ditkit.data.images import ImageSet
@@ -89,7 +89,7 @@ def evaluate(
         raise ConfigError(f"--count={count}, expected at least {FEWEST}")
     if neighbours < 1:
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
-    network, policies, way = load(model), policies_of(policy), solver_of(solver)
+    network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
     real = load_images(data, network.sample_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
     check_real(network, real)

@@ -18,6 +18,7 @@ from ditkit.cli.options import (
     Number,
     Policies,
     Seeds,
+    load_maker,
     policies_of,
     progress,
     seeds_of,
@@ -28,7 +29,6 @@ from ditkit.cli.options import (
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
-from ditkit.core.loading import load
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
 from ditkit.evaluate.pictures import grid, write_png
@@ -77,7 +77,7 @@ def generate(
         out: Folder to write to.
         list_labels: Print the classes and stop.
     """
-    network = load(model)
+    network = load_maker(model, "pictures")
     if list_labels:
         print("\n".join(class_names(network)))
         return

@@ -9,13 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
+from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component
 from ditkit.sample import Solver
@@ -29,10 +31,30 @@ Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 DataName = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 
 EXACT = "exact"
+COMMAND_OF = {"pictures": "generate", "clips": "video", "forecasts": "forecast"}
+"""The command for what a model makes."""
+CLIP_AXES = 4  # channels, frames, height, width
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
 Advance = Callable[[str, int, int], None]
 """Called with (what is being done, so many done, so many in all)."""
+
+
+def load_maker(name: str, of: str) -> Any:
+    """The model `name`, which makes what is named here: "pictures", "clips" or "forecasts".
+
+    Raises:
+        ConfigError: it makes something else; the message names the command for that. Those of `load`.
+    """
+    model = load(name)
+    made = "forecasts"
+    if isinstance(model, Denoiser):
+        made = "clips" if len(model.sample_shape) == CLIP_AXES else "pictures"
+    if made != of:
+        raise ConfigError(
+            f"{name} makes {made}, expected a model of {of}; try: ditkit {COMMAND_OF[made]} {name}"
+        )
+    return model
 
 
 def seeds_of(words: Sequence[str]) -> tuple[int, ...]:

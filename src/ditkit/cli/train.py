@@ -47,12 +47,15 @@ def command_of(name: str, build: Build) -> Command:
         out: Path = Path("runs") / name,
         data: str = recipe.data,
         max_bad: Number = recipe.max_bad,
+        codec: str = recipe.codec,
         network: Any = own,
         settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        chosen = with_network(replace(recipe, data=data, max_bad=max_bad, settings=settings), network)
+        chosen = with_network(
+            replace(recipe, data=data, max_bad=max_bad, codec=codec, settings=settings), network
+        )
         if dry_run:
             print(describe(chosen))
             return
@@ -62,7 +65,7 @@ def command_of(name: str, build: Build) -> Command:
             train_recipe(chosen, out, resume=resume)
         if leads():
             there = ", ".join(name for name in LEFT if (out / name).exists())
-            print(f"wrote {out}: {there}; draw with: ditkit generate {out / 'model'}")
+            print(f"wrote {out}: {there}; go on with: {recipe.then} {out / 'model'}")
 
     run.__annotations__["network"] = Annotated[
         recipe.Network, tyro.conf.arg(name="")
@@ -76,16 +79,16 @@ def command_of(name: str, build: Build) -> Command:
         ditkit train {name} --data photos --steps 5000 --batch 32
 
     Writes into the folder of --out:
-        model/               the averaged weights, which ditkit generate takes
+        model/               the averaged weights, which {recipe.then} takes
         samples/             a sheet of samples every so often
         losses.jsonl         a line a step
         state.safetensors    what --resume goes on from
 
     Args:
         out: Folder of the run.
-        data: A named set (emoji, fashion), or a folder with a folder of images for each class, or with a
-            metadata.jsonl of captions; those images are all trained as one class, named as the folder.
+        data: {recipe.sources}
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
+        codec: Folder of a codec that ditkit train image-vae made; its latents are learned instead of pixels.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

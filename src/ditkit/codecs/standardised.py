@@ -9,7 +9,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import Codec
+from ditkit.core.codec import Codec, per_channel
 from ditkit.core.errors import ConfigError, ShapeError
 
 
@@ -57,12 +57,12 @@ class Standardised(Codec):
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         self.latent_shape(tuple(x.shape[1:]))
         self.to(x.device)
-        return (x - _beside(self.mean, x)) / _beside(self.std, x)
+        return (x - per_channel(self.mean, x)) / per_channel(self.std, x)
 
     def decode(self, z: Tensor) -> Tensor:
         self.signal_shape(tuple(z.shape[1:]))
         self.to(z.device)
-        return z * _beside(self.std, z) + _beside(self.mean, z)
+        return z * per_channel(self.std, z) + per_channel(self.mean, z)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not shape or shape[0] != len(self.config.variables):
@@ -73,8 +73,3 @@ class Standardised(Codec):
 
     def signal_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.latent_shape(shape)
-
-
-def _beside(statistics: Tensor, x: Tensor) -> Tensor:
-    """[C] to be broadcast over [B, C, ...]."""
-    return statistics.view(-1, *(1,) * (x.ndim - 2))

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.core.catalog import find
 from ditkit.core.checkpoint import dump_state, fill, read_json, read_state, replacing, to_disk, write_json
+from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
 
@@ -200,6 +202,20 @@ def frame_by_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """`values` [C] to be broadcast over x [B, C, ...]."""
     return values.view(-1, *(1,) * (x.ndim - 2))
+
+
+def encode_given(codec: Codec, cond: Cond) -> Cond:
+    """`cond` on the codec's latents: given content coded, and a latent to be made where any of its pixels is.
+
+    So no latent that counts as given has seen what is to be made, unless the codec looks beyond its own cell.
+    """
+    if isinstance(codec, Identity) or cond.context is None:
+        return cond
+    context = codec.encode(cond.context)
+    if cond.mask is None:
+        return dataclasses.replace(cond, context=context)
+    mask = F.adaptive_max_pool3d(cond.mask.float(), context.shape[2:])
+    return dataclasses.replace(cond, context=context, mask=mask)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

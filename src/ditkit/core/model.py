@@ -82,6 +82,11 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample, without the batch axis."""
 
+    @property
+    def signal_shape(self) -> tuple[int, ...]:
+        """The shape of what one sample decodes to, without the batch axis."""
+        return self.codec.signal_shape(self.sample_shape)
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
         """config.json and safetensors in `folder`, with the codec's own in `codec`; all on disk before any takes its
         place.

@@ -64,6 +64,11 @@ def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **
     return found
 
 
+def takes(name_or_path: str | Path, option: str) -> bool:
+    """Whether `load` of these data has an option of that name, such as `split`. Raises `DataError` as it does."""
+    return option in inspect.signature(_loader(name_or_path)).parameters
+
+
 def load_images(name_or_path: str | Path, size: int | None = None, **options: Any) -> ImageSet:
     """`load` of images. Raises `ConfigError` where the data are something else."""
     return _of(ImageSet, name_or_path, load(name_or_path, size, **options))

@@ -26,7 +26,8 @@ def read(
 ) -> Raw:
     """The chosen variables, or all over (time, y, x), which must lie on one grid; missing values are NaN.
 
-    Scale, offset and fill value of the file are applied, and times are rounded to the millisecond, since
+    Rows run as in a map, from the largest y (or latitude) down, however the file has them. Scale, offset and
+    fill value of the file are applied, and times are rounded to the millisecond, since
     days counted in floating point are no more exact.
 
     Args:
@@ -67,13 +68,14 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
             f"max_bytes={max_bytes:,}; choose fewer with variables= or raise max_bytes"
         )
     times = _times(dataset.variables[dimensions[0]], source)
+    values = np.stack([_values(variable) for variable in chosen], axis=1)
     return Raw(
         source=source,
         row="time step",
         column="variable",
         rows=np.arange(1, len(times) + 1),
         times=times,
-        values=np.stack([_values(variable) for variable in chosen], axis=1),
+        values=values[:, :, ::-1].copy() if _rises(dataset.variables.get(dimensions[-2])) else values,
         variables=tuple(names),
         units=tuple(str(getattr(variable, "units", "")) for variable in chosen),
     )
@@ -105,6 +107,13 @@ def _is_field(dataset: Any, variable: Any) -> bool:
         return False
     time = dataset.variables.get(variable.dimensions[0])
     return time is not None and " since " in str(getattr(time, "units", ""))
+
+
+def _rises(coordinate: Any) -> bool:
+    """Whether a coordinate grows from one row to the next; False where the file gives none."""
+    if coordinate is None or coordinate.ndim != 1 or len(coordinate) < 2:
+        return False
+    return bool(coordinate[-1] > coordinate[0])
 
 
 def _values(variable: Any) -> NDArray[np.float32]:

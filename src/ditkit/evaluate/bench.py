@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.evaluate.clock import alternated, medians
+from ditkit.evaluate.deviation import errors, made_of, pooled_psnr_db
 from ditkit.evaluate.distribution import Distribution, distribution
 from ditkit.evaluate.features import extract, load_efficientnet_lite0
 from ditkit.evaluate.isolated import Isolated
 from ditkit.evaluate.macs import MacCount, MacCounter
 from ditkit.evaluate.memory import PeakMemory
-from ditkit.evaluate.metrics import SSIM_PADDING, psnr_db, relative_l2, ssim
 from ditkit.evaluate.rows import Kind, Row
 from ditkit.sample.workload import Drawn, Workload
 
@@ -46,6 +44,7 @@ class Bench:
 
     def __init__(self, work: Workload, methods: Sequence[Method], progress: Progress | None) -> None:
         self.work, self.methods, self.progress = work, list(methods), progress
+        self.made = made_of(work.cond)
         self.drawn: dict[str, Drawn] = {}
         self.macs: dict[str, MacCount] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -116,7 +115,8 @@ class Bench:
             policy_bytes=drawn.policy_bytes,
             receipt=drawn.receipts,
             distribution=None if judge is None else judge(drawn.samples),
-            **self._errors(drawn.samples, exact),
+            psnr_converged_db=self._to_converged(drawn.samples),
+            **errors(drawn.samples, exact, self.made),
             **self._control(method, exact, whole),
         )
 
@@ -124,17 +124,6 @@ class Bench:
         """The converged run's samples under "converged", after those of the rows."""
         assert self.converged is not None
         return {m.name: self.drawn[m.name].samples for m in self.methods} | {"converged": self.converged}
-
-    def _errors(self, samples: Tensor, exact: Tensor) -> dict[str, Any]:
-        pictures = samples.ndim == 4 and min(samples.shape[2:]) > SSIM_PADDING
-        return {
-            "identical": torch.equal(samples, exact),
-            "psnr_db": pooled_psnr_db(samples, exact),
-            "psnr_worst_db": _finite(psnr_db(samples, exact).min().item()),
-            "ssim": ssim(samples, exact).mean().item() if pictures else None,
-            "relative_l2": _finite(relative_l2(samples, exact).mean().item()),
-            "psnr_converged_db": self._to_converged(samples),
-        }
 
     def _control(self, method: Method, exact: Tensor, whole: int) -> dict[str, Any]:
         control = self.controls.get(method.name)
@@ -145,14 +134,14 @@ class Bench:
         return {
             "control_steps": control.steps,
             "control_macs_ratio": self.macs[control.name].total / whole,
-            "control_identical": torch.equal(samples, exact),
-            "control_psnr_db": pooled_psnr_db(samples, exact),
+            "control_identical": samples.equal(exact),
+            "control_psnr_db": pooled_psnr_db(samples, exact, self.made),
             "control_psnr_converged_db": self._to_converged(samples),
         }
 
     def _to_converged(self, samples: Tensor) -> float | None:
         assert self.converged is not None
-        return pooled_psnr_db(samples, self.converged)
+        return pooled_psnr_db(samples, self.converged, self.made)
 
     def _policies(self) -> list[Method]:
         return [method for method in self.methods if method.kind == "policy"]
@@ -184,16 +173,19 @@ class Judge:
     """Distances between what a row drew and `real`, pictures [N, 1 or 3, H, W] in [-1, 1].
 
     Args:
-        drawn, channels: of what will be judged; what does not fit is refused before anything is drawn.
+        drawn, shape: how many samples will be judged, and of what shape; what does not fit is refused before
+            anything is drawn.
 
     Raises:
         ConfigError: too few pictures in either set, or samples that are no pictures.
         DataError: the extractor's weights are missing.
     """
 
-    def __init__(self, real: Tensor, drawn: int, channels: int) -> None:
-        if channels not in (1, 3):
-            raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {channels}")
+    def __init__(self, real: Tensor, drawn: int, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3:
+            raise ConfigError(f"real: pictures are held against pictures, the model draws {list(shape)}")
+        if shape[0] not in (1, 3):
+            raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {shape[0]}")
         if min(len(real), drawn) < FEWEST:
             raise ConfigError(
                 f"KID needs {FEWEST} pictures in each set, got {len(real)} real and {drawn} seeds"
@@ -204,13 +196,3 @@ class Judge:
     def __call__(self, samples: Tensor) -> Distribution:
         fake = extract(self.network, samples)
         return distribution(self.real, fake, extractor=self.network.name)
-
-
-def pooled_psnr_db(x: Tensor, ref: Tensor) -> float | None:
-    """PSNR of the squared error averaged over all of [n, ...]; None where the two are equal."""
-    return _finite(psnr_db(x.flatten()[None], ref.flatten()[None]).item())
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

@@ -29,7 +29,7 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     """Those that some row fills."""
     found = [
         Group("cost", COST),
-        Group("to the exact run", TO_EXACT),
+        Group("to the exact run", TO_EXACT + (OF_CLIPS if any(row.clip for row in rows) else ())),
         Group("to converged", TO_CONVERGED),
     ]
     if any(row.control_steps for row in rows):
@@ -47,6 +47,11 @@ def _fixed(value: float | None, digits: int) -> str:
 
 def _full(row: Row) -> str:
     return f"{row.full_evaluations} of {row.evaluations}"
+
+
+def _worst_frame(row: Row) -> str:
+    worst = None if row.clip is None else row.clip.worst_frame()
+    return to_exact(row, None) if worst is None else f"{worst[1]:.1f} (frame {worst[0]})"
 
 
 def _distance(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
@@ -71,6 +76,10 @@ TO_EXACT = (
     Column("worst", "dB", "psnr_worst_db", lambda r: to_exact(r, r.psnr_worst_db)),
     Column("SSIM", "", "ssim", lambda r: _fixed(r.ssim, 4)),
     Column("rel. L2", "", "relative_l2", lambda r: _fixed(r.relative_l2, 4)),
+)
+OF_CLIPS = (
+    Column("motion", "dB", "temporal_psnr_db", lambda r: to_exact(r, r.temporal_psnr_db)),
+    Column("worst frame", "dB", "psnr_by_frame_db", _worst_frame),
 )
 TO_CONVERGED = (Column("PSNR", "dB", "psnr_converged_db", lambda r: decibels(r.psnr_converged_db)),)
 CONTROL = (

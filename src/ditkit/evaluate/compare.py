@@ -22,6 +22,7 @@ from ditkit.core.model import Model, parameter_count
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.evaluate.bench import EXACT, Bench, Judge, Method, Progress
+from ditkit.evaluate.deviation import made_of
 from ditkit.evaluate.isolated import Isolated
 from ditkit.evaluate.report import Report
 from ditkit.evaluate.rows import titles
@@ -59,8 +60,9 @@ def compare(
     """Draw the same seeds exactly and under each policy alone, and report cost and error side by side.
 
     A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of
-    samples as the sampler returns them, not clipped. A solver that draws noise gives other pictures in
-    another number of steps: there the converged and control columns say little.
+    samples as the sampler returns them, not clipped. Of clips that are given in part, only what was made
+    counts. A solver that draws noise gives other samples in another number of steps: there the converged and
+    control columns say little.
 
     Args:
         model: in eval mode, on the device that is to be measured.
@@ -73,14 +75,16 @@ def compare(
         rounds: timed passes over all seeds. One pass before them counts MACs, and warms up.
         batch_size: seeds drawn at once. max_bytes: memory that a policy may hold meanwhile.
         memory: measure peak memory, which takes a process for each row.
-        real: pictures [N, 1 or 3, H, W] in [-1, 1], which every row's distribution is compared with.
+        real: pictures [N, 1 or 3, H, W] in [-1, 1], which every row's distribution is compared with, of a
+            model that draws pictures.
         control: for each policy, the exact sampler with as many steps as cost the same MACs.
         controls_as_rows: also rows for the exact sampler with as many steps as each policy computed in full.
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: a seed or policy given twice, an unknown label, a number out of range, a policy that does
-            not fit the model or `max_bytes`, or (with `memory`) something that another process cannot be told.
+        ConfigError: a seed or policy given twice, an unknown label, a number out of range, a sample that is
+            given whole, a policy that does not fit the model or `max_bytes`, or (with `memory`) something that
+            another process cannot be told.
         NoEffectError, ConflictError: as the sampler raises them.
     """
     work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
@@ -93,7 +97,7 @@ def compare(
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else Judge(real, len(work.seeds), model.sample_shape[0])
+    judge = None if real is None else Judge(real, len(work.seeds), work.shape)
 
     with tempfile.TemporaryDirectory() as folder:
         isolated = Isolated(work, policies, Path(folder)) if memory else None  # refuses before any drawing
@@ -109,14 +113,14 @@ def compare(
             bench.measure_memory(isolated)
     settings = settings_of(work, converged_steps, rounds, memory)
     pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
-    return Report(bench.rows(judge), settings, pictures)
+    return Report(bench.rows(judge), settings, pictures, bench.made)
 
 
 def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
     """Everything that the numbers depend on, JSON-able."""
     device, dtype = placement(work.model)
     config = asdict(work.model.config)
-    names = config.pop("class_names", ())
+    names, made = config.pop("class_names", ()), made_of(work.cond)
     return {
         "model": {
             "class": type(work.model).__name__,
@@ -131,6 +135,7 @@ def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool)
         "seeds": list(work.seeds),
         "labels": None if work.labels is None else [names[i] if names else str(i) for i in work.labels],
         "shape": list(work.shape),
+        **({} if made is None else {"made": made.double().mean().item()}),
         "batch_size": work.batch_size,
         "max_bytes": work.max_bytes,
         "rounds": rounds,

@@ -15,7 +15,13 @@ from ditkit.evaluate.plots import speed_against_error
 from ditkit.evaluate.rows import DEFINITIONS, Row
 from ditkit.evaluate.sheet import image, png
 from ditkit.evaluate.style import STYLE
-from ditkit.evaluate.words import NOTHING
+from ditkit.evaluate.words import NOTHING, noun
+
+MOTION = (
+    "Motion is the PSNR of the differences between neighbouring frames: flicker lowers it, a constant shift of "
+    "colour does not. Error can grow with the distance from what was given, so each frame has a PSNR of its own."
+)
+GIVEN = "What is outlined was given; it comes out as it went in, and no error counts it."
 
 
 def page(
@@ -30,16 +36,19 @@ def page(
     """The whole document.
 
     Args:
-        pictures: uint8 [n, 1 or 3, H, W] by method. captions: beside them. heads: above each column.
+        pictures: uint8 [n, 1 or 3, H, W] by method, at least one a head. captions: beside them. heads: above
+            each column.
     """
+    kind = noun(rows)
+    shown = grid(pictures, captions, heads, kind) + rest(len(heads), len(settings["seeds"]), kind)
     parts = [
         f"<h1>{escape(title(settings))}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
-        f'<p class="context">{escape(context(settings))}</p>',
-        section("Pictures", grid(pictures, captions, heads)),
+        f'<p class="context">{escape(context(settings, kind))}</p>',
+        section(f"{kind.capitalize()}s", shown),
         section("Speed against error", speed_against_error(rows)),
         section("Numbers", table(rows)),
-        section("How to read this", f"<p>{'</p><p>'.join(map(escape, reading(settings)))}</p>"),
+        section("How to read this", f"<p>{'</p><p>'.join(map(escape, reading(settings, kind)))}</p>"),
         details("Receipts: what each policy computed", receipts(rows)),
         details("Settings", f"<pre>{escape(json.dumps(dict(settings), indent=2, ensure_ascii=False))}</pre>"),
         details("What the columns mean", definitions(rows)),
@@ -57,45 +66,57 @@ def title(settings: Mapping[str, Any]) -> str:
     return f"{model['class']}, {model['parameters'] / 1e6:.1f} M parameters: exact and accelerated"
 
 
-def context(settings: Mapping[str, Any]) -> str:
+def context(settings: Mapping[str, Any], kind: str) -> str:
     """One line under the headline: what was run, where and when."""
     count, threads = len(settings["seeds"]), settings["threads"]
     rounds = "timed once" if settings["rounds"] == 1 else f"median of {settings['rounds']} alternated rounds"
     return (
-        f"{count} pictures a row, {settings['steps']} steps, {settings['solver']}, {settings['guidance']}; "
+        f"{count} {kind}s a row, {_of_clips(settings) if kind == 'clip' else ''}"
+        f"{settings['steps']} steps, {settings['solver']}, {settings['guidance']}; "
         f"{settings['device']}, {threads} thread{'s'[: threads > 1]}, {settings['dtype']}, "
         f"torch {settings['versions']['torch']}; {rounds}; "
         f"{settings['date'][:10]}."
     )
 
 
-def reading(settings: Mapping[str, Any]) -> list[str]:
+def reading(settings: Mapping[str, Any], kind: str) -> list[str]:
     """A few plain sentences."""
     steps, many = settings["steps"], settings["converged_steps"]
-    return [
+    sentences = [
         f"Exact is the unaltered sampler with {steps} steps. Every other row starts from the same noise, so "
-        "that a picture can be held against the one above it. PSNR says how near it stayed: at 20 dB it is "
-        "plainly another picture, 30 dB takes a second look, 40 dB is hard to see.",
+        f"that a {kind} can be held against the one above it. PSNR says how near it stayed: at 20 dB it is "
+        f"plainly another {kind}, 30 dB takes a second look, 40 dB is hard to see.",
         "The control answers whether a method is worth having: it spends the same MACs on fewer exact steps. "
         "A method whose control has the higher PSNR is beaten by simply taking fewer steps.",
         f"Converged is the exact sampler with {many} steps, which {steps} steps only approximate. A row that "
         "is as near to it as exact itself has an error below the one that was accepted already.",
     ]
+    if kind == "clip":
+        sentences.append(MOTION)
+    if "made" in settings:
+        sentences.append(GIVEN)
+    return sentences
 
 
-def grid(pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str]) -> str:
+def grid(
+    pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str], kind: str
+) -> str:
     """Rows of pictures, a method each; a column is a seed."""
     cells = ['<div class="corner"></div>', *(f'<div class="head">{escape(head)}</div>' for head in heads)]
     for name, of_method in pictures.items():
-        first, *rest = captions[name]
-        lines = "".join(f"<span>{escape(line)}</span>" for line in rest)
+        first, *others = captions[name]
+        lines = "".join(f"<span>{escape(line)}</span>" for line in others)
         cells.append(f'<div class="caption"><b>{escape(first)}</b>{lines}</div>')
         for head, picture in zip(heads, of_method, strict=False):
             data = base64.b64encode(png(image(picture))).decode()
             cells.append(f'<img alt="{escape(f"{name}: {head}")}" src="data:image/png;base64,{data}">')
-    count, columns = len(next(iter(pictures.values()))), len(heads)
-    more = f"<p>The first {columns} of {count} pictures.</p>" if count > columns else ""
-    return f'<div class="scroll"><div class="grid" style="--n:{columns}">{"".join(cells)}</div></div>{more}'
+    look = "grid" if kind == "picture" else "grid films"
+    return f'<div class="scroll"><div class="{look}" style="--n:{len(heads)}">{"".join(cells)}</div></div>'
+
+
+def rest(shown: int, count: int, kind: str) -> str:
+    """A line about those that are not shown."""
+    return f"<p>The first {shown} of {count} {kind}s.</p>" if count > shown else ""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -134,6 +155,13 @@ def section(head: str, inner: str) -> str:
 
 def details(head: str, inner: str) -> str:
     return f"<details><summary>{escape(head)}</summary>{inner}</details>"
+
+
+def _of_clips(settings: Mapping[str, Any]) -> str:
+    """Their length and size, and how much of them was given."""
+    _, frames, height, width = settings["shape"]
+    given = f", {1 - settings['made']:.0%} of them given" if "made" in settings else ""
+    return f"{frames} frames of {height} x {width}{given}, "
 
 
 def _head(column: Column, starts: bool) -> str:

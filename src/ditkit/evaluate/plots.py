@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import groupby
 from typing import NamedTuple
 
 from ditkit.evaluate.rows import Row
 
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 40, 46
-RADIUS, LETTER, LINE = 5.0, 6.6, 14.0  # of a marker; width and height of a letter of the labels
+RADIUS, SMALL, LETTER, LINE = 5.0, 2.6, 6.6, 14.0  # of markers; width and height of a letter of the labels
 COLOURS = 6  # that the page defines, as --c0, --c1 ...
+SPEED_UP = "times as fast as exact (wall clock)"
 INK, CONTROL = "var(--ink)", "var(--control)"
 Error = Callable[[Row], float | None]
 
@@ -58,7 +60,10 @@ FIELD = Box(LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
 
 
 def speed_against_error(rows: Sequence[Row]) -> str:
-    """Two panels: distance to the exact run, and to a run of many steps, over the measured speed-up."""
+    """Distance to the exact run, and to a run of many steps, over the measured speed-up.
+
+    Of clips also the distance of their motion, and that of each frame.
+    """
     first = panel("Distance to the exact run", rows, lambda r: r.psnr_db, lambda r: r.control_psnr_db)
     second = panel(
         "Distance to the converged run",
@@ -66,7 +71,12 @@ def speed_against_error(rows: Sequence[Row]) -> str:
         lambda r: r.psnr_converged_db,
         lambda r: r.control_psnr_converged_db,
     )
-    return f'<div class="panels">{first}{second}</div>{legend(rows)}'
+    of_clips = ""
+    if any(row.clip for row in rows):
+        title = "Motion: distance of the differences from frame to frame"
+        of_clips = panel(title, rows, lambda r: r.temporal_psnr_db, lambda _: None)
+        of_clips += frame_panel("Each frame: distance to the exact run", rows)
+    return f'<div class="panels">{first}{second}{of_clips}</div>{legend(rows)}'
 
 
 def panel(title: str, rows: Sequence[Row], error: Error, of_control: Error) -> str:
@@ -85,11 +95,31 @@ def panel(title: str, rows: Sequence[Row], error: Error, of_control: Error) -> s
         Point(row, across.at(row.speedup), up.at(y), paint(row, rows), None if c is None else up.at(c))
         for row, y, c in found
     ]
-    parts = [*_axes(title, across, up), *_lines(points), *_markers(points), *_labels(points)]
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}, PSNR over speed-up">'
-        f"{''.join(parts)}</svg>"
-    )
+    drawn = [*_lines(points), *_markers(points), *_labels(points)]
+    return _drawing(title, "PSNR over speed-up", [*_axes(title, SPEED_UP, across, up), *drawn])
+
+
+def frame_panel(title: str, rows: Sequence[Row]) -> str:
+    """PSNR of each frame; a line is interrupted where a frame was given, or equals the exact run's."""
+    shown = [(row, row.clip.psnr_by_frame_db) for row in rows if row.clip is not None]
+    heights = [y for _, each in shown for y in each if y is not None]
+    if not heights:
+        return ""
+    last = max(len(shown[0][1]) - 1, 1)
+    whole = [mark for mark in ticks(0, last) if mark == int(mark)]
+    across = Axis(whole, FIELD.x, FIELD.x + FIELD.width)
+    up = Axis(ticks(min(heights), max(heights)), FIELD.y + FIELD.height, FIELD.y)
+    drawn, ends = [], []
+    for row, each in shown:
+        points = [
+            None if y is None else Point(row, across.at(frame), up.at(y), paint(row, rows), None)
+            for frame, y in enumerate(each)
+        ]
+        present = [p for p in points if p is not None]
+        drawn += [_path([p for p in run if p]) for made, run in groupby(points, bool) if made]
+        drawn += [_dot(p, f"{row.name}: {y:.1f} dB") for p, y in zip(points, each, strict=True) if p]
+        ends += present[-1:]
+    return _drawing(title, "PSNR over frames", [*_axes(title, "frame", across, up), *drawn, *_labels(ends)])
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -153,12 +183,17 @@ def _outside(box: Box) -> float:
     return 10 * (box.width * box.height - box.overlap(FIELD))
 
 
-def _axes(title: str, across: Axis, up: Axis) -> list[str]:
+def _drawing(title: str, what: str, parts: Sequence[str]) -> str:
+    label = escape(f"{title}, {what}")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _axes(title: str, over: str, across: Axis, up: Axis) -> list[str]:
     floor, wall = FIELD.y + FIELD.height, FIELD.x + FIELD.width
     drawn = [
         _text("title", LEFT, 18, title),
         _text("unit", LEFT, TOP - 8, "PSNR, dB (higher is closer)"),
-        _text("unit", (LEFT + wall) / 2, HEIGHT - 8, "times as fast as exact (wall clock)", "middle"),
+        _text("unit", (LEFT + wall) / 2, HEIGHT - 8, over, "middle"),
     ]
     for mark in up.marks:
         drawn.append(_line("rule", (LEFT, wall), (up.at(mark), up.at(mark))))
@@ -173,10 +208,7 @@ def _lines(points: Sequence[Point]) -> list[str]:
     """One line through each series, in the order of its rows, and one from every policy to its control."""
     drawn = []
     for series in dict.fromkeys(p.row.series for p in points):
-        members = [p for p in points if p.row.series == series]
-        look = "dashed" if members[0].row.kind == "control" else "series"
-        path = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in members)
-        drawn.append(f'<polyline class="{look}" style="--c:{members[0].paint}" points="{path}"/>')
+        drawn.append(_path([p for p in points if p.row.series == series]))
     return drawn + [_line("stem", (p.x, p.x), (p.y, p.control)) for p in points if p.control is not None]
 
 
@@ -204,9 +236,19 @@ def _labels(points: Sequence[Point]) -> list[str]:
     return drawn
 
 
-def _marker(x: float, y: float, look: str, colour: str, tip: str) -> str:
+def _path(points: Sequence[Point]) -> str:
+    look = "dashed" if points[0].row.kind == "control" else "series"
+    path = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in points)
+    return f'<polyline class="{look}" style="--c:{points[0].paint}" points="{path}"/>'
+
+
+def _dot(p: Point, tip: str) -> str:
+    return _marker(p.x, p.y, "hollow" if p.row.kind == "control" else "filled", p.paint, tip, SMALL)
+
+
+def _marker(x: float, y: float, look: str, colour: str, tip: str, radius: float = RADIUS) -> str:
     return (
-        f'<circle class="{look}" style="--c:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}">'
+        f'<circle class="{look}" style="--c:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
         f"<title>{escape(tip)}</title></circle>"
     )
 

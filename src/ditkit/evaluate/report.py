@@ -12,7 +12,8 @@ from torch import Tensor
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.evaluate.html import page
 from ditkit.evaluate.rows import DEFINITIONS, Row
-from ditkit.evaluate.sheet import png, sheet
+from ditkit.evaluate.sheet import CELL, png, sheet
+from ditkit.evaluate.strips import chosen, side_by_side
 from ditkit.evaluate.words import NOTHING, caption, converged_caption, decibels, headline, megabytes, to_exact
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ HEADS = (
     "to con-\nverged",
     "same\nMACs",
 )
+AFTER_EXACT = 6
+MOTION = "\nmotion"
 SHOWN = 16  # columns of pictures, beyond which a sheet is no longer looked at
+CLIPS_SHOWN, FRAMES_SHOWN = 2, 14  # clips, and frames of all of them together
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class Report:
 
     Args:
         settings: all that the numbers depend on, as JSON.
-        pictures: uint8 [n, 1 or 3, H, W] for each row's name, then for "converged", the run of many steps.
+        pictures: uint8 [n, 1 or 3, H, W], of clips [n, T, 1 or 3, H, W], for each row's name, then for
+            "converged", the run of many steps.
+        made: bool [n, 1, T, H, W], false where content was given; None where nothing was.
     """
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
     pictures: Mapping[str, Tensor]
+    made: Tensor | None = None
 
     @property
     def headline(self) -> str:
@@ -63,11 +70,10 @@ class Report:
         """
         folder = Path(folder)
         paths = [folder / name for name in ("report.json", "report.html", "sheet.png")]
-        captions, heads = self.captions(), self.heads()
-        html = page(
-            self.rows, self.settings, self.headline, pictures=self.pictures, captions=captions, heads=heads
-        )
-        picture = png(sheet(self.pictures, captions, heads))
+        captions, heads, shown = self.captions(), self.heads(), self.shown()
+        html = page(self.rows, self.settings, self.headline, pictures=shown, captions=captions, heads=heads)
+        height, width = shown[self.rows[0].name].shape[-2:] if self._frames() else (CELL, CELL)
+        picture = png(sheet(shown, captions, heads, (width, height)))
         write_json(paths[0], self.as_dict())
         with replacing(paths[1]) as draft:
             draft.write_text(html, encoding="utf8")
@@ -81,10 +87,20 @@ class Report:
         return lines | {"converged": converged_caption(self.settings["converged_steps"])}
 
     def heads(self) -> list[str]:
-        """What stands above each column of pictures, of as many seeds as are shown."""
-        seeds = self.settings["seeds"][:SHOWN]
+        """What stands above each column, of as many seeds as are shown."""
+        frames = self._frames()
+        seeds = self.settings["seeds"][: CLIPS_SHOWN if frames else SHOWN]
         labels = self.settings["labels"] or [""] * len(seeds)
-        return [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=False)]
+        heads = [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=False)]
+        return [f"{head}: frames {' '.join(map(str, frames))}" for head in heads] if frames else heads
+
+    def shown(self) -> Mapping[str, Tensor]:
+        """A picture under each head: uint8 [n, 1 or 3, H, W], of clips the chosen frames in a line."""
+        frames, first = self._frames(), slice(CLIPS_SHOWN)
+        if not frames:
+            return self.pictures
+        made = None if self.made is None else self.made[first]
+        return {name: side_by_side(clips[first], frames, made) for name, clips in self.pictures.items()}
 
     def table(self) -> Table:
         """For a terminal of 80 columns."""
@@ -100,15 +116,24 @@ class Report:
             padding=(0, 1, 0, 0),
         )
         table.add_column("method", max_width=18)
-        for head in HEADS:
+        motion = [MOTION] if any(row.clip for row in self.rows) else []
+        for head in [*HEADS[:AFTER_EXACT], *motion, *HEADS[AFTER_EXACT:]]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
         return table
 
+    def _frames(self) -> list[int]:
+        """The frames of a clip that are shown; none of a picture."""
+        clips = self.pictures[self.rows[0].name]
+        if self.rows[0].clip is None:
+            return []
+        return chosen(clips.shape[1], FRAMES_SHOWN // min(CLIPS_SHOWN, len(clips)))
+
 
 def _cells(row: Row) -> list[str]:
     control = row.control_steps is not None
+    motion = [] if row.clip is None else [to_exact(row, row.temporal_psnr_db)]
     return [
         row.name,
         f"{row.seconds:.2f}",
@@ -116,6 +141,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.macs_ratio:.1%}" if row.macs_ratio < 1 else "100%",
         megabytes(row.peak_bytes),
         to_exact(row, row.psnr_db),
+        *motion,
         decibels(row.control_psnr_db, row.control_identical) if control else NOTHING,
         decibels(row.psnr_converged_db),
         decibels(row.control_psnr_converged_db) if control else NOTHING,

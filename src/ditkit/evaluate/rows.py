@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
+from ditkit.evaluate.deviation import ClipErrors
 from ditkit.evaluate.distribution import Distribution
 
 Kind = Literal["exact", "policy", "control"]
@@ -65,12 +66,23 @@ class Row:
     control_psnr_db: float | None
     control_psnr_converged_db: float | None
     receipt: tuple[dict[str, Any], ...]
+    clip: ClipErrors | None = None
     distribution: Distribution | None = None
 
+    @property
+    def temporal_psnr_db(self) -> float | None:
+        """None of pictures, too."""
+        return None if self.clip is None else self.clip.temporal_psnr_db
+
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able and flat; the distances between distributions are there only where they were measured."""
+        """JSON-able and flat.
+
+        The distances between distributions are there only where they were measured, the errors of clips only
+        for clips.
+        """
         values = asdict(self)
         distances = values.pop("distribution")
+        values |= values.pop("clip") or {}
         if distances is not None:
             values |= {key: distances[name] for key, name in DISTANCES.items()}
         return values
@@ -91,10 +103,15 @@ DEFINITIONS = {
     "policy_bytes": "the most that the policies held at once in a batch",
     "identical": "whether every sample equals the exact run's to the bit; its PSNR, infinite, is then null",
     "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all "
-    "samples; data range 2, not clipped",
+    "samples; data range 2, not clipped; of clips given in part, over what was made of them, as are all errors",
     "psnr_worst_db": "the same, of the sample that is farthest off",
-    "ssim": "to the exact run of the same seeds and steps, mean over samples; null below 6 pixels a side",
+    "ssim": "to the exact run of the same seeds and steps, mean over samples, and over the frames of clips of "
+    "which something was made; null below 6 pixels a side",
     "relative_l2": "norm of the difference to the exact run over the norm of that run, mean over samples",
+    "temporal_psnr_db": "as psnr_db, of the differences between neighbouring frames, averaged over all of them "
+    "and all samples: a constant shift costs nothing, flicker does; a pixel counts that was made in either of "
+    "the two frames; null for clips of one frame",
+    "psnr_by_frame_db": "as psnr_db, of each frame on its own; null where it was given or equals the exact run's",
     "psnr_converged_db": "as psnr_db, to the exact sampler with many steps (settings.converged_steps)",
     "control_steps": "how many steps of the exact sampler cost nearest to the MACs of this row",
     "control_macs_ratio": "what those exact steps cost, over the MACs of the exact row",

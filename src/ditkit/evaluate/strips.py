@@ -32,6 +32,7 @@ LEAST_PX, MOST_PX = 80, 160
 """Frames are enlarged a whole number of times until their longer side has the first, or made smaller to the second."""
 WIDEST_PX = 1600
 FEWEST_COLUMNS = 2
+BETWEEN_PX = 2  # of the frames of one clip
 GIVEN_RGB, OUTLINE_PX = tuple(bytes.fromhex(LIGHT["c1"].removeprefix("#"))), 3
 COLOUR_MAP = "inferno"  # of even steps in lightness, black where there is no error
 BAR_PX, BAR_HEIGHT_PX = 200, 12
@@ -82,6 +83,21 @@ def strip(
     return _with_legend(page, bool(masks), top if errors else None, unit)
 
 
+def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None) -> Tensor:
+    """The frames `shown` of each clip as one picture, at a size to be seen: uint8 [n, 3, H', W'].
+
+    Args:
+        clips: uint8 [n, T, 1 or 3, H, W].
+        made: bool [n, 1, T, H, W], false where content was given, which is outlined.
+    """
+    frames = clips[:, shown].expand(-1, -1, 3, -1, -1).flatten(0, 1)
+    frames = _at_size(frames, fitting(frames.shape[-2], frames.shape[-1]))
+    if made is not None:
+        frames = outlined(frames, ~made[:, 0, shown].flatten(0, 1))
+    spaced = F.pad(frames, (0, BETWEEN_PX), value=255).unflatten(0, (len(clips), len(shown)))
+    return spaced.permute(0, 2, 3, 1, 4).flatten(3)[..., :-BETWEEN_PX]
+
+
 def fitting(height: int, width: int) -> tuple[int, int]:
     """Width and height of a frame on the page: a whole multiple of its own, or smaller."""
     longer = max(height, width)
@@ -119,7 +135,11 @@ def coloured(shares: Tensor) -> Tensor:
 def _frames(clip: Tensor, span: tuple[float, float], cell: tuple[int, int]) -> Tensor:
     """[C, T, H, W] -> uint8 [T, 3, H', W'], at the size of the page, so that outlines are of one thickness."""
     low, high = span
-    pictures = as_frames((clip - low) / (high - low) * 2 - 1).expand(-1, 3, -1, -1)
+    return _at_size(as_frames((clip - low) / (high - low) * 2 - 1).expand(-1, 3, -1, -1), cell)
+
+
+def _at_size(pictures: Tensor, cell: tuple[int, int]) -> Tensor:
+    """uint8 [T, 3, H, W] at the size of a cell: a whole number of times larger, or smaller."""
     width, height = cell
     if width < pictures.shape[-1]:
         return F.interpolate(pictures.float(), (height, width), mode="area").round().to(torch.uint8)

@@ -70,6 +70,8 @@ section p { max-width: 75ch; }
 .grid img {
   width: 100%; display: block; image-rendering: pixelated; border-radius: 4px; background: var(--panel);
 }
+.grid.films { width: 100%; grid-template-columns: 236px repeat(var(--n), minmax(calc(840px / var(--n)), 1fr)); }
+.grid.films img { width: auto; max-width: 100%; image-rendering: auto; }
 .head { font-size: 11px; line-height: 1.25; align-self: end; overflow-wrap: anywhere; }
 .corner, .caption { position: sticky; left: 0; z-index: 1; background: var(--paper); align-self: stretch; }
 .caption {
@@ -127,6 +129,7 @@ dd { margin: 0; }
 @media (max-width: 560px) {
   main { padding: 18px 14px 40px; }
   .grid { grid-template-columns: 132px repeat(var(--n), 72px); }
+  .grid.films { grid-template-columns: 132px repeat(var(--n), calc(840px / var(--n))); }
   .caption { font-size: 12px; }
   tbody th, thead tr:first-child th:first-child { min-width: 118px; max-width: 118px; }
   dl { grid-template-columns: 1fr; }

@@ -32,6 +32,11 @@ def distance(row: Row) -> str:
     return "identical to exact" if row.identical else f"{decibels(row.psnr_db)} dB to exact"
 
 
+def noun(rows: Sequence[Row]) -> str:
+    """What one sample of a comparison is called."""
+    return "clip" if any(row.clip for row in rows) else "picture"
+
+
 def caption(row: Row) -> list[str]:
     """Three lines beside a row of pictures."""
     return [row.name, f"{row.seconds:.2f} s, {row.speedup:.2f}x", distance(row)]
@@ -50,8 +55,9 @@ def headline(rows: Sequence[Row]) -> str:
     close = [row for row in policies if row.identical or (row.psnr_db or 0) >= CLOSE_DB]
     closest = max(policies, key=lambda row: row.psnr_db or 0)
     best = max(close, key=lambda row: row.speedup, default=closest)
-    pictures = "identical pictures" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its pictures"
-    faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {pictures}"
+    drawn = f"{noun(rows)}s"
+    near = f"identical {drawn}" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its {drawn}"
+    faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {near}"
     if not close:
         faster = f"No policy keeps a PSNR of {CLOSE_DB:g} dB to the exact sampler. The closest: {faster}"
     return f"{faster}{_against_control(best)}."

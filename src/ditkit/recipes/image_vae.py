@@ -9,7 +9,11 @@ from ditkit.train.settings import Settings
 
 
 def image_vae() -> ImageVaeRecipe:
-    """2.7 M parameters, a quarter of each side, 4 channels; by default of Noto emoji, 32 x 32."""
+    """2.7 M parameters, a quarter of each side, 4 channels; of Noto emoji, 32 x 32, or a folder of pictures.
+
+    Not yet run to its end. Measured: up to 97 images/s on one CPU core in bf16, so half an hour; after 400 steps the
+    absolute error is 0.10, and pictures that it was trained on come back at 21 dB.
+    """
     return ImageVaeRecipe(
         data="emoji",
         model=ImageVaeConfig(size=32, latent_channels=4, widths=(32, 64, 128), layers=1, groups=16),

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ditkit.core.codec import Codec, encode_given
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import resolve_labels
@@ -51,7 +52,7 @@ class Workload:
 
     Args:
         cond: what each sample is told, in the order of the seeds.
-        shape: of one sample, without the batch axis.
+        shape: of one sample as a signal, without the batch axis.
         max_bytes: memory that the policies may hold together in a batch.
     """
 
@@ -104,7 +105,7 @@ class Workload:
         labels = resolve_labels(model, label, len(seeds))
         if labels is not None:
             cond = replace(cond, label=torch.tensor(labels))
-        own = model.sample_shape if cond.context is None else cond.context.shape[1:]
+        own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
         return cls(model, cond, seeds, shape, steps, solver, guided(guidance), batch_size, max_bytes)
 
@@ -159,11 +160,12 @@ class Workload:
         self, start: int, policies: Sequence[Policy], steps: int, progress: Progress | None
     ) -> Sampled:
         part = slice(start, start + self.batch_size)
-        return sample(
+        codec, cond = self.model.codec, self.cond.rows(part)
+        drawn = sample(
             self.model,
-            self.cond.rows(part),
+            encode_given(codec, cond),
             self.seeds[part],
-            shape=self.shape,
+            shape=codec.latent_shape(self.shape),
             steps=steps,
             solver=self.solver,
             guidance=self.guidance,
@@ -171,6 +173,13 @@ class Workload:
             max_bytes=self.max_bytes,
             progress=progress,
         )
+        signal = decoded(codec, drawn.samples)
+        return replace(drawn, samples=cond.to(signal.device).given(signal))
+
+
+@torch.no_grad()
+def decoded(codec: Codec, latents: Tensor) -> Tensor:
+    return codec.decode(latents)
 
 
 def full_evaluations(receipt: PolicyReceipt) -> int:

@@ -18,6 +18,7 @@ from ditkit.data.loading import load_images
 from ditkit.evaluate.pictures import grid, write_png
 from ditkit.models.dit import DiTConfig
 from ditkit.tasks.generate import generate
+from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import Samples, Sheet
@@ -59,13 +60,22 @@ class ClassImageRecipe(Recipe):
         model: its channels, classes and class names are taken from the data.
     """
 
+    sources: ClassVar[str] = (
+        "A named set (emoji, fashion), or a folder with a folder of images for each class, or with a metadata.jsonl of "
+        "captions; those images are all trained as one class, named as the folder."
+    )
+    latent: ClassVar[bool] = True
     Network: ClassVar[type] = ClassImageNetwork
     model: DiTConfig
     objective: Objective = FLOW_MATCHING
 
     def prepared(self) -> Prepared:
         images = load_images(self.data, self.model.size, **self.loading)
-        return Prepared(self.fitting(images), Labelled(images))
+        codec = load_codec(self.codec)
+        recipe = self.fitting(images)
+        channels, size, _ = codec.latent_shape(images.images.shape[1:])
+        recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))
+        return Prepared(recipe, coded(Labelled(images), codec), codec)
 
     def fitting(self, images: ImageSet) -> Self:
         """With the model's classes and channels as the data has them."""

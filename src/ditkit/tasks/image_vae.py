@@ -54,6 +54,8 @@ class ImageVaeRecipe(Recipe):
         model: its channels are taken from the data.
     """
 
+    sources: ClassVar[str] = "A named set of images (emoji, fashion), or a folder of images."
+    then: ClassVar[str] = "ditkit train emoji --codec"
     Network: ClassVar[type] = ImageVaeNetwork
     model: ImageVaeConfig
     objective: Objective = LATENT_DIFFUSION

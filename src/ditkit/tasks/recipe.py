@@ -12,8 +12,10 @@ import torch
 
 from ditkit.core.catalog import every
 from ditkit.core.codec import IDENTITY, Codec
+from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model, parameter_count
 from ditkit.evaluate.macs import count_macs
+from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
 from ditkit.train.objective import Objective
 from ditkit.train.settings import Settings
@@ -29,8 +31,15 @@ class Recipe(ABC):
         settings: of the run. objective: what it minimises.
         max_bad: damaged files of a folder to leave out; None for the loader's own limit.
         options: of the set's own loader.
+        codec: folder of a trained codec, whose latents are learned instead of the data themselves.
     """
 
+    sources: ClassVar[str] = "A named set, or a folder."
+    """What `data` may be, for a person who types it."""
+    then: ClassVar[str] = "ditkit generate"
+    """The command that takes the trained model."""
+    latent: ClassVar[bool] = False
+    """Whether latents of a codec can be learned."""
     Network: ClassVar[type]
     """A dataclass of those fields of `model` that do not follow from the data; their flags."""
 
@@ -40,6 +49,11 @@ class Recipe(ABC):
     objective: Objective
     max_bad: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    codec: str = ""
+
+    def __post_init__(self) -> None:
+        if self.codec and not self.latent:
+            raise ConfigError(f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none")
 
     @abstractmethod
     def prepared(self) -> Prepared:
@@ -61,11 +75,14 @@ class Recipe(ABC):
 
     @abstractmethod
     def facts(self, samples: Samples) -> str:
-        """What the data are, in one line."""
+        """What the data are, in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
+
+    def finish(self, model: Model, samples: Samples) -> None:  # noqa: B027
+        """What is left to do with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
     def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
@@ -98,9 +115,10 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         recipe.objective,
         recipe.settings,
         folder,
-        about={"data": recipe.data, "options": dict(recipe.options)},
+        about={"data": recipe.data, "options": dict(recipe.options), "codec": recipe.codec},
         resume=resume,
-        sheet=recipe.sheet(folder / "samples", samples),
+        sheet=recipe.sheet(folder / "samples", signals(samples)),
+        finish=lambda trained: recipe.finish(trained, samples),
     )
 
 
@@ -118,7 +136,7 @@ def describe(recipe: Recipe) -> str:
     passes = 4 if run.gradient_checkpointing else 3  # backward takes two; checkpointing repeats the forward
     copies = 3 + len(run.averages)  # weights, two moments, averages
     lines = {
-        "data": f"{recipe.data}, {recipe.facts(samples)}",
+        "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
         **{f"settings.{k}": v for k, v in vars(run).items()},

@@ -22,6 +22,7 @@ from ditkit.models.vdt import VDTConfig
 from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.sample.noise import distinct
 from ditkit.tasks.generate import generate
+from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.masks import MaskMixture, mask_kind
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
@@ -86,6 +87,9 @@ class VideoRecipe(Recipe):
         masks: what of a training clip is given and what is to be made.
     """
 
+    sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
+    then: ClassVar[str] = "ditkit video"
+    latent: ClassVar[bool] = True
     Network: ClassVar[type] = VideoNetwork
     model: VDTConfig | VideoDiTConfig
     objective: Objective = FLOW_MATCHING
@@ -93,8 +97,10 @@ class VideoRecipe(Recipe):
 
     def prepared(self) -> Prepared:
         clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
-        recipe = replace(self, model=replace(self.model, channels=clips.channels))
-        return Prepared(recipe, Masked(clips, self.masks))
+        codec = load_codec(self.codec)
+        channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
+        model = replace(self.model, channels=channels, size=(size[0], size[1]))
+        return Prepared(replace(self, model=model), coded(Masked(clips, self.masks), codec), codec)
 
     def facts(self, samples: Samples) -> str:
         assert isinstance(samples, Masked)

@@ -44,6 +44,8 @@ class Samples(Protocol):
 
 Sheet = Callable[[Model, int], None]
 """Called with an average of the weights and the number of steps done."""
+Finish = Callable[[Model], None]
+"""Called with the averaged model when training is done, before it is saved."""
 
 
 def train(
@@ -56,6 +58,7 @@ def train(
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
     sheet: Sheet | None = None,
+    finish: Finish | None = None,
 ) -> Model:
     """Train `model` in place; the averaged model is returned in eval mode and saved in `folder/model`.
 
@@ -64,7 +67,7 @@ def train(
 
     Args:
         about: what identifies the run beside its model, settings, objective and number of samples, as JSON.
-        sheet: called on the main process every `settings.sheet_every` steps.
+        sheet: called on the main process every `settings.sheet_every` steps. finish: once, by every process.
 
     Raises:
         ConfigError: the folder holds another run or cannot be written, the disk is full, or the settings or
@@ -80,6 +83,8 @@ def train(
     else:
         run.follow(None, None)
     averaged = run.averaged()
+    if finish is not None:
+        finish(averaged)
     if run.accelerator.is_main_process:
         averaged.save(folder / "model")
     run.accelerator.end_training()

@@ -59,6 +59,10 @@ class Chance:
         """A generator a place, for what the data themselves draw: masks, crops."""
         return self._generators(2)
 
+    def of_codec(self, shape: tuple[int, ...]) -> Tensor:
+        """For each place, the noise of a codec that draws from its latents, [n, *shape]."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(4)])
+
     @contextmanager
     def of_network(self, device: torch.device) -> Iterator[None]:
         """Inside, what a network draws itself (dropout) follows from the step and the first place."""

@@ -17,7 +17,7 @@ from ditkit.train.ema import Average
 STATE = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 DRAFT = re.compile(
-    r"\.((state|model|\d{8,}-\d\.\d{3})\.safetensors|(recipe|config)\.json)\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}"
+    r"\.((state|model|codec|\d{8,}-\d\.\d{3})\.safetensors|(recipe|config)\.json)\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}"
 )
 """Names of our drafts, and of the one that safetensors makes of each."""
 
@@ -89,7 +89,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def discard_drafts(folder: Path) -> None:
     """Remove what a kill left half-written where a run writes; all else is the user's."""
-    for place in (folder, folder / "model", folder / "snapshots"):
+    for place in (folder, folder / "model", folder / "model" / "codec", folder / "snapshots"):
         for draft in place.glob(".*"):
             if DRAFT.fullmatch(draft.name) and draft.is_file() and not draft.is_symlink():
                 draft.unlink(missing_ok=True)

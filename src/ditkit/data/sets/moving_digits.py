@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from ditkit.core.errors import ConfigError, DataError, unknown
 from ditkit.core.numbers import integer
-from ditkit.data.clips import to_clips
+from ditkit.data.clips import frame_size, to_clips
 from ditkit.data.pinned import find, read_pinned
 
 PACKAGE, VERSION = "mnist", "1.1.0"
@@ -34,7 +35,7 @@ FPS = 10.0  # the paper gives none; the rate at which the set is usually shown
 
 
 def load(
-    size: int | None = None,
+    size: int | Sequence[int] | None = None,
     frames: int = 20,
     digits: int = 2,
     split: str = "train",
@@ -49,7 +50,10 @@ def load(
         DataError: the package is not found, or is not the pinned one.
         ConfigError: an unknown split, or a number out of range.
     """
-    size = integer("size", CANVAS_PX if size is None else size, least=16)
+    size, width = frame_size(CANVAS_PX if size is None else size)
+    if size != width:
+        raise ConfigError(f"moving_digits: size={size} x {width}, expected a square")
+    integer("size", size, least=16)
     integer("frames", frames, least=1)
     integer("digits", digits, least=1)
     integer("seed", seed, least=0)

@@ -1,0 +1,112 @@
+"""`ditkit forecast`: what follows, how wrong it is by lead time, and what persistence and climatology would say."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ditkit.cli.options import Number, load_maker, progress, staged, writable
+from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.errors import ConfigError
+from ditkit.core.numbers import integer
+from ditkit.evaluate.sheet import png
+from ditkit.evaluate.strips import strip
+from ditkit.tasks.forecast_scores import (
+    ClipForecasts,
+    FieldForecasts,
+    Picture,
+    called,
+    clip_forecasts,
+    field_forecasts,
+    forecasts_fields,
+)
+
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
+
+
+def forecast(
+    models: Models,
+    *,
+    data: str,
+    horizon: Number = None,
+    count: int = 64,
+    validation: float = 0.1,
+    test: float = 0.2,
+    show: int = 0,
+    max_bad: Number = None,
+    out: Path = Path("outputs/forecast"),
+) -> None:
+    """Forecast data that was not trained on, and measure the error by lead time.
+
+    Examples:
+        ditkit forecast runs/predformer/model --data moving-digits
+        ditkit forecast runs/predformer/model runs/convlstm/model --data moving-digits --horizon 20
+        ditkit forecast runs/predformer-winds/model --data winds
+        ditkit forecast runs/mine/model --data load.csv --horizon 24
+
+    Writes into the folder of --out:
+        forecast.json       every number, and the settings
+        leadtime.png        the error against lead time, beside the baselines
+        MODEL.png           one forecast, what really followed, and the error as colours; one for each
+                            variable of fields
+
+    Args:
+        models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.
+        data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
+            of video files, a netCDF file, or a CSV file of series.
+        horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
+        count: Clips to forecast. Of fields, every window of the test part is.
+        validation: Of fields, the share or number of steps before the test part, as in training.
+        test: Of fields, the last part in time, as in training.
+        show: The clip or window that is drawn.
+        max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
+        out: Folder to write to.
+    """
+    if not models:
+        raise ConfigError("forecast: got no model, expected a folder such as runs/predformer/model")
+    if twice := [name for i, name in enumerate(models) if name in models[:i]]:
+        raise ConfigError(f"forecast: {twice[0]} is given twice, expected different models")
+    names = called(models)
+    named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
+    first = next(iter(named.values()))
+    horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    options = {} if max_bad is None else {"max_bad": max_bad}
+    with writable(out), progress() as advance:
+        found: ClipForecasts | FieldForecasts
+        if forecasts_fields(named):
+            found = field_forecasts(named, data, horizon, validation, test, options)
+        else:
+            found = clip_forecasts(
+                named,
+                data,
+                horizon,
+                integer("--count", count, least=1),
+                options,
+                staged(advance, "forecasting"),
+            )
+        pictures = found.pictures(show)
+        write_json(out / "forecast.json", {"command": command(models, data, horizon), **found.as_dict()})
+        files = ["forecast.json", *draw(found, pictures, out)]
+    Console().print(found.table())
+    print(f"wrote {out}: {', '.join(files)}")
+
+
+def draw(found: ClipForecasts | FieldForecasts, pictures: Sequence[Picture], out: Path) -> list[str]:
+    """The plot, and one forecast of each model; the names of the files."""
+    with replacing(out / "leadtime.png") as draft:
+        draft.write_bytes(found.plot().png())
+    files = ["leadtime.png"]
+    for name, rows, span, unit in pictures:
+        files.append(f"{name}.png")
+        with replacing(out / files[-1]) as draft:
+            draft.write_bytes(png(strip(rows, errors_to=found.truth, span=span, unit=unit)))
+    return files
+
+
+def command(models: tuple[str, ...], data: str, horizon: int) -> str:
+    return shlex.join(["ditkit", "forecast", *models, "--data", data, "--horizon", str(horizon)])

@@ -1,0 +1,269 @@
+"""`ditkit video`: clips from a model, or what is missing of them, as films and scores."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from ditkit.cli.evaluate import flags
+from ditkit.cli.options import (
+    DataName,
+    ModelName,
+    Number,
+    Policies,
+    load_maker,
+    policies_of,
+    progress,
+    seeds_of,
+    solver_of,
+    writable,
+)
+from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Denoiser
+from ditkit.core.numbers import integer
+from ditkit.core.spec import spec
+from ditkit.data.clips import ClipSet, frame_size
+from ditkit.data.loading import takes
+from ditkit.evaluate.features import load_efficientnet_lite0
+from ditkit.tasks.masks import mask_kind
+from ditkit.tasks.video_pictures import leadtime, write_films, write_strips
+from ditkit.tasks.video_scores import (
+    CLIP_FEATURE,
+    UNCONDITIONAL,
+    Completed,
+    VideoScores,
+    chosen,
+    complete,
+    held_out,
+    imagine,
+)
+
+Masks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MASK")]
+Sides = Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")]
+OwnSeeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SEED ...]")]
+
+TOLD = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
+"""Masks that are drawn unless others are asked for; `unconditional` as well."""
+FPS = 10.0
+"""Of films without data, whose rate nothing says."""
+
+
+def video(
+    model: ModelName,
+    *,
+    mask: Masks = (),
+    data: DataName = None,
+    count: int = 8,
+    frames: Number = None,
+    size: Sides = (),
+    seeds: OwnSeeds = (),
+    steps: int = 50,
+    policy: Policies = (),
+    solver: str = "euler",
+    features: bool = False,
+    batch_size: int = 8,
+    max_bytes: Number = None,
+    max_bad: Number = None,
+    out: Path = Path("outputs/video"),
+) -> None:
+    """Predict, complete or invent clips with a trained model, and measure how well.
+
+    Examples:
+        ditkit video runs/vdt/model --data moving-digits
+        ditkit video runs/vdt/model --data vizdoom --mask predict --mask region
+        ditkit video runs/vdt/model --data my-films --frames 24 --size 48 64
+        ditkit video runs/vdt/model --mask unconditional --frames 32
+        ditkit video runs/vdt/model --data moving-digits --policy taylorseer
+
+    Of each clip of --data a mask leaves something, from which the model makes the rest:
+        predict          the first half of the frames is given
+        backward         the last half
+        interpolate      every fourth frame
+        single-frame     one frame, any
+        random-frames    some frames
+        region           half of the picture, and a few whole frames at the ends
+        first-frame      the first frame
+        first-last       the first frame and the last
+        unconditional    nothing; needs no --data
+
+    Writes into the folder of --out:
+        MASK.mp4, MASK.gif    truth, what was given, what was made, and the baseline (MP4 needs PyAV)
+        MASK.png              their frames, and the errors as colours
+        leadtime.png          how fast the prediction gets worse, for the mask predict
+        video.json            every number, settings, and what each policy did
+
+    Args:
+        model: A folder that ditkit train wrote, or owner/name on the Hugging Face hub.
+        mask: What is given, one of those above. Repeat it for several; default: all but first-frame and
+            first-last.
+        data: A named set of clips (moving-digits, vizdoom), of which the test split is taken, or a folder of video
+            files.
+        count: Clips, spread over the whole set.
+        frames: Of a clip. Default: the model's own.
+        size: Of a frame: height and width, or one number for a square. Default: the model's own.
+        seeds: Of what is made, one a clip: whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
+        steps: Steps of the solver.
+        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
+        solver: From noise to clip: euler, heun, ddim, ancestral, eulermaruyama.
+        features: Also measure in the features of EfficientNet-Lite0; of unconditional clips, from 400 on.
+        batch_size: Clips drawn at once.
+        max_bytes: Memory that the policies may hold; more is refused.
+        max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
+        out: Folder to write to.
+    """
+    masks, numbers = masks_of(mask, data), clip_seeds(seeds, count)
+    policies, way = policies_of(policy), solver_of(solver)
+    network = load_maker(model, "clips")
+    shape = clip_shape(network, frames, size, masks)
+    extractor = load_efficientnet_lite0() if features else None
+    limits = {} if max_bad is None else {"max_bad": max_bad}
+    clips = None if data is None else held_out(data, (shape[2], shape[3]), shape[1], **limits)
+    truth = None if clips is None else clips_of(clips, count, shape[0])
+    given = {
+        "mask": list(masks),
+        "data": data,
+        "count": count,
+        "frames": shape[1],
+        "size": shape[2:],
+        "seeds": numbers,
+        "steps": steps,
+        "policies": list(map(spec, policies)),
+        "solver": spec(way),
+        "batch_size": batch_size,
+        "max_bytes": max_bytes,
+        "max_bad": max_bad,
+    }
+    options: dict[str, Any] = {"steps": steps, "solver": way, "policies": policies}
+    options |= {"batch_size": batch_size, "max_bytes": max_bytes, "network": extractor}
+    scores, files = [], []
+    with writable(out), progress() as advance:
+        for name in masks:
+            done = made(network, name, truth, shape, numbers, progress=advance, **options)
+            scores.append(done.scores)
+            files.append(write(out, done, FPS if clips is None else clips.fps))
+        command = ["ditkit", "video", model, *flags(given), *(["--features"] if features else [])]
+        described = {
+            "command": shlex.join(command),
+            "settings": {"model": model, **given, "features": features},
+            "clips": None if clips is None else [clips.id(int(i)) for i in chosen(clips, count)],
+            **VideoScores(tuple(scores)).as_dict(),
+        }
+        write_json(out / "video.json", described)
+    tell(VideoScores(tuple(scores)), [*files, ["video.json"]], out)
+    for line in remarks(masks, data, count, features):
+        print(line)
+
+
+def masks_of(names: Sequence[str], data: str | None) -> tuple[str, ...]:
+    """The masks to draw; without data, of those that are drawn by default the one that needs none.
+
+    Raises:
+        ConfigError: an unknown one, one named twice, or one that needs data without any.
+    """
+    for i, name in enumerate(names):
+        mask_kind(name)
+        if name in names[:i]:
+            raise ConfigError(f"--mask {name} is given twice, expected each mask once")
+        if name != UNCONDITIONAL and data is None:
+            raise ConfigError(
+                f"--mask {name} needs clips: expected --data moving-digits, or a folder of video files"
+            )
+    return tuple(names) or (*(TOLD if data else ()), UNCONDITIONAL)
+
+
+def clip_seeds(words: Sequence[str], count: int) -> tuple[int, ...]:
+    """One seed a clip.
+
+    Raises:
+        ConfigError: words that are no seeds, or another number of them than clips.
+    """
+    count = integer("--count", count, least=1)
+    seeds = seeds_of(words) if words else tuple(range(count))
+    if len(seeds) != count:
+        raise ConfigError(f"--seeds names {len(seeds)} seeds for --count={count}, expected one a clip")
+    return seeds
+
+
+def clip_shape(
+    network: Denoiser, frames: int | None, size: tuple[int, ...], masks: Sequence[str]
+) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of a clip, by default the model's.
+
+    Raises:
+        ConfigError: numbers below 1, more than two sides, or a clip that a mask does not fit.
+        ShapeError: the model's patches do not divide it.
+    """
+    channels, own, *sides = network.signal_shape
+    frames = own if frames is None else integer("--frames", frames, least=1)
+    height, width = frame_size(size if len(size) != 1 else size[0]) if size else sides
+    shape = channels, frames, height, width
+    network.layout(network.codec.latent_shape(shape))
+    for name in masks:
+        mask_kind(name)(shape[1:], torch.Generator())
+    return shape
+
+
+def clips_of(clips: ClipSet, count: int, channels: int) -> Tensor:
+    """`count` clips [B, C, T, H, W] of the set.
+
+    Raises:
+        ConfigError: it has fewer, or other channels than the model's.
+    """
+    if clips.channels != channels:
+        raise ConfigError(f"{clips.name} has {clips.channels} channels, the model makes {channels}")
+    return clips.clips(chosen(clips, count))
+
+
+def made(
+    model: Denoiser,
+    mask: str,
+    truth: Tensor | None,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    **options: Any,
+) -> Completed:
+    """What the model makes under one kind of mask."""
+    if mask == UNCONDITIONAL:
+        return imagine(model, shape, seeds, real=truth, **options)
+    assert truth is not None  # `masks_of` has refused the others
+    return complete(model, truth, mask, seeds, **options)
+
+
+def write(out: Path, done: Completed, fps: float) -> list[str]:
+    """The pictures of one kind of mask; the names of the files."""
+    files = [*write_films(out, done, fps), write_strips(out, done)]
+    plot = leadtime(done.scores) if done.scores.mask == "predict" else None
+    if plot is None:
+        return files
+    with replacing(out / "leadtime.png") as draft:
+        draft.write_bytes(plot.png())
+    return [*files, "leadtime.png"]
+
+
+def tell(scores: VideoScores, files: Sequence[Sequence[str]], out: Path) -> None:
+    """The table, the time, and where everything lies."""
+    Console().print(scores.table())
+    seconds, clips = sum(m.seconds for m in scores.masks), sum(m.clips for m in scores.masks)
+    print(f"{clips} clips in {seconds:.1f} s, {seconds / clips:.2f} s each")
+    print(f"wrote {out}:", *(", ".join(names) for names in files), sep="\n  ")
+
+
+def remarks(masks: Sequence[str], data: str | None, count: int, features: bool) -> Iterator[str]:
+    """What was left out, and what it takes to have it."""
+    if data is None:
+        yield "no --data: nothing was given, so there is nothing to compare with"
+    if data is not None and not takes(data, "split"):
+        yield f"{data} has no test split: what the model was trained on may be among the clips"
+    if UNCONDITIONAL in masks and features and data is not None and count < CLIP_FEATURE.clips_needed:
+        yield f"unconditional: a Frechet distance needs --count={CLIP_FEATURE.clips_needed} or more, got {count}"
+    if find_spec("av") is None:
+        yield "no MP4, which needs PyAV: pip install 'ditkit[video]'"
