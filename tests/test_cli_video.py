@@ -73,7 +73,7 @@ def test_every_mask_is_drawn_scored_and_shown(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     flags = ["--data", "moving-digits", "--count", "2", "--seeds", "7", "9", "--steps", "6"]
-    flags += ["--policy", "taylorseer:interval=2,order=1", "--out", tmp_path]
+    flags += ["--policy", "taylorseer:interval=2,order=1", "--out", str(tmp_path)]
     text = said(capsys, "video", model, *flags)
     films = {f"{mask}.{suffix}" for mask in EVERY for suffix in ("mp4", "gif", "png")}
     assert {path.name for path in tmp_path.iterdir()} == films | {"leadtime.png", "video.json"}

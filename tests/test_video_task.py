@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -154,18 +155,18 @@ def test_frechet_distance_from_as_many_clips_as_it_needs(model: VDT, monkeypatch
     enough = ClipFeature(0).clips_needed
     real = torch.rand(enough, 1, 2, 4, 8) * 2 - 1
     options: dict[str, Any] = {"network": network, "steps": 1, "batch_size": enough}
-    found = imagine(model, (1, 2, 4, 8), range(enough), real=real, **options).scores.frechet
+    scores = imagine(model, (1, 2, 4, 8), range(enough), real=real, **options).scores
+    found = scores.frechet
     assert found is not None and (found.n_real, found.n_fake) == (enough, enough) and found.frechet > 0
-    assert f"n = {enough} drawn" in shown(
-        VideoScores((imagine(model, (1, 2, 4, 8), range(enough), real=real, **options).scores,))
-    )
+    assert f"n = {enough} drawn" in " ".join(shown(VideoScores((scores,))).split())
     assert imagine(model, (1, 2, 4, 8), range(9), real=real[:9], **options).scores.frechet is None
 
 
 def shown(scores: VideoScores, columns: int = 80) -> str:
-    console = Console(width=columns, record=True, quiet=True)
-    console.print(scores.table())
-    return console.export_text()
+    console = Console(width=columns, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(scores.table())
+    return capture.get()
 
 
 def test_the_table_and_the_json_say_the_same(model: VDT, clips: Tensor) -> None:

@@ -84,7 +84,7 @@ def video(
         ditkit video runs/vdt/model --mask unconditional --frames 32
         ditkit video runs/vdt/model --data moving-digits --policy taylorseer
 
-    Of each clip of --data a mask leaves something, from which the model makes the rest:
+    A mask leaves something of each clip, of which the model makes the rest:
         predict          the first half of the frames is given
         backward         the last half
         interpolate      every fourth frame
@@ -96,10 +96,10 @@ def video(
         unconditional    nothing; needs no --data
 
     Writes into the folder of --out:
-        MASK.mp4, MASK.gif    truth, what was given, what was made, and the baseline (MP4 needs PyAV)
-        MASK.png              their frames, and the errors as colours
-        leadtime.png          how fast the prediction gets worse, for the mask predict
-        video.json            every number, settings, and what each policy did
+        MASK.mp4, .gif    truth, given, made and baseline (MP4 needs PyAV)
+        MASK.png          their frames, and the errors as colours
+        leadtime.png      how fast the prediction gets worse, for predict
+        video.json        every number, settings, and what each policy did
 
     Args:
         model: A folder that ditkit train wrote, or owner/name on the Hugging Face hub.

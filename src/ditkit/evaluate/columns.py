@@ -51,7 +51,7 @@ def _full(row: Row) -> str:
 
 def _worst_frame(row: Row) -> str:
     worst = None if row.clip is None else row.clip.worst_frame()
-    return to_exact(row, None) if worst is None else f"{worst[1]:.1f} (frame {worst[0]})"
+    return to_exact(row, None) if worst is None else f"{worst[1]:.1f} ({worst[0]})"
 
 
 def _distance(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
@@ -79,7 +79,7 @@ TO_EXACT = (
 )
 OF_CLIPS = (
     Column("motion", "dB", "temporal_psnr_db", lambda r: to_exact(r, r.temporal_psnr_db)),
-    Column("worst frame", "dB", "psnr_by_frame_db", _worst_frame),
+    Column("worst frame", "dB (frame)", "psnr_by_frame_db", _worst_frame),
 )
 TO_CONVERGED = (Column("PSNR", "dB", "psnr_converged_db", lambda r: decibels(r.psnr_converged_db)),)
 CONTROL = (

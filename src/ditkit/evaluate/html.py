@@ -160,7 +160,7 @@ def details(head: str, inner: str) -> str:
 def _of_clips(settings: Mapping[str, Any]) -> str:
     """Their length and size, and how much of them was given."""
     _, frames, height, width = settings["shape"]
-    given = f", {1 - settings['made']:.0%} of them given" if "made" in settings else ""
+    given = f", {1 - settings['made']:.0%} given" if "made" in settings else ""
     return f"{frames} frames of {height} x {width}{given}, "
 
 

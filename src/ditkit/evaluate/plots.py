@@ -107,7 +107,8 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
         return ""
     last = max(len(shown[0][1]) - 1, 1)
     whole = [mark for mark in ticks(0, last) if mark == int(mark)]
-    across = Axis(whole, FIELD.x, FIELD.x + FIELD.width)
+    room = LETTER * max(len(row.tag) for row, _ in shown) + 2 * RADIUS  # for the labels at the lines' ends
+    across = Axis(whole, FIELD.x, FIELD.x + FIELD.width - room)
     up = Axis(ticks(min(heights), max(heights)), FIELD.y + FIELD.height, FIELD.y)
     drawn, ends = [], []
     for row, each in shown:

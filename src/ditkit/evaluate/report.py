@@ -12,25 +12,16 @@ from torch import Tensor
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.evaluate.html import page
 from ditkit.evaluate.rows import DEFINITIONS, Row
-from ditkit.evaluate.sheet import CELL, png, sheet
-from ditkit.evaluate.strips import chosen, side_by_side
+from ditkit.evaluate.sheet import MARGIN, png, sheet
+from ditkit.evaluate.strips import chosen, side_by_side, with_legend
 from ditkit.evaluate.words import NOTHING, caption, converged_caption, decibels, headline, megabytes, to_exact
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
-HEADS = (
-    "time\ns",
-    "speed\n-up",
-    "\nMACs",
-    "peak\nMB",
-    "to\nexact",
-    "same\nMACs",
-    "to con-\nverged",
-    "same\nMACs",
-)
-AFTER_EXACT = 6
-MOTION = "\nmotion"
+COST = ("time\ns", "speed\n-up", "\nMACs", "peak\nMB")
+TO_EXACT, MOTION, TO_CONVERGED, CONTROL = "to\nexact", "\nmotion", "to con-\nverged", "same\nMACs"
 SHOWN = 16  # columns of pictures, beyond which a sheet is no longer looked at
 CLIPS_SHOWN, FRAMES_SHOWN = 2, 14  # clips, and frames of all of them together
 
@@ -72,8 +63,7 @@ class Report:
         paths = [folder / name for name in ("report.json", "report.html", "sheet.png")]
         captions, heads, shown = self.captions(), self.heads(), self.shown()
         html = page(self.rows, self.settings, self.headline, pictures=shown, captions=captions, heads=heads)
-        height, width = shown[self.rows[0].name].shape[-2:] if self._frames() else (CELL, CELL)
-        picture = png(sheet(shown, captions, heads, (width, height)))
+        picture = png(self._sheet(shown, captions, heads))
         write_json(paths[0], self.as_dict())
         with replacing(paths[1]) as draft:
             draft.write_text(html, encoding="utf8")
@@ -88,11 +78,14 @@ class Report:
 
     def heads(self) -> list[str]:
         """What stands above each column, of as many seeds as are shown."""
-        frames = self._frames()
-        seeds = self.settings["seeds"][: CLIPS_SHOWN if frames else SHOWN]
+        frames, seeds = self._frames(), self.settings["seeds"]
         labels = self.settings["labels"] or [""] * len(seeds)
-        heads = [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=False)]
-        return [f"{head}: frames {' '.join(map(str, frames))}" for head in heads] if frames else heads
+        if frames and len(set(labels)) == 1:  # most models of clips have one class, which has no name
+            labels = [""] * len(seeds)
+        heads = [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=True)]
+        if not frames:
+            return heads[:SHOWN]
+        return [f"seed {head}, frames {' '.join(map(str, frames))}" for head in heads[:CLIPS_SHOWN]]
 
     def shown(self) -> Mapping[str, Tensor]:
         """A picture under each head: uint8 [n, 1 or 3, H, W], of clips the chosen frames in a line."""
@@ -116,8 +109,8 @@ class Report:
             padding=(0, 1, 0, 0),
         )
         table.add_column("method", max_width=18)
-        motion = [MOTION] if any(row.clip for row in self.rows) else []
-        for head in [*HEADS[:AFTER_EXACT], *motion, *HEADS[AFTER_EXACT:]]:
+        motion = [MOTION] if self._frames() else []
+        for head in [*COST, TO_EXACT, *motion, CONTROL, TO_CONVERGED, CONTROL]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
@@ -129,6 +122,15 @@ class Report:
         if self.rows[0].clip is None:
             return []
         return chosen(clips.shape[1], FRAMES_SHOWN // min(CLIPS_SHOWN, len(clips)))
+
+    def _sheet(
+        self, shown: Mapping[str, Tensor], captions: Mapping[str, list[str]], heads: list[str]
+    ) -> Image.Image:
+        if not self._frames():
+            return sheet(shown, captions, heads)
+        height, width = shown[self.rows[0].name].shape[-2:]
+        page = sheet(shown, captions, heads, (width, height), MARGIN)
+        return with_legend(page, self.made is not None)
 
 
 def _cells(row: Row) -> list[str]:

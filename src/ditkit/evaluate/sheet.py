@@ -59,24 +59,25 @@ def sheet(
     captions: Mapping[str, Sequence[str]],
     heads: Sequence[str],
     cell: tuple[int, int] = (CELL, CELL),
+    gap: int = GAP,
 ) -> Image.Image:
     """A row of pictures a method under column heads, each row with its caption's lines on the left.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method; the first `len(heads)` of each are shown.
         captions: lines of text by method; the first is its title.
-        cell: width and height of a picture on the sheet.
+        cell: width and height of a picture on the sheet. gap: pixels between columns.
     """
     from PIL import Image, ImageDraw
 
     width, height = cell
     step = max(height + GAP, CAPTION_TOP + LINE * max(len(captions[name]) for name in pictures))
-    size = (2 * MARGIN + LABEL_WIDTH + len(heads) * (width + GAP), 2 * MARGIN + LINE + len(pictures) * step)
+    size = (2 * MARGIN + LABEL_WIDTH + len(heads) * (width + gap), 2 * MARGIN + LINE + len(pictures) * step)
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     left, top = MARGIN + LABEL_WIDTH, MARGIN + LINE
     for column, head in enumerate(heads):
-        draw.text((left + column * (width + GAP), MARGIN), clipped(head, width), PALE, font(11))
+        draw.text((left + column * (width + gap), MARGIN), clipped(head, width), PALE, font(11))
     for row, (name, of_method) in enumerate(pictures.items()):
         y = top + row * step
         for line, caption in enumerate(captions[name]):
@@ -88,7 +89,7 @@ def sheet(
             shown = image(picture).resize(
                 cell, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
             )
-            page.paste(shown, (left + column * (width + GAP), y))
+            page.paste(shown, (left + column * (width + gap), y))
     return page
 
 

@@ -80,7 +80,7 @@ def strip(
             rows[below] = coloured(errors[name] / (top or 1.0))
             captions[below] = ["", f"|difference| to {errors_to}"]
     page = sheet(rows, captions, [f"frame {i}" for i in shown], cell)
-    return _with_legend(page, bool(masks), top if errors else None, unit)
+    return with_legend(page, bool(masks), top if errors else None, unit)
 
 
 def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None) -> Tensor:
@@ -154,8 +154,8 @@ def _errors(clips: Mapping[str, Tensor], reference: str) -> dict[str, Tensor]:
     }
 
 
-def _with_legend(page: Image.Image, given: bool, top: float | None, unit: str) -> Image.Image:
-    """The page, and below it what an outline and the colours of errors mean."""
+def with_legend(page: Image.Image, given: bool, top: float | None = None, unit: str = "") -> Image.Image:
+    """The page, and below it what an outline and the colours of errors up to `top` mean."""
     from PIL import Image, ImageDraw
 
     if not given and top is None:

@@ -12,7 +12,7 @@ from ditkit.train.timesteps import LogitNormal
 
 
 def vdt() -> VideoRecipe:
-    """3.2 M parameters, 16 frames of 32 x 32 in 1,024 tokens, two digits; velocity on the linear path.
+    """7.1 M parameters, 16 frames of 32 x 32 in 256 tokens, two digits; data prediction on the linear path.
 
     The paper's models are VDT.preset("S/2") and ("L/2"), under DDPM's objective on latents.
     """
@@ -20,7 +20,14 @@ def vdt() -> VideoRecipe:
         data="moving-digits",
         options={"length": 100_000},
         model=VDTConfig(
-            frames=16, size=32, patch=4, channels=1, width=128, depth=8, heads=4, convention=Convention()
+            frames=16,
+            size=32,
+            patch=8,
+            channels=1,
+            width=192,
+            depth=8,
+            heads=6,
+            convention=Convention(prediction="data"),
         ),
         settings=Settings(
             steps=6000,
