@@ -212,7 +212,7 @@ def test_captions_train_as_one_class_and_only_what_exists_is_named(
     words = ["train", "emoji", "--data", photos, *SMALL, "--save-every", "0", "--out", run]
     assert main([str(word) for word in words]) == 0
     said = capsys.readouterr().out
-    assert f"wrote {run}: model, losses.jsonl, tensorboard; draw with: " in said
+    assert f"wrote {run}: model, losses.jsonl, tensorboard; go on with: " in said
     assert not (run / "samples").exists() and not (run / "state.safetensors").exists()
     assert output(capsys, "generate", run / "model", "--list-labels") == "photos\n"
     told = output(capsys, *words, "--dry-run")
@@ -226,7 +226,7 @@ def test_only_the_first_process_speaks_and_says_if_tensorboard_is_missing(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["train", "emoji", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert "draw with" in said.out and said.err.startswith("TensorBoard is not installed")
+    assert "go on with" in said.out and said.err.startswith("TensorBoard is not installed")
     monkeypatch.setenv("RANK", "1")
     assert output(capsys, "train", "emoji", "--out", tmp_path) == ""
 

@@ -291,7 +291,7 @@ def test_an_interrupt_is_one_line(model: Path, capsys: Capture, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditkit.cli.generate.load", interrupted)
+    monkeypatch.setattr("ditkit.cli.generate.load_maker", interrupted)
     assert main(["generate", str(model)]) == 130
     assert capsys.readouterr().err == "ditkit: interrupted\n"
 
@@ -315,7 +315,7 @@ def test_an_unexpected_error_keeps_its_traceback(model: Path, monkeypatch: pytes
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ditkit.cli.generate.load", broken)
+    monkeypatch.setattr("ditkit.cli.generate.load_maker", broken)
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(model)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,8 +114,7 @@ def test_errors_are_of_what_was_made_and_of_nothing_else():
     assert by_frame[1] is None
     for t in (0, 2, 3):
         assert by_frame[t] == pytest.approx(of_values(x[:, :, t], ref[:, :, t], mask[:, :, t]), abs=1e-4)
-    frames = [t for t in (0, 2, 3)]
-    assert found["clip"].worst_frame() == min(((t, by_frame[t]) for t in frames), key=lambda pair: pair[1])
+    assert found["clip"].worst_frame() == min(((t, by_frame[t]) for t in (0, 2, 3)), key=lambda pair: pair[1])
     counted = mask[:, :, 1:] | mask[:, :, :-1]
     assert found["clip"].temporal_psnr_db == pytest.approx(
         of_values(x.diff(dim=2), ref.diff(dim=2), counted), abs=1e-3
@@ -133,9 +133,7 @@ def test_ssim_is_the_mean_over_frames_of_each_frame():
 
 def test_a_constant_shift_is_no_error_of_motion_and_flicker_is():
     ref = torch.rand(2, 1, 4, 8, 8).double()
-    assert errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None or (
-        errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db > 200
-    )
+    assert errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None
     sign = torch.tensor([1, -1, 1, -1]).view(1, 1, 4, 1, 1)
     found = errors(ref + 0.1 * sign, ref, None)
     assert found["psnr_db"] == pytest.approx(10 * math.log10(4 / 0.01))
@@ -161,7 +159,7 @@ def test_every_row_has_all_keys_and_neutral_is_identical(report):
     for row in saved["rows"]:
         assert set(row) >= REQUIRED
         assert len(row["psnr_by_frame_db"]) == FRAMES
-        assert row["psnr_by_frame_db"][: FRAMES // 2] == [None] * (FRAMES // 2)  # given
+        assert set(row["psnr_by_frame_db"][: FRAMES // 2]) == {None}  # given
     exact, neutral, forecast, control = report.rows
     for row in (exact, neutral):
         assert row.identical
@@ -275,8 +273,8 @@ def test_pages_of_pictures_have_no_word_of_clips(report):
     pictures = {name: clips[:1, 0] for name, clips in report.pictures.items()}
     text = page(rows, settings, "", pictures=pictures, captions=report.captions(), heads=["0"])
     body = text.partition("<body>")[2].partition("<details>")[0]
-    for word in ("clip", "frame", "motion", "films"):
-        assert word not in body.replace("of clips given in part", "").replace("the frames of clips", "")
+    said = re.sub(r' title="[^"]*"', "", body)
+    assert not re.search("clip|frame|motion|films", said)
 
 
 # -- bad input, and the command line

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -37,6 +39,7 @@ from ditkit.tasks.masks import mask_kind
 from ditkit.tasks.video import conditioned
 from ditkit.tasks.video_scores import UNCONDITIONAL, held_out
 
+MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
 PREDICT = "predict"
 
@@ -58,7 +61,7 @@ def compare(
     max_bytes: Number = None,
     no_memory: bool = False,
     data: DataName = None,
-    mask: DataName = None,
+    mask: MaskName = None,
     out: Path = Path("outputs/compare"),
 ) -> None:
     """Compare policies with the exact sampler: speed beside error.
@@ -71,7 +74,7 @@ def compare(
         ditkit compare runs/vdt/model --policy taylorseer --data moving-digits --mask interpolate
 
     Writes into the folder of --out:
-        report.html    pictures or clips, plots and a table in one file, for a browser
+        report.html    pictures or clips, plots, table in one file, for a browser
         report.json    every number, with what it means
         sheet.png      the pictures, or frames of the clips
 
@@ -89,9 +92,9 @@ def compare(
         batch_size: Samples drawn at once.
         max_bytes: Memory that a policy may hold; more is refused.
         no_memory: Do not measure peak memory, which takes a process for each row.
-        data: A named set (emoji) or a folder. Of images: to report FID and KID against. Of clips (moving-digits,
-            vizdoom): clips that are given in part, of the test split where there is one.
-        mask: What of the clips of --data is given: predict (the first half; the default), backward,
+        data: A named set or a folder. Images (emoji): to report FID and KID against. Clips (moving-digits):
+            given in part, out of the test split if there is one.
+        mask: What the clips of --data leave to be made: predict (the last half, the default), backward,
             interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
     """

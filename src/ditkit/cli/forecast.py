@@ -50,10 +50,10 @@ def forecast(
         ditkit forecast runs/mine/model --data load.csv --horizon 24
 
     Writes into the folder of --out:
-        forecast.json       every number, and the settings
-        leadtime.png        the error against lead time, beside the baselines
-        MODEL.png           one forecast, what really followed, and the error as colours; one for each
-                            variable of fields
+        forecast.json    every number, and the settings
+        leadtime.png     the error against lead time, beside the baselines
+        MODEL.png        one forecast, what followed, and the error as colours;
+                         of fields one for each variable
 
     Args:
         models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.

@@ -79,8 +79,8 @@ def video(
 
     Examples:
         ditkit video runs/vdt/model --data moving-digits
-        ditkit video runs/vdt/model --data vizdoom --mask predict --mask region
-        ditkit video runs/vdt/model --data my-films --frames 24 --size 48 64
+        ditkit video runs/vdt/model --data moving-digits --mask predict --steps 25
+        ditkit video runs/mine/model --data my-films --frames 24 --size 48 64
         ditkit video runs/vdt/model --mask unconditional --frames 32
         ditkit video runs/vdt/model --data moving-digits --policy taylorseer
 

@@ -207,13 +207,13 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 def encode_given(codec: Codec, cond: Cond) -> Cond:
     """`cond` on the codec's latents: given content coded, and a latent to be made where any of its pixels is.
 
-    So no latent that counts as given has seen what is to be made, unless the codec looks beyond its own cell.
+    A codec looks beyond the pixels of one latent, so those that are to be made are blank when it does.
     """
     if isinstance(codec, Identity) or cond.context is None:
         return cond
-    context = codec.encode(cond.context)
     if cond.mask is None:
-        return dataclasses.replace(cond, context=context)
+        return dataclasses.replace(cond, context=codec.encode(cond.context))
+    context = codec.encode(cond.context.masked_fill(cond.mask.bool(), 0))
     mask = F.adaptive_max_pool3d(cond.mask.float(), context.shape[2:])
     return dataclasses.replace(cond, context=context, mask=mask)
 

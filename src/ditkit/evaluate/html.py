@@ -21,7 +21,7 @@ MOTION = (
     "Motion is the PSNR of the differences between neighbouring frames: flicker lowers it, a constant shift of "
     "colour does not. Error can grow with the distance from what was given, so each frame has a PSNR of its own."
 )
-GIVEN = "What is outlined was given; it comes out as it went in, and no error counts it."
+GIVEN = "What was given comes out as it went in, and no error counts it."
 
 
 def page(
@@ -40,7 +40,7 @@ def page(
             each column.
     """
     kind = noun(rows)
-    shown = grid(pictures, captions, heads, kind) + rest(len(heads), len(settings["seeds"]), kind)
+    shown = grid(pictures, captions, heads, kind) + note(len(heads), settings, kind)
     parts = [
         f"<h1>{escape(title(settings))}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
@@ -114,9 +114,12 @@ def grid(
     return f'<div class="scroll"><div class="{look}" style="--n:{len(heads)}">{"".join(cells)}</div></div>'
 
 
-def rest(shown: int, count: int, kind: str) -> str:
-    """A line about those that are not shown."""
-    return f"<p>The first {shown} of {count} {kind}s.</p>" if count > shown else ""
+def note(shown: int, settings: Mapping[str, Any], kind: str) -> str:
+    """A line about those that are not shown, and about outlines."""
+    count = len(settings["seeds"])
+    more = f"The first {shown} of {count} {kind}s. " if count > shown else ""
+    text = more + ("What is outlined was given." if "made" in settings else "")
+    return f"<p>{text.strip()}</p>" if text else ""
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -135,7 +135,7 @@ class Report:
 
 def _cells(row: Row) -> list[str]:
     control = row.control_steps is not None
-    motion = [] if row.clip is None else [to_exact(row, row.temporal_psnr_db)]
+    motion = [] if row.clip is None else [decibels(row.temporal_psnr_db)]
     return [
         row.name,
         f"{row.seconds:.2f}",

@@ -70,8 +70,8 @@ class ClassImageRecipe(Recipe):
     objective: Objective = FLOW_MATCHING
 
     def prepared(self) -> Prepared:
-        images = load_images(self.data, self.model.size, **self.loading)
         codec = load_codec(self.codec)
+        images = load_images(self.data, self.model.size, **self.loading)
         recipe = self.fitting(images)
         channels, size, _ = codec.latent_shape(images.images.shape[1:])
         recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ditkit.core.catalog import every
-from ditkit.core.codec import IDENTITY, Codec
+from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model, parameter_count
 from ditkit.evaluate.macs import count_macs
@@ -115,7 +115,11 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         recipe.objective,
         recipe.settings,
         folder,
-        about={"data": recipe.data, "options": dict(recipe.options), "codec": recipe.codec},
+        about={
+            "data": recipe.data,
+            "options": dict(recipe.options),
+            "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
+        },
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
         finish=lambda trained: recipe.finish(trained, samples),
@@ -137,6 +141,7 @@ def describe(recipe: Recipe) -> str:
     copies = 3 + len(run.averages)  # weights, two moments, averages
     lines = {
         "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
+        **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
         **{f"settings.{k}": v for k, v in vars(run).items()},

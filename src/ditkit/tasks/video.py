@@ -96,8 +96,8 @@ class VideoRecipe(Recipe):
     masks: MaskMixture = EVERY_MASK
 
     def prepared(self) -> Prepared:
-        clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
         codec = load_codec(self.codec)
+        clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
         channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
         model = replace(self.model, channels=channels, size=(size[0], size[1]))
         return Prepared(replace(self, model=model), coded(Masked(clips, self.masks), codec), codec)
