@@ -166,7 +166,7 @@ def test_a_film_shorter_than_the_clip_is_named(model: Path, tmp_path: Path, caps
 
 def test_other_channels_than_the_models(model: Path, tmp_path: Path, capsys: Capture) -> None:
     video_pictures.write_mp4(tmp_path / "rgb.mp4", torch.zeros(9, 3, SIDE, SIDE, dtype=torch.uint8), 10.0)
-    line = complaint(capsys, "video", model, "--data", tmp_path, "--out", tmp_path / "out")
+    line = complaint(capsys, "video", model, "--data", tmp_path, "--count", 2, "--out", tmp_path / "out")
     assert "3 channels, the model makes 1" in line
 
 

@@ -50,8 +50,7 @@ def sliding(films: int = 6, length: int = 12) -> MemoryClips:
 def bars(monkeypatch) -> MemoryClips:
     clips = sliding()
     monkeypatch.setattr(task, "load_clips", lambda *args, **options: clips)
-    monkeypatch.setattr("ditkit.tasks.forecast_scores.load_clips", lambda *args, **options: clips)
-    monkeypatch.setattr("ditkit.tasks.forecast_scores.takes", lambda *args: False)
+    monkeypatch.setattr("ditkit.tasks.forecast_scores.load_held_out", lambda *args, **options: clips)
     return clips
 
 

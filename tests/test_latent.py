@@ -85,7 +85,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving_digits, "read_digits", lambda split: squares)
 
 
-def of_pictures(pictures: Path, codec: Path, **changes: Any) -> ClassImageRecipe:
+def of_pictures(pictures: Path, codec: Path | str, **changes: Any) -> ClassImageRecipe:
     model = DiTConfig(size=SIDE, patch=2, channels=3, width=16, depth=1, heads=2, classes=1, convention=PLAIN)
     return ClassImageRecipe(
         data=str(pictures), codec=str(codec), model=model, settings=replace(SETTINGS, **changes)
@@ -202,7 +202,7 @@ def test_latents_are_drawn_anew_at_every_step(pictures: Path, codec: Path) -> No
 
 
 def test_without_a_codec_samples_are_as_they_were(pictures: Path) -> None:
-    samples = of_pictures(pictures, Path()).prepared().samples
+    samples = of_pictures(pictures, "").prepared().samples
     assert load_codec("") is IDENTITY and coded(samples, IDENTITY) is samples
 
 
@@ -305,7 +305,7 @@ def test_a_codec_that_is_none_is_refused_before_the_data_are_read(
 ) -> None:
     nowhere = tmp_path / "nowhere"
     for recipe in (of_pictures(tmp_path / "no-data", nowhere), of_clips(nowhere)):
-        with pytest.raises(CheckpointError, match="cannot read .*nowhere"):
+        with pytest.raises(CheckpointError, match=r"cannot read .*nowhere"):
             recipe.prepared()
     with pytest.raises(CheckpointError, match="unknown key 'model'"):
         of_pictures(pictures, run / "model").prepared()

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
-from ditkit.data.clips import MemoryClips
-from ditkit.data.loading import takes
+from ditkit.data.clips import MemoryClips, spread
+from ditkit.data.loading import load_held_out, takes
 from ditkit.data.sets import moving_digits
+from ditkit.evaluate.deviation import pooled_psnr_db
 from ditkit.evaluate.features import EfficientNetLite0
 from ditkit.evaluate.metrics import psnr_db
 from ditkit.evaluate.perceptual import ClipFeature
@@ -32,11 +33,8 @@ from ditkit.tasks.video_scores import (
     UNCONDITIONAL,
     Scores,
     VideoScores,
-    chosen,
     complete,
-    held_out,
     imagine,
-    made_psnr_db,
 )
 
 T, SIDE = 8, 8
@@ -73,7 +71,7 @@ def test_only_what_was_made_is_scored(kind: str, clips: Tensor) -> None:
         errors[t].append(float(made[b, 0, t, y, x] - clips[b, 0, t, y, x]) ** 2)
     pooled = [e for frame in errors.values() for e in frame]
     assert scores.psnr_db == pytest.approx(10 * math.log10(4 * len(pooled) / sum(pooled)))
-    assert scores.psnr_db == made_psnr_db(made, clips, mask)
+    assert scores.psnr_db == pooled_psnr_db(made, clips, mask)
     for t, frame in errors.items():
         if not frame:
             assert scores.psnr_db_by_frame[t] is None and scores.ssim_by_frame[t] is None
@@ -204,17 +202,17 @@ def test_held_out_clips_are_of_the_test_split(tmp_path: Path, monkeypatch: pytes
         return torch.full((10, 28, 28), 200, dtype=torch.uint8)
 
     monkeypatch.setattr(moving_digits, "read_digits", read)
-    found = held_out("moving-digits", (16, 16), 5, length=7)
+    found = load_held_out("moving-digits", (16, 16), 5, length=7)
     assert asked == ["test"] and (len(found), found.frames, found.size) == (7, 5, (16, 16))
     assert takes("moving-digits", "split") and not takes(tmp_path, "split") and takes(tmp_path, "max_bad")
     with pytest.raises(DataError, match="no-such-set"):
-        held_out("no-such-set", (16, 16), 5)
+        load_held_out("no-such-set", (16, 16), 5)
 
 
 def test_clips_are_chosen_over_the_whole_set() -> None:
     film = torch.zeros(12, 1, 4, 4, dtype=torch.uint8)
     windows = MemoryClips("films", (film,), ("a.mp4",), 10.0, frames=3)
-    assert chosen(windows, 3).tolist() == [0, 3, 6]
-    assert chosen(windows, 10).tolist() == list(range(10))
+    assert spread(windows, 3).indices.tolist() == [0, 3, 6]
+    assert spread(windows, 10).indices.tolist() == list(range(10))
     with pytest.raises(ConfigError, match="films has 10 clips of 3 frames, asked for 11"):
-        chosen(windows, 11)
+        spread(windows, 11)

@@ -32,12 +32,13 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
-from ditkit.data.loading import load_images
+from ditkit.data.clips import spread
+from ditkit.data.loading import load_held_out, load_images
 from ditkit.evaluate.compare import compare as compared
 from ditkit.sample.workload import TOLD_NOTHING
 from ditkit.tasks.masks import mask_kind
 from ditkit.tasks.video import conditioned
-from ditkit.tasks.video_scores import UNCONDITIONAL, held_out
+from ditkit.tasks.video_scores import UNCONDITIONAL
 
 MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
@@ -175,7 +176,7 @@ def given_clips(network: Denoiser, data: str, count: int) -> Tensor:
         ConfigError: the set has other channels. Those of the loader.
     """
     channels, frames, height, width = network.signal_shape
-    clips = held_out(data, (height, width), frames)
+    clips = spread(load_held_out(data, (height, width), frames), count)
     if clips.channels != channels:
         raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
-    return clips.clips(torch.arange(count) * len(clips) // count)
+    return clips.clips(torch.arange(count))

@@ -60,7 +60,7 @@ def forecast(
         data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
             of video files, a netCDF file, or a CSV file of series.
         horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
-        count: Clips to forecast. Of fields, every window of the test part is.
+        count: Clips to forecast, at most. Of fields, every window of the test part is.
         validation: Of fields, the share or number of steps before the test part, as in training.
         test: Of fields, the last part in time, as in training.
         show: The clip or window that is drawn.

@@ -31,8 +31,8 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.spec import spec
-from ditkit.data.clips import ClipSet, frame_size
-from ditkit.data.loading import takes
+from ditkit.data.clips import ClipSet, frame_size, spread
+from ditkit.data.loading import load_held_out, takes
 from ditkit.evaluate.features import load_efficientnet_lite0
 from ditkit.tasks.masks import mask_kind
 from ditkit.tasks.video_pictures import leadtime, write_films, write_strips
@@ -41,9 +41,7 @@ from ditkit.tasks.video_scores import (
     UNCONDITIONAL,
     Completed,
     VideoScores,
-    chosen,
     complete,
-    held_out,
     imagine,
 )
 
@@ -126,8 +124,10 @@ def video(
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
     limits = {} if max_bad is None else {"max_bad": max_bad}
-    clips = None if data is None else held_out(data, (shape[2], shape[3]), shape[1], **limits)
-    truth = None if clips is None else clips_of(clips, count, shape[0])
+    clips = None
+    if data is not None:
+        clips = spread(load_held_out(data, (shape[2], shape[3]), shape[1], **limits), count)
+    truth = None if clips is None else clips_of(clips, shape[0])
     given = {
         "mask": list(masks),
         "data": data,
@@ -154,7 +154,7 @@ def video(
         described = {
             "command": shlex.join(command),
             "settings": {"model": model, **given, "features": features},
-            "clips": None if clips is None else [clips.id(int(i)) for i in chosen(clips, count)],
+            "clips": None if clips is None else [clips.id(i) for i in range(count)],
             **VideoScores(tuple(scores)).as_dict(),
         }
         write_json(out / "video.json", described)
@@ -212,15 +212,15 @@ def clip_shape(
     return shape
 
 
-def clips_of(clips: ClipSet, count: int, channels: int) -> Tensor:
-    """`count` clips [B, C, T, H, W] of the set.
+def clips_of(clips: ClipSet, channels: int) -> Tensor:
+    """All clips of a set, [B, C, T, H, W].
 
     Raises:
-        ConfigError: it has fewer, or other channels than the model's.
+        ConfigError: it has other channels than the model's.
     """
     if clips.channels != channels:
         raise ConfigError(f"{clips.name} has {clips.channels} channels, the model makes {channels}")
-    return clips.clips(chosen(clips, count))
+    return clips.clips(torch.arange(len(clips)))
 
 
 def made(

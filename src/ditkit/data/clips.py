@@ -169,6 +169,54 @@ class MemoryClips:
         return self.windows.take(self.tracks[name], indices)
 
 
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some clips of a set, by their indices there."""
+
+    whole: ClipSet
+    indices: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def channels(self) -> int:
+        return self.whole.channels
+
+    @property
+    def frames(self) -> int:
+        return self.whole.frames
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.whole.size
+
+    @property
+    def fps(self) -> float:
+        return self.whole.fps
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def clips(self, indices: Tensor) -> Tensor:
+        return self.whole.clips(self.indices[indices])
+
+    def id(self, index: int) -> str:
+        return self.whole.id(int(self.indices[index]))
+
+
+def spread(clips: ClipSet, count: int) -> Subset:
+    """`count` clips from all over a set; neighbours may overlap.
+
+    Raises:
+        ConfigError: the set has fewer.
+    """
+    if not 1 <= count <= len(clips):
+        raise ConfigError(f"{clips.name} has {len(clips)} clips of {clips.frames} frames, asked for {count}")
+    return Subset(clips, torch.arange(count) * len(clips) // count)
+
+
 def to_clips(films: Tensor) -> Tensor:
     """Bytes [n, T, C, H, W] as float32 [n, C, T, H, W] in [-1, 1]."""
     return films.transpose(1, 2).float() / 127.5 - 1

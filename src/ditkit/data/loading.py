@@ -81,6 +81,15 @@ def load_clips(
     return _of(ClipSet, name_or_path, load(name_or_path, size, **options))
 
 
+def load_held_out(
+    name_or_path: str | Path, size: int | tuple[int, int], frames: int, **options: Any
+) -> ClipSet:
+    """`load_clips` of the test split; of everything where the loader knows no split."""
+    if takes(name_or_path, "split"):
+        options = {"split": "test", **options}
+    return load_clips(name_or_path, size, frames=frames, **options)
+
+
 def load_fields(name_or_path: str | Path, **options: Any) -> FieldSet:
     """`load` of fields or series. Raises `ConfigError` where the data are something else."""
     return _of(FieldSet, name_or_path, load(name_or_path, **options))

@@ -15,9 +15,9 @@ from ditkit.codecs.standardised import Standardised
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.numbers import integer
-from ditkit.data.clips import ClipSet
+from ditkit.data.clips import ClipSet, spread
 from ditkit.data.fields import Parts
-from ditkit.data.loading import load_clips, load_fields, takes
+from ditkit.data.loading import load_fields, load_held_out
 from ditkit.evaluate.clips import frame_psnr_db, frame_ssim
 from ditkit.evaluate.forecast import (
     PERSISTENCE,
@@ -253,18 +253,15 @@ def clip_forecasts(
     options: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> ClipForecasts:
-    """Models on `count` held-out clips of a set that has such a split, else of the whole set.
+    """Models on at most `count` held-out clips of a set that has such a split, else of the whole set.
 
     Raises:
         ConfigError: models of different sizes or lengths, or data that do not fit them.
         DataError: the data are missing or damaged.
     """
     config = same(models, "frames", "size")
-    own = {"split": "test"} if takes(data, "split") else {}
-    if takes(data, "length"):
-        own["length"] = count  # type: ignore[assignment]
-    clips = load_clips(data, config.size, frames=config.frames + horizon, **own, **options)
-    chosen = Spread(clips, count)
+    clips = load_held_out(data, config.size, config.frames + horizon, **options)
+    chosen = spread(clips, min(count, len(clips)))
     return ClipForecasts(
         models, chosen, config.frames, score_clips(models, chosen, config.frames, progress=progress)
     )
@@ -307,25 +304,6 @@ def same(models: Mapping[str, Model], *names: str) -> Any:
             if a != b:
                 raise ConfigError(f"{first} has {name}={a} and {other} has {name}={b}, expected the same")
     return one.config
-
-
-class Spread:
-    """Some clips, spread over all of a set."""
-
-    def __init__(self, clips: ClipSet, count: int) -> None:
-        self.whole = clips
-        self.index = torch.linspace(0, len(clips) - 1, min(count, len(clips))).long()
-        self.name, self.channels, self.frames = clips.name, clips.channels, clips.frames
-        self.size, self.fps = clips.size, clips.fps
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def clips(self, indices: Tensor) -> Tensor:
-        return self.whole.clips(self.index[indices])
-
-    def id(self, index: int) -> str:
-        return self.whole.id(int(self.index[index]))
 
 
 def called(folders: Sequence[str]) -> list[str]:

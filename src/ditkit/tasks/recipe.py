@@ -53,7 +53,9 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         if self.codec and not self.latent:
-            raise ConfigError(f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none")
+            raise ConfigError(
+                f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none"
+            )
 
     @abstractmethod
     def prepared(self) -> Prepared:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditkit.core.checkpoint import replacing
+from ditkit.evaluate.deviation import pooled_psnr_db
 from ditkit.evaluate.film import GIF_FASTEST, side_by_side, write_gif, write_mp4
 from ditkit.evaluate.leadtime import LeadTimePlot
 from ditkit.evaluate.sheet import PAPER, png
 from ditkit.evaluate.strips import strip
-from ditkit.tasks.video_scores import Completed, MaskScores, made_psnr_db
+from ditkit.tasks.video_scores import Completed, MaskScores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +88,7 @@ def _strip(done: Completed, i: int) -> Image.Image:
     made = {"made": done.made, "baseline": done.baseline}
     notes = {}
     for name, clips in made.items():
-        psnr = made_psnr_db(clips[one].clamp(-1, 1), done.truth[one], done.mask[one])
+        psnr = pooled_psnr_db(clips[one].clamp(-1, 1), done.truth[one], done.mask[one])
         notes[name] = ["equal to the truth" if psnr is None else f"{psnr:.2f} dB over what was made"]
     rows = {name: clips[i].clamp(-1, 1) for name, clips in {"truth": done.truth, **made}.items()}
     return strip(rows, masks=dict.fromkeys(made, mask), errors_to="truth", notes=notes)

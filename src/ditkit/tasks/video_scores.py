@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,10 +14,9 @@ from torch import Tensor
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
-from ditkit.data.clips import ClipSet
-from ditkit.data.loading import load_clips, takes
 from ditkit.evaluate.blending import blended
 from ditkit.evaluate.clips import frame_psnr_db, frame_ssim, temporal_relative_l2
+from ditkit.evaluate.deviation import finite, pooled_psnr_db
 from ditkit.evaluate.features import EfficientNetLite0
 from ditkit.evaluate.perceptual import FEATURE_DISTANCE, ClipDistance, ClipFeature, frame_feature_distance
 from ditkit.evaluate.words import NOTHING
@@ -72,12 +69,12 @@ class Scores:
             distance = frame_feature_distance(network, clips, truth)  # [B, T]
             features = float(distance[mask.any((1, 3, 4))].mean())
         return cls(
-            psnr_db=made_psnr_db(clips, truth, mask),
-            ssim=_finite(similarity.nanmean()),
-            temporal_error=_finite(temporal_relative_l2(*joined)) if clips.shape[2] > 1 else None,
+            psnr_db=pooled_psnr_db(clips, truth, mask),
+            ssim=finite(similarity.nanmean().item()),
+            temporal_error=finite(temporal_relative_l2(*joined).item()) if clips.shape[2] > 1 else None,
             feature_distance=features,
-            psnr_db_by_frame=tuple(map(_finite, frame_psnr_db(*joined)[0])),
-            ssim_by_frame=tuple(map(_finite, similarity.nanmean(0))),
+            psnr_db_by_frame=tuple(map(finite, frame_psnr_db(*joined)[0].tolist())),
+            ssim_by_frame=tuple(map(finite, similarity.nanmean(0).tolist())),
         )
 
 
@@ -152,31 +149,6 @@ class VideoScores:
         return out
 
 
-def held_out(data: str | Path, size: tuple[int, int], frames: int, **options: Any) -> ClipSet:
-    """The test split of a set of clips; all of it where its loader knows no split.
-
-    Args:
-        size: height and width. options: of the set's own loader.
-
-    Raises:
-        DataError, ConfigError: as `load_clips` does.
-    """
-    if takes(data, "split"):
-        options = {"split": "test", **options}
-    return load_clips(data, size, frames=frames, **options)
-
-
-def chosen(clips: ClipSet, count: int) -> Tensor:
-    """Indices [count] spread over the whole set, whose neighbours may overlap.
-
-    Raises:
-        ConfigError: the set has fewer clips.
-    """
-    if not 1 <= count <= len(clips):
-        raise ConfigError(f"{clips.name} has {len(clips)} clips of {clips.frames} frames, asked for {count}")
-    return torch.arange(count) * len(clips) // count
-
-
 def complete(
     model: Denoiser,
     clips: Tensor,
@@ -238,12 +210,6 @@ def imagine(
     return Completed(_scores(UNCONDITIONAL, drawn, frechet=frechet), drawn.images)
 
 
-def made_psnr_db(clips: Tensor, truth: Tensor, mask: Tensor) -> float | None:
-    """PSNR of the squared error averaged over the made pixels of all clips; None where it is 0."""
-    pixels = [_joined(x).flatten(2, 3).unsqueeze(2) for x in (clips, truth, mask)]
-    return _finite(frame_psnr_db(*pixels))
-
-
 def _drawn(
     model: Denoiser, seeds: Sequence[int], mask: str, progress: Progress | None, **drawing: Any
 ) -> Generated:
@@ -280,11 +246,6 @@ def _scores(
 def _joined(clips: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [1, C, T, B H, W]: all clips as one, below each other, whose mean is theirs."""
     return clips.permute(1, 2, 0, 3, 4).flatten(2, 3).unsqueeze(0)
-
-
-def _finite(value: Tensor | float) -> float | None:
-    """JSON has neither infinity nor NaN."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _cells(scores: Scores | None, columns: Mapping[str, tuple[str, int]]) -> list[str]:
