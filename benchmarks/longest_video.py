@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +25,13 @@ from common import device, record, show
 from ditkit.core.cond import Cond
 from ditkit.core.model import Denoiser
 from ditkit.evaluate.memory import measure_peak
-from ditkit.models.vdt import VDT
 from ditkit.models.video_dit import VideoDiT
 from ditkit.recipes.vdt import vdt
 from ditkit.sample import sample
 
 GIB = 2**30
-MODELS: dict[str, Callable[[], Denoiser]] = {
-    "VDT, recipe vdt": lambda: VDT(vdt().model),
+MODELS: dict[str, Callable[[], Any]] = {
+    "VDT, recipe vdt": lambda: vdt().network(),
     "VideoDiT small": lambda: VideoDiT.preset("small"),
 }
 LENGTHS = {"VDT, recipe vdt": (512, 1024, 2048), "VideoDiT small": (64, 128, 256)}
@@ -54,7 +53,8 @@ def main(seconds: float = 120.0, gib: float = 8.0, threads: int = 1) -> None:
     """Print one table, and keep it in results/longest_video.json.
 
     Args:
-        seconds: of the processor that a step may take to be measured. gib: memory of the whole process. threads: of torch.
+        seconds: of the processor that a step may take to be measured. gib: memory of the whole process.
+        threads: of torch.
     """
     torch.set_num_threads(threads)
     os.environ.update(HAND_BACK)  # of the processes to come

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.cond import Cond
 from ditkit.core.loading import shipped
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
@@ -80,3 +81,50 @@ def test_forecasting_beats_fewer_exact_steps(interval: int) -> None:
 
 def test_neutral_setting_changes_no_bit() -> None:
     assert torch.equal(drawn(TaylorSeer(interval=1)), drawn())
+
+
+# -- digits
+
+
+@functools.cache
+def digits() -> Model:
+    return ditkit.load("digits")
+
+
+@functools.cache
+def clips(*policies: Policy) -> Tensor:
+    return ditkit.generate(digits(), seeds=range(2), steps=STEPS, guidance=1.0, policies=policies).images
+
+
+def test_the_video_model_is_small_enough_to_ship() -> None:
+    assert "digits" in shipped()
+    folder = Path(str(files("ditkit"))) / "weights" / "digits"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
+    assert (folder / "README.md").is_file()
+
+
+def test_its_clips_are_strokes_on_black_that_move() -> None:
+    made = clips()
+    assert made.shape == (2, 1, 16, 32, 32)
+    assert (made < -0.9).float().mean() > 0.6
+    assert 0.01 < (made > 0.5).float().mean() < 0.2
+    moved = made.diff(dim=2).square().mean((1, 3, 4))
+    assert (moved > 0.005).all(), "every frame differs from the one before"
+
+
+def test_given_frames_come_out_as_they_went_in() -> None:
+    """The first half of one of its own clips; what it makes of the rest follows on from there."""
+    seen, mask = clips()[:1], torch.ones(1, 1, 16, 32, 32)
+    mask[:, :, :8] = 0
+    cond = Cond(context=seen, mask=mask)
+    made = ditkit.generate(digits(), seeds=[7], steps=20, guidance=1.0, cond=cond).images
+    assert torch.equal(made[:, :, :8], seen[:, :, :8])
+    step = seen.diff(dim=2).square().mean()
+    assert (made[:, :, 8] - seen[:, :, 7]).square().mean() < 3 * step
+
+
+def test_forecasts_of_clips_beat_reuse() -> None:
+    zeroth, first = (
+        (clips(TaylorSeer(interval=3, order=order)) - clips()).square().mean() for order in (0, 1)
+    )
+    assert 2 * first < zeroth

@@ -12,17 +12,16 @@ from math import isnan
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ditkit.caching.ladder import Branch, Geometry, distances, geometry_of, recorded, scaled
 from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.grid import Grid
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
 
 Axis = Literal["call", "sigma"]
 Basis = Literal["taylor", "newton"]
-Geometry = tuple[tuple[str, Grid, int], ...]
 
 
 @dataclass(frozen=True)
@@ -89,19 +88,6 @@ class TaylorSeer(Policy):
         return weights
 
 
-class Branch(NamedTuple):
-    """The factors of one branch: a list for each tensor of its output, all float32."""
-
-    factors: list[list[Tensor]]
-    dtypes: list[torch.dtype]
-    spec: TreeSpec
-
-    def forecast(self, weights: Sequence[float]) -> Any:
-        """What the branch would return, in its own dtype and structure."""
-        leaves = [_combined(f, weights).to(dtype) for f, dtype in zip(self.factors, self.dtypes, strict=True)]
-        return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
-
-
 class Ladder(NamedTuple):
     """The factors of all branches of one lane, all of the same age."""
 
@@ -159,7 +145,7 @@ class Forecaster(Session):
         ladder: Ladder | None = self.state.get(lane)
         if ladder is not None and self._is_full(call, ladder):
             ladder = None
-        weights = [] if ladder is None else _scaled(self.policy.weights(place, ladder.anchors), ladder.scales)
+        weights = [] if ladder is None else scaled(self.policy.weights(place, ladder.anchors), ladder.scales)
         evaluation = Evaluation(call, place, ladder, weights)
         self.put(lane, evaluation)
         return {name: partial(evaluation.branch, name) for name in self.branches}
@@ -192,12 +178,12 @@ class Forecaster(Session):
         # One counter a network, shared by its lanes: a lane that joins late keeps step with the others.
         origin = min(other.first for lane, other in self.state.items() if lane[0] == call.net)
         away = not 0 <= call.index - ladder.last < self.policy.interval
-        return away or ladder.geometry != _geometry(call) or self.policy.is_full(call.index - origin)
+        return away or ladder.geometry != geometry_of(call) or self.policy.is_full(call.index - origin)
 
 
 def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> Ladder:
     """The ladder one full evaluation later; takes the old one's branches out of it one by one."""
-    call, place, geometry = evaluation.call, evaluation.place, _geometry(evaluation.call)
+    call, place, geometry = evaluation.call, evaluation.place, geometry_of(evaluation.call)
     anchors: tuple[float, ...] = ()
     scales: tuple[float, ...] = ()
     earlier: dict[str, Branch] = {}
@@ -207,66 +193,11 @@ def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> 
     repeated = anchors[:1] == (place,)
     ratios: Sequence[float] | None = None
     if not repeated:
-        ratios, scales = _distances(scales, policy.spans(place, anchors))
+        ratios, scales = distances(scales, policy.spans(place, anchors))
     branches = {}
     for name in list(evaluation.outputs):
-        branches[name] = _recorded(evaluation.outputs.pop(name), earlier.pop(name, None), ratios)
+        branches[name] = recorded(evaluation.outputs.pop(name), earlier.pop(name, None), ratios)
     kept = anchors[1:] if repeated else anchors[: policy.order]
     held = sum(t.nbytes for branch in branches.values() for factors in branch.factors for t in factors)
     first = call.index if old is None else old.first
     return Ladder(first, call.index, (place, *kept), scales, geometry, evaluation.tokens, branches, held)
-
-
-def _distances(scales: Sequence[float], spans: Sequence[float]) -> tuple[list[float], tuple[float, ...]]:
-    """What old tensors count in the new differences, and the new scales.
-
-    With g_i = s_i D_i and f_i = r_i E_i, g_{i+1} = (g_i - f_i) / d_i is s_i / d_i (D_i - r_i / s_i E_i).
-    """
-    ratios, fresh = [], [1.0]
-    for scale, span in zip(scales, spans, strict=False):
-        ratios.append(scale / fresh[-1])
-        fresh.append(fresh[-1] / span)
-    return ratios, tuple(fresh)
-
-
-def _scaled(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
-    return [weight * scale for weight, scale in zip(weights, scales, strict=True)]
-
-
-def _recorded(out: Any, old: Branch | None, ratios: Sequence[float] | None) -> Branch:
-    """The branch's factors after a full evaluation that returned `out`."""
-    leaves, spec = tree_flatten(out)
-    earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.factors
-    factors = [_differences(_kept(leaf), f, ratios) for leaf, f in zip(leaves, earlier, strict=True)]
-    return Branch(factors, [leaf.dtype for leaf in leaves], spec)
-
-
-def _differences(fresh: Tensor, earlier: Sequence[Tensor], ratios: Sequence[float] | None) -> list[Tensor]:
-    """D_0 = `fresh`, D_{i+1} = D_i - ratio_i E_i for as many as there are; without ratios only D_0 is new."""
-    if ratios is None:
-        return [fresh, *earlier[1:]]
-    factors = [fresh]
-    for f, ratio in zip(earlier, ratios, strict=False):
-        factors.append(torch.sub(factors[-1], f, alpha=ratio))
-    return factors
-
-
-def _combined(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i f_i, where w_0 = 1; a single factor is returned as it is."""
-    if len(factors) == 1:
-        return factors[0]
-    out = torch.add(factors[0], factors[1], alpha=weights[1])
-    for f, weight in zip(factors[2:], weights[2:], strict=False):
-        out.add_(f, alpha=weight)
-    return out
-
-
-def _kept(leaf: Tensor) -> Tensor:
-    """Cut from autograd, in float32: digits that bfloat16 drops from a difference are then scaled by k^i."""
-    kept = leaf.detach().float()
-    is_part = kept.untyped_storage().nbytes() > kept.nbytes
-    return kept.clone() if is_part else kept  # a part would keep the whole alive
-
-
-def _geometry(call: Call) -> Geometry:
-    return tuple((segment.stream, segment.grid, segment.length) for segment in call.layout)

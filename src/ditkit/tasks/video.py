@@ -149,9 +149,10 @@ def conditioned(clips: Tensor, kind: str, seeds: Sequence[int]) -> Cond:
 
 
 def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None:
-    """What the model makes of one clip [1, C, T, H, W] under several masks, as `folder`/STEP.png."""
+    """What the model makes of one clip [1, C, T, H, W] under the masks that fit it, as `folder`/STEP.png."""
     rows, masks = {"the clip": clip[0]}, {}
-    for kind in SHEET_KINDS:
+    size = clip.shape[2], clip.shape[3], clip.shape[4]
+    for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
         cond = conditioned(clip, kind, [0])
         rows[kind] = generate(model, seeds=[0], steps=SHEET_STEPS, guidance=1.0, cond=cond).images[0]
         assert cond.mask is not None

@@ -1,0 +1,51 @@
+"""diffusers' `Attention`, which many families share: with sites where its processor's computation is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models import attention_processor as host
+from torch import Tensor
+
+from ditkit.core.run import DIRECT, Run
+from ditkit.hosts.view import stands_for
+
+Sited = Callable[..., Any]
+"""`sited(attn, run, at, hidden_states, encoder_hidden_states, attention_mask, **kwargs)`, as the processor."""
+
+_SITED: dict[type, Sited] = {}
+
+
+def computes_as(processor: type) -> Callable[[Sited], Sited]:
+    """Mark a function as what `processor` computes, with `kv` and `core` sites."""
+
+    def mark(sited: Sited) -> Sited:
+        _SITED[processor] = sited
+        return sited
+
+    return mark
+
+
+def has_core(attn: Any) -> bool:
+    """Whether attention has sites: an IP-Adapter's processor, or a user's own, has none."""
+    return type(attn.processor) in _SITED
+
+
+@stands_for(host.Attention)
+class Attention(host.Attention):
+    """Attention that hands its run to the function marked for its processor; diffusers' own without one."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        run: Run = DIRECT,
+        at: str = "",
+        **kwargs: Any,
+    ) -> Any:
+        sited = _SITED.get(type(self.processor))
+        if sited is None or not at:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        return sited(self, run, at, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
