@@ -52,14 +52,15 @@ def sample(
     steps: int = STEPS,
     evaluate: Callable[[DiT, Trajectory, Tensor, Call], Tensor] = evaluate,
 ) -> dict[str, Tensor]:
-    """Euler steps of each lane on its own, all lanes through one trajectory."""
+    """Euler steps of each lane on its own, all through one trajectory; what guidance gives is the first lane's."""
     trajectory = Trajectory(model.sites(), policies, steps)
     xs = {lane: noise(seed=i) for i, lane in enumerate(lanes)}
     with torch.no_grad():
         for index in range(steps):
-            for lane in lanes:
-                v = evaluate(model, trajectory, xs[lane], call_at(model, index, lane, steps))
-                xs[lane] = xs[lane] - v / steps
+            calls = {lane: call_at(model, index, lane, steps) for lane in lanes}
+            vs = {lane: evaluate(model, trajectory, xs[lane], call) for lane, call in calls.items()}
+            vs[lanes[0]] = trajectory.guided(calls[lanes[0]], vs[lanes[0]])
+            xs = {lane: xs[lane] - vs[lane] / steps for lane in lanes}
     trajectory.finish()
     return xs
 

@@ -47,12 +47,22 @@ def test_a_second_trajectory_equals_the_first(model, policy):
 
 
 def test_interleaved_lanes_equal_separate_ones(model, policy):
-    together = sample(model, [policy], LANES)
+    """A lane knows nothing of the others but what came out of guidance, here the first lane's."""
+    guided: list[Tensor] = []
+
+    def noted(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
+        out = evaluate(model, trajectory, x, call)
+        if call.lane == "cond":
+            guided.append(out)
+        return out
+
+    together = sample(model, [policy], LANES, evaluate=noted)
     trajectory = Trajectory(model.sites(), [policy], STEPS)
     alone = noise(seed=1)
     with torch.no_grad():
         for index in range(STEPS):
             alone = alone - evaluate(model, trajectory, alone, call_at(model, index, "uncond")) / STEPS
+            trajectory.guided(call_at(model, index), guided[index])
     assert equal(together, {**sample(model, [policy], ("cond",)), "uncond": alone})
 
 

@@ -9,18 +9,22 @@ if TYPE_CHECKING:
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
     from ditkit.evaluate.compare import compare as compare
+    from ditkit.tasks.accelerate import accelerate as accelerate
+    from ditkit.tasks.accelerate import restore as restore
     from ditkit.tasks.generate import generate as generate
 
     __version__: str
 
 HOMES = {
+    "accelerate": "ditkit.tasks.accelerate",
     "compare": "ditkit.evaluate.compare",
     "generate": "ditkit.tasks.generate",
     "load": "ditkit.core.loading",
+    "restore": "ditkit.tasks.accelerate",
 }
 """Where the public functions live; each module is imported when its name is first used."""
 
-__all__ = ["__version__", "compare", "errors", "generate", "load"]
+__all__ = ["__version__", "accelerate", "compare", "errors", "generate", "load", "restore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """Policies that compute less by keeping what was computed, one file each."""
 
+from ditkit.caching.confident_taylor import ConfidentTaylor
+from ditkit.caching.regional import RAS
 from ditkit.caching.taylorseer import TaylorSeer
 
-__all__ = ["TaylorSeer"]
+__all__ = ["RAS", "ConfidentTaylor", "TaylorSeer"]

@@ -91,7 +91,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
-    real = load_images(data, network.sample_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
+    real = load_images(data, network.signal_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
     check_real(network, real)
     extractor = load_efficientnet_lite0()
     with writable(out):
@@ -197,8 +197,8 @@ def check_real(model: Model, real: ImageSet) -> None:
     """
     if len(real) < FEWEST:
         raise ConfigError(f"{real.name} has {len(real)} pictures, expected at least {FEWEST}")
-    if model.sample_shape[0] != real.images.shape[1]:
-        given, expected = real.images.shape[1], model.sample_shape[0]
+    if model.signal_shape[0] != real.images.shape[1]:
+        given, expected = real.images.shape[1], model.signal_shape[0]
         raise ConfigError(f"{real.name} has {given} channels, the model draws {expected}")
     known = class_names(model)
     if len(known) != max(1, len(real.classes)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,18 @@ class Grid:
     @property
     def length(self) -> int:
         return prod(self.shape)
+
+    def sides(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Sides of a token of a sample of `size` (H, W) or (T, H, W) on this grid.
+
+        Raises:
+            ShapeError: the grid does not divide the sample.
+        """
+        counts = self.shape[-len(size) :]
+        if self.length != prod(counts) or any(n % count for n, count in zip(size, counts, strict=True)):
+            given = " x ".join(map(str, size))
+            raise ShapeError(f"Grid: {given} does not divide into a grid of {self.shape} tokens")
+        return tuple(n // count for n, count in zip(size, counts, strict=True))
 
     def coordinates(self) -> Tensor:
         """Integer (frame, row, column) of each token, [L, 3]."""
@@ -137,6 +150,22 @@ def _times(sides: int | tuple[int, ...]) -> str:
     return str(sides) if isinstance(sides, int) else " x ".join(map(str, sides))
 
 
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [R] of x [B, L, ...], or each sample's own [B, R]: [B, R, ...]."""
+    return x[_samples(index), index]
+
+
+def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """x [B, L, ...] with `rows` [B, R, ...] at `index`, as in `take_rows`; written where x lies."""
+    x[_samples(index), index] = rows
+    return x
+
+
+def _samples(index: Tensor) -> Any:
+    every = slice(None)
+    return every if index.ndim == 1 else torch.arange(len(index), device=index.device)[:, None]
+
+
 class Segment(NamedTuple):
     """A run of tokens of one stream in a model call; `valid` [B, L] marks the rows that are not padding."""
 
@@ -152,8 +181,8 @@ class Tokens(NamedTuple):
     x: Tensor
     """[B, L, D]"""
     position: Tensor | None = None
-    """[L, ...] rotary table or coordinates; None where positions are already added to `x`."""
+    """[L, ...] rotary table or coordinates, or each sample's own; None where positions are already added to `x`."""
 
     def rows(self, stream: str, index: Tensor) -> Tokens:
-        """Only the rows `index` [R] of `stream`; a single-stream model ignores the stream's name."""
-        return Tokens(self.x[:, index], None if self.position is None else self.position[index])
+        """Only the rows `index` of `stream`, [R] or [B, R]; a single-stream model ignores the stream's name."""
+        return Tokens(take_rows(self.x, index), None if self.position is None else self.position[index])

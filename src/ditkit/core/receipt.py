@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler
 
 
 class PolicyReceipt:
-    """For each lane, how many owned sites ran and how many were replaced in each evaluation.
+    """For each lane, how many owned sites ran and how many were replaced in each evaluation, and rows taken out.
 
     Args:
-        verb: what a site is called whose function did not run.
+        verb: what an evaluation is called in which a site's function did not run, or ran on some rows only.
         depths: blocks of each `stack` site, whose function takes `start, stop`: it ran if its last block did.
+        tokens: the `tokens` sites, where rows are taken out of all that follows.
     """
 
-    def __init__(self, policy: Policy, verb: str, depths: Mapping[str, int]) -> None:
-        self.policy, self.verb, self.depths = policy, verb, depths
+    def __init__(
+        self, policy: Policy, verb: str, depths: Mapping[str, int], tokens: Collection[str] = ()
+    ) -> None:
+        self.policy, self.verb, self.depths, self.tokens = policy, verb, depths, tokens
         self.sites: set[str] = set()
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
+        self.token_rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
+        """Of each evaluation of a lane: token rows that went on from `tokens` sites, and all that there were."""
+        self._went: tuple[int, int] = (0, 0)
         self._call: Call | None = None
         self._met: set[str] = set()
         self._ran: set[str] = set()
 
     def begin(self, call: Call) -> None:
-        self._call, self._met, self._ran = call, set(), set()
+        self._call, self._met, self._ran, self._went = call, set(), set(), (0, 0)
 
     def watch(self, name: str, handler: Handler) -> Handler:
         """`handler`, noting whether it ran the site's own function."""
+        if name in self.tokens:
+            handler = self._counting_rows(handler)
         met, ran, depth = self._met, self._ran, self.depths.get(name, 0)
 
         def watched(fn: Handler, *args: Any) -> Any:
@@ -52,12 +63,29 @@ class PolicyReceipt:
 
         return watched
 
+    def _counting_rows(self, handler: Handler) -> Handler:
+        def counting(fn: Handler, *args: Any) -> Any:
+            whole = 0
+
+            def probe(*inner: Any) -> Any:
+                nonlocal whole
+                tokens = fn(*inner)
+                whole = token_rows(tokens)
+                return tokens
+
+            out = handler(probe, *args)
+            self._went = (token_rows(out), whole)
+            return out
+
+        return counting
+
     def end(self) -> None:
         """The call is complete: only complete calls are counted."""
         assert self._call is not None
         self.sites |= self._met
         lane = self._call.lane if self._call.net == "main" else f"{self._call.net}/{self._call.lane}"
         self.rows[lane][self._call.index] = (len(self._ran), len(self._met) - len(self._ran))
+        self.token_rows[lane][self._call.index] = self._went
 
     @property
     def calls(self) -> int:
@@ -68,19 +96,31 @@ class PolicyReceipt:
         """Site calls whose function did not run."""
         return sum(replaced for lane in self.rows.values() for _, replaced in lane.values())
 
+    @property
+    def rows_saved(self) -> int:
+        """Token rows that did not go on from `tokens` sites, over all evaluations."""
+        return sum(whole - went for lane in self.token_rows.values() for went, whole in lane.values())
+
+    def full(self, lane: str) -> list[int]:
+        """The evaluations of a lane in which every site ran, on all rows."""
+        went = self.token_rows[lane]
+        return [i for i, (_, gone) in self.rows[lane].items() if not gone and went[i][0] == went[i][1]]
+
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: sites touched, and for each lane the evaluations computed and replaced."""
-        lanes = {
-            lane: {
-                "computed": spans([i for i, (_, replaced) in calls.items() if not replaced]),
-                self.verb: spans([i for i, (_, replaced) in calls.items() if replaced]),
-            }
-            for lane, calls in self.rows.items()
-        }
+        """JSON-able: sites touched, and for each lane the evaluations computed and replaced.
+
+        Of a policy that takes out rows also `rows_saved`, their share of all token rows.
+        """
+        lanes = {}
+        for lane, calls in self.rows.items():
+            full = self.full(lane)
+            lanes[lane] = {"computed": spans(full), self.verb: spans([i for i in calls if i not in full])}
+        whole = sum(all_rows for lane in self.token_rows.values() for _, all_rows in lane.values())
         return {
             "policy": str(self.policy),
             "sites": len(self.sites),
             "site_calls_saved": self.saved,
+            **({"rows_saved": self.rows_saved / whole} if self.rows_saved else {}),
             "lanes": lanes,
         }
 
@@ -89,6 +129,12 @@ class PolicyReceipt:
         for lane, done in self.as_dict()["lanes"].items():
             parts.append(f"{lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
         return "; ".join(parts)
+
+
+def token_rows(tokens: Any) -> int:
+    """Rows of what a `tokens` site returns, of all its streams."""
+    features = tree_leaves(getattr(tokens, "x", tokens))
+    return sum(t.shape[1] for t in features if isinstance(t, Tensor) and t.ndim > 1)
 
 
 def spans(numbers: list[int]) -> str:

@@ -69,7 +69,9 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _read(kind: Any, text: str, where: str) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, a literal, or a union of these."""
+    """`text` as a value of the annotation `kind`: a scalar, a literal, a union of these, or a tuple as `12+20`."""
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], part, where) for part in text.split("+") if text)
     if get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in get_args(kind)}
         if text not in choices:
@@ -90,7 +92,11 @@ def _read(kind: Any, text: str, where: str) -> Any:
 
 
 def _written(kind: type, name: str, given: Any) -> str:
-    text = str(given).lower() if isinstance(given, bool | None) else str(given)
+    text = "+".join(map(_word, given)) if isinstance(given, tuple) else _word(given)
     if "," in text or _read(get_type_hints(kind)[name], text, f"{kind.__name__}: {name}") != given:
         raise ConfigError(f"{kind.__name__}: {name}={given!r} has no text that reads back as the same")
     return text
+
+
+def _word(given: Any) -> str:
+    return str(given).lower() if isinstance(given, bool | None) else str(given)

@@ -43,8 +43,9 @@ class Trajectory:
         self.claims = claim(sites, self.policies)
         self.sessions = [policy.start(sites, total) for policy in self.policies]
         depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
+        tokens = named(sites, "tokens")
         self.receipts = [
-            PolicyReceipt(policy, session.verb, depths)
+            PolicyReceipt(policy, session.verb, depths, tokens)
             for policy, session in zip(self.policies, self.sessions, strict=True)
         ]
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, least=1)
@@ -93,15 +94,15 @@ class Trajectory:
 
         Raises:
             NoEffectError: a policy whose setting is not the neutral one was met at none of its sites, or owns
-                sites and computed them all.
+                sites or rows and computed them all.
         """
         for policy, claims, receipt in zip(self.policies, self.claims, self.receipts, strict=True):
             if policy == policy.exact():
                 continue
             if not receipt.sites:
                 raise NoEffectError(f"{policy} met none of its sites in {receipt.calls} evaluations")
-            owns = any(how == "own" for name, how in claims.items() if name not in RESOURCES)
-            if owns and not receipt.saved:
+            owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
+            if owns and not receipt.saved and not receipt.rows_saved:
                 raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")
         return self.receipts
 

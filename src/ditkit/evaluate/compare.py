@@ -134,6 +134,7 @@ def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool)
         "guidance": str(work.guidance),
         "seeds": list(work.seeds),
         "labels": None if work.labels is None else [names[i] if names else str(i) for i in work.labels],
+        "codec": type(work.model.codec).__name__,
         "shape": list(work.shape),
         **({} if made is None else {"made": made.double().mean().item()}),
         "batch_size": work.batch_size,

@@ -184,6 +184,8 @@ def _receipt(name: str, receipt: Mapping[str, Any]) -> str:
         told = "; ".join(f"{verb} {steps or NOTHING}" for verb, steps in done.items())
         lanes += f"<li>{escape(lane)}: {escape(told)}</li>"
     saved = f"{receipt['sites']} sites, {receipt['site_calls_saved']:,} site calls saved in a batch"
+    if "rows_saved" in receipt:
+        saved += f", {receipt['rows_saved']:.1%} of token rows"
     return f"<p><b>{escape(name)}</b>: {saved}</p><ul>{lanes}</ul>"
 
 

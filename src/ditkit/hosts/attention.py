@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.models import attention_processor as host
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ditkit.core.run import DIRECT, Run
@@ -49,3 +50,16 @@ class Attention(host.Attention):
         if sited is None or not at:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return sited(self, run, at, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+
+def dispatched(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of [B, N, L, K] through the backend that the processor was given."""
+    backend, parallel = processor._attention_backend, processor._parallel_config
+    return flip(
+        dispatch_attention_fn(flip(q), flip(k), flip(v), mask, backend=backend, parallel_config=parallel)
+    )
+
+
+def flip(x: Tensor) -> Tensor:
+    """Between diffusers' [B, L, N, K] and the sites' [B, N, L, K]."""
+    return x.transpose(1, 2)

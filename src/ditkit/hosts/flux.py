@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.hosts.blocks import call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep, modulate
@@ -85,21 +86,21 @@ class FluxTransformerBlock(host.FluxTransformerBlock):
         at: str = "",
     ) -> tuple[Tensor, Tensor]:
         image, text = hidden_states, encoder_hidden_states
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(self.norm1, temb, 6)
-        text_shift, text_scale, text_gate, *text_mlp = _modulation(self.norm1_context, temb, 6)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self.norm1, temb, 6)
+        text_shift, text_scale, text_gate, *text_mlp = modulation(self.norm1_context, temb, 6)
         rotary = image_rotary_emb and Rotary.of(image_rotary_emb, text.shape[1])
         attend = partial(self._attend, run, at + ".attn", joint_attention_kwargs or {})
         a_image, a_text, *ip_adapter = run.site(
             at + ".attn", attend, Streams(image, text), rotary, shift, scale, text_shift, text_scale
         )
         image = image + gate * a_image
-        feed = partial(_feed, self.norm2, self.ff)
-        image = image + mlp_gate * run.site(at + ".mlp", feed, image, mlp_shift, mlp_scale)
+        mlp = partial(feed, self.norm2, self.ff)
+        image = image + mlp_gate * run.site(at + ".mlp", mlp, image, mlp_shift, mlp_scale)
         for extra in ip_adapter:
             image = image + extra
         text = text + text_gate * a_text
-        feed = partial(_feed, self.norm2_context, self.ff_context)
-        text = text + text_mlp[2] * run.site(at + ".text.mlp", feed, text, *text_mlp[:2])
+        mlp = partial(feed, self.norm2_context, self.ff_context)
+        text = text + text_mlp[2] * run.site(at + ".text.mlp", mlp, text, *text_mlp[:2])
         return _clip(text), image
 
     def _attend(
@@ -141,7 +142,7 @@ class FluxSingleTransformerBlock(host.FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         S = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], 1)
-        shift, scale, gate = _modulation(self.norm, temb, 3)
+        shift, scale, gate = modulation(self.norm, temb, 3)
         rotary = image_rotary_emb and Rotary.of(image_rotary_emb)
         branch = partial(self._branch, run, at + ".attn", joint_attention_kwargs or {})
         x = _clip(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
@@ -218,8 +219,7 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
     ) -> Streams:
         """Blocks `start` to `stop`, double ones first; the residual of a block follows it."""
         for i, (name, block) in list(enumerate(_blocks(self)))[start:stop]:
-            # no name without handlers: blocks share their code, and torch.compile would specialise on it
-            apply = partial(self._apply, block, run, name if run.handlers else "", kwargs)
+            apply = partial(self._apply, block, run, name, kwargs)
             x = control.add(run.site(name, apply, x, temb, rotary), i)
         return x
 
@@ -227,26 +227,23 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
         self,
         block: nn.Module,
         run: Run,
-        at: str,
+        name: str,
         kwargs: dict[str, Any],
         x: Streams,
         temb: Tensor,
         rotary: Rotary,
     ) -> Streams:
-        """One block, called as diffusers does: its hooks see the arguments that they know."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            # the run is handed on: recomputation may happen on a thread that has no context variable
-            text, image = self._gradient_checkpointing_func(block, *x, temb, rotary[:2], kwargs, run, at)
-        else:
-            text, image = block(
-                hidden_states=x.image,
-                encoder_hidden_states=x.text,
-                temb=temb,
-                image_rotary_emb=rotary[:2],
-                joint_attention_kwargs=kwargs,
-                run=run,
-                at=at,
-            )
+        text, image = call_block(
+            self,
+            block,
+            run,
+            name,
+            hidden_states=x.image,
+            encoder_hidden_states=x.text,
+            temb=temb,
+            image_rotary_emb=rotary[:2],
+            joint_attention_kwargs=kwargs,
+        )
         return Streams(image, text)
 
     def _head(self, x_BLD: Tensor, temb: Tensor) -> Tensor:
@@ -297,15 +294,6 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates of an adaptive norm, [B, 1, D] each."""
-    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(parts, -1)
-
-
-def _feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return ff(modulate(norm(x_BLD), shift, scale))
-
-
 def _attention(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """All [B, N, L, K], through the backend that the processor was given."""
     backend, parallel = processor._attention_backend, processor._parallel_config
@@ -315,11 +303,15 @@ def _attention(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
+    if table[0].ndim == 2:
+        return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
+    # rows chosen for each sample have tables of their own, and diffusers knows one: all samples as one sequence
+    one = (table[0].flatten(0, 1), table[1].flatten(0, 1))
+    return apply_rotary_emb(x_BLNK.flatten(0, 1)[None], one, sequence_dim=1).view_as(x_BLNK)
 
 
 def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
-    return table[0][start:stop], table[1][start:stop]
+    return table[0][..., start:stop, :], table[1][..., start:stop, :]
 
 
 def _flip(x: Tensor) -> Tensor:

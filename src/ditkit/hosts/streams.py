@@ -1,4 +1,4 @@
-"""Tokens of two streams that meet in joint attention, text first, and what is aligned with them.
+"""Tokens of two streams that meet in joint attention, and what is aligned with them.
 
 B batch, L image rows, S text rows, D width, K head width. Whatever is aligned with tokens is an argument of a
 site's function: argument 0, or one that has `rows(stream, index)`; so a policy can run it on some rows.
@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ditkit.core.grid import take_rows
+
 
 class Streams(NamedTuple):
     """Features of both streams: [B, L, D] and [B, S, D]."""
@@ -21,11 +23,14 @@ class Streams(NamedTuple):
     text: Tensor
 
     def rows(self, stream: str, index: Tensor) -> Streams:
-        return self._replace(**{stream: getattr(self, stream)[:, index]})
+        return self._replace(**{stream: take_rows(getattr(self, stream), index)})
 
 
 class Rotary(NamedTuple):
-    """Rotary table of a joint sequence, [S + L, K] each, whose first `text` rows are text."""
+    """Rotary table of a joint sequence, whose first `text` rows are text.
+
+    Both tables are [S + L, K], or [B, S + R, K] of rows that were chosen for each sample.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -37,11 +42,11 @@ class Rotary(NamedTuple):
 
     def rows(self, stream: str, index: Tensor) -> Rotary:
         """Some rows of one stream, all of the other; without text rows there is one stream, of any name."""
-        every = torch.arange(len(self.cos), device=index.device)
+        every = torch.arange(len(self.cos), device=index.device).expand(*index.shape[:-1], -1)
         if stream == "text":
-            at, text = torch.cat((index, every[self.text :])), len(index)
+            at, text = torch.cat((index, every[..., self.text :]), -1), index.shape[-1]
         else:
-            at, text = torch.cat((every[: self.text], self.text + index)), self.text
+            at, text = torch.cat((every[..., : self.text], self.text + index), -1), self.text
         return Rotary(self.cos[at], self.sin[at], text)
 
 
@@ -63,7 +68,7 @@ class Control(NamedTuple):
     def rows(self, stream: str, index: Tensor) -> Control:
         if stream != "image":
             return self
-        return self._replace(residuals=tuple(residual[:, index] for residual in self.residuals))
+        return self._replace(residuals=tuple(take_rows(residual, index) for residual in self.residuals))
 
     def add(self, x: Streams, block: int) -> Streams:
         place = self.place[block]
@@ -74,13 +79,13 @@ class JointTokens(NamedTuple):
     """Embedded tokens and all that is aligned with them: what a `tokens` site returns."""
 
     x: Streams
-    rotary: Rotary
+    rotary: Rotary | None
+    """None where positions are already added to `x`."""
     control: Control
 
     def rows(self, stream: str, index: Tensor) -> JointTokens:
-        return JointTokens(
-            self.x.rows(stream, index), self.rotary.rows(stream, index), self.control.rows(stream, index)
-        )
+        rotary = self.rotary and self.rotary.rows(stream, index)
+        return JointTokens(self.x.rows(stream, index), rotary, self.control.rows(stream, index))
 
 
 def _spread(samples: int, depth: int, cycle: bool) -> list[int | None]:

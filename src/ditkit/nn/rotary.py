@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.core.errors import ShapeError
-from ditkit.core.grid import Grid
+from ditkit.core.grid import Grid, take_rows
 
 
 class Rotary(NamedTuple):
     """Rotary table of a sequence whose first `text` rows are text, and which of these are no padding."""
 
     cos: Tensor
-    """[S + L, K / 2], as is `sin`: of the angle of each pair."""
+    """[S + L, K / 2], as is `sin`: of the angle of each pair. Rows chosen for each sample: [B, S + R, K / 2]."""
     sin: Tensor
     text: int = 0
     valid: Tensor | None = None
@@ -28,16 +28,16 @@ class Rotary(NamedTuple):
 
     def places(self, stream: str, index: Tensor) -> Tensor:
         """Where some rows of one stream and all of the other stand in the sequence, in its order."""
-        every = torch.arange(len(self.cos), device=index.device)
+        every = torch.arange(len(self.cos), device=index.device).expand(*index.shape[:-1], -1)
         if stream == "text":
-            return torch.cat((index, every[self.text :]))
-        return torch.cat((every[: self.text], self.text + index))
+            return torch.cat((index, every[..., self.text :]), -1)
+        return torch.cat((every[..., : self.text], self.text + index), -1)
 
     def rows(self, stream: str, index: Tensor) -> Rotary:
-        """Only the rows `index` of `stream`, all of the other."""
+        """Only the rows `index` of `stream`, [R] or [B, R], all of the other."""
         at, text, valid = self.places(stream, index), self.text, self.valid
         if stream == "text":
-            text, valid = len(index), None if valid is None else valid[:, index]
+            text, valid = index.shape[-1], None if valid is None else take_rows(valid, index)
         return Rotary(self.cos[at], self.sin[at], text, valid)
 
     def mask(self) -> tuple[Tensor, ...]:
@@ -53,7 +53,7 @@ class RotaryTokens(NamedTuple):
 
     def rows(self, stream: str, index: Tensor) -> RotaryTokens:
         at = self.rotary.places(stream, index)
-        return RotaryTokens(self.x[:, at], self.rotary.rows(stream, index))
+        return RotaryTokens(take_rows(self.x, at), self.rotary.rows(stream, index))
 
 
 def wan_split(head_width: int) -> tuple[int, int, int]:
@@ -95,5 +95,6 @@ def rotary_table(angles: Tensor, text: int = 0, valid: Tensor | None = None) -> 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys [B, N, S + L, K] turned by their angles, in float32 or more, returned in their own type."""
     even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * rotary.cos - odd * rotary.sin, even * rotary.sin + odd * rotary.cos)
+    cos, sin = (table.unsqueeze(-3) for table in (rotary.cos, rotary.sin))  # the same for all heads
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
     return torch.stack(turned, -1).flatten(-2).to(x.dtype)

@@ -183,8 +183,8 @@ def decoded(codec: Codec, latents: Tensor) -> Tensor:
 
 
 def full_evaluations(receipt: PolicyReceipt) -> int:
-    """Evaluations of the lane with the most of them in which every owned site ran."""
-    return max((sum(not gone for _, gone in lane.values()) for lane in receipt.rows.values()), default=0)
+    """Evaluations of the lane with the most of them in which every owned site ran, on all rows."""
+    return max((len(receipt.full(lane)) for lane in receipt.rows), default=0)
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -1,0 +1,375 @@
+"""RAS: evaluations that compute some rows of the image and keep the rest as it was (arXiv 2502.10389).
+
+B batch, L rows of a sequence, N heads, K head width, R rows that are computed. Rows that are not computed go on
+along their last known prediction, and the others see the keys and values that they last had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.grid import Segment, patchify, put_rows, unpatchify
+from ditkit.core.policy import Claim, Policy, Session
+from ditkit.core.run import Call, Handler, Site, named
+
+Metric = Literal["std", "l2"]
+Selection = Literal["published", "low", "high"]
+QUANTUM = 64
+"""Rows by which a schedule with a slope rounds down (the paper's code)."""
+IN_STREAM = {"image": ("image", "context"), "joint": ()}
+"""Segments of the sequences that attention may run over; no names: all."""
+
+
+@dataclass(frozen=True)
+class RAS(Policy):
+    """From `warmup` on, compute the rows of the image where the last guided prediction asks for it.
+
+    The defaults are the paper's for SD3; for Lumina-Next they are `reset_every=0, resets=(12, 22),
+    high_ratio=1.0, slope=256`.
+
+    Args:
+        ratio: share of image rows that an evaluation computes; 1 computes all.
+        warmup: evaluations at the start that compute all rows. end: the first one after RAS; none: there is none.
+        reset_every: period, from `warmup`, of evaluations that compute all rows; 0: none but `resets`.
+        resets: further evaluations that do.
+        metric: q of a row, of the prediction's channels: "std" or their "l2" norm, averaged over its patch.
+        starvation: k, what being left out counts.
+        selection: "published" leaves out the ends of the order of q exp(k D), where D counts how often a row was
+            left out; so a row at the high end starves there. In "low" and "high", which are not the code's, being
+            left out always raises a row: those with the highest exp(k D) / q, or exp(k D) q, are computed, and D
+            starts again at 0. "low" is what the paper's text says.
+        high_ratio: share of the rows left out that "published" takes from the high end.
+        slope, span: rows left out more in each next `span` evaluations, about the same mean; 0: always as many.
+    """
+
+    ratio: float = 0.5
+    warmup: int = 4
+    end: int | None = None
+    reset_every: int = 8
+    resets: tuple[int, ...] = ()
+    metric: Metric = "std"
+    starvation: float = 0.1
+    selection: Selection = "published"
+    high_ratio: float = 0.3
+    slope: int = 0
+    span: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(f"RAS: ratio={self.ratio}, expected above 0 and at most 1")
+        if not 0 <= self.high_ratio <= 1:
+            raise ConfigError(f"RAS: high_ratio={self.high_ratio}, expected 0 to 1")
+        if not self.starvation >= 0:
+            raise ConfigError(f"RAS: starvation={self.starvation}, expected 0 or more")
+        end = self.warmup if self.end is None else self.end
+        whole = [("warmup", self.warmup, 1), ("reset_every", self.reset_every, 0), ("span", self.span, 1)]
+        for name, given, least in (*whole, ("end", end, 0), *(("resets", reset, 0) for reset in self.resets)):
+            if type(given) is not int or given < least:
+                raise ConfigError(f"RAS: {name}={given!r}, expected an integer of at least {least}")
+        for name, choices in (("metric", get_args(Metric)), ("selection", get_args(Selection))):
+            if getattr(self, name) not in choices:
+                raise ConfigError("RAS: " + unknown(name, getattr(self, name), choices))
+
+    def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
+        tokens, cores, head = named(sites, "tokens"), attended(sites), named(sites, "head")
+        owned: dict[str, Claim] = dict.fromkeys(("schedule", "rows", "solver"), "own")
+        wrapped: dict[str, Claim] = dict.fromkeys((*tokens, *cores, *head), "wrap")
+        return owned | (wrapped if tokens and cores and head else {})
+
+    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Regions:
+        if self.warmup > total:
+            raise ConfigError(f"RAS: warmup={self.warmup}, expected at most total={total} evaluations")
+        return Regions(self, sites, total)
+
+    def exact(self) -> RAS:
+        return replace(self, ratio=1.0, slope=0)
+
+    def skipped(self, total: int, rows: int) -> list[int]:
+        """How many of `rows` each of `total` evaluations leaves out.
+
+        Raises:
+            ConfigError: the slope leaves out fewer than none or all of them.
+        """
+        counts = [self._skipped(index, total, rows) for index in range(total)]
+        for index, count in enumerate(counts):
+            if not 0 <= count < rows:
+                raise ConfigError(
+                    f"RAS: slope={self.slope} leaves out {count} of {rows} rows in evaluation {index} of {total}, "
+                    f"expected 0 to {rows - 1}"
+                )
+        return counts
+
+    def _skipped(self, index: int, total: int, rows: int) -> int:
+        ended = self.end is not None and index >= self.end
+        periodic = self.reset_every and (index - self.warmup) % self.reset_every == 0 and index > self.warmup
+        if index < self.warmup or ended or periodic or index in self.resets:
+            return 0
+        mean = int((1 - self.ratio) * rows)
+        if not self.slope:
+            return mean
+        middle = (total + self.warmup) // self.span // 2
+        return (mean + self.slope * (index // self.span - middle)) // QUANTUM * QUANTUM
+
+    def chosen(self, q: Tensor, drops: Tensor, skip: int) -> Tensor:
+        """Rows to compute, ascending [B, R], by their metric q and how often they were left out, both [B, L]."""
+        # the logarithm orders as q exp(k D) does, and cannot overflow
+        if self.selection == "published":
+            order = (q.log() + self.starvation * drops).argsort(stable=True)
+            low, high = int(skip * (1 - self.high_ratio)), int(skip * self.high_ratio)
+            return order[:, low : q.shape[1] - high].sort().values
+        sign = -1 if self.selection == "low" else 1
+        order = (sign * q.log() + self.starvation * drops).argsort(descending=True, stable=True)
+        return order[:, : q.shape[1] - skip].sort().values
+
+    def counted(self, drops: Tensor, rows: Tensor) -> Tensor:
+        """`drops` [B, L] after all rows but `rows` [B, R] were left out once more."""
+        # the code starts at -(T + 1), a factor common to all rows that no order sees
+        kept = drops.gather(1, rows) if self.selection == "published" else torch.zeros_like(rows).to(drops)
+        return (drops + 1).scatter(1, rows, kept)
+
+
+class Choice(NamedTuple):
+    """What evaluation `place` computes, [B, R] rows of the image, and the guided prediction before it."""
+
+    place: int
+    rows: Tensor
+    stale: Tensor
+
+
+class Kept(NamedTuple):
+    """Keys and values of one lane by their `core` site, [B, L, N, K] each, as of evaluation `place`."""
+
+    place: int
+    layout: tuple[tuple[str, int], ...]
+    keys: dict[str, tuple[Tensor, Tensor]]
+    bytes: int
+    """What they take once they are all there."""
+
+
+class Evaluation:
+    """What one model call does at its sites: all rows, or those of `choice`.
+
+    Args:
+        kept: keys and values of the lane, written where they lie. An interrupted call is harmless: the next one
+            of the lane has the same rows to compute, or all, and writes them before they are read.
+        keeps: whether the next evaluation will need the keys of all rows.
+    """
+
+    def __init__(
+        self, call: Call, streams: Mapping[str, str], choice: Choice | None, kept: Kept | None, keeps: bool
+    ) -> None:
+        self.call, self.streams, self.choice, self.kept, self.keeps = call, streams, choice, kept, keeps
+        self.keys = {} if kept is None else kept.keys
+        self.bytes: dict[str, int] = {}
+        self.rows: Tensor | None = None
+
+    def tokens(self, fn: Handler, *args: Any) -> Any:
+        """The embedded tokens, of the image only the rows to compute."""
+        out = fn(*args)
+        if self.choice is not None:
+            batch = tree_leaves(out.x)[0].shape[0]
+            self.rows = _each(self.choice.rows, batch, [k for k, _ in self.keys.values()])
+        if self.rows is None:
+            return out
+        return out.rows("image", self._places("image", self.rows))
+
+    def core(self, name: str, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+        """Attention of the rows that are computed over the keys of all."""
+        if self.rows is None:
+            self._keep(name, k, v)
+            return fn(q, k, v, *masks)
+        at = self._places(self.streams[name], self.rows)
+        whole_k, whole_v = self.keys[name]
+        for whole, fresh in ((whole_k, k), (whole_v, v)):
+            put_rows(whole, at, fresh.detach().transpose(1, 2))
+        seen = (_widened(mask, at, whole_k.shape[1]) for mask in masks)
+        return fn(q, whole_k.transpose(1, 2), whole_v.transpose(1, 2), *seen)
+
+    def head(self, fn: Handler, *args: Any) -> Tensor:
+        """The prediction of all rows, zero where none was made."""
+        out = fn(*args)
+        if self.rows is None:
+            return out
+        length = sum(segment.length for segment in self._segments("image"))
+        whole = out.new_zeros(out.shape[0], length, out.shape[2])
+        return put_rows(whole, self._places("image", self.rows), out)
+
+    def left(self, goes_on: bool) -> Kept:
+        """What the lane keeps after this call; nothing if no later evaluation leaves out rows."""
+        size = sum(self.bytes.values()) or (self.kept.bytes if self.kept else 0)
+        keys, size = (self.keys, size) if goes_on else ({}, 0)
+        return Kept(self.call.index, _lengths(self.call), keys, size)
+
+    def _keep(self, name: str, k: Tensor, v: Tensor) -> None:
+        length = sum(segment.length for segment in self._segments(self.streams[name]))
+        if k.shape[2] != length:
+            raise ConfigError(
+                f"RAS: {name} has {k.shape[2]} keys, expected the {length} rows of its sequence: attention along "
+                "some axes only cannot run on some rows"
+            )
+        self.bytes[name] = sum(t.numel() * t.element_size() for t in (k, v))
+        if not self.keeps:
+            return
+        old, fresh = self.keys.get(name), (k.detach().transpose(1, 2), v.detach().transpose(1, 2))
+        if old is None or old[0].shape != fresh[0].shape:
+            self.keys[name] = fresh[0].clone(), fresh[1].clone()
+        else:
+            old[0].copy_(fresh[0])
+            old[1].copy_(fresh[1])
+
+    def _segments(self, stream: str) -> list[Segment]:
+        names = IN_STREAM[stream]
+        return [segment for segment in self.call.layout if not names or segment.stream in names]
+
+    def _places(self, stream: str, rows: Tensor) -> Tensor:
+        """Where the image's `rows`, and all rows of the other segments, stand in a sequence."""
+        parts, start = [], 0
+        for segment in self._segments(stream):
+            every = torch.arange(segment.length, device=rows.device).expand(*rows.shape[:-1], -1)
+            parts.append(start + (rows if segment.stream == "image" else every))
+            start += segment.length
+        return torch.cat(parts, -1)
+
+
+class Regions(Session):
+    """The rows chosen after guidance, for all lanes, and the keys of each lane; a lane that was away is computed."""
+
+    verb: ClassVar[str] = "partial"
+
+    def __init__(self, policy: RAS, sites: Sequence[Site], total: int) -> None:
+        super().__init__()
+        self.policy, self.total = policy, total
+        self.tokens, self.head = named(sites, "tokens"), named(sites, "head")
+        self.streams = attended(sites)
+        self.choice: Choice | None = None
+        self.drops: Tensor | None = None
+        self.is_partial = False
+
+    def enter(self, call: Call) -> Mapping[str, Handler]:
+        if self.policy == self.policy.exact():
+            return {}
+        ahead = self._skipped(call)[call.index + 1 :]
+        lane, choice = (call.net, call.lane), self.choice
+        kept: Kept | None = self.state.get(lane)
+        if kept is not None and kept.layout != _lengths(call):
+            kept = None
+        fresh = kept is not None and kept.keys and call.index - kept.place in (0, 1)
+        if choice is not None and (choice.place != call.index or not fresh):
+            choice = None
+        work = Evaluation(call, self.streams, choice, kept, any(ahead[:1]))
+        self.put(lane, work)
+        return {
+            **dict.fromkeys(self.tokens, work.tokens),
+            **{name: partial(work.core, name) for name in self.streams},
+            **dict.fromkeys(self.head, work.head),
+        }
+
+    def commit(self) -> None:
+        for lane, work in self.staged.items():
+            self.is_partial = self.is_partial or work.rows is not None
+            self.state[lane] = work.left(any(self._skipped(work.call)[work.call.index + 1 :]))
+        self.staged.clear()
+
+    def guided(self, call: Call, v: Tensor) -> Tensor:
+        """`v` with the last known values of rows that were not computed; chooses the rows of the next one."""
+        if self.policy == self.policy.exact():
+            return v
+        image = image_of(call.layout)
+        if self.is_partial and self.choice is not None:
+            v = torch.where(by_row(_marked(self.choice.rows, image.length), image, v), v, self.choice.stale)
+        ahead = self._skipped(call)[call.index + 1 :]
+        choice = None
+        if any(ahead[:1]):
+            q = row_metric(v.detach(), image, self.policy.metric)
+            drops = torch.zeros_like(q) if self.drops is None or self.drops.shape != q.shape else self.drops
+            rows = self.policy.chosen(q, drops, ahead[0])
+            choice = Choice(call.index + 1, rows, v.detach().clone())
+            self.drops = self.policy.counted(drops, rows)
+        self.choice, self.is_partial = choice, False
+        return v
+
+    def bytes(self) -> int:
+        kept = [keys for lane in self.state.values() for keys in lane.keys.values()]
+        return _bytes((kept, self.choice, self.drops))
+
+    def projected_bytes(self) -> int:
+        """With the keys of all lanes seen so far."""
+        return sum(kept.bytes for kept in self.state.values()) + _bytes((self.choice, self.drops))
+
+    def _skipped(self, call: Call) -> list[int]:
+        return self.policy.skipped(self.total, image_of(call.layout).length)
+
+
+def attended(sites: Sequence[Site]) -> dict[str, str]:
+    """Streams of the `core` sites whose keys are rows of the image, by their names."""
+    return {site.name: site.stream for site in sites if site.kind == "core" and site.stream in IN_STREAM}
+
+
+def image_of(layout: Sequence[Segment]) -> Segment:
+    """The segment of which some rows are computed.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    images = [segment for segment in layout if segment.stream == "image"]
+    if len(images) != 1:
+        raise ConfigError(f"RAS: {len(images)} image segments in the layout of a call, expected 1")
+    return images[0]
+
+
+def row_metric(v: Tensor, image: Segment, metric: Metric) -> Tensor:
+    """q of each row, [B, L], of a prediction [B, L, C], [B, C, H, W] or [B, C, T, H, W].
+
+    Raises:
+        ConfigError: the spread of a single channel is asked for.
+    """
+    axis = -1 if v.ndim == 3 else 1
+    if metric == "std" and v.shape[axis] == 1:
+        raise ConfigError("RAS: metric='std' of a prediction of 1 channel is 0, expected metric='l2'")
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    q = v.std(axis, correction=0) if metric == "std" else v.norm(dim=axis)
+    return q if v.ndim == 3 else patchify(q[:, None], image.grid.sides(v.shape[2:])).mean(-1)
+
+
+def by_row(mask: Tensor, image: Segment, v: Tensor) -> Tensor:
+    """A mask of rows [B, L] that broadcasts to the prediction `v`, as in `row_metric`."""
+    if v.ndim == 3:
+        return mask[..., None]
+    sides = image.grid.sides(v.shape[2:])
+    return unpatchify(mask[..., None].expand(-1, -1, torch.Size(sides).numel()), image.grid, sides)
+
+
+def _marked(rows: Tensor, length: int) -> Tensor:
+    return torch.zeros(len(rows), length, dtype=torch.bool, device=rows.device).scatter(1, rows, True)
+
+
+def _each(rows: Tensor, batch: int, keys: Sequence[Tensor]) -> Tensor | None:
+    """`rows` for a call of `batch` samples, which may hold several branches; None if another batch was kept."""
+    if batch % len(rows) or any(len(k) != batch for k in keys):
+        return None
+    return rows[0] if len(rows) == 1 else rows.repeat(batch // len(rows), 1)
+
+
+def _widened(mask: Tensor, at: Tensor, length: int) -> Tensor:
+    """A mask over computed keys, made one over all keys; rows that are left out are seen."""
+    if mask.shape[-1] != at.shape[-1]:
+        return mask
+    whole = mask.new_full((*mask.shape[:-1], length), mask.dtype == torch.bool)
+    index = at if at.ndim == 1 else at[:, None, None]
+    return whole.scatter(-1, index.expand_as(mask), mask)
+
+
+def _lengths(call: Call) -> tuple[tuple[str, int], ...]:
+    return tuple((segment.stream, segment.length) for segment in call.layout)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))

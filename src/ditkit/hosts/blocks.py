@@ -1,0 +1,127 @@
+"""What several families build their blocks of: default attention, modulation, feed-forward, and their call.
+
+B batch, L rows, S text rows, D width, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention as host_blocks
+from diffusers.models import attention_processor as host
+from torch import Tensor, nn
+
+from ditkit.core.run import Run, Site
+from ditkit.hosts.attention import computes_as, has_core
+from ditkit.hosts.streams import Streams
+from ditkit.nn.blocks import KV, keep, modulate
+
+_QUIET = {"ip_adapter_masks", "ip_hidden_states"}
+"""Arguments that diffusers drops without a warning, where a processor does not know them."""
+
+
+@computes_as(host.JointAttnProcessor2_0)
+def attend(
+    attn: Any,
+    run: Run,
+    at: str,
+    image: Tensor,
+    text: Tensor | None = None,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Self-attention [B, L, D] to the same; with text [B, S, D] joint attention, image rows first, to the pair."""
+    _warn_of_unknown(attn.processor, kwargs)
+    q, k, v = (_split(attn, project(image)) for project in (attn.to_q, attn.to_k, attn.to_v))
+    kv = run.site(at + ".kv", keep, KV(k, v))
+    q, k, v = _normed(attn.norm_q, q), _normed(attn.norm_k, kv.k), kv.v
+    if text is not None:
+        projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        text_q, text_k, text_v = (_split(attn, project(text)) for project in projections)
+        q = torch.cat([q, _normed(attn.norm_added_q, text_q)], 2)
+        k = torch.cat([k, _normed(attn.norm_added_k, text_k)], 2)
+        v = torch.cat([v, text_v], 2)
+    o = run.site(at + ".core", F.scaled_dot_product_attention, q, k, v)
+    o = o.transpose(1, 2).flatten(2).to(q.dtype)
+    L = image.shape[1]
+    o_image = attn.to_out[1](attn.to_out[0](o[:, :L]))
+    if text is None:
+        return o_image
+    return Streams(o_image, o[:, L:] if attn.context_pre_only else attn.to_add_out(o[:, L:]))
+
+
+@computes_as(host.AttnProcessor2_0)
+def attend_within(
+    attn: Any,
+    run: Run,
+    at: str,
+    x: Tensor,
+    other: Tensor | None = None,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Self-attention [B, L, D] to the same; to another sequence, or under a mask, it has no sites."""
+    if other is None and mask is None:
+        return attend(attn, run, at, x, **kwargs)
+    return attn.processor(attn, x, other, mask, **kwargs)
+
+
+def attention_sites(at: str, attn: Any, kv: str = "image", core: str = "image") -> list[Site]:
+    """The sites inside the attention branch `at`, with the streams of its keys and of its queries."""
+    return [Site(at + ".kv", "kv", kv), Site(at + ".core", "core", core)] if has_core(attn) else []
+
+
+def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **given: Any) -> Any:
+    """One block, called as diffusers does: its hooks see the arguments that they know.
+
+    Args:
+        args, given: all parameters of the block before `run`, in its order.
+    """
+    # no name without handlers: blocks share their code, and torch.compile would specialise on it
+    at = name if run.handlers else ""
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        # the run is handed on: recomputation may happen on a thread that has no context variable
+        return model._gradient_checkpointing_func(block, *args, *given.values(), run, at)
+    return block(*args, **given, run=run, at=at)
+
+
+def modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates of an adaptive norm, [B, 1, D] each."""
+    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(parts, -1)
+
+
+def feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The MLP branch before its gate; row-wise."""
+    return ff(modulate(norm(x_BLD), shift, scale))
+
+
+def feed_in_chunks(
+    block: Any, norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor:
+    """The same for a block that `enable_forward_chunking` knows."""
+    if block._chunk_size is None:
+        return feed(norm, ff, x_BLD, shift, scale)
+    h_BLD = modulate(norm(x_BLD), shift, scale)
+    return host_blocks._chunked_feed_forward(ff, h_BLD, block._chunk_dim, block._chunk_size)
+
+
+def _split(attn: Any, x_BLD: Tensor) -> Tensor:
+    return x_BLD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, N, L, K]
+
+
+def _normed(norm: nn.Module | None, x_BNLK: Tensor) -> Tensor:
+    return x_BNLK if norm is None else norm(x_BNLK)
+
+
+def _warn_of_unknown(processor: Any, kwargs: Mapping[str, Any]) -> None:
+    if kwargs:
+        known = inspect.signature(processor.__call__).parameters
+        if unknown := sorted(kwargs.keys() - known.keys() - _QUIET):
+            name = type(processor).__name__
+            host.logger.warning(
+                f"cross_attention_kwargs {unknown} are not expected by {name} and are ignored."
+            )

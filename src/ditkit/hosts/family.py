@@ -1,0 +1,79 @@
+"""Which module of this package knows a transformer: found by its class, which a view stands for."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ditkit import hosts
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.grid import Segment
+from ditkit.core.run import Site
+from ditkit.hosts.view import _VIEWS
+
+
+class Family(NamedTuple):
+    """The functions of a host module.
+
+    The parameters of its `layout` are named after arguments of the transformer's forward, or are `model`, `shape`
+    (of the latents) and `text` (rows of it).
+    """
+
+    sites: Callable[[nn.Module], tuple[Site, ...]]
+    make_layout: Callable[..., tuple[Segment, ...]]
+
+    def asks(self) -> tuple[str, ...]:
+        """What its `layout` wants to know."""
+        return tuple(inspect.signature(self.make_layout).parameters)
+
+    def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Segment, ...]:
+        """The segments of a call of `model` with these arguments."""
+        text = arguments.get("encoder_hidden_states")
+        rows = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else 0
+        known = {"model": model, "shape": arguments["hidden_states"].shape, "text": rows, **arguments}
+        return self.make_layout(**{name: known[name] for name in self.asks() if name in known})
+
+
+def is_known(model: object) -> bool:
+    """Whether `model` is a transformer that has, or can have, a view."""
+    _families()
+    return type(model) in transformers()
+
+
+def has_sites(model: nn.Module) -> bool:
+    """Whether its view is on."""
+    return type(model) in _VIEWS.values()
+
+
+def family(model: nn.Module) -> Family:
+    """The family of a transformer, with its view or without.
+
+    Raises:
+        ConfigError: no view is known for this class.
+    """
+    modules = _families()
+    if not is_known(model):
+        names = dict.fromkeys(cls.__name__ for cls in transformers())
+        raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
+    ours = _VIEWS.get(type(model), type(model))
+    home = next(module for module in modules if ours in vars(module).values())
+    return Family(home.sites, home.layout)
+
+
+def transformers() -> list[type]:
+    """Classes of whole transformers among those met so far, diffusers' own and their views."""
+    from diffusers import ModelMixin
+
+    return [cls for pair in _VIEWS.items() for cls in pair if issubclass(cls, ModelMixin)]
+
+
+def _families() -> list[Any]:
+    """The modules of all families; importing them makes their views known."""
+    found = pkgutil.iter_modules(hosts.__path__, hosts.__name__ + ".")
+    modules = [import_module(module.name) for module in found if module.name != __name__]
+    return [module for module in modules if hasattr(module, "sites") and hasattr(module, "layout")]

@@ -1,0 +1,193 @@
+"""Any diffusers pipeline whose transformer has a view, under policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import BoundArguments
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import ConfigError
+from ditkit.core.numbers import integer
+from ditkit.core.policy import Policy, as_policies
+from ditkit.core.trajectory import claim
+from ditkit.evaluate.clock import seconds_of
+from ditkit.hosts.clock import check_scheduler
+from ditkit.hosts.family import family, has_sites, is_known
+from ditkit.hosts.passage import Net, Passage, Watch
+from ditkit.hosts.view import restore as without_sites
+from ditkit.hosts.view import view
+from ditkit.tasks.replay import Asked, PipelineReport, Replay, Took
+
+DEFAULT = TaylorSeer(interval=3, order=1)
+"""Every family has branches. One evaluation in three at the least span that saves more than half; a line through
+two of them amplifies their noise by 7/3 at most, a parabola by more; and it keeps two factors, not three."""
+
+
+def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None) -> Accelerated:
+    """A pipeline of diffusers, faster: called like it, with the same weights, LoRAs, hooks and components.
+
+    `pipe` itself stays exact, and so several may be made of one pipeline. `restore` or leaving a `with` block
+    takes away what was added to its transformers.
+
+    Args:
+        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
+        max_bytes: memory that all policies may hold together in a call.
+
+    Raises:
+        ConfigError: no pipeline, no transformer that has a view, a scheduler without timesteps, or no policy.
+        ConflictError: two policies own one site, or another cache has its hooks on a transformer.
+        NoEffectError: a policy has no site that it can use. The pipeline is then as it was.
+    """
+    chosen = as_policies(policies) or (DEFAULT,)
+    if max_bytes is not None:
+        integer("max_bytes", max_bytes, least=1)
+    models = _transformers(pipe)
+    check_scheduler(pipe.scheduler)
+    alone = len(models) == 1
+    nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
+    viewed: list[nn.Module] = []
+    try:
+        for net in nets:
+            if not has_sites(net.model):
+                viewed.append(view(net.model))
+            claim(net.family.sites(net.model), chosen)
+    except BaseException:
+        for model in viewed:
+            without_sites(model)
+        raise
+    return Accelerated(pipe, nets, chosen, max_bytes)
+
+
+def restore(fast: Accelerated) -> Any:
+    """The pipeline as it was before `accelerate`."""
+    if not isinstance(fast, Accelerated):
+        raise ConfigError(f"restore: got {type(fast).__name__}, expected what ditkit.accelerate returned")
+    return fast._restore()
+
+
+class Accelerated:
+    """A pipeline under policies. What it has not itself is the pipeline's, to read, to set and to call."""
+
+    __slots__ = ("_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
+
+    def __init__(
+        self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
+    ) -> None:
+        self._pipe, self._nets, self._policies, self._max_bytes = pipe, nets, policies, max_bytes
+        self._last: tuple[Asked, Took] | None = None
+        self._watches: list[Watch] | None = [Watch(net) for net in nets]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline returns.
+
+        Raises:
+            ConfigError: the pipeline was restored, the scheduler cannot say its timesteps, a policy does not fit
+                the number of steps, or the policies would hold more than `max_bytes`.
+            NoEffectError: the call went to its end, and a policy touched nothing or saved nothing.
+        """
+        if self._watches is None:
+            raise ConfigError(f"{type(self._pipe).__name__} was restored; call ditkit.accelerate again")
+        asked, self._last = Asked(self._pipe, args, kwargs), None
+        out, took = self._draw(asked.bound, True)
+        self._last = (asked, took)
+        return out
+
+    def report(self, exact: bool = False, converged_steps: int | None = None) -> PipelineReport:
+        """Cost and receipt of the last call; with `exact` its error, and what the same MACs buy in fewer steps.
+
+        The error takes five more calls from the same state of all generators: both samplers once to count MACs
+        and once, in turns, for the wall clock, and the control; a run of `converged_steps` is a sixth.
+
+        Raises:
+            ConfigError: nothing was called yet, or the pipeline was restored since.
+        """
+        if self._last is None:
+            raise ConfigError(
+                "report: expected a finished call of the accelerated pipeline before it, got none"
+            )
+        asked, took = self._last
+        if not exact:
+            return PipelineReport(took)
+        if self._watches is None:
+            raise ConfigError("report(exact=True) was asked after restore, expected it before")
+        decodes = getattr(self._pipe, "vae", None) is not None
+        replay = Replay(asked, self._draw, self._policies, decodes)
+        rows = replay.rows(converged_steps)
+        return PipelineReport(replay.took[rows[1].name], rows, "pictures" if decodes else "latents")
+
+    def __getattr__(self, name: str) -> Any:
+        pipe = object.__getattribute__(self, "_pipe")
+        found = getattr(pipe, name)
+        return _returning(self, found) if getattr(found, "__self__", None) is pipe else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._pipe, name, value)
+
+    def __repr__(self) -> str:
+        return f"Accelerated({type(self._pipe).__name__}, {', '.join(map(str, self._policies))})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> Any:
+        for watch in self._watches or ():
+            if watch.remove():
+                without_sites(watch.net.model)
+        self._watches = None
+        return self._pipe
+
+    def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Took]:
+        """The pipeline's output and what it took, under the policies or exactly."""
+        passage = Passage(self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes)
+        drawn: list[Any] = []
+
+        def call() -> None:
+            with passage.under_way():
+                asked = passage.heard(bound)
+                drawn.append(self._pipe(*asked.args, **asked.kwargs))
+
+        seconds = seconds_of(call)
+        return drawn[0], Took(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that have a view."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:
+        raise ConfigError(
+            f"accelerate: got {type(pipe).__name__}, expected a diffusers pipeline with a scheduler"
+        )
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    found = {name: part for name, part in modules.items() if is_known(part)}
+    if not found:
+        named = modules.get("transformer", modules.get("unet"))
+        if named is None:
+            raise ConfigError(
+                f"accelerate: {type(pipe).__name__} has no transformer, only {', '.join(modules)}"
+            )
+        family(named)
+    return found
+
+
+def _returning(fast: Accelerated, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the pipeline; where it returns the pipeline itself, as `to` does, the accelerated one."""
+
+    @wraps(method)
+    def forwarded(*args: Any, **kwargs: Any) -> Any:
+        out = method(*args, **kwargs)
+        return fast if out is fast._pipe else out
+
+    return forwarded
