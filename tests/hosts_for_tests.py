@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from torch import Tensor
 
 from ditkit.core.grid import Segment
@@ -27,7 +30,7 @@ Inputs = dict[str, Any]
 class Family:
     """One kind of transformer: its class with a small config, and the view that it gets."""
 
-    host: type
+    host: Any
     view: ModuleType
     config: dict[str, Any]
     size: tuple[int, int]
@@ -82,6 +85,10 @@ FAMILIES = {
 }
 
 
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+of_sd3 = pytest.mark.parametrize("family", [FAMILIES["sd3"], FAMILIES["sd3.5"]], ids=["sd3", "sd3.5"])
+
+
 @torch.no_grad()
 def call(model: Any, inputs: Inputs, run: Run = DIRECT, **changed: Any) -> Tensor:
     with running(run):
@@ -111,3 +118,21 @@ def run_steps(
         v = call(model, inputs, trajectory.run(now), hidden_states=x, timestep=t, **given)
         x = x - trajectory.guided(now, trajectory.leave(now, v[:, :C])) / steps
     return x, trajectory
+
+
+def residuals(count: int, rows: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    return [0.1 * torch.randn(B, rows, D, generator=draw) for _ in range(count)]
+
+
+def with_ip_adapter(model: Any, scale: float = 0.7) -> Any:
+    torch.manual_seed(4)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(D, D, D // 4, 32, scale=scale).eval())
+    model.image_proj = IPAdapterTimeImageProjection(20, D, 32, 1, 16, 2, 4, timestep_in_dim=16).eval()
+    return model
+
+
+def pictures() -> Inputs:
+    picture = torch.randn(B, 5, 20, generator=torch.Generator().manual_seed(2))
+    return {"joint_attention_kwargs": {"ip_adapter_image_embeds": picture}}

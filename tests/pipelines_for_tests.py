@@ -14,9 +14,12 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.tasks.accelerate import Accelerated
 from flux_for_tests import S, transformer
 
 STEPS, SIDE = 8, 16
+POLICY = TaylorSeer(interval=3, order=1)
 Options = dict[str, Any]
 
 
@@ -71,6 +74,15 @@ def picture(seed: int = 2) -> Tensor:
 
 def latents(pipe: Any, options: Options) -> Tensor:
     return pipe(**options)[0]
+
+
+def lanes(fast: Accelerated) -> dict[str, dict[str, str]]:
+    """The receipt of the last trajectory of the last call."""
+    return fast.report().took.receipts[-1].as_dict()["lanes"]
+
+
+def computed(fast: Accelerated) -> dict[str, str]:
+    return {lane: done["computed"] for lane, done in lanes(fast).items()}
 
 
 IMAGE_TO_IMAGE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -276,9 +277,23 @@ def test_a_watcher_that_met_nothing_is_an_error():
     play([Scripted((("a", "see"),), (("a", tagged("", [])),))]).finish()
 
 
-def test_an_owner_of_rows_alone_need_not_replace_a_site():
-    """A row selector computes every site, on fewer rows."""
-    play([Scripted((("rows", "own"), ("a", "wrap")), (("a", tagged("", [])),))]).finish()
+def without(rows: int, fn: Callable[..., Any], x: Any) -> Any:
+    return fn(x)[:, rows:]
+
+
+def test_an_owner_of_rows_computes_every_site_on_fewer_rows():
+    sites = (Site("tokens", "tokens"),)
+    for saved in (3, 0):
+        takes = Scripted((("rows", "own"), ("tokens", "wrap")), (("tokens", partial(without, saved)),))
+        trajectory, call = Trajectory(sites, [takes], 1), Call(0, 1, 1.0)
+        trajectory.leave(call, trajectory.run(call).site("tokens", torch.ones_like, torch.zeros(1, 5, 3)))
+        assert trajectory.receipts[0].rows_saved == saved
+        assert trajectory.receipts[0].full("cond") == ([] if saved else [0])
+        if saved:
+            trajectory.finish()
+        else:
+            with pytest.raises(NoEffectError, match="saved nothing"):
+                trajectory.finish()
 
 
 # --- memory ------------------------------------------------------------------------------------------------

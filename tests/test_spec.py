@@ -123,13 +123,14 @@ class Odd:
         (Odd(name="x"), "odd:name=x"),
         (Odd(level=2), "odd:level=2"),
         (Odd(maybe=0.5), "odd:maybe=0.5"),
+        (Odd(kept=(3,)), "odd:kept=3"),
+        (Odd(kept=(12, 20)), "odd:kept=12+20"),
     ],
 )
 def test_every_kind_of_field_is_written(value: Odd, text: str) -> None:
     assert spec(value) == text
 
 
-@pytest.mark.parametrize("value", [Odd(name="a,b"), Odd(kept=(1,))])
-def test_what_would_not_read_back_is_not_written(value: Odd) -> None:
+def test_what_would_not_read_back_is_not_written() -> None:
     with pytest.raises(ConfigError):
-        spec(value)
+        spec(Odd(name="a,b"))

@@ -55,7 +55,8 @@ class ConfidentTaylor(Policy):
     per_sample_gate: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not self.threshold >= 0:
+        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not is_number or not self.threshold >= 0:
             raise ConfigError(
                 f"ConfidentTaylor: threshold={self.threshold!r}, expected a number of at least 0"
             )

@@ -169,24 +169,27 @@ class Evaluation:
         self.call, self.streams, self.choice, self.kept, self.keeps = call, streams, choice, kept, keeps
         self.keys = {} if kept is None else kept.keys
         self.bytes: dict[str, int] = {}
-        self.rows: Tensor | None = None
+        self.places: dict[str, Tensor] = {}
+        """Of the rows to compute in the sequence of each stream; none: all are computed."""
 
     def tokens(self, fn: Handler, *args: Any) -> Any:
         """The embedded tokens, of the image only the rows to compute."""
         out = fn(*args)
-        if self.choice is not None:
-            batch = tree_leaves(out.x)[0].shape[0]
-            self.rows = _each(self.choice.rows, batch, [k for k, _ in self.keys.values()])
-        if self.rows is None:
+        if self.choice is None:
             return out
-        return out.rows("image", self._places("image", self.rows))
+        batch = tree_leaves(out.x)[0].shape[0]
+        rows = _each(self.choice.rows, batch, [k for k, _ in self.keys.values()])
+        if rows is None:
+            return out
+        self.places = {stream: self._places(stream, rows) for stream in IN_STREAM}
+        return out.rows("image", self.places["image"])
 
     def core(self, name: str, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
         """Attention of the rows that are computed over the keys of all."""
-        if self.rows is None:
+        if not self.places:
             self._keep(name, k, v)
             return fn(q, k, v, *masks)
-        at = self._places(self.streams[name], self.rows)
+        at = self.places[self.streams[name]]
         whole_k, whole_v = self.keys[name]
         for whole, fresh in ((whole_k, k), (whole_v, v)):
             put_rows(whole, at, fresh.detach().transpose(1, 2))
@@ -196,11 +199,11 @@ class Evaluation:
     def head(self, fn: Handler, *args: Any) -> Tensor:
         """The prediction of all rows, zero where none was made."""
         out = fn(*args)
-        if self.rows is None:
+        if not self.places:
             return out
         length = sum(segment.length for segment in self._segments("image"))
         whole = out.new_zeros(out.shape[0], length, out.shape[2])
-        return put_rows(whole, self._places("image", self.rows), out)
+        return put_rows(whole, self.places["image"], out)
 
     def left(self, goes_on: bool) -> Kept:
         """What the lane keeps after this call; nothing if no later evaluation leaves out rows."""
@@ -274,7 +277,7 @@ class Regions(Session):
 
     def commit(self) -> None:
         for lane, work in self.staged.items():
-            self.is_partial = self.is_partial or work.rows is not None
+            self.is_partial = self.is_partial or bool(work.places)
             self.state[lane] = work.left(any(self._skipped(work.call)[work.call.index + 1 :]))
         self.staged.clear()
 

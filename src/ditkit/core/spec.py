@@ -70,7 +70,7 @@ def _default(f: Field[Any]) -> Any:
 
 def _read(kind: Any, text: str, where: str) -> Any:
     """`text` as a value of the annotation `kind`: a scalar, a literal, a union of these, or a tuple as `12+20`."""
-    if get_origin(kind) is tuple:
+    if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):
         return tuple(_read(get_args(kind)[0], part, where) for part in text.split("+") if text)
     if get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in get_args(kind)}

@@ -6,7 +6,7 @@ B batch, L rows, S text rows, D width, N heads, K head width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,23 +32,31 @@ def attend(
     image: Tensor,
     text: Tensor | None = None,
     mask: Tensor | None = None,
+    beside: Callable[[Tensor, KV], Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Self-attention [B, L, D] to the same; with text [B, S, D] joint attention, image rows first, to the pair."""
+    """Self-attention [B, L, D] to the same; with text [B, S, D] joint attention, image rows first, to the pair.
+
+    Args:
+        mask: ignored, as diffusers does.
+        beside: of the image's queries and kept keys, before their norms, what is added to its rows [B, L, D].
+    """
     _warn_of_unknown(attn.processor, kwargs)
-    q, k, v = (_split(attn, project(image)) for project in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (split_heads(attn, project(image)) for project in (attn.to_q, attn.to_k, attn.to_v))
     kv = run.site(at + ".kv", keep, KV(k, v))
+    raw_q = q
     q, k, v = _normed(attn.norm_q, q), _normed(attn.norm_k, kv.k), kv.v
     if text is not None:
         projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        text_q, text_k, text_v = (_split(attn, project(text)) for project in projections)
+        text_q, text_k, text_v = (split_heads(attn, project(text)) for project in projections)
         q = torch.cat([q, _normed(attn.norm_added_q, text_q)], 2)
         k = torch.cat([k, _normed(attn.norm_added_k, text_k)], 2)
         v = torch.cat([v, text_v], 2)
     o = run.site(at + ".core", F.scaled_dot_product_attention, q, k, v)
-    o = o.transpose(1, 2).flatten(2).to(q.dtype)
+    o = merge_heads(o).to(q.dtype)
     L = image.shape[1]
-    o_image = attn.to_out[1](attn.to_out[0](o[:, :L]))
+    o_image = o[:, :L] if beside is None else o[:, :L] + beside(raw_q, kv)
+    o_image = attn.to_out[1](attn.to_out[0](o_image))
     if text is None:
         return o_image
     return Streams(o_image, o[:, L:] if attn.context_pre_only else attn.to_add_out(o[:, L:]))
@@ -70,9 +78,9 @@ def attend_within(
     return attn.processor(attn, x, other, mask, **kwargs)
 
 
-def attention_sites(at: str, attn: Any, kv: str = "image", core: str = "image") -> list[Site]:
-    """The sites inside the attention branch `at`, with the streams of its keys and of its queries."""
-    return [Site(at + ".kv", "kv", kv), Site(at + ".core", "core", core)] if has_core(attn) else []
+def attention_sites(at: str, attn: Any, core: str = "image") -> list[Site]:
+    """The sites inside the attention branch `at`: keys and values of the image, and queries of stream `core`."""
+    return [Site(at + ".kv", "kv"), Site(at + ".core", "core", core)] if has_core(attn) else []
 
 
 def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **given: Any) -> Any:
@@ -109,8 +117,12 @@ def feed_in_chunks(
     return host_blocks._chunked_feed_forward(ff, h_BLD, block._chunk_dim, block._chunk_size)
 
 
-def _split(attn: Any, x_BLD: Tensor) -> Tensor:
+def split_heads(attn: Any, x_BLD: Tensor) -> Tensor:
     return x_BLD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, N, L, K]
+
+
+def merge_heads(o_BNLK: Tensor) -> Tensor:
+    return o_BNLK.transpose(1, 2).flatten(2)  # [B, L, D]
 
 
 def _normed(norm: nn.Module | None, x_BNLK: Tensor) -> Tensor:

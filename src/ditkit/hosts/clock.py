@@ -109,7 +109,8 @@ class Clock:
         own = self.timesteps
         if not isinstance(timestep, Tensor) or timestep.untyped_storage().data_ptr() != _pointer(own):
             return None
-        place, rest = divmod(timestep.storage_offset() - own.storage_offset(), max(own.stride(0), 1))
+        ahead = int(timestep.storage_offset()) - int(own.storage_offset())
+        place, rest = divmod(ahead, max(own.stride(0), 1))
         return place if rest == 0 and 0 <= place < len(own) else None
 
 
@@ -146,7 +147,7 @@ def wound(scheduler: Any) -> Iterator[None]:
         ConfigError: it lacks a method or its timesteps.
     """
     check_scheduler(scheduler)
-    own = type(scheduler)
+    own: type = type(scheduler)
     if not hasattr(own, "ditkit_own"):  # a call inside a callback of this one is on the same scheduler
         scheduler.__class__ = _wound(own)
     try:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_flux as host
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.hosts.attention import dispatched, flip
 from ditkit.hosts.blocks import call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
@@ -50,17 +50,17 @@ class FluxAttention(host.FluxAttention):
         S = 0 if text is None else text.shape[1]
         *image, text_q, text_k, text_v = host._get_qkv_projections(self, hidden_states, text)
         q, k, v = map(self._split, image)
-        kv = run.site(at + ".kv", keep, KV(_flip(k), _flip(v), _cut(table, S, None)))
+        kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), _cut(table, S, None)))
         q = _rotate(self.norm_q(q), _cut(table, S, None))
-        k, v = _rotate(self.norm_k(_flip(kv.k)), kv.position), _flip(kv.v)
+        k, v = _rotate(self.norm_k(flip(kv.k)), kv.position), flip(kv.v)
         if text is not None:
             head = _cut(table, 0, S)
             q = torch.cat([_rotate(self.norm_added_q(self._split(text_q)), head), q], 1)
             k = torch.cat([_rotate(self.norm_added_k(self._split(text_k)), head), k], 1)
             v = torch.cat([self._split(text_v), v], 1)
         masks = () if attention_mask is None else (attention_mask,)
-        o = run.site(at + ".core", partial(_attention, self.processor), _flip(q), _flip(k), _flip(v), *masks)
-        o = _flip(o).flatten(2, 3).to(q.dtype)
+        o = run.site(at + ".core", partial(dispatched, self.processor), flip(q), flip(k), flip(v), *masks)
+        o = flip(o).flatten(2, 3).to(q.dtype)
         if text is None:
             return o
         o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
@@ -294,14 +294,6 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _attention(processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """All [B, N, L, K], through the backend that the processor was given."""
-    backend, parallel = processor._attention_backend, processor._parallel_config
-    return _flip(
-        dispatch_attention_fn(_flip(q), _flip(k), _flip(v), mask, backend=backend, parallel_config=parallel)
-    )
-
-
 def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     if table[0].ndim == 2:
         return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
@@ -312,11 +304,6 @@ def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
     return table[0][..., start:stop, :], table[1][..., start:stop, :]
-
-
-def _flip(x: Tensor) -> Tensor:
-    """Between diffusers' [B, L, N, K] and the sites' [B, N, L, K]."""
-    return x.transpose(1, 2)
 
 
 def _clip(x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.attention import computes_as, flip
-from ditkit.hosts.blocks import attention_sites, call_block, modulation
+from ditkit.hosts.attention import computes_as, flip, has_core
+from ditkit.hosts.blocks import call_block, modulation
 from ditkit.hosts.lumina_blocks import (
     Place,
     PlacedTokens,
@@ -120,7 +120,7 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
         tokens = run.site("tokens", partial(self._embed, run), hidden_states, text, mask, temb)
         x = run.site("blocks", partial(stack, run, self.layers, self._apply), tokens.x, tokens.place, (temb,))
         out = run.site("head", partial(self._head, tokens.place.text), x, temb)
-        sample = unpatchify(out, grid_of(self, hidden_states), self.config.patch_size)
+        sample = unpatchify(out, grid_of(self, hidden_states.shape), self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, run: Run, image: Tensor, text: Tensor, mask: Tensor, temb: Tensor) -> PlacedTokens:
@@ -160,14 +160,15 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.layers):
         at = f"blocks.{i}"
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
-        named += attention_sites(f"{at}.attn", block.attn, kv="joint", core="joint")
+        if has_core(block.attn):
+            named += [Site(f"{at}.attn.kv", "kv", "joint"), Site(f"{at}.attn.core", "core", "joint")]
         named.append(Site(f"{at}.mlp", "branch", "joint"))
     return (*named, Site("head", "head"))
 
 
-def layout(model: Any, hidden_states: Tensor, encoder_attention_mask: Tensor) -> tuple[Segment, ...]:
-    """Segments of a call on latents [B, C, H, W]: text as long as the longest caption, then the image."""
-    grid = grid_of(model, hidden_states)
+def layout(model: Any, shape: Sequence[int], encoder_attention_mask: Tensor) -> tuple[Segment, ...]:
+    """Segments of a call on latents of `shape` [B, C, H, W]: text as long as the longest caption, then the image."""
+    grid = grid_of(model, shape)
     image = Segment("image", grid, grid.length)
     lengths = encoder_attention_mask.sum(1).tolist()
     S, ragged = max(lengths), len(set(lengths)) > 1

@@ -5,6 +5,7 @@ B batch, L image rows, M rows of the sequence, D width, N heads, K head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import log, sqrt
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ def of_all(mask: Tensor, k_BNLK: Tensor) -> Tensor:
     return F.pad(mask, (0, k_BNLK.shape[2] - mask.shape[-1]), value=True)
 
 
-def grid_of(model: Any, image: Tensor) -> Grid:
-    """As the patch embedding cuts latents [B, C, H, W]."""
-    height, width = (n // model.config.patch_size for n in image.shape[2:])
+def grid_of(model: Any, shape: Sequence[int]) -> Grid:
+    """As the patch embedding cuts latents of `shape` [B, C, H, W]."""
+    height, width = (n // model.config.patch_size for n in shape[2:])
     return Grid(1, height, width)

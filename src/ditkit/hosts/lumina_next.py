@@ -5,6 +5,7 @@ B batch, L image rows, S text rows, D width, N heads, K head width. Text is only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,13 @@ def image_attention(
     query_rotary_emb: Any = None,
     key_rotary_emb: Any = None,
     base_sequence_length: int | None = None,
+    **unknown: Any,
 ) -> Tensor:
-    """Self-attention of Lumina-Next, [B, L, N, K] before any output layer; norms are over all heads together."""
+    """Self-attention of Lumina-Next, [B, L, N, K] before any output layer; norms are over all heads together.
+
+    Args:
+        unknown: dropped; the call of cross-attention, which gets the same, warns of them.
+    """
     q, k, v = heads(attn, x_BLD, context)
     kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), key_rotary_emb))
     k = flip(kv.k)
@@ -139,7 +145,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
         blocks = partial(stack, run, self.layers, partial(self._apply, cross_attention_kwargs))
         x = run.site("blocks", blocks, x, place, (temb, text, known.bool()))
         out = run.site("head", self.norm_out, x, temb)
-        sample = unpatchify(out, grid_of(self, hidden_states), self.patch_size)
+        sample = unpatchify(out, grid_of(self, hidden_states.shape), self.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, image: Tensor, table: Tensor) -> PlacedTokens:
@@ -175,7 +181,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     return (*named, Site("head", "head"))
 
 
-def layout(model: Any, hidden_states: Tensor) -> tuple[Segment, ...]:
-    """The one segment of a call on latents [B, C, H, W]."""
-    grid = grid_of(model, hidden_states)
+def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
+    """The one segment of a call on latents of `shape` [B, C, H, W]."""
+    grid = grid_of(model, shape)
     return (Segment("image", grid, grid.length),)

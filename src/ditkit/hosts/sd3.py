@@ -9,6 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_sd3 as host
 from diffusers.utils import apply_lora_scale
@@ -16,12 +19,49 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.blocks import attention_sites, call_block, feed_in_chunks, modulation
+from ditkit.hosts.attention import computes_as
+from ditkit.hosts.blocks import (
+    attend,
+    attention_sites,
+    call_block,
+    feed_in_chunks,
+    merge_heads,
+    modulation,
+    split_heads,
+)
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
-from ditkit.nn.blocks import modulate
+from ditkit.nn.blocks import KV, modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
+
+
+@computes_as(SD3IPAdapterJointAttnProcessor2_0)
+def attend_to_pictures(
+    attn: Any,
+    run: Run,
+    at: str,
+    image: Tensor,
+    text: Tensor | None = None,
+    mask: Tensor | None = None,
+    ip_hidden_states: Tensor | None = None,
+    temb: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Joint attention, beside which the image attends to itself and to the pictures of an IP-Adapter."""
+    adapter = attn.processor
+    if adapter.scale == 0 or ip_hidden_states is None:
+        return attend(attn, run, at, image, text, **kwargs)
+    pictures = adapter.norm_ip(ip_hidden_states, temb=temb)
+    k_ip, v_ip = (split_heads(attn, project(pictures)) for project in (adapter.to_k_ip, adapter.to_v_ip))
+
+    def beside(q: Tensor, kv: KV) -> Tensor:
+        q, k = adapter.norm_q(q), torch.cat([adapter.norm_k(kv.k), adapter.norm_ip_k(k_ip)], 2)
+        v = torch.cat([kv.v, v_ip], 2)
+        o = run.site(at + ".ip.core", F.scaled_dot_product_attention, q, k, v)
+        return merge_heads(o).to(q.dtype) * adapter.scale
+
+    return attend(attn, run, at, image, text, beside=beside, **kwargs)
 
 
 @stands_for(host.JointTransformerBlock)
@@ -172,6 +212,8 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     for at, block in _blocks(model):
         named += [Site(at, "block", "joint"), Site(at + ".attn", "branch", "joint")]
         named += attention_sites(at + ".attn", block.attn, core="joint")
+        if type(block.attn.processor) is SD3IPAdapterJointAttnProcessor2_0:
+            named.append(Site(at + ".attn.ip.core", "core"))
         if block.use_dual_attention:
             named += [Site(at + ".attn2", "branch"), *attention_sites(at + ".attn2", block.attn2)]
         named.append(Site(at + ".mlp", "branch"))

@@ -6,6 +6,7 @@ width. Text is only cross-attended: the sequence is the clip's. The two experts 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
         tokens = run.site("tokens", self._embed, hidden_states, times)
         x = run.site("blocks", partial(self._stack, run), tokens.x, tokens.times, tokens.rotary, text)
         out = run.site("head", self._head, x, tokens.times)
-        sample = unpatchify(out, _grid(self, hidden_states), tuple(self.config.patch_size))
+        sample = unpatchify(out, _grid(self, hidden_states.shape), tuple(self.config.patch_size))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _condition(self, timestep: Tensor, text: Tensor, picture: Tensor | None) -> tuple[Times, Tensor]:
@@ -212,9 +213,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     return (*named, Site("head", "head"))
 
 
-def layout(model: Any, hidden_states: Tensor) -> tuple[Segment, ...]:
-    """The one segment of a call on latents [B, C, T, H, W]."""
-    grid = _grid(model, hidden_states)
+def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
+    """The one segment of a call on latents of `shape` [B, C, T, H, W]."""
+    grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
 
 
@@ -223,9 +224,9 @@ def has_core(attn: Any) -> bool:
     return type(attn.processor) is host.WanAttnProcessor
 
 
-def _grid(model: Any, clip: Tensor) -> Grid:
+def _grid(model: Any, shape: Sequence[int]) -> Grid:
     """As the patch embedding cuts: what fills no patch is left out."""
-    return Grid(*(n // p for n, p in zip(clip.shape[2:], model.config.patch_size, strict=True)))
+    return Grid(*(n // p for n, p in zip(shape[2:], model.config.patch_size, strict=True)))
 
 
 def _parts(table: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ditkit.models.convlstm import ConvLSTMConfig
 from ditkit.models.predformer import PredFormerConfig
 from ditkit.tasks.forecast import ClipForecastRecipe, FieldForecastRecipe
-from ditkit.train.ema import Constant
+from ditkit.train.ema import Power
 from ditkit.train.settings import Settings
 
 DIGITS = {"length": 100_000}
@@ -87,7 +87,7 @@ def _settings(steps: int, batch: int, learning_rate: float) -> Settings:
         cosine=True,
         weight_decay=1e-2,
         precision="bf16",
-        averages=(Constant(0.999),),
+        averages=(Power(0.05),),
         save_every=100,
         sheet_every=500,
     )

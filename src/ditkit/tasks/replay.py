@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -22,7 +23,6 @@ from ditkit.evaluate.deviation import errors, pooled_psnr_db
 from ditkit.evaluate.macs import MacCount, MacCounter
 from ditkit.evaluate.rows import Row, titles
 from ditkit.evaluate.words import decibels, distance, megabytes
-from ditkit.sample.workload import full_evaluations
 
 EXACT = "exact"
 
@@ -38,16 +38,17 @@ class Took:
 
     @property
     def evaluations(self) -> int:
-        """Of the lane with the most of them."""
-        return sum(max(map(len, r.rows.values()), default=0) for r in self._of_first())
+        """Of the guided model, however many lanes and networks each of them asked."""
+        first = self.receipts[0].policy if self.receipts else None
+        return sum(len(_replaced(r)) for r in self.receipts if r.policy == first)
 
     @property
     def full(self) -> int:
-        """Those in which every owned site was computed."""
-        return min((full_evaluations(r) for r in self.receipts), default=self.evaluations)
-
-    def _of_first(self) -> list[PolicyReceipt]:
-        return [r for r in self.receipts if r.policy == self.receipts[0].policy]
+        """Those in which every owned site was computed, by the policy that replaced the most."""
+        counts: Counter[str] = Counter()
+        for receipt in self.receipts:
+            counts[str(receipt.policy)] += sum(not gone for gone in _replaced(receipt).values())
+        return min(counts.values(), default=0)
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,15 @@ def as_samples(drawn: Any) -> Tensor:
     if isinstance(drawn, Tensor):
         return drawn.detach().float().cpu()
     return 2 * torch.as_tensor(drawn).float().movedim(-1, 1) - 1
+
+
+def _replaced(receipt: PolicyReceipt) -> dict[int, int]:
+    """For each evaluation, the site calls that were replaced in all its lanes."""
+    gone: Counter[int] = Counter()
+    for lane in receipt.rows.values():
+        for index, (_, replaced) in lane.items():
+            gone[index] += replaced
+    return gone
 
 
 def _control(row: Row) -> list[str]:
