@@ -225,5 +225,5 @@ def test_refused_before_the_first_step(policy: TaylorSeer, given: dict[str, int]
 
 
 def test_restore_wants_what_accelerate_gave() -> None:
-    with pytest.raises(ConfigError, match="got FluxPipeline, expected what ditkit.accelerate returned"):
+    with pytest.raises(ConfigError, match=r"got FluxPipeline, expected what ditkit\.accelerate returned"):
         ditkit.restore(pipeline())  # type: ignore[arg-type]

@@ -36,7 +36,15 @@ def test_generate_needs_no_picture_library() -> None:
 
 
 def test_every_listed_name_exists_and_no_other() -> None:
-    assert sorted(dir(ditkit)) == ["__version__", "compare", "errors", "generate", "load"]
+    assert sorted(dir(ditkit)) == [
+        "__version__",
+        "accelerate",
+        "compare",
+        "errors",
+        "generate",
+        "load",
+        "restore",
+    ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))
     assert ditkit.__version__ == importlib.metadata.version("ditkit")
     assert issubclass(ditkit.errors.ShapeError, ditkit.errors.DitkitError)

@@ -151,8 +151,8 @@ def _times(sides: int | tuple[int, ...]) -> str:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [R] of x [B, L, ...], or each sample's own [B, R]: [B, R, ...]."""
-    return x[_samples(index), index]
+    """Rows `index` [R] of x [B, L, ...], or each sample's own [B, R]: [B, R, ...]; x may be [1, L, ...], for all."""
+    return x[:, index] if index.ndim == 1 else x.expand(len(index), *x.shape[1:])[_samples(index), index]
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

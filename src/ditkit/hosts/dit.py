@@ -112,11 +112,11 @@ class DiTTransformer2DModel(host.DiTTransformer2DModel):
     ) -> Tensor:
         """Blocks `start` to `stop`."""
         for name, block in _blocks(self)[start:stop]:
-            apply = partial(self._apply, block, run, name, kwargs)
+            apply = partial(self._call_block, block, run, name, kwargs)
             x_BLD = run.site(name, apply, x_BLD, timestep, class_labels)
         return x_BLD
 
-    def _apply(
+    def _call_block(
         self,
         block: nn.Module,
         run: Run,

@@ -14,7 +14,7 @@ from ditkit import hosts
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.run import Site
-from ditkit.hosts.view import _VIEWS
+from ditkit.hosts.view import VIEWS
 
 
 class Family(NamedTuple):
@@ -41,13 +41,13 @@ class Family(NamedTuple):
 
 def is_known(model: object) -> bool:
     """Whether `model` is a transformer that has, or can have, a view."""
-    _families()
+    families()
     return type(model) in transformers()
 
 
 def has_sites(model: nn.Module) -> bool:
     """Whether its view is on."""
-    return type(model) in _VIEWS.values()
+    return type(model) in VIEWS.values()
 
 
 def family(model: nn.Module) -> Family:
@@ -56,11 +56,11 @@ def family(model: nn.Module) -> Family:
     Raises:
         ConfigError: no view is known for this class.
     """
-    modules = _families()
+    modules = families()
     if not is_known(model):
         names = dict.fromkeys(cls.__name__ for cls in transformers())
         raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
-    ours = _VIEWS.get(type(model), type(model))
+    ours = VIEWS.get(type(model), type(model))
     home = next(module for module in modules if ours in vars(module).values())
     return Family(home.sites, home.layout)
 
@@ -69,10 +69,10 @@ def transformers() -> list[type]:
     """Classes of whole transformers among those met so far, diffusers' own and their views."""
     from diffusers import ModelMixin
 
-    return [cls for pair in _VIEWS.items() for cls in pair if issubclass(cls, ModelMixin)]
+    return [cls for pair in VIEWS.items() for cls in pair if issubclass(cls, ModelMixin)]
 
 
-def _families() -> list[Any]:
+def families() -> list[Any]:
     """The modules of all families; importing them makes their views known."""
     found = pkgutil.iter_modules(hosts.__path__, hosts.__name__ + ".")
     modules = [import_module(module.name) for module in found if module.name != __name__]

@@ -219,11 +219,11 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
     ) -> Streams:
         """Blocks `start` to `stop`, double ones first; the residual of a block follows it."""
         for i, (name, block) in list(enumerate(_blocks(self)))[start:stop]:
-            apply = partial(self._apply, block, run, name, kwargs)
+            apply = partial(self._call_block, block, run, name, kwargs)
             x = control.add(run.site(name, apply, x, temb, rotary), i)
         return x
 
-    def _apply(
+    def _call_block(
         self,
         block: nn.Module,
         run: Run,

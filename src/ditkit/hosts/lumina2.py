@@ -92,7 +92,8 @@ class Lumina2TransformerBlock(host.Lumina2TransformerBlock):
                 attention_mask=place.seen,
                 image_rotary_emb=place.phases,
                 run=run,
-                at=at,
+                # in the refiner of text it is diffusers' own, whose mask may have holes
+                at=at if self.modulation else "",
             )
         )
 
@@ -118,9 +119,11 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
         run, mask = current(), encoder_attention_mask
         temb, text = run.site("time", self.time_caption_embed, hidden_states, timestep, encoder_hidden_states)
         tokens = run.site("tokens", partial(self._embed, run), hidden_states, text, mask, temb)
-        x = run.site("blocks", partial(stack, run, self.layers, self._apply), tokens.x, tokens.place, (temb,))
+        x = run.site(
+            "blocks", partial(stack, run, self.layers, self._call_block), tokens.x, tokens.place, (temb,)
+        )
         out = run.site("head", partial(self._head, tokens.place.text), x, temb)
-        sample = unpatchify(out, grid_of(self, hidden_states.shape), self.config.patch_size)
+        sample = unpatchify(out, grid_of(self, hidden_states.shape), self.config.patch_size).contiguous()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, run: Run, image: Tensor, text: Tensor, mask: Tensor, temb: Tensor) -> PlacedTokens:
@@ -138,7 +141,7 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
         place = Place(torch.cat([text_phases[:, :S], phases], 1), whole, S)
         return PlacedTokens(torch.cat([text, x], 1), place)
 
-    def _apply(
+    def _call_block(
         self, block: nn.Module, run: Run, name: str, x_BMD: Tensor, place: Place, temb: Tensor
     ) -> Tensor:
         return call_block(self, block, run, name, x_BMD, place.seen, place.phases, temb)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from ditkit.core.grid import Grid
+from ditkit.core.grid import Grid, take_rows
 from ditkit.core.run import Run
 from ditkit.hosts.attention import flip
 
@@ -34,15 +34,16 @@ class Place(NamedTuple):
 
     def at(self, stream: str, index: Tensor) -> Tensor:
         """Places of some rows of one stream and all of the other; without text there is one stream."""
-        every = torch.arange(self.phases.shape[1], device=index.device)
+        every = torch.arange(self.phases.shape[1], device=index.device).expand(*index.shape[:-1], -1)
         if stream == "text":
-            return torch.cat([index, every[self.text :]])
-        return torch.cat([every[: self.text], self.text + index])
+            return torch.cat([index, every[..., self.text :]], -1)
+        return torch.cat([every[..., : self.text], self.text + index], -1)
 
     def rows(self, stream: str, index: Tensor) -> Place:
         at = self.at(stream, index)
-        text = len(index) if stream == "text" else self.text
-        return Place(self.phases[:, at], None if self.seen is None else self.seen[:, at], text)
+        text = index.shape[-1] if stream == "text" else self.text
+        seen = None if self.seen is None else take_rows(self.seen, at)
+        return Place(take_rows(self.phases, at), seen, text)
 
 
 class PlacedTokens(NamedTuple):
@@ -52,7 +53,8 @@ class PlacedTokens(NamedTuple):
     place: Place
 
     def rows(self, stream: str, index: Tensor) -> PlacedTokens:
-        return PlacedTokens(self.x[:, self.place.at(stream, index)], self.place.rows(stream, index))
+        at = self.place.at(stream, index)
+        return PlacedTokens(take_rows(self.x, at), self.place.rows(stream, index))
 
 
 def stack(

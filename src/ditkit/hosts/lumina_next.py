@@ -142,7 +142,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
         run, text, known = current(), encoder_hidden_states, encoder_mask
         temb = run.site("time", self.time_caption_embed, timestep, text, known)
         x, place = run.site("tokens", self._embed, hidden_states, image_rotary_emb)
-        blocks = partial(stack, run, self.layers, partial(self._apply, cross_attention_kwargs))
+        blocks = partial(stack, run, self.layers, partial(self._call_block, cross_attention_kwargs))
         x = run.site("blocks", blocks, x, place, (temb, text, known.bool()))
         out = run.site("head", self.norm_out, x, temb)
         sample = unpatchify(out, grid_of(self, hidden_states.shape), self.patch_size)
@@ -152,7 +152,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
         x_BLD, seen, _, phases = self.patch_embedder(image, table)
         return PlacedTokens(x_BLD, Place(phases.to(x_BLD.device), seen))
 
-    def _apply(
+    def _call_block(
         self,
         kwargs: dict[str, Any] | None,
         block: nn.Module,

@@ -182,11 +182,11 @@ class SD3Transformer2DModel(host.SD3Transformer2DModel):
         """Blocks `start` to `stop`; the residual of a block follows it even if the block is skipped."""
         for i, (name, block) in list(enumerate(_blocks(self)))[start:stop]:
             if i not in skipped:
-                x = run.site(name, partial(self._apply, block, run, name, kwargs), x, temb)
+                x = run.site(name, partial(self._call_block, block, run, name, kwargs), x, temb)
             x = control.add(x, i)
         return x
 
-    def _apply(
+    def _call_block(
         self, block: nn.Module, run: Run, name: str, kwargs: dict[str, Any], x: Streams, temb: Tensor
     ) -> Streams:
         """One block; the last one hands the text on as it was."""

@@ -21,7 +21,7 @@ from ditkit.core.run import DIRECT, Run
 Model = TypeVar("Model", bound=nn.Module)
 
 _RUN: ContextVar[Run] = ContextVar("ditkit_run", default=DIRECT)
-_VIEWS: dict[type, type[nn.Module]] = {}
+VIEWS: dict[type, type[nn.Module]] = {}
 _HARMLESS = ("peft_autocast_disable",)
 """diffusers' hooks that wrap a forward without replacing what it computes."""
 
@@ -52,7 +52,7 @@ def stands_for(host: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Mod
         cls.__name__, cls.__qualname__, cls.__module__ = host.__name__, host.__qualname__, host.__module__
         # a copy or a pickle would otherwise look for the view under the host's module
         copyreg.pickle(cls, lambda module: (_blank, (home, host), module.__getstate__()))
-        _VIEWS[host] = cls
+        VIEWS[host] = cls
         return cls
 
     return mark
@@ -66,11 +66,11 @@ def view(model: Model) -> Model:
         ConflictError: a module carries a cache of diffusers, a subclass, or a forward that cannot be rebound.
             Nothing has been changed then.
     """
-    if type(model) not in (*_VIEWS, *_VIEWS.values()):
-        names = [host.__name__ for host in _VIEWS if issubclass(host, nn.Module)]
+    if type(model) not in (*VIEWS, *VIEWS.values()):
+        names = [host.__name__ for host in VIEWS if issubclass(host, nn.Module)]
         raise ConfigError("view: " + unknown("transformer", type(model).__name__, names))
     _refuse_foreign(model)
-    _swap(model, _VIEWS)
+    _swap(model, VIEWS)
     return model
 
 
@@ -80,7 +80,7 @@ def restore(model: Model) -> Model:
     Raises:
         ConflictError: a forward was replaced since, and cannot be rebound.
     """
-    _swap(model, {ours: host for host, ours in _VIEWS.items()})
+    _swap(model, {ours: host for host, ours in VIEWS.items()})
     return model
 
 
@@ -122,7 +122,7 @@ def _refuse_foreign(model: nn.Module) -> None:
                 raise ConflictError(
                     f"{name}: diffusers' {label!r} ({kind}) already replaces it; call disable_cache()"
                 )
-        if isinstance(module, tuple(_VIEWS)) and type(module) not in (*_VIEWS, *_VIEWS.values()):
+        if isinstance(module, tuple(VIEWS)) and type(module) not in (*VIEWS, *VIEWS.values()):
             raise ConflictError(
                 f"{name}: {type(module).__qualname__} is a subclass of a class that has a view"
             )
@@ -131,5 +131,5 @@ def _refuse_foreign(model: nn.Module) -> None:
 def _blank(home: str, host: type) -> nn.Module:
     """An empty instance of the view of `host`, which the module `home` defines."""
     importlib.import_module(home)
-    cls = _VIEWS[host]
+    cls = VIEWS[host]
     return cls.__new__(cls)

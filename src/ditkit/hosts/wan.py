@@ -16,7 +16,7 @@ from diffusers.models.transformers import transformer_wan as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from ditkit.core.grid import Grid, Segment, unpatchify
+from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip
 from ditkit.hosts.blocks import call_block
@@ -33,7 +33,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     def rows(self, stream: str, index: Tensor) -> Rotary:
-        return Rotary(self.cos[:, index], self.sin[:, index])
+        return Rotary(take_rows(self.cos, index), take_rows(self.sin, index))
 
 
 class Modulation(NamedTuple):
@@ -43,7 +43,9 @@ class Modulation(NamedTuple):
     scale: Tensor
 
     def rows(self, stream: str, index: Tensor) -> Modulation:
-        return self if self.shift.shape[1] == 1 else Modulation(self.shift[:, index], self.scale[:, index])
+        if self.shift.shape[1] == 1:
+            return self
+        return Modulation(take_rows(self.shift, index), take_rows(self.scale, index))
 
 
 class Times(NamedTuple):
@@ -55,7 +57,7 @@ class Times(NamedTuple):
     def rows(self, stream: str, index: Tensor) -> Times:
         if self.projected.ndim == 3:
             return self
-        return Times(self.embedded[:, index], self.projected[:, index])
+        return Times(take_rows(self.embedded, index), take_rows(self.projected, index))
 
 
 class ClipTokens(NamedTuple):
@@ -66,7 +68,8 @@ class ClipTokens(NamedTuple):
     rotary: Rotary
 
     def rows(self, stream: str, index: Tensor) -> ClipTokens:
-        return ClipTokens(self.x[:, index], self.times.rows(stream, index), self.rotary.rows(stream, index))
+        x = take_rows(self.x, index)
+        return ClipTokens(x, self.times.rows(stream, index), self.rotary.rows(stream, index))
 
 
 @stands_for(host.WanAttention)
@@ -178,11 +181,11 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
     ) -> Tensor:
         """Blocks `start` to `stop`."""
         for i, block in list(enumerate(self.blocks))[start:stop]:
-            apply = partial(self._apply, block, run, f"blocks.{i}")
+            apply = partial(self._call_block, block, run, f"blocks.{i}")
             x_BLD = run.site(f"blocks.{i}", apply, x_BLD, times, rotary, text_BSD)
         return x_BLD
 
-    def _apply(
+    def _call_block(
         self,
         block: nn.Module,
         run: Run,
