@@ -83,14 +83,14 @@ def smoothed(losses: list[dict[str, Any]], window: int = 100) -> tuple[list[int]
     return [p[-1]["step"] for p in parts], [sum(row["loss"] for row in p) / len(p) for p in parts]
 
 
-def plot_losses(losses: list[dict[str, Any]], path: Path) -> None:
+def plot_losses(losses: list[dict[str, Any]], path: Path, of: str = "velocity") -> None:
     """The loss curve, averaged over 100 steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*smoothed(losses))
-    axes.set(xlabel="optimiser step", ylabel="mean squared error of the velocity", yscale="log")
+    axes.set(xlabel="optimiser step", ylabel=f"mean squared error of the {of}", yscale="log")
     axes.grid(alpha=0.3, which="both")
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=120)

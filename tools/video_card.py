@@ -68,7 +68,7 @@ def main(arguments: Arguments) -> None:
         return
     docs = ROOT / "docs" / arguments.name
     docs.mkdir(parents=True, exist_ok=True)
-    plot_losses(losses, docs / "loss.png")
+    plot_losses(losses, docs / "loss.png", of="data")
     evaluation = read_json(arguments.evaluation / "video.json")
     for found in evaluation["masks"]:
         shutil.copyfile(arguments.evaluation / f"{found['mask']}.png", docs / f"{found['mask']}.png")
