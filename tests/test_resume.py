@@ -25,6 +25,14 @@ from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_mod
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts its background jobs with Ctrl-C ignored, and CI may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def same_tensors(a: Path, b: Path) -> bool:
     one, two = load_file(a), load_file(b)
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
