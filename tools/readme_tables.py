@@ -56,6 +56,7 @@ COLUMNS = {
         "batch": "batch",
         "interval": "interval",
         "skipped_share": "skipped / dense step",
+        "skipped_share_at_best": "at best",
         "recording_share": "recording adds",
         "macs_ratio": "MACs ratio",
         "speedup": "speed-up",
