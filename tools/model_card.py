@@ -83,6 +83,13 @@ def smoothed(losses: list[dict[str, Any]], window: int = 100) -> tuple[list[int]
     return [p[-1]["step"] for p in parts], [sum(row["loss"] for row in p) / len(p) for p in parts]
 
 
+def curve(losses: list[dict[str, Any]]) -> str:
+    """Rows of a table of the smoothed loss at a few steps."""
+    steps, means = smoothed(losses)
+    shown = [i for i in range(len(steps)) if i in (0, 4, 9, 19, 39) or i == len(steps) - 1]
+    return "\n".join(f"| {steps[i]:,} | {means[i]:.4f} |" for i in shown)
+
+
 def plot_losses(losses: list[dict[str, Any]], path: Path, of: str = "velocity") -> None:
     """The loss curve, averaged over 100 steps."""
     from matplotlib.figure import Figure
@@ -104,9 +111,6 @@ def card(
     parameters: int,
 ) -> str:
     """The model card, in Markdown."""
-    steps, means = smoothed(losses)
-    shown = [i for i in range(len(steps)) if i in (0, 4, 9, 19, 39) or i == len(steps) - 1]
-    curve = "\n".join(f"| {steps[i]:,} | {means[i]:.4f} |" for i in shown)
     settings = recipe["settings"]
     metrics = "\n".join(
         f"| {key} | {_cell(value)} |" for key, value in evaluation.items() if _is_figure(key, value)
@@ -138,7 +142,7 @@ Mean over 100 steps (`docs/{arguments.name}/loss.png`).
 
 | step | loss |
 |---|---|
-{curve}
+{curve(losses)}
 
 ## Measured
 

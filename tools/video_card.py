@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from model_card import ROOT, plot_losses, smoothed
+from model_card import ROOT, curve, plot_losses
 
 from ditkit.core.checkpoint import read_json, replacing
 from ditkit.core.config import config_of
@@ -85,9 +85,6 @@ def card(
     model: Model,
 ) -> str:
     """The model card, in Markdown."""
-    steps, means = smoothed(losses)
-    shown = [i for i in range(len(steps)) if i in (0, 4, 9, 19, 39) or i == len(steps) - 1]
-    curve = "\n".join(f"| {steps[i]:,} | {means[i]:.4f} |" for i in shown)
     settings, config = recipe["settings"], recipe["model"]
     clips = settings["batch"] * losses[-1]["step"]
     _, frames, height, width = model.sample_shape
@@ -112,7 +109,7 @@ Mean over 100 steps (`docs/{arguments.name}/loss.png`).
 
 | step | loss |
 |---|---|
-{curve}
+{curve(losses)}
 
 ## Measured
 

@@ -92,9 +92,16 @@ def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that `read_state` has read."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    """What a safetensors file says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {error}") from error
 
 
 def digest(value: Any) -> str:

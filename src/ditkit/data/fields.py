@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
 from ditkit.core.numbers import integer
-from ditkit.data import netcdf
 from ditkit.data.calendar import Step, Times, shown
+from ditkit.data.netcdf import read as read_netcdf
 from ditkit.data.pinned import find, read_pinned
 from ditkit.data.repair import Raw, chosen_repairs, regular
 
@@ -244,7 +244,7 @@ def load(
     """
     repairs = chosen_repairs(repair)
     path = Path(path)
-    return field_set(path.stem, netcdf.read(path, variables, max_bytes=max_bytes), repairs)
+    return field_set(path.stem, read_netcdf(path, variables, max_bytes=max_bytes), repairs)
 
 
 def load_pinned(name: str, debian_file: Path, sha256: str, install: str, size: int | None) -> FieldSet:
@@ -264,7 +264,7 @@ def load_pinned(name: str, debian_file: Path, sha256: str, install: str, size: i
             f"the {name} set is not on this machine: run {install} (Debian), or put {debian_file.name} in the "
             "current folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
         )
-    return field_set(name, netcdf.read(path, content=read_pinned(path, sha256)), frozenset())
+    return field_set(name, read_netcdf(path, content=read_pinned(path, sha256)), frozenset())
 
 
 def field_set(name: str, raw: Raw, repairs: frozenset[str]) -> FieldSet:

@@ -41,41 +41,27 @@ def predformer_winds() -> FieldForecastRecipe:
 
     Also for a netCDF file or a CSV file of series of your own: --data FILE, and --patch 1 for series.
     """
-    return FieldForecastRecipe(
-        data="winds",
-        model=PredFormerConfig(
-            frames=12,
-            patch=8,
-            width=128,
-            heads=4,
-            hidden=256,
-            layout="TSST*2",
-            attn_dropout=0.1,
-            mlp_dropout=0.1,
-            drop_path=0.25,
-        ),
-        settings=_settings(steps=1500, batch=8, learning_rate=5e-4),
-    )
+    return _weather("winds", frames=12, steps=1500, batch=8)
 
 
 def predformer_rain() -> FieldForecastRecipe:
     """Hourly radar rain of one storm, 4 hours to 4."""
-    return FieldForecastRecipe(
-        data="rain",
-        model=PredFormerConfig(
-            channels=1,
-            frames=4,
-            patch=8,
-            width=128,
-            heads=4,
-            hidden=256,
-            layout="TSST*2",
-            attn_dropout=0.1,
-            mlp_dropout=0.1,
-            drop_path=0.25,
-        ),
-        settings=_settings(steps=600, batch=4, learning_rate=5e-4),
+    return _weather("rain", frames=4, steps=600, batch=4)
+
+
+def _weather(data: str, frames: int, steps: int, batch: int) -> FieldForecastRecipe:
+    model = PredFormerConfig(
+        frames=frames,
+        patch=8,
+        width=128,
+        heads=4,
+        hidden=256,
+        layout="TSST*2",
+        attn_dropout=0.1,
+        mlp_dropout=0.1,
+        drop_path=0.25,
     )
+    return FieldForecastRecipe(data=data, model=model, settings=_settings(steps, batch, learning_rate=5e-4))
 
 
 def _settings(steps: int, batch: int, learning_rate: float) -> Settings:

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.core.checkpoint import read_state, write_state
+from ditkit.core.checkpoint import read_metadata, read_state, write_state
 from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.train.ema import Average, Power, exponent
-from ditkit.train.state import read_metadata
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ditkit.core.checkpoint import fill, read_state, write_state
+from ditkit.core.checkpoint import fill, read_metadata, read_state, write_state
 from ditkit.core.errors import CheckpointError
 from ditkit.train.ema import Average
 
@@ -72,19 +71,6 @@ def load_state(
                 m: v if m == "step" else v.to(parameter.device) for m, v in moments.items()
             }
     return int(about["step"])
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {error}") from error
 
 
 def discard_drafts(folder: Path) -> None:
