@@ -135,6 +135,7 @@ def test_the_command_on_clips(bars, tmp_path, capsys):
     written = json.loads((out / "forecast.json").read_text())
     assert list(written["scores"]) == ["a", "b", PERSISTENCE]
     assert written["settings"] == {"data": "bars", "clips": 2, "observed": FRAMES}
+    assert "--count 2" in written["command"] and "--max-bad" not in written["command"]
     assert len(written["scores"]["a"]["psnr_db"]) == FRAMES
     shown = capsys.readouterr().out
     assert "persistence" in shown and "100.0%" in shown and max(map(len, shown.splitlines()[:-1])) <= 80

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from ditkit.cli.evaluate import flags
 from ditkit.cli.options import Number, load_maker, progress, staged, writable
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
@@ -76,6 +77,9 @@ def forecast(
     first = next(iter(named.values()))
     horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
     options = {} if max_bad is None else {"max_bad": max_bad}
+    given = {"data": data, "horizon": horizon, "count": count, "validation": validation, "test": test}
+    given |= {"show": show, "max_bad": max_bad}
+    command = shlex.join(["ditkit", "forecast", *models, *flags(given)])
     with writable(out), progress() as advance:
         found: ClipForecasts | FieldForecasts
         if forecasts_fields(named):
@@ -90,7 +94,7 @@ def forecast(
                 staged(advance, "forecasting"),
             )
         pictures = found.pictures(show)
-        write_json(out / "forecast.json", {"command": command(models, data, horizon), **found.as_dict()})
+        write_json(out / "forecast.json", {"command": command, **found.as_dict()})
         files = ["forecast.json", *draw(found, pictures, out)]
     Console().print(found.table())
     print(f"wrote {out}: {', '.join(files)}")
@@ -106,7 +110,3 @@ def draw(found: ClipForecasts | FieldForecasts, pictures: Sequence[Picture], out
         with replacing(out / files[-1]) as draft:
             draft.write_bytes(png(strip(rows, errors_to=found.truth, span=span, unit=unit)))
     return files
-
-
-def command(models: tuple[str, ...], data: str, horizon: int) -> str:
-    return shlex.join(["ditkit", "forecast", *models, "--data", data, "--horizon", str(horizon)])
