@@ -9,7 +9,7 @@ DEMO ?= ditkit compare emoji --demo --out outputs/demo $(addprefix --label ,face
 BENCHMARKS ?= $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test experiments bench
+.PHONY: help demo test parity experiments bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: $(READY) ## lint, types, import layers and the fast tests: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -m "not slow"
+
+parity: $(READY) ## the tests of host views on every supported version of diffusers
+	$(BIN)/python tools/parity.py
 
 experiments: $(READY) ## the slow tests: each system's experiment
 	$(BIN)/pytest -m slow

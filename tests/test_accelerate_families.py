@@ -1,263 +1,185 @@
-"""The clock on diffusers' schedulers, and every family that has a view as a whole pipeline."""
+"""Every family that has a view as a whole pipeline: exact where nothing is skipped, every evaluation in its place."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from torch import Tensor
 
 import ditkit
+from ditkit.caching import RAS
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.errors import ConfigError
-from ditkit.hosts.clock import Clock, wound
-from ditkit.hosts.family import Family, families, transformers
-from pipelines_for_tests import computed, vae
+from ditkit.core.policy import Policy
+from family_pipelines_for_tests import (
+    CLIP,
+    FIRST,
+    LATE,
+    MASK,
+    ONE_EACH,
+    Heun,
+    Make,
+    clip_encoder,
+    dit,
+    dpm,
+    draw,
+    flux,
+    lumina2,
+    lumina_next,
+    ready,
+    sd3,
+    sd3_control,
+    two_experts,
+    wan,
+    wan_vae,
+)
+from pipelines_for_tests import SIDE, computed, picture
 
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+STEPS, HEUN = {"call0": "0-1 4 7"}, {"call0": "0-1 4 7 10 13"}
+LANES, HEUN_LANES = (dict.fromkeys(("cond", "uncond"), places) for places in ("0-1 4 7", "0-1 4 7 10 13"))
+EXPERTS = {
+    f"{expert}/{lane}": places
+    for expert, places in (("transformer", "0-1 4"), ("transformer_2", "5-6 9 12 15"))
+    for lane in LANES
+}
+"""The first of two experts has the timesteps above nine tenths."""
+VIDEO = {"kind": diffusers.WanVideoToVideoPipeline, "parts": wan_vae}
+FRAMES = {"kind": diffusers.WanImageToVideoPipeline, "in_channels": 36}
+SEEN = {"text": 512, "parts": clip_encoder, "image_dim": 16, "added_kv_proj_dim": 24}
 
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sd3(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    net = diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=24,
-        pos_embed_max_size=96,
-    )
-    parts = (
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "text_encoder_3",
-        "tokenizer_3",
-    )
-    pipe = diffusers.StableDiffusion3Pipeline(net, scheduler, **dict.fromkeys(parts))
-    told = {
-        "prompt_embeds": drawn(1, 5, 32),
-        "pooled_prompt_embeds": drawn(1, 24),
-        "negative_prompt_embeds": drawn(1, 5, 32, seed=1),
-        "negative_pooled_prompt_embeds": drawn(1, 24, seed=1),
-    }
-    return pipe, {**told, "height": 64, "width": 64, "output_type": "latent"}
-
-
-def wan() -> tuple[Any, dict[str, Any]]:
-    """Two experts; the first one has the timesteps above nine tenths."""
-    experts = [
-        diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=16,
+CASES: dict[str, tuple[Make, dict[str, str]]] = {
+    "sd3": (sd3, STEPS),
+    "sd3 heun": (partial(sd3, Heun), HEUN),
+    "sd3 dpm++": (partial(sd3, dpm), STEPS),
+    "sd3 unguided": (partial(sd3, told={"guidance_scale": 1.0}), STEPS),
+    "sd3 skipped layers": (
+        partial(sd3, told={"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5}),
+        {"call0": "0-1 4 7", "call1": "1"},
+    ),
+    "sd3 control": (
+        partial(
+            sd3,
+            kind=diffusers.StableDiffusion3ControlNetPipeline,
+            told={"control_image": picture()},
+            parts=sd3_control,
+        ),
+        STEPS,
+    ),
+    "sd3 image": (
+        partial(sd3, kind=diffusers.StableDiffusion3Img2ImgPipeline, told=LATE),
+        {"call0": "2-3 6"},
+    ),
+    "sd3 image heun": (
+        partial(sd3, Heun, diffusers.StableDiffusion3Img2ImgPipeline, LATE),
+        {"call0": "4-5 8 11 14"},
+    ),
+    "sd3 inpainting": (
+        partial(sd3, kind=diffusers.StableDiffusion3InpaintPipeline, told=LATE | {"mask_image": MASK}),
+        {"call0": "2-3 6"},
+    ),
+    "sd3 told the mask": (
+        partial(
+            sd3,
+            kind=diffusers.StableDiffusion3InpaintPipeline,
+            told=LATE | {"mask_image": MASK},
+            in_channels=33,
+        ),
+        {"call0": "2-3 6"},
+    ),
+    "dit": (dit, STEPS),
+    "dit heun": (partial(dit, diffusers.HeunDiscreteScheduler), HEUN),
+    "dit dpm++": (partial(dit, diffusers.DPMSolverMultistepScheduler), STEPS),
+    "lumina2": (lumina2, STEPS | {"call1": "0-1 4 7"}),
+    "lumina2 guided at first": (partial(lumina2, told={"cfg_trunc_ratio": 0.5}), STEPS | {"call1": "0-1"}),
+    "lumina2 heun": (partial(lumina2, Heun), HEUN | {"call1": "0-1 4 7 10 13"}),
+    "lumina-next": (lumina_next, STEPS),
+    "lumina-next heun": (partial(lumina_next, Heun), HEUN),
+    "lumina-next dpm++": (partial(lumina_next, dpm), STEPS),
+    "lumina-next changes its rotary table": (partial(lumina_next, told={"scaling_watershed": 0.3}), STEPS),
+    "lumina-next plain attention": (partial(lumina_next, told={"proportional_attn": False}), STEPS),
+    "wan": (wan, LANES),
+    "wan heun": (partial(wan, Heun), HEUN_LANES),
+    "wan dpm++": (partial(wan, dpm), LANES),
+    "wan time a token": (partial(wan, parts=lambda: {"expand_timesteps": True}), LANES),
+    "wan two experts": (
+        partial(wan, experts=2, told={"num_inference_steps": 16}, parts=two_experts),
+        EXPERTS,
+    ),
+    # nobody tells its scheduler where it starts, so that the first evaluation is known only when it is over
+    "wan video": (
+        partial(wan, told={"video": CLIP, "strength": 0.75}, **VIDEO),
+        {"call0": "3-4 7", "call1": "3-4 7"},
+    ),
+    "wan first frame": (partial(wan, told={"image": FIRST}, **FRAMES, **SEEN), LANES),
+    "wan first and last frame": (
+        partial(wan, told={"image": FIRST, "last_image": FIRST}, pos_embed_seq_len=10, **FRAMES, **SEEN),
+        LANES,
+    ),
+    "wan first frame, two experts": (
+        partial(
+            wan, told={"image": FIRST, "num_inference_steps": 16}, experts=2, parts=two_experts, **FRAMES
+        ),
+        EXPERTS,
+    ),
+    "flux": (flux, {"cond": "0-1 4 7"}),
+    "flux context": (
+        partial(
+            flux,
+            diffusers.FluxKontextPipeline,
+            {"image": picture(), "max_area": SIDE**2, "_auto_resize": False},
+        ),
+        STEPS,
+    ),
+    "flux told the mask": (
+        partial(
+            flux,
+            diffusers.FluxFillPipeline,
+            {"image": picture(), "mask_image": MASK},
+            in_channels=48,
             out_channels=16,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=1,
-            rope_max_seq_len=32,
-        )
-        for _ in range(2)
-    ]
-    pipe = diffusers.WanPipeline(
-        None, None, None, UniPCMultistepScheduler(**FLOW, flow_shift=3.0), *experts, boundary_ratio=0.9
-    )
-    told = {"prompt_embeds": drawn(1, 5, 32), "negative_prompt_embeds": drawn(1, 5, 32, seed=1)}
-    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 16}
-    return pipe, {**told, **size, "output_type": "latent"}
-
-
-def lumina2() -> tuple[Any, dict[str, Any]]:
-    """Guided in the first half of the steps only."""
-    net = diffusers.Lumina2Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=8,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=1,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 2, 2),
-        cap_feat_dim=8,
-    )
-    pipe = diffusers.Lumina2Pipeline(net, FlowMatchEulerDiscreteScheduler(), None, None, None)
-    told = {
-        "prompt_embeds": drawn(1, 5, 8),
-        "prompt_attention_mask": torch.ones(1, 5).bool(),
-        "negative_prompt_embeds": drawn(1, 5, 8, seed=1),
-        "negative_prompt_attention_mask": torch.ones(1, 5).bool(),
-    }
-    return pipe, {**told, "height": 32, "width": 32, "cfg_trunc_ratio": 0.5, "output_type": "latent"}
-
-
-def dit(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    net = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-    )
-    pipe = diffusers.DiTPipeline(net, vae(), scheduler)
-    return pipe, {"class_labels": [1, 2], "guidance_scale": 4.0, "output_type": "np"}
-
-
-CASES: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
-    "sd3": (lambda: sd3(FlowMatchEulerDiscreteScheduler()), {"call0": "0-1 4 7"}),
-    "sd3 heun": (lambda: sd3(FlowMatchHeunDiscreteScheduler()), {"call0": "0-1 4 7 10 13"}),
-    "dit": (lambda: dit(DDIMScheduler()), {"call0": "0-1 4 7"}),
-    "dit dpm++": (lambda: dit(DPMSolverMultistepScheduler()), {"call0": "0-1 4 7"}),
-    "lumina2": (lumina2, {"call0": "0-1 4 7", "call1": "0-1"}),
-    "wan": (
-        wan,
-        {
-            "transformer/cond": "0-1 4",
-            "transformer/uncond": "0-1 4",
-            "transformer_2/cond": "5-6 9 12 15",
-            "transformer_2/uncond": "5-6 9 12 15",
-        },
+        ),
+        STEPS,
+    ),
+    "flux control": (
+        partial(
+            flux,
+            diffusers.FluxControlPipeline,
+            {"control_image": picture()},
+            in_channels=32,
+            out_channels=16,
+        ),
+        STEPS,
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_family_is_exact_when_neutral_and_saves_by_default(case: str) -> None:
-    torch.manual_seed(0)
     make, receipt = CASES[case]
-    pipe, told = make()
-    pipe.set_progress_bar_config(disable=True)
-    for model in pipe.components.values():
-        if isinstance(model, torch.nn.Module):
-            model.eval()  # as from_pretrained does; DiT drops labels in training
-
-    def draw(one: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.as_tensor(one(**{"num_inference_steps": 8, **told}, generator=generator)[0])
-
-    exact = draw(pipe)
+    pipe, told = ready(make)
+    exact = draw(pipe, told)
     with ditkit.accelerate(pipe, TaylorSeer().exact()) as neutral:
-        assert torch.equal(draw(neutral), exact)
+        assert torch.equal(draw(neutral, told), exact)
         assert neutral.report().took.full == neutral.report().took.evaluations
     fast = ditkit.accelerate(pipe)
-    assert not torch.equal(draw(fast), exact)
+    assert not torch.equal(draw(fast, told), exact)
     assert computed(fast) == receipt
 
 
-def test_layouts_ask_for_what_a_call_tells() -> None:
-    modules = families()
-    assert len(modules) >= 5
-    for module in modules:
-        views = [cls for cls in vars(module).values() if cls in transformers()]
-        asks = set(Family(module.sites, module.layout).asks())
-        for cls in views:
-            known = {"model", "shape", "text", *inspect.signature(cls.forward).parameters}
-            assert asks <= known, f"{module.__name__}: layout asks for {sorted(asks - known)}"
-
-
-def ran(scheduler: Any, steps: int, start: int, begin: bool) -> Clock:
-    """A clock that has seen a start."""
-    clock = Clock()
-    scheduler.set_timesteps(steps)
-    clock.begin(scheduler)
-    if begin:
-        scheduler.set_begin_index(start)
-        clock.locate(scheduler)
-    else:
-        clock.locate(scheduler, scheduler.timesteps[start])
-    return clock
-
-
-@pytest.mark.parametrize("start", [0, 6])
-@pytest.mark.parametrize("begin", [True, False], ids=["begin_index", "first timestep"])
-def test_the_offset_is_told_or_seen(start: int, begin: bool) -> None:
-    """DDIM has no begin_index: its pipelines show the timestep to scale_model_input first."""
-    scheduler = FlowMatchEulerDiscreteScheduler() if begin else DDIMScheduler()
-    clock = ran(scheduler, 10, start, begin)
-    seen = []
-    for t in scheduler.timesteps[start:]:
-        seen.append(clock.index)
-        clock.check(t if begin else int(t))
-        clock.advance()
-    assert seen == list(range(start, 10)) and clock.age == 1 and clock.is_over
-
-
-def test_heun_repeats_a_timestep_and_the_clock_does_not() -> None:
-    scheduler = FlowMatchHeunDiscreteScheduler()
-    for copied in (False, True):
-        clock = ran(scheduler, 4, 0, True)
-        seen = []
-        for t in scheduler.timesteps:
-            seen.append(clock.index)
-            clock.check(t.clone() if copied else t)
-            clock.advance()
-        assert seen == list(range(7)) and clock.age == 1
-
-
-def test_a_jump_voids_what_was_kept() -> None:
-    """RePaint goes back in time; some pipelines skip."""
-    scheduler = DDIMScheduler()
-    clock = ran(scheduler, 10, 0, False)
-    for place, age in ((0, 1), (1, 1), (5, 2), (6, 2), (2, 3), (3, 3)):
-        clock.check(scheduler.timesteps[place])
-        assert (clock.index, clock.age) == (place, age)
-        clock.advance()
-    clock.check(123.4)
-    assert (clock.index, clock.age) == (4, 4)
-
-
-def test_a_late_start_that_nobody_told_is_corrected_at_the_first_step() -> None:
-    scheduler = UniPCMultistepScheduler(**FLOW)
-    scheduler.set_timesteps(10)
-    clock = Clock()
-    clock.begin(scheduler)
-    clock.locate(scheduler)
-    assert clock.index == 0
-    clock.check(scheduler.timesteps[4])
-    clock.advance()
-    assert (clock.index, clock.age) == (5, 2)
-
-
-def test_a_scheduler_keeps_its_signatures_and_gets_its_class_back() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    own = type(scheduler)
-    signatures = [inspect.signature(getattr(scheduler, name)) for name in ("set_timesteps", "step")]
-    with pytest.raises(KeyboardInterrupt), wound(scheduler):
-        assert isinstance(scheduler, own) and type(scheduler).__name__ == own.__name__
-        assert [inspect.signature(getattr(scheduler, n)) for n in ("set_timesteps", "step")] == signatures
-        raise KeyboardInterrupt
-    assert type(scheduler) is own
-
-
-def test_a_scheduler_without_timesteps_is_refused() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.timesteps = None
-    with pytest.raises(ConfigError, match="timesteps=None after set_timesteps"):
-        Clock().begin(scheduler)
+@pytest.mark.parametrize("family", ONE_EACH)
+@pytest.mark.parametrize(
+    "policy", [RAS(warmup=2), TaylorSeer(interval=4, order=2)], ids=["ras", "taylorseer"]
+)
+def test_policies_start_anew_and_are_exact_when_neutral(family: str, policy: Policy) -> None:
+    pipe, told = ready(ONE_EACH[family])
+    exact = draw(pipe, told)
+    with ditkit.accelerate(pipe, policy.exact()) as neutral:
+        assert torch.equal(draw(neutral, told), exact)
+    fast = ditkit.accelerate(pipe, policy)
+    first = draw(fast, told)
+    assert not torch.equal(first, exact) and 0 < (first - exact).norm() < 0.5 * exact.norm()
+    assert torch.equal(draw(fast, told), first)
+    if isinstance(policy, RAS) and family != "wan":
+        for lane in fast.report().took.receipts[-1].as_dict()["lanes"].values():
+            assert lane == {"computed": "0-1", "partial": "2-7"}

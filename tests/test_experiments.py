@@ -33,3 +33,30 @@ def test_predformer_on_moving_digits(monkeypatch):
     assert predformer["mse"] < persistence["mse"] / 3
     assert predformer["mse"] < convlstm["mse"]
     assert predformer["ssim"] > persistence["ssim"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_confident_taylor_on_emoji(monkeypatch):
+    """The gate's error tells that of the forecast, and at the published threshold its list beats an equal one."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = runpy.run_path(str(BENCHMARKS / "confident_taylor.py"))
+    (row,), _, memory, _ = module["experiment"](module["Arguments"](thresholds=(0.008,)))
+    assert row["rank_correlation"] >= 0.6
+    assert row["better_than_equal_intervals"] > 0.5
+    assert row["mse_gate"] < row["mse_equal_intervals"] < row["mse_reused"]
+    assert row["mse_gate"] < row["mse_fewer_steps"]
+    assert all(policy["held_bytes"] == policy["derived_bytes"] for policy in memory)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_regions_on_emoji(monkeypatch):
+    """Keys and resets earn their place; the published order of rows does not: taking turns is nearer."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = runpy.run_path(str(BENCHMARKS / "regional.py"))
+    rows = module["experiment"](module["Arguments"](steps=(20,))).rows
+    error = {row["method"]: row["mse_to_reference"] for row in rows}
+    assert error["published"] < error["no resets"] < error["no keys kept"]
+    assert error["in turns"] < error["random rows"] < error["published"]
+    assert error["in turns"] < rows[0]["fewer_mse_to_reference"]

@@ -42,6 +42,8 @@ class ConfidentTaylor(Policy):
             and the others do as it did, without running any block; "each" gates each on its own.
         per_sample_gate: decide for each sample of a batch alone (ours). Blocks then run where any sample needs
             them, and the others still take their forecasts.
+        schedule: indices of the full evaluations, from 0 upwards, in place of the gate ("lite Taylor"). In the
+            others no block runs.
 
     Raises:
         ConfigError: a field is out of range.
@@ -53,6 +55,7 @@ class ConfidentTaylor(Policy):
     warmup: int = 2
     decider: Decider = "first"
     per_sample_gate: bool = False
+    schedule: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
@@ -64,6 +67,14 @@ class ConfidentTaylor(Policy):
             integer(f"ConfidentTaylor: {name}", getattr(self, name), least=0)
         if self.decider not in get_args(Decider):
             raise ConfigError("ConfidentTaylor: " + unknown("decider", self.decider, get_args(Decider)))
+        for index in self.schedule:
+            integer("ConfidentTaylor: schedule", index, least=0)
+        if self.schedule and tuple(sorted({0, *self.schedule})) != self.schedule:
+            raise ConfigError(f"ConfidentTaylor: schedule={self.schedule}, expected indices from 0 upwards")
+        if self.schedule and self.per_sample_gate:
+            raise ConfigError(
+                f"ConfidentTaylor: schedule={self.schedule} asks no gate, expected per_sample_gate=False"
+            )
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         stacks = named(sites, "stack")
@@ -71,6 +82,10 @@ class ConfidentTaylor(Policy):
         return {"schedule": "own", **dict.fromkeys(stacks if has_cut else (), "own")}
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> GatedForecaster:
+        if self.schedule and self.schedule[-1] >= total:
+            raise ConfigError(
+                f"ConfidentTaylor: schedule={self.schedule}, expected indices below total={total} evaluations"
+            )
         return GatedForecaster(self, named(sites, "stack")[0], total)
 
     def exact(self) -> ConfidentTaylor:
@@ -110,6 +125,14 @@ class Lane(NamedTuple):
     last: tuple[Series, ...] = ()
 
 
+class Evaluated(NamedTuple):
+    """A lane as it was before, and what its ladders climb to, h_1 and h_L of each part; no h_L if all were trusted."""
+
+    lane: Lane
+    seen: list[Tensor]
+    parts: list[Any]
+
+
 class GatedForecaster(Session):
     """Two ladders for each (net, lane); a lane that is new or has another shape is computed."""
 
@@ -125,15 +148,15 @@ class GatedForecaster(Session):
     def through(self, call: Call, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
         """The handler of the stack: its first block, then the others or the forecast of what they give."""
         lane = self._lane(call, x)
-        leader = self._leader(call, lane)
+        trusted = self._given(call, lane)
         seen: list[Tensor] = []
-        if leader is not None:
-            trusted, rest = _followed(leader, lane), partial(fn, x, *args)
+        if trusted is not None:
+            rest = partial(fn, x, *args)
         else:
             h = fn(x, *args, 0, 1)
             seen = self._parts(image_rows(h, call.layout).float())
             trusted, rest = self._trusted(call, lane, seen), partial(fn, h, *args, 1)
-        lane = lane._replace(latest=call.index, trusted=trusted)
+        parts: list[Any] = []
         if all(trusted):
             out = _joined([series.at(call.index) for series in lane.last])
         else:
@@ -142,21 +165,35 @@ class GatedForecaster(Session):
             if any(trusted):
                 known = zip(trusted, lane.last, parts, strict=True)
                 out = _joined([series.at(call.index) if sure else part for sure, series, part in known])
-            lane = lane._replace(
-                first=_climbed(lane.first, trusted, seen, call.index, self.policy.first_order),
-                last=_climbed(lane.last, trusted, parts, call.index, self.policy.last_order),
-            )
-        self.put((call.net, call.lane), lane)
+        lane = lane._replace(latest=call.index, trusted=trusted)
+        self.put((call.net, call.lane), Evaluated(lane, seen, parts))
         return out
+
+    def commit(self) -> None:
+        """After a full evaluation, climb the lane's ladders."""
+        for key, evaluated in self.staged.items():
+            # Out of the state until it is whole again: ladders climb where their tensors lie.
+            self.state.pop(key, None)
+            self.state[key] = self._climbed(*evaluated)
+        self.staged.clear()
 
     def projected_bytes(self) -> int:
         """With all orders filled, for the lanes seen so far."""
         orders = (self.policy.first_order, self.policy.last_order)
+        most = len(self.policy.schedule) or self.total
         return sum(
-            one.most_bytes(min(order + 1, self.total))
+            one.most_bytes(min(order + 1, most))
             for lane in self.state.values()
             for order, series in zip(orders, (lane.first, lane.last), strict=True)
             for one in series
+        )
+
+    def _climbed(self, lane: Lane, seen: Sequence[Tensor], parts: Sequence[Any]) -> Lane:
+        if not parts:
+            return lane
+        return lane._replace(
+            first=_climbed(lane.first, lane.trusted, seen, lane.latest, self.policy.first_order),
+            last=_climbed(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
         )
 
     def _lane(self, call: Call, x: Any) -> Lane:
@@ -165,6 +202,14 @@ class GatedForecaster(Session):
         if lane is None or call.index < lane.latest or (lane.geometry, lane.tokens) != (geometry, tokens):
             return Lane(call.index, call.index, geometry, tokens)
         return lane
+
+    def _given(self, call: Call, lane: Lane) -> tuple[bool, ...] | None:
+        """What is trusted without a gate: as the schedule or another lane says; None where the gate is asked."""
+        if self.policy.schedule:
+            due = max(index for index in self.policy.schedule if index <= call.index)
+            return (call.index > due and bool(lane.last) and lane.last[0].anchor >= due,)
+        leader = self._leader(call, lane)
+        return None if leader is None else _followed(leader, lane)
 
     def _leader(self, call: Call, lane: Lane) -> Lane | None:
         """The lane of the same network that was gated in this evaluation already."""

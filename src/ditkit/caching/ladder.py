@@ -55,12 +55,17 @@ def recorded(out: Any, old: Branch | None, ratios: Sequence[float] | None) -> Br
 
 
 def _differences(fresh: Tensor, earlier: Sequence[Tensor], ratios: Sequence[float] | None) -> list[Tensor]:
-    """D_0 = `fresh`, D_{i+1} = D_i - ratio_i E_i for as many as there are; without ratios only D_0 is new."""
+    """D_0 = `fresh`, D_{i+1} = D_i - ratio_i E_i for as many as there are; without ratios only D_0 is new.
+
+    E_0 is a tensor that the model made, and others may hold it. The rest are the ladder's own: what comes after
+    them takes their memory, unless a backward pass may want them yet.
+    """
     if ratios is None:
         return [fresh, *earlier[1:]]
     factors = [fresh]
-    for f, ratio in zip(earlier, ratios, strict=False):
-        factors.append(torch.sub(factors[-1], f, alpha=ratio))
+    for i, (f, ratio) in enumerate(zip(earlier, ratios, strict=False)):
+        own = f if i and not torch.is_grad_enabled() else None
+        factors.append(torch.sub(factors[-1], f, alpha=ratio, out=own))
     return factors
 
 

@@ -118,12 +118,17 @@ class RAS(Policy):
         middle = (total + self.warmup) // self.span // 2
         return (mean + self.slope * (index // self.span - middle)) // QUANTUM * QUANTUM
 
+    def ends(self, skip: int) -> tuple[int, int]:
+        """Rows left out at the low and at the high end of the order, together at times one fewer than `skip`."""
+        high_ratio = self.high_ratio if self.selection == "published" else 0
+        return int(skip * (1 - high_ratio)), int(skip * high_ratio)
+
     def chosen(self, q: Tensor, drops: Tensor, skip: int) -> Tensor:
         """Rows to compute, ascending [B, R], by their metric q and how often they were left out, both [B, L]."""
         # the logarithm orders as q exp(k D) does, and cannot overflow
         if self.selection == "published":
             order = (q.log() + self.starvation * drops).argsort(stable=True)
-            low, high = int(skip * (1 - self.high_ratio)), int(skip * self.high_ratio)
+            low, high = self.ends(skip)
             return order[:, low : q.shape[1] - high].sort().values
         sign = -1 if self.selection == "low" else 1
         order = (sign * q.log() + self.starvation * drops).argsort(descending=True, stable=True)
@@ -254,6 +259,8 @@ class Regions(Session):
         self.streams = attended(sites)
         self.choice: Choice | None = None
         self.drops: Tensor | None = None
+        self.chosen_bytes = 0
+        """What the next choices will take: a prediction, the rows, and how often each was left out."""
         self.is_partial = False
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
@@ -290,12 +297,18 @@ class Regions(Session):
             v = torch.where(by_row(_marked(self.choice.rows, image.length), image, v), v, self.choice.stale)
         ahead = self._skipped(call)[call.index + 1 :]
         choice = None
+        most = max((image.length - sum(self.policy.ends(skip)) for skip in ahead if skip), default=0)
+        counts = v.new_empty((), dtype=torch.promote_types(v.dtype, torch.float32)).nbytes * image.length
+        self.chosen_bytes = v.nbytes + len(v) * (8 * most + counts) if most else 0
         if any(ahead[:1]):
             q = row_metric(v.detach(), image, self.policy.metric)
             drops = torch.zeros_like(q) if self.drops is None or self.drops.shape != q.shape else self.drops
             rows = self.policy.chosen(q, drops, ahead[0])
             choice = Choice(call.index + 1, rows, v.detach().clone())
             self.drops = self.policy.counted(drops, rows)
+        elif self.drops is not None:
+            every = torch.arange(image.length, device=v.device).expand_as(self.drops)
+            self.drops = self.policy.counted(self.drops, every)
         self.choice, self.is_partial = choice, False
         return v
 
@@ -304,8 +317,9 @@ class Regions(Session):
         return _bytes((kept, self.choice, self.drops))
 
     def projected_bytes(self) -> int:
-        """With the keys of all lanes seen so far."""
-        return sum(kept.bytes for kept in self.state.values()) + _bytes((self.choice, self.drops))
+        """With the keys of all lanes seen so far and, once guidance was seen, with what is kept of it."""
+        chosen = max(self.chosen_bytes, _bytes((self.choice, self.drops)))
+        return sum(kept.bytes for kept in self.state.values()) + chosen
 
     def _skipped(self, call: Call) -> list[int]:
         return self.policy.skipped(self.total, image_of(call.layout).length)

@@ -78,6 +78,11 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """The token segments of a call on a sample of `shape`, without the batch axis."""
 
     @property
+    def recomputes(self) -> bool:
+        """Whether blocks of this call are to be computed again in its backward pass."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
         """The shape of one sample, without the batch axis."""

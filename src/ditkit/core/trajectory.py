@@ -85,8 +85,14 @@ class Trajectory:
         return out
 
     def guided(self, call: Call, v: Tensor) -> Tensor:
+        """What guidance gave, possibly replaced, for the solver.
+
+        Raises:
+            ConfigError: the policies will hold more than `max_bytes`; some keep what guidance gave.
+        """
         for session in self.sessions:
             v = session.guided(call, v)
+        self._keep_budget()
         return v
 
     def finish(self) -> list[PolicyReceipt]:

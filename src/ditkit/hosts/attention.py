@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from diffusers.models import attention_processor as host
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditkit.core.run import DIRECT, Run
 from ditkit.hosts.view import stands_for
@@ -16,6 +16,8 @@ Sited = Callable[..., Any]
 """`sited(attn, run, at, hidden_states, encoder_hidden_states, attention_mask, **kwargs)`, as the processor."""
 
 _SITED: dict[type, Sited] = {}
+_OPEN: set[type] = set()
+"""Processors whose computation a view knows, and has sites in."""
 
 
 def computes_as(processor: type) -> Callable[[Sited], Sited]:
@@ -23,14 +25,28 @@ def computes_as(processor: type) -> Callable[[Sited], Sited]:
 
     def mark(sited: Sited) -> Sited:
         _SITED[processor] = sited
+        opens(processor)
         return sited
 
     return mark
 
 
+def opens(processor: type) -> None:
+    """Say that a view of another attention than diffusers' `Attention` does what `processor` does, with sites."""
+    _OPEN.add(processor)
+
+
 def has_core(attn: Any) -> bool:
-    """Whether attention has sites: an IP-Adapter's processor, or a user's own, has none."""
-    return type(attn.processor) in _SITED
+    """Whether attention has sites: an IP-Adapter's processor, one of fused layers, or a user's own, has none."""
+    return type(attn.processor) in _OPEN
+
+
+def closed(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Path and processor of each self-attention without sites: its keys cannot be kept, nor replaced."""
+    for path, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and not (has_core(module) or getattr(module, "is_cross_attention", False)):
+            yield path, type(processor).__name__
 
 
 @stands_for(host.Attention)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditkit.core.run import Run, Site
 from ditkit.hosts.attention import computes_as, has_core
+from ditkit.hosts.compiled import call_compiled, is_compiled
 from ditkit.hosts.streams import Streams
 from ditkit.nn.blocks import KV, keep, modulate
 
@@ -78,9 +79,9 @@ def attend_within(
     return attn.processor(attn, x, other, mask, **kwargs)
 
 
-def attention_sites(at: str, attn: Any, core: str = "image") -> list[Site]:
-    """The sites inside the attention branch `at`: keys and values of the image, and queries of stream `core`."""
-    return [Site(at + ".kv", "kv"), Site(at + ".core", "core", core)] if has_core(attn) else []
+def attention_sites(at: str, attn: Any, core: str = "image", kv: str = "image") -> list[Site]:
+    """The sites inside the attention branch `at`: keys and values of stream `kv`, and queries of stream `core`."""
+    return [Site(at + ".kv", "kv", kv), Site(at + ".core", "core", core)] if has_core(attn) else []
 
 
 def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **given: Any) -> Any:
@@ -94,6 +95,8 @@ def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         # the run is handed on: recomputation may happen on a thread that has no context variable
         return model._gradient_checkpointing_func(block, *args, *given.values(), run, at)
+    if at and is_compiled(block):
+        return call_compiled(block, run, at, *args, **given)
     return block(*args, **given, run=run, at=at)
 
 

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.attention import dispatched, flip
-from ditkit.hosts.blocks import call_block, feed, modulation
+from ditkit.hosts.attention import dispatched, flip, has_core, opens
+from ditkit.hosts.blocks import attention_sites, call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep, modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
+
+opens(host.FluxAttnProcessor)
 
 
 @stands_for(host.FluxAttention)
@@ -259,9 +261,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
             Site(at, "block", "joint"),
             Site(f"{at}.{'attn' if double else 'fused'}", "branch", "joint"),
         ]
-        if has_core(block.attn):
-            named.append(Site(f"{at}.attn.kv", "kv", "image" if double else "joint"))
-            named.append(Site(f"{at}.attn.core", "core", "joint"))
+        named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="image" if double else "joint")
         if double:
             named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
     return (*named, Site("head", "head"))
@@ -280,11 +280,6 @@ def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
         grid = Grid(1, height, width) if height * width == len(ids) else Grid(len(ids))
         segments.append(Segment("context" if i else "image", grid, len(ids)))
     return tuple(segments)
-
-
-def has_core(attn: Any) -> bool:
-    """Whether attention computes as `FluxAttnProcessor` does; an IP-Adapter's, or a user's own, does not."""
-    return type(attn.processor) is host.FluxAttnProcessor
 
 
 def _blocks(model: Any) -> list[tuple[str, Any]]:

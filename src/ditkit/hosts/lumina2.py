@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.attention import computes_as, flip, has_core
-from ditkit.hosts.blocks import call_block, modulation
+from ditkit.hosts.attention import computes_as, flip
+from ditkit.hosts.blocks import attention_sites, call_block, modulation
 from ditkit.hosts.lumina_blocks import (
     Place,
     PlacedTokens,
@@ -163,8 +163,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.layers):
         at = f"blocks.{i}"
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
-        if has_core(block.attn):
-            named += [Site(f"{at}.attn.kv", "kv", "joint"), Site(f"{at}.attn.core", "core", "joint")]
+        named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="joint")
         named.append(Site(f"{at}.mlp", "branch", "joint"))
     return (*named, Site("head", "head"))
 

@@ -63,13 +63,12 @@ def view(model: Model) -> Model:
 
     Raises:
         ConfigError: no view is known for this class.
-        ConflictError: a module carries a cache of diffusers, a subclass, or a forward that cannot be rebound.
-            Nothing has been changed then.
+        ConflictError: as `refuse_foreign` says, or a forward cannot be rebound. Nothing has been changed then.
     """
     if type(model) not in (*VIEWS, *VIEWS.values()):
         names = [host.__name__ for host in VIEWS if issubclass(host, nn.Module)]
         raise ConfigError("view: " + unknown("transformer", type(model).__name__, names))
-    _refuse_foreign(model)
+    refuse_foreign(model)
     _swap(model, VIEWS)
     return model
 
@@ -112,9 +111,16 @@ def _bound_forwards(name: str, module: nn.Module) -> list[tuple[Any, str]]:
     return found
 
 
-def _refuse_foreign(model: nn.Module) -> None:
+def refuse_foreign(model: nn.Module) -> None:
+    """Check that nothing else decides what a model computes, with its view or without.
+
+    Raises:
+        ConflictError: a module carries a cache of diffusers, is of a subclass, or is compiled together with
+            decisions that a policy makes anew in each evaluation.
+    """
     for path, module in model.named_modules():
         name = path or "the transformer"
+        refuse_graph(name, module, whole=module is model)
         registry = vars(module).get("_diffusers_hook")
         for label, hook in registry.hooks.items() if registry else ():
             if hasattr(hook, "new_forward") and label not in _HARMLESS:
@@ -126,6 +132,15 @@ def _refuse_foreign(model: nn.Module) -> None:
             raise ConflictError(
                 f"{name}: {type(module).__qualname__} is a subclass of a class that has a view"
             )
+
+
+def refuse_graph(name: str, module: Any, whole: bool) -> None:
+    """Raise ConflictError if a transformer, a part of a block with sites, or a block in a wrapper is compiled."""
+    kinds = (*VIEWS, *VIEWS.values())
+    if isinstance(getattr(module, "_orig_mod", None), kinds):
+        raise ConflictError(f"{name}: torch.compile wrapped it; expected its own compile(), block by block")
+    if type(module) in kinds and module._compiled_call_impl and (whole or hasattr(module, "processor")):
+        raise ConflictError(f"{name}: compiled by itself; expected compile_repeated_blocks(), block by block")
 
 
 def _blank(home: str, host: type) -> nn.Module:

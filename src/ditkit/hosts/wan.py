@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.attention import dispatched, flip
-from ditkit.hosts.blocks import call_block
+from ditkit.hosts.attention import dispatched, flip, has_core, opens
+from ditkit.hosts.blocks import attention_sites, call_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep, modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
+
+opens(host.WanAttnProcessor)
 
 
 class Rotary(NamedTuple):
@@ -210,8 +212,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
-        if has_core(block.attn1):
-            named += [Site(f"{at}.attn.kv", "kv"), Site(f"{at}.attn.core", "core")]
+        named += attention_sites(f"{at}.attn", block.attn1)
         named += [Site(f"{at}.cross_attn", "branch"), Site(f"{at}.mlp", "branch")]
     return (*named, Site("head", "head"))
 
@@ -220,11 +221,6 @@ def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
     """The one segment of a call on latents of `shape` [B, C, T, H, W]."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
-
-
-def has_core(attn: Any) -> bool:
-    """Whether self-attention computes as `WanAttnProcessor` does; a user's own may not."""
-    return type(attn.processor) is host.WanAttnProcessor
 
 
 def _grid(model: Any, shape: Sequence[int]) -> Grid:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ditkit.core.checks import at_least
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
@@ -41,9 +42,7 @@ class ConvLSTMConfig:
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
-        for name in ("channels", "frames", "patch", "input_kernel", "state_kernel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ConvLSTM: {name}={getattr(self, name)} should be at least 1")
+        at_least(1, self, "channels", "frames", "patch", "input_kernel", "state_kernel")
         if not self.states or min(self.states) < 1:
             raise ConfigError(f"ConvLSTM: states={self.states} should be one or more positive numbers")
         for name in ("input_kernel", "state_kernel"):
@@ -100,16 +99,15 @@ class ConvLSTM(Model):
                 f"ConvLSTM: input {list(x.shape)} should be [B, {self.config.channels}, T, H, W]"
             )
         Grid.of(tuple(x.shape[2:]), self.config.patch)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         frames: list[Tensor] = list(run.site("tokens", self.tokenize, x).unbind(1))
         states: list[State] = []
         for cell, hidden in zip(self.encoder, self.config.states, strict=True):
-            frames, state = cell(frames, zero_state(frames[0], hidden), again)
+            frames, state = cell(frames, zero_state(frames[0], hidden), self.recomputes)
             states.append(state)
         levels: list[Tensor] = []
         said: list[Any] = [None] * x.shape[2]
         for cell, state in zip(self.forecaster, states, strict=True):
-            said, _ = cell(said, state, again)
+            said, _ = cell(said, state, self.recomputes)
             levels.append(torch.stack(said, 1))
         return run.site("head", self.head, torch.cat(levels, 2))
 

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.core.checkpoint import read_state
+from ditkit.core.checks import (
+    at_least,
+    divides_for_sincos,
+    divides_into_heads,
+    label_of,
+    names_every_class,
+    not_too_deep,
+    shares,
+)
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
@@ -19,12 +28,10 @@ from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.blocks import Block, Head, Stack
-from ditkit.nn.embeddings import TimeEmbedding, sincos_table
+from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width, heads (DiT, table 1)."""
-DEEPEST = 1000
-"""Blocks are built one by one before any weights are read: a damaged config must not keep a machine busy."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,14 @@ class DiTConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("size", "patch", "channels", "width", "depth", "heads", "classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"DiT: {name}={getattr(self, name)} should be at least 1")
+        at_least(1, self, "size", "patch", "channels", "width", "depth", "heads", "classes")
         if self.size % self.patch:
             raise ShapeError(f"DiT: size={self.size} does not divide into patches of {self.patch}")
-        if self.width % self.heads:
-            raise ShapeError(f"DiT: width={self.width} does not divide into heads={self.heads}")
-        if self.width % 4:
-            raise ShapeError(f"DiT: width={self.width} should divide by 4 for the sin-cos table")
-        if self.depth > DEEPEST:
-            raise ConfigError(f"DiT: depth={self.depth} should be at most {DEEPEST}")
-        if not 0 <= self.label_dropout < 1:
-            raise ConfigError(f"DiT: label_dropout={self.label_dropout} should lie in [0, 1)")
-        if self.class_names and len(self.class_names) != self.classes:
-            raise ConfigError(f"DiT: {len(self.class_names)} class names for {self.classes} classes")
+        divides_into_heads(self)
+        divides_for_sincos(self)
+        not_too_deep(self)
+        shares(self, "label_dropout")
+        names_every_class(self)
 
 
 class DiT(Denoiser):
@@ -144,7 +144,7 @@ class DiT(Denoiser):
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""
-        return replace(cond, label=torch.full_like(_label(cond), self.config.classes))
+        return replace(cond, label=torch.full_like(label_of(self.config, cond), self.config.classes))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy samples.
@@ -163,33 +163,20 @@ class DiT(Denoiser):
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
         c_BD = run.site("time", self.condition, t, cond)
         tokens: Tokens = run.site("tokens", self.tokenize, x)
-        stack = Stack(self.blocks, run, checkpointing=self._checkpointing())
+        stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack, tokens.x, c_BD)
         return unpatchify(run.site("head", self.head, h_BLD, c_BD), grid, self.config.patch)
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """c = time embedding + label embedding, [B, D]."""
-        label, drop = _label(cond), cond.drop
-        if drop is None and self.training and self.config.label_dropout:
-            drop = torch.rand(label.shape, device=label.device) < self.config.label_dropout
-        if drop is not None:
-            label = label.masked_fill(drop, self.config.classes)
-        return self.time(t) + self.label(label)
+        label, rate = label_of(self.config, cond), self.config.label_dropout if self.training else 0.0
+        return self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
 
     def tokenize(self, x: Tensor) -> Tokens:
         """Patches of x embedded, with their positions added, [B, L, D]."""
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
         h_BLD = self.embed(patchify(x, self.config.patch))
         return Tokens(h_BLD + sincos_table(grid, self.config.width, h_BLD.device).to(h_BLD.dtype))
-
-    def _checkpointing(self) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
-
-def _label(cond: Cond) -> Tensor:
-    if cond.label is None:
-        raise ConfigError("DiT: a class label is needed; Cond.label is None")
-    return cond.label
 
 
 ORIGINAL_NAMES = {

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditkit.core.checks import at_least, divides_into_heads, shares
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Model
@@ -53,19 +54,14 @@ class PredFormerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
-        for name in ("channels", "frames", "patch", "width", "heads", "hidden"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"PredFormer: {name}={getattr(self, name)} should be at least 1")
+        at_least(1, self, "channels", "frames", "patch", "width", "heads", "hidden")
         height, width = self.size
         if min(self.size) < 1 or height % self.patch or width % self.patch:
             raise ShapeError(
                 f"PredFormer: size={height}x{width} does not divide into patches of {self.patch}"
             )
-        if self.width % self.heads:
-            raise ShapeError(f"PredFormer: width={self.width} does not divide into heads={self.heads}")
-        for name in ("attn_dropout", "mlp_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"PredFormer: {name}={getattr(self, name)} should lie in [0, 1)")
+        divides_into_heads(self)
+        shares(self, "attn_dropout", "mlp_dropout", "drop_path")
         layers_of(self.layout)
 
 
@@ -145,8 +141,7 @@ class PredFormer(Model):
             )
         grid = Grid.of(tuple(x.shape[2:]), self.config.patch)
         tokens: ClipTokens = run.site("tokens", self.tokenize, x)
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        stack = LayerStack(Stack(self.blocks, run, checkpointing=checkpointing), self.layers)
+        stack = LayerStack(Stack(self.blocks, run, checkpointing=self.recomputes), self.layers)
         h_BLD = run.site("blocks", stack, tokens.x, tokens.clip)
         return unpatchify(run.site("head", self.head, h_BLD), grid, (1, self.config.patch, self.config.patch))
 

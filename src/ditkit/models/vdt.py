@@ -8,13 +8,21 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.checks import (
+    at_least,
+    divides_for_sincos,
+    divides_into_heads,
+    names_every_class,
+    not_too_deep,
+    shares,
+)
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.models.dit import DEEPEST, DiT
+from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis, sincos_table
@@ -59,25 +67,17 @@ class VDTConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("channels", "frames", "size", "patch", "width", "depth", "heads", "classes"):
-            given = getattr(self, name)
-            if min(given if isinstance(given, tuple) else (given,)) < 1:
-                raise ConfigError(f"VDT: {name}={given} should be at least 1")
+        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads", "classes")
         for name, choices in (("mode", get_args(Mode)), ("conditioning", get_args(Conditioning))):
             if getattr(self, name) not in choices:
                 raise ConfigError("VDT: " + unknown(name, getattr(self, name), choices))
         if any(n % self.patch for n in self.shape[1:]):
             raise ShapeError(f"VDT: size={self.size} does not divide into patches of {self.patch}")
-        if self.width % self.heads:
-            raise ShapeError(f"VDT: width={self.width} does not divide into heads={self.heads}")
-        if self.width % 4:
-            raise ShapeError(f"VDT: width={self.width} should divide by 4 for the sin-cos table")
-        if self.depth > DEEPEST:
-            raise ConfigError(f"VDT: depth={self.depth} should be at most {DEEPEST}")
-        if not 0 <= self.label_dropout < 1:
-            raise ConfigError(f"VDT: label_dropout={self.label_dropout} should lie in [0, 1)")
-        if self.class_names and len(self.class_names) != self.classes:
-            raise ConfigError(f"VDT: {len(self.class_names)} class names for {self.classes} classes")
+        divides_into_heads(self)
+        divides_for_sincos(self)
+        not_too_deep(self)
+        shares(self, "label_dropout")
+        names_every_class(self)
         if self.mode == "image" and self.conditioning == "concat":
             raise ConfigError(
                 "VDT: conditioning='concat' joins frames along time, which mode='image' has not"
@@ -202,7 +202,7 @@ class VDT(Denoiser):
         tokens: SceneTokens = run.site("tokens", self.tokenize, x, cond)
         if self.config.conditioning == "concat" and tokens.scene.clip.kept is not None:
             raise ShapeError("VDT: conditioning='concat' needs every row, a policy left some out")
-        stack = Stack(self.blocks, run, checkpointing=self._checkpointing())
+        stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.scene)
         out = run.site("head", self.head, h_BLD[:, -grid.length :], c_BD)
         return unpatchify(out, grid, (1, self.config.patch, self.config.patch))
@@ -277,6 +277,3 @@ class VDT(Denoiser):
             expected = [len(x), channels, *x.shape[2:]]
             if list(given.shape) != expected:
                 raise ShapeError(f"VDT: Cond.{name} {list(given.shape)} should be {expected}")
-
-    def _checkpointing(self) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()

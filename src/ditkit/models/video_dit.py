@@ -13,13 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.checks import at_least, divides_into_heads, names_every_class, not_too_deep, shares
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.models.dit import DEEPEST
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding
 from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
@@ -61,18 +61,13 @@ class VideoDiTConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("channels", "frames", "size", "patch", "width", "depth", "heads"):
-            given = getattr(self, name)
-            if min(given if isinstance(given, tuple) else (given,)) < 1:
-                raise ConfigError(f"VideoDiT: {name}={given} should be at least 1")
+        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads")
         if any(n % p for n, p in zip(self.shape, self.sides, strict=True)):
             raise ShapeError(
                 f"VideoDiT: frames={self.frames}, size={self.size} do not divide into patches of {self.sides}"
             )
-        if self.width % self.heads:
-            raise ShapeError(f"VideoDiT: width={self.width} does not divide into heads={self.heads}")
-        if self.depth > DEEPEST:
-            raise ConfigError(f"VideoDiT: depth={self.depth} should be at most {DEEPEST}")
+        divides_into_heads(self)
+        not_too_deep(self)
         self._check_rotary()
         self._check_told()
 
@@ -88,18 +83,14 @@ class VideoDiTConfig:
             )
 
     def _check_told(self) -> None:
-        for name in ("classes", "text_width", "text_tokens"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"VideoDiT: {name}={getattr(self, name)} should be 0 or more")
+        at_least(0, self, "classes", "text_width", "text_tokens")
         if bool(self.text_width) != bool(self.text_tokens):
             raise ConfigError(
                 f"VideoDiT: text_width={self.text_width} and text_tokens={self.text_tokens} "
                 "should both be 0, or neither"
             )
-        if not 0 <= self.label_dropout < 1:
-            raise ConfigError(f"VideoDiT: label_dropout={self.label_dropout} should lie in [0, 1)")
-        if self.class_names and len(self.class_names) != self.classes:
-            raise ConfigError(f"VideoDiT: {len(self.class_names)} class names for {self.classes} classes")
+        shares(self, "label_dropout")
+        names_every_class(self)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -214,7 +205,7 @@ class VideoDiT(Denoiser):
         told = self.told(cond, len(x))
         c_BD = run.site("time", self.condition, t, told)
         tokens: RotaryTokens = run.site("tokens", self.tokenize, told.given(x), told)
-        stack = Stack(self.blocks, run, checkpointing=self._checkpointing())
+        stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.rotary)
         h_BLD = run.site("head", self.head, h_BLD[:, tokens.rotary.text :], c_BD)
         return unpatchify(h_BLD, grid, self.config.sides)
@@ -263,6 +254,3 @@ class VideoDiT(Denoiser):
             raise ShapeError(
                 f"VideoDiT: text_mask {list(valid.shape)} of {valid.dtype} should be {list(expected[:2])} of bool"
             )
-
-    def _checkpointing(self) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()

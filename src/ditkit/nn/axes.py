@@ -14,13 +14,12 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.checks import DEEPEST
 from ditkit.core.errors import ConfigError, ShapeError, nearest
 from ditkit.core.run import Run
 from ditkit.nn.blocks import KV, attention, keep
 
 Axis = Literal["T", "S", "F"]
-DEEPEST = 1000
-"""Blocks are built one by one before any weights are read: a damaged config must not keep a machine busy."""
 GROUP = re.compile(r"(\+?)((?:[TSF](?:[1-9]\d{0,3})?)+)(?:\*([1-9]\d{0,3}))?")
 EXAMPLES = ("TSST*6", "STTS*6", "TST*8", "STS*8", "+STS*4", "TS*12", "ST*12", "T12S12", "S12T12", "F24")
 

@@ -150,8 +150,9 @@ class Block(nn.Module):
         aligned = () if rotary is None else (rotary,)
         b1, g1, a1, b2, g2, a2 = self.modulation(F.silu(c_BD)).unsqueeze(1).chunk(6, -1)
         attn, mlp = at + ".attn", at + ".mlp"
-        x_BLD = x_BLD + a1 * run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, *aligned)
-        return x_BLD + a2 * run.site(mlp, self.feed, x_BLD, b2, g2)
+        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, *aligned)
+        x_BLD = torch.addcmul(x_BLD, a1, branch)  # where branches are forecast, half of what is left is this
+        return torch.addcmul(x_BLD, a2, run.site(mlp, self.feed, x_BLD, b2, g2))
 
     @staticmethod
     def sites(at: str) -> list[Site]:

@@ -128,11 +128,12 @@ class SpaceTimeBlock(nn.Module):
             valid = () if scene.valid is None else (scene.valid,)
             over_time = partial(self.temporal_attn, run, temporal)
             x_BLD = x_BLD + run.site(temporal, over_time, x_BLD, scene.clip, *valid)
-        x_BLD = x_BLD + a1 * run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, scene.clip)
+        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, scene.clip)
+        x_BLD = torch.addcmul(x_BLD, a1, branch)
         if self.cross_attn is not None:
             look = partial(self.cross_attn, run, cross)
             x_BLD = x_BLD + run.site(cross, look, x_BLD, scene.memory, scene.known)
-        return x_BLD + a2 * run.site(mlp, self.feed, x_BLD, b2, g2)
+        return torch.addcmul(x_BLD, a2, run.site(mlp, self.feed, x_BLD, b2, g2))
 
     @staticmethod
     def sites(at: str, temporal: bool = True, cross: bool = False) -> list[Site]:

@@ -11,16 +11,17 @@ from typing import Any, Self
 from torch import nn
 
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.core.trajectory import claim
 from ditkit.evaluate.clock import seconds_of
+from ditkit.hosts.attention import closed
 from ditkit.hosts.clock import check_scheduler
-from ditkit.hosts.family import family, has_sites, is_known
+from ditkit.hosts.family import families, family, has_sites, is_known
 from ditkit.hosts.passage import Net, Passage, Watch
+from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
-from ditkit.hosts.view import view
 from ditkit.tasks.replay import Asked, PipelineReport, Replay, Took
 
 DEFAULT = TaylorSeer(interval=3, order=1)
@@ -40,7 +41,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
 
     Raises:
         ConfigError: no pipeline, no transformer that has a view, a scheduler without timesteps, or no policy.
-        ConflictError: two policies own one site, or another cache has its hooks on a transformer.
+        ConflictError: two policies own one site, another cache has its hooks on a transformer, more than its
+            blocks is compiled, or a policy of rows meets attention whose processor is not diffusers' default.
         NoEffectError: a policy has no site that it can use. The pipeline is then as it was.
     """
     chosen = as_policies(policies) or (DEFAULT,)
@@ -55,7 +57,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
         for net in nets:
             if not has_sites(net.model):
                 viewed.append(view(net.model))
-            claim(net.family.sites(net.model), chosen)
+            _check(net, chosen)
     except BaseException:
         for model in viewed:
             without_sites(model)
@@ -88,10 +90,14 @@ class Accelerated:
         Raises:
             ConfigError: the pipeline was restored, the scheduler cannot say its timesteps, a policy does not fit
                 the number of steps, or the policies would hold more than `max_bytes`.
+            ConflictError: what `accelerate` refuses was done to the pipeline since.
             NoEffectError: the call went to its end, and a policy touched nothing or saved nothing.
         """
         if self._watches is None:
             raise ConfigError(f"{type(self._pipe).__name__} was restored; call ditkit.accelerate again")
+        for net in self._nets:
+            _check(net, self._policies)
+        _transformers(self._pipe)
         asked, self._last = Asked(self._pipe, args, kwargs), None
         out, took = self._draw(asked.bound, True)
         self._last = (asked, took)
@@ -163,6 +169,19 @@ class Accelerated:
         return drawn[0], Took(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
 
 
+def _check(net: Net, policies: tuple[Policy, ...]) -> None:
+    """Raise what keeps `policies` from a transformer that has its sites, as it is now."""
+    refuse_foreign(net.model)
+    sites = net.family.sites(net.model)
+    rows = [type(policy).__name__ for policy in policies if policy.claims(sites).get("rows") == "own"]
+    for path, processor in closed(net.model) if rows else ():
+        raise ConflictError(
+            f"{rows[0]}: {path} attends by {processor}, where no keys can be kept; expected diffusers' default "
+            "processor, without fused layers or an IP-Adapter"
+        )
+    claim(sites, policies)
+
+
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     """The components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
@@ -171,6 +190,9 @@ def _transformers(pipe: Any) -> dict[str, nn.Module]:
             f"accelerate: got {type(pipe).__name__}, expected a diffusers pipeline with a scheduler"
         )
     modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    families()
+    for name, part in modules.items():
+        refuse_graph(name, part, whole=True)
     found = {name: part for name, part in modules.items() if is_known(part)}
     if not found:
         named = modules.get("transformer", modules.get("unet"))

@@ -17,6 +17,7 @@ from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
 from ditkit.evaluate.pictures import grid, write_png
 from ditkit.models.dit import DiTConfig
+from ditkit.models.small_flux import SmallFluxConfig
 from ditkit.tasks.generate import generate
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
@@ -52,7 +53,7 @@ class ClassImageNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImageRecipe(Recipe):
-    """A DiT that draws the classes of an image set.
+    """A network that draws the classes of an image set: a DiT.
 
     Args:
         data: a named set, a folder of class folders, or a folder of images with captions, which are trained as
@@ -66,7 +67,7 @@ class ClassImageRecipe(Recipe):
     )
     latent: ClassVar[bool] = True
     Network: ClassVar[type] = ClassImageNetwork
-    model: DiTConfig
+    model: DiTConfig | SmallFluxConfig
     objective: Objective = FLOW_MATCHING
 
     def prepared(self) -> Prepared:
@@ -100,6 +101,35 @@ class ClassImageRecipe(Recipe):
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
         return partial(write_sheet, folder)
+
+
+@dataclass(frozen=True)
+class FluxNetwork:
+    """What of a small FLUX does not follow from the data.
+
+    Args:
+        size: Height and width of a picture.
+        width: Of a token's vector.
+        heads: Of attention.
+        depth: Number of blocks of two streams.
+        single_depth: Number of blocks of one stream.
+        label_dropout: Share of samples trained without their class.
+    """
+
+    size: int
+    width: int
+    heads: int
+    depth: int
+    single_depth: int
+    label_dropout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxImageRecipe(ClassImageRecipe):
+    """The same with diffusers' FLUX for a network."""
+
+    Network: ClassVar[type] = FluxNetwork
+    model: SmallFluxConfig
 
 
 class Labelled:
