@@ -87,7 +87,7 @@ def race(lane: Course, arguments: Arguments) -> list[Row]:
     tough = robustness(lane, chosen(active, raced_rows), arguments.steps[0], idle.rows())
     show("each method at the setting nearest to half of the MACs", [survived(row) for row in tough])
     if failed:
-        show("what did not run", failed)
+        show("without a row, and why", failed)
     return [*raced_rows, *idle.rows(), *failed, *tough]
 
 

@@ -32,6 +32,7 @@ from family_pipelines_for_tests import (
     sd3_control,
     two_experts,
     wan,
+    wan_two_experts,
     wan_vae,
 )
 from pipelines_for_tests import SIDE, computed, picture
@@ -102,10 +103,7 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "wan heun": (partial(wan, Heun), HEUN_LANES),
     "wan dpm++": (partial(wan, dpm), LANES),
     "wan time a token": (partial(wan, parts=lambda: {"expand_timesteps": True}), LANES),
-    "wan two experts": (
-        partial(wan, experts=2, told={"num_inference_steps": 16}, parts=two_experts),
-        EXPERTS,
-    ),
+    "wan two experts": (wan_two_experts, EXPERTS),
     # nobody tells its scheduler where it starts, so that the first evaluation is known only when it is over
     "wan video": (
         partial(wan, told={"video": CLIP, "strength": 0.75}, **VIDEO),

@@ -184,7 +184,7 @@ def test_at_a_standstill_policies_give_what_the_network_gives(name: str, state: 
             assert all(torch.equal(out, exact) for out in outs)
 
 
-@pytest.mark.parametrize("name", ["SD3.5", "diffusers' DiT", "Lumina 2", "Wan"])
+@pytest.mark.parametrize("name", ["SD3.5", "diffusers' DiT", "Wan"])
 def test_compiled_blocks_are_as_good_and_compile_once_for_all(name: str) -> None:
     """Blocks of one kind share their graphs, and evaluations that are forecast need none."""
     policy, subject = POLICIES["taylorseer"], SUBJECTS[name]()
@@ -192,8 +192,8 @@ def test_compiled_blocks_are_as_good_and_compile_once_for_all(name: str) -> None
     exact = subject.call(subject.model, Run(), torch.float32)
     compiled(subject.model)
     outs, _ = standing_still(subject, policy, torch.float32)
-    assert all(torch.allclose(out, exact, rtol=1e-5, atol=1e-6) for out in outs)
-    branches = {"SD3.5": 6, "diffusers' DiT": 2, "Lumina 2": 6, "Wan": 3}
+    assert all(torch.equal(out, exact) for out in outs)
+    branches = {"SD3.5": 6, "diffusers' DiT": 2, "Wan": 3}
     assert 0 < len(GRAPHS) <= branches[name]
 
 

@@ -40,6 +40,15 @@ def broken(pipe: Any, told: Any) -> Any:
     raise RuntimeError("first line\nsecond line")
 
 
+def once(pipe: Any, told: Any) -> Any:
+    calls = iter([pipe])
+
+    def call(**asked: Any) -> Any:
+        return next(calls)(**asked)
+
+    return call
+
+
 class Leaking:
     """Gives the second half of its steps, ever after, what the first call's last one gave."""
 
@@ -101,6 +110,7 @@ def test_a_race_lists_who_is_absent_and_who_fails(course: Course) -> None:
         OF_OURS,
         Contestant("absent_library", "X", "", taylor),
         Contestant(OURS, "Y", "", broken),
+        Contestant(OURS, "Z", "", once),
     ]
     heat = Heat(course, field, STEPS, course.pipeline()(**course.told(20))[0])
     heat.time(2)
@@ -116,6 +126,7 @@ def test_a_race_lists_who_is_absent_and_who_fails(course: Course) -> None:
     assert [row["reason"] for row in heat.failed()] == [
         "absent: absent_library is not installed",
         "RuntimeError: first line",
+        "when called again: StopIteration",
     ]
     assert chosen(field, [exact, fewer, ours]) == [fewer_steps(3), OF_OURS]
     assert raced(ours)["layers"] == f"{ours['layers_spared']}/{ours['layers']}"

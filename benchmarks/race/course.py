@@ -91,8 +91,7 @@ def alone(kind: type) -> Any:
 
 def reason(error: BaseException) -> str:
     """The class and first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def course(model: str) -> Course:

@@ -42,10 +42,11 @@ class Heat:
 
     def time(self, rounds: int) -> None:
         """Each once a round, in an order that is reversed every other round."""
-        order = list(self.fast)
         for turn in track(range(rounds), description=f"{self.steps} steps, timing"):
-            turns = order if turn % 2 == 0 else order[::-1]
-            self.rounds.append({one: clocked(self.fast[one], one.asked(self.told)) for one in turns})
+            order = list(self.fast)
+            self.rounds.append({})
+            for contestant in order if turn % 2 == 0 else order[::-1]:
+                self._clock(contestant)
 
     def rows(self) -> list[Row]:
         return [self._row(contestant) for contestant in self.fast]
@@ -69,6 +70,13 @@ class Heat:
             self.failures[contestant] = reason(error)
         else:
             self.fast[contestant] = fast
+
+    def _clock(self, contestant: Contestant) -> None:
+        try:
+            self.rounds[-1][contestant] = clocked(self.fast[contestant], contestant.asked(self.told))
+        except Exception as error:  # the first call did not raise: it left something behind
+            self.failures[contestant] = f"when called again: {reason(error)}"
+            del self.fast[contestant]
 
     def _row(self, contestant: Contestant) -> Row:
         counted, whole = self.counted[contestant], self.counted[EXACT]

@@ -33,7 +33,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """A pipeline of diffusers, faster: called like it, with the same weights, LoRAs, hooks and components.
 
     `pipe` itself stays exact, and so several may be made of one pipeline. `restore` or leaving a `with` block
-    takes away what was added to its transformers.
+    takes away what was added to its transformers. Compiled blocks stay compiled; where a policy acts inside one,
+    each of its branches is a graph, and a branch in which it acts, such as attention under RAS, is none.
 
     Args:
         policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
