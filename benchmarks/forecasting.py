@@ -1,13 +1,16 @@
 """PredFormer against a ConvLSTM on moving digits: trained for the same time in one run, scored on held-out clips.
 
-python benchmarks/forecasting.py --minutes 60
-python benchmarks/forecasting.py --minutes 1 --clips 32
+    python benchmarks/forecasting.py --minutes 120
+    python benchmarks/forecasting.py --minutes 1 --clips 32 --keep /tmp/short
+
+Time is the processor's, of all threads, so that a machine with other work gives the same networks. Stopped at any
+moment, the same command goes on.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,6 +21,7 @@ import torch
 import tyro
 
 from common import device, record, show
+from ditkit.core.checkpoint import read_json
 from ditkit.core.model import Model, parameter_count
 from ditkit.data.loading import load_clips
 from ditkit.evaluate.clock import alternated, medians
@@ -26,9 +30,11 @@ from ditkit.recipes.predformer import convlstm, predformer
 from ditkit.tasks.forecast import ClipForecastRecipe
 from ditkit.tasks.forecast_scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
-from ditkit.train.settings import Settings
+from ditkit.train.log import LOSSES
+from ditkit.train.record import RECIPE
+from ditkit.train.state import STATE
 
-RECIPES = {"PredFormer TSST*2": predformer, "ConvLSTM": convlstm}
+RECIPES = {"predformer": predformer, "convlstm": convlstm}
 PACED = 6
 """Steps of the trial runs that set how many steps fill the time."""
 BATCH, ROUNDS = 16, 5
@@ -43,27 +49,30 @@ class Trained(NamedTuple):
     steps: int
 
 
-def trained(recipe: ClipForecastRecipe, settings: Settings, folder: Path) -> tuple[Model, float]:
-    """The model after its training, and the processor's seconds that it took."""
-    before = time.process_time()
-    model = train_recipe(replace(recipe, settings=settings), folder)
-    return model, time.process_time() - before
+def steps_in(minutes: float, recipe: ClipForecastRecipe) -> int:
+    """As many as fill the processor's time, judged by a trial run."""
+    trial = replace(recipe, settings=replace(recipe.settings, steps=PACED, warmup=0, save_every=0))
+    with tempfile.TemporaryDirectory() as folder:
+        train_recipe(trial, Path(folder) / "warm")
+        train_recipe(trial, Path(folder) / "trial")
+        return max(PACED, int(60 * minutes * PACED / spent(Path(folder) / "trial")))
 
 
-def trained_both(minutes: float, batch: int) -> dict[str, Trained]:
-    """Each network after as many steps as fill its time, judged by a trial run."""
-    found = {}
-    for name, build in RECIPES.items():
-        recipe = build()
-        given = replace(recipe.settings, batch=batch, save_every=0, sheet_every=0)
-        trial = replace(given, steps=PACED, warmup=0)
-        with tempfile.TemporaryDirectory() as folder:
-            trained(recipe, trial, Path(folder) / "warm")
-            _, taken = trained(recipe, trial, Path(folder) / "trial")
-            steps = max(PACED, int(60 * minutes * PACED / taken))
-            whole = replace(given, steps=steps, warmup=min(200, steps // 10))
-            found[name] = Trained(*trained(recipe, whole, Path(folder) / "run"), steps)
-    return found
+def spent(run: Path) -> float:
+    """The processor's seconds of all steps of a run, over all its resumes."""
+    lines = (run / LOSSES).read_text().splitlines()
+    return sum(json.loads(line)["processor_seconds"] for line in lines)
+
+
+def trained(name: str, minutes: float, batch: int, keep: Path) -> Trained:
+    """The network after its training, which goes on where an earlier call of this script was stopped."""
+    run, recipe = keep / name, RECIPES[name]()
+    recipe = replace(recipe, settings=replace(recipe.settings, batch=batch, sheet_every=0))
+    begun = (run / STATE).exists()
+    steps = read_json(run / RECIPE)["settings"]["steps"] if begun else steps_in(minutes, recipe)
+    settings = replace(recipe.settings, steps=steps, warmup=min(200, steps // 10))
+    model = train_recipe(replace(recipe, settings=settings), run, resume=begun)
+    return Trained(model, spent(run), steps)
 
 
 def rows(models: Mapping[str, Trained], clips: int) -> list[dict[str, object]]:
@@ -97,16 +106,23 @@ def rows(models: Mapping[str, Trained], clips: int) -> list[dict[str, object]]:
     return found
 
 
-def main(minutes: float = 60.0, batch: int = 8, clips: int = 256, keep: Path | None = None) -> None:
+def main(
+    minutes: float = 60.0,
+    batch: int = 8,
+    clips: int = 256,
+    keep: Path = Path("runs/forecasting"),
+    networks: tuple[str, ...] = tuple(RECIPES),
+) -> None:
     """Print one table, and keep it in results/forecasting.json.
 
     Args:
         minutes: of processor time that each network is trained. batch: clips a step.
-        clips: held-out clips that are scored. keep: folder for the trained models.
+        clips: held-out clips that are scored. keep: folder of both trainings; where they are, they go on.
+        networks: to train; with fewer than both there is no table.
     """
-    models = trained_both(minutes, batch)
-    for name, own in models.items() if keep is not None else ():
-        own.model.save(keep / name.partition(" ")[0].lower())
+    models = {name: trained(name, minutes, batch, keep) for name in networks}
+    if models.keys() != RECIPES.keys():
+        return
     found = rows(models, clips)
     show(
         f"moving digits, 10 frames to 10, {clips} clips; {device()}",

@@ -104,10 +104,9 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "wan dpm++": (partial(wan, dpm), LANES),
     "wan time a token": (partial(wan, parts=lambda: {"expand_timesteps": True}), LANES),
     "wan two experts": (wan_two_experts, EXPERTS),
-    # nobody tells its scheduler where it starts, so that the first evaluation is known only when it is over
     "wan video": (
         partial(wan, told={"video": CLIP, "strength": 0.75}, **VIDEO),
-        {"call0": "3-4 7", "call1": "3-4 7"},
+        {"call0": "2-3 6", "call1": "2-3 6"},
     ),
     "wan first frame": (partial(wan, told={"image": FIRST}, **FRAMES, **SEEN), LANES),
     "wan first and last frame": (

@@ -127,10 +127,11 @@ def backend(graph: Any, examples: Any) -> Any:
 
 def compiled(model: Any) -> None:
     """Block by block; `fullgraph` makes every break in a graph an error."""
-    if model._repeated_blocks:
+    if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks(backend=backend, fullgraph=True)
         return
-    for block in model.layers if hasattr(model, "layers") else model.transformer_blocks:
+    held = next(name for name in ("layers", "blocks", "transformer_blocks") if hasattr(model, name))
+    for block in getattr(model, held):
         block.compile(backend=backend, fullgraph=True)
 
 
@@ -184,16 +185,17 @@ def test_at_a_standstill_policies_give_what_the_network_gives(name: str, state: 
             assert all(torch.equal(out, exact) for out in outs)
 
 
-@pytest.mark.parametrize("name", ["SD3.5", "diffusers' DiT", "Wan"])
+@pytest.mark.parametrize("name", ["DiT", "SD3.5", "diffusers' DiT", "Wan"])
 def test_compiled_blocks_are_as_good_and_compile_once_for_all(name: str) -> None:
     """Blocks of one kind share their graphs, and evaluations that are forecast need none."""
     policy, subject = POLICIES["taylorseer"], SUBJECTS[name]()
-    view(subject.model)
+    if name != "DiT":
+        view(subject.model)
     exact = subject.call(subject.model, Run(), torch.float32)
     compiled(subject.model)
     outs, _ = standing_still(subject, policy, torch.float32)
     assert all(torch.equal(out, exact) for out in outs)
-    branches = {"SD3.5": 6, "diffusers' DiT": 2, "Wan": 3}
+    branches = {"DiT": 2, "SD3.5": 6, "diffusers' DiT": 2, "Wan": 3}
     assert 0 < len(GRAPHS) <= branches[name]
 
 

@@ -17,13 +17,14 @@ import test_hosts_lumina_wan as lumina_wan
 from ditkit.caching import RAS, TaylorSeer
 from ditkit.caching.regional import Choice, Regions, by_row
 from ditkit.core.cond import Cond
-from ditkit.core.convention import DDPM, Convention
+from ditkit.core.convention import DDPM
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.core.grid import Grid, Segment, Tokens
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
+from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import attention
@@ -350,10 +351,9 @@ def test_other_owners_are_refused_by_name(other: Policy, what: str) -> None:
 def test_models_that_cannot_run_on_some_rows_are_refused() -> None:
     with pytest.raises(NoEffectError, match="RAS: this model has no site"):
         Trajectory(PART[:2], [RAS()], STEPS)
-    model = VDT(
-        VDTConfig(frames=4, size=8, patch=2, channels=2, width=32, depth=1, heads=2, convention=Convention())
-    ).eval()
-    with pytest.raises(
-        ConfigError, match=r"RAS: blocks\.0\..*core has 4 keys, expected the 64 rows of its sequence"
+    for model in (
+        VDT(VDTConfig(frames=4, size=8, patch=2, channels=2, width=32, depth=1, heads=2)),
+        PredFormer(PredFormerConfig(frames=4, size=(8, 8), patch=2, width=32, heads=2, layout="TS")),
     ):
-        sample(model, Cond(label=torch.tensor([1])), [3], steps=STEPS, policies=[RAS()])
+        with pytest.raises(NoEffectError, match="RAS: this model has no site"):
+            Trajectory(model.sites(), [RAS()], STEPS)

@@ -141,6 +141,8 @@ class Forecaster(Session):
         self.most_factors = min(policy.order + 1, len(policy.full_steps(total)))
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
+        if self.policy.interval == 1:
+            return {}  # nothing will be forecast, so nothing is recorded
         lane, place = (call.net, call.lane), self._place(call)
         ladder: Ladder | None = self.state.get(lane)
         if ladder is not None and self._is_full(call, ladder):

@@ -14,7 +14,11 @@ Handler = Callable[..., Any]
 
 
 class Site(NamedTuple):
-    """A named place of a model. Policies choose sites by kind, never by matching names."""
+    """A named place of a model. Policies choose sites by kind, never by matching names.
+
+    Its stream is that of its tokens; of a core, of its queries: "image", "text", "joint", or "axis" where they attend
+    along one axis at a time.
+    """
 
     name: str
     kind: Kind

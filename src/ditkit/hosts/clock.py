@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ditkit.core.errors import ConfigError
 
-WATCHED = ("set_timesteps", "scale_model_input", "step")
+WATCHED = ("set_timesteps", "add_noise", "scale_noise", "scale_model_input", "step")
 
 
 class Clock:
@@ -171,6 +171,8 @@ def _wound(own: type) -> type:
     """A subclass of a scheduler's class, of the same name, whose methods keep their signatures."""
     wrappers: dict[str, Callable[..., Any]] = {
         "set_timesteps": _telling_begin,
+        "add_noise": _telling_noise,
+        "scale_noise": _telling_noise,
         "scale_model_input": _telling_time,
         "step": _telling_step,
     }
@@ -204,6 +206,20 @@ def _telling_time(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return scale_model_input
+
+
+def _telling_noise(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Pipelines that start late noise what they start from, some without a word of where they begin."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def add_noise(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if listener := _listener(self):
+            given = signature.bind(self, *args, **kwargs).arguments
+            listener.shown(torch.as_tensor(given.get("timesteps", given.get("timestep"))).flatten()[0])
+        return method(self, *args, **kwargs)
+
+    return add_noise
 
 
 def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:

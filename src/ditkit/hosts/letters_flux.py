@@ -22,6 +22,7 @@ class PixelUnshuffle(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        latent_channels: int = 4,
         block_out_channels: tuple[int, ...] = (1, 1),
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -53,7 +54,8 @@ class LettersFluxPipeline(FluxPipeline):
         Args:
             size: height and width of a picture, where a call names none. length: letters of a caption.
         """
-        pipe = cls(FlowMatchEulerDiscreteScheduler(), PixelUnshuffle(), None, None, None, None, transformer)
+        vae = PixelUnshuffle(transformer.config.in_channels // 4)
+        pipe = cls(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer)
         pipe.default_sample_size, pipe.tokenizer_max_length = size // pipe.vae_scale_factor, length
         return pipe
 

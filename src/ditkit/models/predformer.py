@@ -197,7 +197,7 @@ class GatedBlock(nn.Module):
             Site(at, "block"),
             Site(f"{at}.attn", "branch"),
             Site(f"{at}.attn.kv", "kv"),
-            Site(f"{at}.attn.core", "core"),
+            Site(f"{at}.attn.core", "core", "axis"),
             Site(f"{at}.mlp", "branch"),
         ]
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditkit.core.errors import ShapeError
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.nn.compiled import call_compiled, is_compiled
 from ditkit.nn.rotary import Rotary, rotate
 
 PLAIN_KEYS = 1024
@@ -193,7 +194,12 @@ class Stack:
     def _through(self, args: tuple[Any, ...], x: Tensor, start: int, stop: int | None) -> Tensor:
         for i in range(start, len(self.blocks) if stop is None else stop):
             at = f"{self.prefix}.{i}"
-            block = partial(self.blocks[i], run=self.run, at=at)
+            block = self.blocks[i]
+            block = (
+                partial(call_compiled, block, self.run, at)
+                if is_compiled(block)
+                else partial(block, run=self.run, at=at)
+            )
             if self.checkpointing:
                 block = partial(checkpoint, block, use_reentrant=False)
             x = self.run.site(at, block, x, *args)

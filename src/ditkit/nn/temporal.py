@@ -140,5 +140,5 @@ class SpaceTimeBlock(nn.Module):
         branches = [("temporal_attn", temporal), ("attn", True), ("cross_attn", cross)]
         sites = [Site(at, "block")]
         for name in (f"{at}.{branch}" for branch, present in branches if present):
-            sites += [Site(name, "branch"), Site(name + ".kv", "kv"), Site(name + ".core", "core")]
+            sites += [Site(name, "branch"), Site(name + ".kv", "kv"), Site(name + ".core", "core", "axis")]
         return [*sites, Site(f"{at}.mlp", "branch")]

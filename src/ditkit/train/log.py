@@ -31,13 +31,15 @@ class Log:
         folder: of the run; lines of steps that are done again after a resume are dropped.
         start, steps, batch: steps done, steps in all, samples a step.
 
+    `processor_seconds` of a line are of all threads, which other work on the machine does not stretch.
+
     Raises:
         ConfigError: the folder cannot be written, or the disk is full.
     """
 
     def __init__(self, folder: Path, start: int, steps: int, batch: int) -> None:
         self.folder, self.steps, self.batch = folder, steps, batch
-        self.done, self.spoke = start, time.monotonic()
+        self.done, self.spoke, self.worked = start, time.monotonic(), time.process_time()
         self.times = deque([self.spoke], maxlen=RATED_STEPS + 1)
         with writing(folder):
             keep_until(folder / LOSSES, start)
@@ -67,7 +69,13 @@ class Log:
         now = time.monotonic()
         self.times.append(now)
         rate = (len(self.times) - 1) * self.batch / max(now - self.times[0], 1e-9)
-        line = {"step": step, **losses, "samples_per_second": round(rate, 2)}
+        worked, self.worked = self.worked, time.process_time()
+        line = {
+            "step": step,
+            **losses,
+            "samples_per_second": round(rate, 2),
+            "processor_seconds": round(self.worked - worked, 4),
+        }
         with writing(self.folder):
             self.file.write(json.dumps(line).encode() + b"\n")
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate))

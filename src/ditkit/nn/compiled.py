@@ -10,17 +10,15 @@ from functools import lru_cache, partial
 from inspect import ismethod
 from typing import Any
 
-from torch import nn
-
 from ditkit.core.run import DIRECT, Run
 
 
-def is_compiled(block: nn.Module) -> bool:
-    """Whether `block.compile()` was called, as `compile_repeated_blocks` does."""
-    return block._compiled_call_impl is not None
+def is_compiled(block: Any) -> bool:
+    """Whether `block.compile()` was called, as diffusers' `compile_repeated_blocks` does."""
+    return getattr(block, "_compiled_call_impl", None) is not None
 
 
-def call_compiled(block: nn.Module, run: Run, at: str, *args: Any, **given: Any) -> Any:
+def call_compiled(block: Any, run: Run, at: str, *args: Any, **given: Any) -> Any:
     """A compiled block: the graph of all of it where nothing acts inside, else a graph for each branch."""
     if not _acts_inside(run, at):
         return block(*args, **given, run=DIRECT, at="")
