@@ -32,7 +32,7 @@ def test_imports_point_down() -> None:
 def test_every_package_has_a_layer() -> None:
     # import-linter does not look at a package that no layer names
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = config["tool"]["importlinter"]["contracts"]
+    contract = config["tool"]["importlinter"]["contracts"][0]
     layered = {name.strip() for layer in contract["layers"] for name in layer.split("|")}
     packages = {f"ditkit.{folder.parent.name}" for folder in SOURCE.glob("*/__init__.py")}
     assert layered == packages

@@ -1,4 +1,4 @@
-"""The model that ships: its size, its pictures, and what TaylorSeer does to them."""
+"""The models that ship: their size, their pictures, and what TaylorSeer does to them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.loading import shipped
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
+from ditkit.models.small_flux import SmallFlux
 
 LABELS = ["face-smiling", "country-flag", "heart", "time"]
 STEPS = 50
@@ -128,3 +129,59 @@ def test_forecasts_of_clips_beat_reuse() -> None:
         (clips(TaylorSeer(interval=3, order=order)) - clips()).square().mean() for order in (0, 1)
     )
     assert 2 * first < zeroth
+
+
+# -- fashion
+
+
+@functools.cache
+def fashion() -> SmallFlux:
+    found = ditkit.load("fashion")
+    assert isinstance(found, SmallFlux)
+    return found
+
+
+@functools.cache
+def garments(*policies: Policy, steps: int = 28) -> Tensor:
+    """A sample of each class."""
+    labels = list(fashion().config.class_names)
+    return ditkit.generate(fashion(), labels, range(10), steps=steps, guidance=1.0, policies=policies).images
+
+
+def test_the_small_flux_is_small_enough_to_ship() -> None:
+    assert "fashion" in shipped()
+    folder = Path(str(files("ditkit"))) / "weights" / "fashion"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
+    assert (folder / "README.md").is_file()
+
+
+def test_its_pictures_are_garments_on_black() -> None:
+    made = garments()
+    assert (made[..., :2, :] < -0.95).float().mean() > 0.98, "the padding that it was trained on"
+    assert (made.abs() > 1.1).float().mean() < 0.02
+    names = fashion().config.class_names
+    lit = dict(zip(names, (made > -0.5).float().flatten(1).mean(1).tolist(), strict=True))
+    assert lit["pullover"] > 1.5 * lit["sandal"] and lit["coat"] > lit["trouser"]
+
+
+def test_the_letters_alone_choose_the_class() -> None:
+    """A prompt in capitals is spelled alike; another name is another picture from the same noise."""
+    pipe = fashion().pipeline()
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str) -> Tensor:
+        noise = torch.Generator().manual_seed(0)
+        told = {"num_inference_steps": 8, "generator": noise, "output_type": "pt"}
+        return pipe(prompt, **told).images
+
+    assert torch.equal(draw("TROUSER"), draw("trouser"))
+    assert (draw("trouser") - draw("bag")).square().mean() > 0.02
+
+
+def test_forecasts_on_it_beat_reuse_and_fewer_steps() -> None:
+    def error(x: Tensor) -> float:
+        return (x - garments()).square().mean().item()
+
+    policy = TaylorSeer(interval=3, order=1)
+    assert 2 * error(garments(policy)) < error(garments(TaylorSeer(interval=3, order=0)))
+    assert error(garments(policy)) < error(garments(steps=len(policy.full_steps(28))))

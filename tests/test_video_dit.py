@@ -368,7 +368,7 @@ def test_with_text_gradients_reach_everything_also_with_checkpointing_and_in_hal
         ({"rotary_split": (4, 4)}, "sum to the head's 8 channels"),
         ({"rotary_base": 1.0}, "rotary_base=1.0 should be above 1"),
         ({"text_width": 7}, "text_width=7 and text_tokens=0 should both be 0, or neither"),
-        ({"classes": -1}, "classes=-1 should be 0 or more"),
+        ({"classes": -1}, "classes=-1 should be at least 0"),
         ({"label_dropout": 1.0}, r"label_dropout=1.0 should lie in \[0, 1\)"),
         ({"classes": 2, "class_names": ("a",)}, "1 class names for 2 classes"),
         ({"depth": 5000}, "depth=5000 should be at most 1000"),

@@ -164,6 +164,12 @@ def check_scheduler(scheduler: Any) -> None:
         raise ConfigError(
             f"{type(scheduler).__name__} lacks {lacks}: expected a scheduler that can say its timesteps"
         )
+    replaced = [name for name in WATCHED if name in vars(scheduler)]
+    if replaced:
+        raise ConfigError(
+            f"{type(scheduler).__name__}: {replaced[0]} was replaced on the object itself, where it cannot be "
+            "followed; expected a subclass that overrides it"
+        )
 
 
 @cache

@@ -78,7 +78,7 @@ class Passage:
         self._sites = tuple(dict.fromkeys(s for net in nets for s in net.family.sites(net.model)))
         self._trajectory: Trajectory | None = None
         self._age = -1
-        self._idle: NoEffectError | None = None
+        self._idle: str | None = None
         self._had_effect = False
         self._ordinals: Counter[tuple[str, str]] = Counter()
         self._told: dict[tuple[str, str], Told] = {}
@@ -104,9 +104,9 @@ class Passage:
         if not self.clock.is_over or self._had_effect:
             return
         if self._idle is None and any(policy != policy.exact() for policy in self.policies):
-            self._idle = NoEffectError("the pipeline evaluated none of the transformers that it had before")
+            self._idle = "the pipeline evaluated none of the transformers that it had before"
         if self._idle is not None:
-            raise self._idle
+            raise NoEffectError(self._idle)
 
     def enter(self, net: Net, arguments: Mapping[str, Any]) -> None:
         """A transformer is about to be evaluated."""
@@ -193,7 +193,8 @@ class Passage:
 
     def _is_jump(self, latents: Tensor, version: int, before: Tensor, after: Tensor) -> bool:
         """Whether latents were moved farther than the step before moved them."""
-        if (after is latents and _version(after) == version) or self._moved is None:
+        untouched = after is latents and not after.is_inference() and _version(after) == version
+        if untouched or self._moved is None:
             return False
         origin, goal = self._moved
         if after.shape != before.shape or not isinstance(origin, Tensor):
@@ -223,7 +224,7 @@ class Passage:
             trajectory.finish()
             self._had_effect = True
         except NoEffectError as error:
-            self._idle = error
+            self._idle = str(error)  # the error itself knows this frame, and would keep the state alive
 
     def _lane(self, net: Net) -> str:
         """The name of the cache context, else the place among the calls since the last step."""
@@ -264,10 +265,13 @@ class Named:
 class Watch:
     """The hooks of one accelerated pipeline on one transformer; without a passage of its own they do nothing."""
 
+    net: Net | None = None
+
     def __init__(self, net: Net) -> None:
         self.net = net
         self._signature = inspect.signature(type(net.model).forward)
-        model = net.model
+        self._model = model = net.model
+        _drop_copies(model)
         self._handles = [
             model.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
             model.register_forward_hook(self.after, always_call=True),
@@ -279,15 +283,19 @@ class Watch:
         """Take the hooks away; whether no other accelerated pipeline watches the transformer."""
         for handle in self._handles:
             handle.remove()
-        model = self.net.model
+        model = self._model
         others = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         if any(isinstance(other, Watch) for other in others):
             return False
         vars(model).pop("cache_context", None)
         return True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the transformer is no part of the accelerated pipeline: nobody watches it."""
+        return object.__new__, (Watch,)
+
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if passage := self._passage():
+        if self.net and (passage := self._passage()):
             passage.enter(self.net, self._signature.bind(model, *args, **kwargs).arguments)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -299,6 +307,18 @@ class Watch:
         listener = LISTENER.get()
         ours = isinstance(listener, Passage) and any(net is self.net for net in listener.nets)
         return listener if ours else None  # type: ignore[return-value]
+
+
+def _drop_copies(model: nn.Module) -> None:
+    """Take away the hooks that came with a copy of a watched transformer."""
+    before = (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
+    after = (model._forward_hooks, model._forward_hooks_always_called)
+    for hooks, marked in (before, after):
+        watches = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
+        for key, watch in watches.items():
+            if isinstance(watch, Watch) and watch.net is None:
+                del hooks[key]
+                marked.pop(key, None)
 
 
 def _is_same(a: tuple[Tensor, int], b: tuple[Tensor, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import BoundArguments
 from types import TracebackType
 from typing import Any, Self
@@ -42,10 +42,13 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
 
     Raises:
         ConfigError: no pipeline, no transformer that has a view, a scheduler without timesteps, or no policy.
-        ConflictError: two policies own one site, another cache has its hooks on a transformer, more than its
-            blocks is compiled, or a policy of rows meets attention whose processor is not diffusers' default.
+        ConflictError: `pipe` is accelerated itself, two policies own one site, another cache has its hooks on a
+            transformer, more than its blocks is compiled, or a policy of rows meets attention whose processor is
+            not diffusers' default.
         NoEffectError: a policy has no site that it can use. The pipeline is then as it was.
     """
+    if isinstance(pipe, Accelerated):
+        raise ConflictError(f"accelerate: got {pipe!r}, expected the pipeline that it was made of")
     chosen = as_policies(policies) or (DEFAULT,)
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
@@ -76,7 +79,7 @@ def restore(fast: Accelerated) -> Any:
 class Accelerated:
     """A pipeline under policies. What it has not itself is the pipeline's, to read, to set and to call."""
 
-    __slots__ = ("_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
+    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
 
     def __init__(
         self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
@@ -111,8 +114,11 @@ class Accelerated:
         and once, in turns, for the wall clock, and the control; a run of `converged_steps` is a sixth.
 
         Raises:
-            ConfigError: nothing was called yet, or the pipeline was restored since.
+            ConfigError: nothing was called yet, the pipeline was restored since, or `converged_steps` is no
+                positive integer, goes without `exact`, or the call had its own list of timesteps.
         """
+        if converged_steps is not None and not exact:
+            raise ConfigError(f"report: got converged_steps={converged_steps!r} without exact=True, expected it")
         if self._last is None:
             raise ConfigError(
                 "report: expected a finished call of the accelerated pipeline before it, got none"
@@ -141,6 +147,10 @@ class Accelerated:
     def __repr__(self) -> str:
         return f"Accelerated({type(self._pipe).__name__}, {', '.join(map(str, self._policies))})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is of a copy of the pipeline, accelerated anew."""
+        return partial(accelerate, max_bytes=self._max_bytes), (self._pipe, *self._policies)
+
     def __enter__(self) -> Self:
         return self
 
@@ -150,9 +160,9 @@ class Accelerated:
         self._restore()
 
     def _restore(self) -> Any:
-        for watch in self._watches or ():
+        for net, watch in zip(self._nets, self._watches or (), strict=False):
             if watch.remove():
-                without_sites(watch.net.model)
+                without_sites(net.model)
         self._watches = None
         return self._pipe
 

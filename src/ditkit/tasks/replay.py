@@ -87,7 +87,8 @@ class Asked:
         self._random = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         given = self.bound.arguments.get("generator")
-        self._generators = [(g.device, g.get_state()) for g in _listed(given)]
+        self._order = [id(g) for g in _listed(given)]
+        self._generators = {id(g): (g.device, g.get_state()) for g in _listed(given)}
         self._one = isinstance(given, torch.Generator)
 
     @property
@@ -107,12 +108,13 @@ class Asked:
     @contextmanager
     def again(self) -> Iterator[dict[str, Any]]:
         """Inside, randomness is as it was then; gives the generators to ask with."""
-        made = [torch.Generator(device).set_state(state) for device, state in self._generators]
+        made = {key: torch.Generator(device).set_state(s) for key, (device, s) in self._generators.items()}
+        several = [made[key] for key in self._order]  # one may serve several samples
         with torch.random.fork_rng():
             torch.set_rng_state(self._random)
             if self._cuda:
                 torch.cuda.set_rng_state_all(self._cuda)
-            yield {"generator": made[0] if self._one else made} if made else {}
+            yield {"generator": several[0] if self._one else several} if several else {}
 
 
 Draw = Callable[[inspect.BoundArguments, bool], tuple[Any, Took]]  # arguments, under policies -> output, cost
@@ -129,12 +131,24 @@ class Replay:
         self.macs: dict[str, MacCount] = {}
 
     def rows(self, converged_steps: int | None) -> tuple[Row, Row]:
-        """Both rows; the policy's says what the same MACs buy in fewer exact steps."""
+        """Both rows; the policy's says what the same MACs buy in fewer exact steps.
+
+        Raises:
+            ConfigError: `converged_steps` is no positive integer, or the call had its own list of timesteps.
+        """
+        if converged_steps is not None:
+            integer("converged_steps", converged_steps, least=1)
+            if self.asked.steps is None:
+                raise ConfigError(
+                    f"converged_steps={converged_steps}: the call was asked for its own list of timesteps"
+                )
         for name, fast in ((EXACT, False), (self.name, True)):
             self._count(name, fast)
         runs = {EXACT: partial(self._run, EXACT, False), self.name: partial(self._run, self.name, True)}
         seconds = medians(alternated(runs, 1, warmup=0))  # counting has warmed both up
-        converged = None if converged_steps is None else self._converged(converged_steps)
+        converged = None
+        if converged_steps is not None:
+            converged = self._sample(False, num_inference_steps=converged_steps)[0]
         first, second = (self._row(name, seconds, converged) for name in (EXACT, self.name))
         return first, second
 
@@ -180,12 +194,6 @@ class Replay:
             same, psnr = samples.equal(exact), pooled_psnr_db(samples, exact)
             values = (steps, counter.total / max(whole, 1), same, psnr, to_converged)
         return {f"control_{name}": value for name, value in zip(names, values, strict=True)}
-
-    def _converged(self, steps: int) -> Tensor:
-        least = integer("converged_steps", steps, least=1)
-        if self.asked.steps is None:
-            raise ConfigError(f"converged_steps={least}: the call was asked for its own list of timesteps")
-        return self._sample(False, num_inference_steps=least)[0]
 
     def _count(self, name: str, fast: bool) -> None:
         with MacCounter() as counter:

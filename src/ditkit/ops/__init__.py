@@ -1,0 +1,1 @@
+"""Operations, a folder each: the plain reference, and the fast ones."""
