@@ -170,6 +170,8 @@ ATTENTION_OF_FLUX: Told = {
 """FasterCache's, as diffusers' tests of FLUX set it."""
 
 
+TAUS = (0.03, 0.06, 0.13)
+"""Of CG-Taylor on FLUX: its published "quality" and "fast", and one between them."""
 EXACT = Contestant("diffusers", "exact", "", exact)
 
 
@@ -185,12 +187,9 @@ def contestants() -> list[Contestant]:
 def _ours() -> list[Contestant]:
     return [
         Contestant(OURS, "ditkit", "", accelerated),
-        _policy("TaylorSeer", "N=3 O=1", "interval=3,order=1"),
-        _policy("TaylorSeer", "N=4 O=1", "interval=4,order=1"),
-        _policy("TaylorSeer", "N=4 O=2", "interval=4,order=2"),
-        _policy("TaylorSeer", "N=6 O=1", "interval=6,order=1"),
-        _policy("ConfidentTaylor", "", ""),
-        *(_policy("ConfidentTaylor", f"tau={tau}", f"threshold={tau}") for tau in (0.02, 0.05, 0.1)),
+        _policy("TaylorSeer", "N=3 O=1 W=2", "interval=3,order=1"),
+        *(_seer(interval, order) for interval, order in ((2, 1), (3, 1), (4, 1), (4, 2), (6, 1))),
+        *(_policy("ConfidentTaylor", f"tau={tau}", f"threshold={tau},first_order=1") for tau in TAUS),
         _policy("RAS", "50 %", ""),
         _policy("RAS", "50 % low", "selection=low"),
         _policy("RAS", "25 %", "ratio=0.25"),
@@ -198,6 +197,12 @@ def _ours() -> list[Contestant]:
         _policy("ConfidentTaylor", "tau=0", "threshold=0", neutral=True),
         _policy("RAS", "100 %", "ratio=1", neutral=True),
     ]
+
+
+def _seer(interval: int, order: int) -> Contestant:
+    """With the slope from pure noise left out of the forecasts, see `ditkit.tasks.accelerate.DEFAULT`."""
+    setting = f"interval={interval},order={order},warmup=4"
+    return _policy("TaylorSeer", f"N={interval} O={order}", setting)
 
 
 def _policy(method: str, setting: str, fields: str, neutral: bool = False) -> Contestant:

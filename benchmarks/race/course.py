@@ -34,7 +34,6 @@ class Course:
 
     def pipeline(self, kind: type = FluxPipeline) -> Any:
         """With a transformer of its own, for a cache may patch the module; the parameters are the same tensors."""
-        self.pipe.vae.register_to_config(latent_channels=4 * self._channels)  # image-to-image asks for it
         transformer = self.pipe.transformer
         shared = {id(t): t for t in chain(transformer.parameters(), transformer.buffers())}
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)

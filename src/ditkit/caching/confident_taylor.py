@@ -67,6 +67,8 @@ class ConfidentTaylor(Policy):
             integer(f"ConfidentTaylor: {name}", getattr(self, name), least=0)
         if self.decider not in get_args(Decider):
             raise ConfigError("ConfidentTaylor: " + unknown("decider", self.decider, get_args(Decider)))
+        if not isinstance(self.schedule, tuple):
+            raise ConfigError(f"ConfidentTaylor: schedule={self.schedule!r}, expected a tuple of indices")
         for index in self.schedule:
             integer("ConfidentTaylor: schedule", index, least=0)
         if self.schedule and tuple(sorted({0, *self.schedule})) != self.schedule:

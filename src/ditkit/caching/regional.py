@@ -6,9 +6,10 @@ along their last known prediction, and the others see the keys and values that t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +27,12 @@ QUANTUM = 64
 """Rows by which a schedule with a slope rounds down (the paper's code)."""
 IN_STREAM = {"image": ("image", "context"), "joint": ()}
 """Segments of the sequences that attention may run over; no names: all."""
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("ratio", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("high_ratio", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("starvation", lambda x: 0 <= x < inf, "0 or more"),
+    ("slope", lambda x: isinstance(x, int), "an integer"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,12 @@ class RAS(Policy):
     span: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ConfigError(f"RAS: ratio={self.ratio}, expected above 0 and at most 1")
-        if not 0 <= self.high_ratio <= 1:
-            raise ConfigError(f"RAS: high_ratio={self.high_ratio}, expected 0 to 1")
-        if not self.starvation >= 0:
-            raise ConfigError(f"RAS: starvation={self.starvation}, expected 0 or more")
+        for name, fits, expected in _NUMBERS:
+            given = getattr(self, name)
+            if not isinstance(given, int | float) or isinstance(given, bool) or not fits(given):
+                raise ConfigError(f"RAS: {name}={given!r}, expected {expected}")
+        if not isinstance(self.resets, tuple):
+            raise ConfigError(f"RAS: resets={self.resets!r}, expected a tuple of integers")
         end = self.warmup if self.end is None else self.end
         whole = [("warmup", self.warmup, 1), ("reset_every", self.reset_every, 0), ("span", self.span, 1)]
         for name, given, least in (*whole, ("end", end, 0), *(("resets", reset, 0) for reset in self.resets)):

@@ -40,14 +40,15 @@ class Took:
     def evaluations(self) -> int:
         """Of the guided model, however many lanes and networks each of them asked."""
         first = self.receipts[0].policy if self.receipts else None
-        return sum(len(_replaced(r)) for r in self.receipts if r.policy == first)
+        return sum(len(_evaluated(r)) for r in self.receipts if r.policy == first)
 
     @property
     def full(self) -> int:
-        """Those in which every owned site was computed, by the policy that replaced the most."""
+        """Those in which every owned site was computed, on all rows, by the policy that replaced the most."""
         counts: Counter[str] = Counter()
         for receipt in self.receipts:
-            counts[str(receipt.policy)] += sum(not gone for gone in _replaced(receipt).values())
+            partial = {i for lane, calls in receipt.rows.items() for i in calls.keys() - receipt.full(lane)}
+            counts[str(receipt.policy)] += len(_evaluated(receipt) - partial)
         return min(counts.values(), default=0)
 
 
@@ -220,13 +221,9 @@ def as_samples(drawn: Any) -> Tensor:
     return 2 * torch.as_tensor(drawn).float().movedim(-1, 1) - 1
 
 
-def _replaced(receipt: PolicyReceipt) -> dict[int, int]:
-    """For each evaluation, the site calls that were replaced in all its lanes."""
-    gone: Counter[int] = Counter()
-    for lane in receipt.rows.values():
-        for index, (_, replaced) in lane.items():
-            gone[index] += replaced
-    return gone
+def _evaluated(receipt: PolicyReceipt) -> set[int]:
+    """The evaluations of a trajectory, by any lane."""
+    return {index for lane in receipt.rows.values() for index in lane}
 
 
 def _control(row: Row) -> list[str]:
