@@ -141,9 +141,10 @@ def test_report_of_a_neutral_policy_says_identical() -> None:
 
 def test_a_policy_without_effect_is_an_error() -> None:
     fast = ditkit.accelerate(pipeline(), POLICY)
-    with pytest.raises(NoEffectError, match="saved nothing: all 2 evaluations were full"):
+    with pytest.raises(NoEffectError, match="saved nothing: all 2 evaluations were full") as caught:
         latents(fast, asked(steps=2))
     pipe = pipeline()
+    assert torch.equal(caught.value.output.images, latents(pipe, asked(steps=2)))
     fast = ditkit.accelerate(pipe, POLICY)
     pipe.transformer = transformer()
     with pytest.raises(NoEffectError, match="none of the transformers"):

@@ -307,6 +307,16 @@ def test_a_policy_without_effect_is_named():
         compared([TaylorSeer(interval=20, warmup=12)])
 
 
+def test_the_others_are_compared_without_it(tmp_path):
+    report = compared([TaylorSeer(interval=20, warmup=12), TaylorSeer(interval=4, order=0)])
+    assert [row.kind for row in report.rows] == ["exact", "policy"]
+    (why,) = report.settings["left_out"]
+    assert "TaylorSeer(interval=20" in why and "saved nothing" in why
+    report.save(tmp_path)
+    assert "No row: TaylorSeer(interval=20" in (tmp_path / "report.html").read_text()
+    assert why in str(report.table().caption)
+
+
 def test_labels_are_names_or_numbers_one_for_all_or_spread():
     named = tiny_dit()
     named.config = replace(TINY, class_names=("ant", "bee", "cat", "dog"))

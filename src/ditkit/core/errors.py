@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DitkitError(Exception):
@@ -31,7 +32,13 @@ class ConflictError(DitkitError):
 
 
 class NoEffectError(DitkitError):
-    """A method that is not set to its neutral setting touched nothing or saved nothing."""
+    """A method that is not set to its neutral setting touched nothing or saved nothing.
+
+    Attributes:
+        output: what was drawn all the same, where that was known only at the end; exact, as nothing was saved.
+    """
+
+    output: Any = None
 
 
 def nearest(given: object, choices: Iterable[object]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.policy import Policy
 from ditkit.evaluate.clock import alternated, medians
 from ditkit.evaluate.deviation import errors, made_of, pooled_psnr_db
@@ -50,12 +50,23 @@ class Bench:
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, PeakMemory] = {}
         self.controls: dict[str, Method] = {}
+        self.idle: dict[str, NoEffectError] = {}
         self.converged: Tensor | None = None
 
     def count(self) -> None:
-        """Draw once under the counter of MACs."""
-        for method in self._told("counting MACs", self.methods):
-            self._count(method)
+        """Draw once under the counter of MACs; policies that save nothing get no row.
+
+        Raises:
+            NoEffectError: none is left.
+        """
+        for method in self._told("counting MACs", tuple(self.methods)):
+            try:
+                self._count(method)
+            except NoEffectError as error:
+                self.idle[method.name] = error
+                self.methods.remove(method)
+        if self.idle and not self._policies():
+            raise next(iter(self.idle.values()))
 
     def add_controls(self) -> None:
         """For each policy, the exact sampler with as many steps as cost the same MACs."""

@@ -85,7 +85,9 @@ def compare(
         ConfigError: a seed or policy given twice, an unknown label, a number out of range, a sample that is
             given whole, a policy that does not fit the model or `max_bytes`, or (with `memory`) something that
             another process cannot be told.
-        NoEffectError, ConflictError: as the sampler raises them.
+        NoEffectError: no policy saved anything; where only some did not, they have no row, and `left_out` of the
+            report's settings says why.
+        ConflictError: as the sampler raises it.
     """
     work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
     policies = as_policies(policies)
@@ -112,6 +114,8 @@ def compare(
         if isolated is not None:
             bench.measure_memory(isolated)
     settings = settings_of(work, converged_steps, rounds, memory)
+    if bench.idle:
+        settings["left_out"] = [str(error) for error in bench.idle.values()]
     pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
     return Report(bench.rows(judge), settings, pictures, bench.made)
 

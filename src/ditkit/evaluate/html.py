@@ -45,6 +45,7 @@ def page(
         f"<h1>{escape(title(settings))}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
         f'<p class="context">{escape(context(settings, kind))}</p>',
+        *(f'<p class="context">No row: {escape(why)}</p>' for why in settings.get("left_out", ())),
         section(f"{kind.capitalize()}s", shown),
         section("Speed against error", speed_against_error(rows)),
         section("Numbers", table(rows)),

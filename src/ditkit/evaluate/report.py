@@ -103,7 +103,9 @@ class Report:
         count = len(self.settings["seeds"])
         table = Table(
             title=f"{count} samples in {self.settings['steps']} steps; distances are PSNR in dB",
-            caption=self.headline,
+            caption="\n".join(
+                [self.headline, *(f"No row: {why}" for why in self.settings.get("left_out", ()))]
+            ),
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

@@ -37,7 +37,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """A pipeline of diffusers, faster: called like it, with the same weights, LoRAs, hooks and components.
 
     `pipe` itself stays exact, and so several may be made of one pipeline. `restore` or leaving a `with` block
-    takes away what was added to its transformers. Compiled blocks stay compiled; where a policy acts inside one,
+    takes away what was added to its transformers; diffusers' `from_pipe` makes other pipelines of the same parts
+    before or after, not meanwhile. Compiled blocks stay compiled; where a policy acts inside one,
     each of its branches is a graph, and a branch in which it acts, such as attention under RAS, is none.
 
     Args:
@@ -101,7 +102,7 @@ class Accelerated:
                 the number of steps, or the policies would hold more than `max_bytes`.
             ConflictError: what `accelerate` refuses was done to the pipeline since.
             NoEffectError: the pipeline was given another transformer since; or the call went to its end, and a
-                policy touched nothing or saved nothing.
+                policy touched nothing or saved nothing. What was drawn is then the error's `output`.
         """
         if self._watches is None:
             raise ConfigError(f"{type(self._pipe).__name__} was restored; call ditkit.accelerate again")
@@ -117,7 +118,8 @@ class Accelerated:
         """Cost and receipt of the last call; with `exact` its error, and what the same MACs buy in fewer steps.
 
         The error takes five more calls from the same state of all generators: both samplers once to count MACs
-        and once, in turns, for the wall clock, and the control; a run of `converged_steps` is a sixth.
+        and once, in turns, for the wall clock, and the control; a run of `converged_steps` is a sixth. A callback is
+        called in all of them.
 
         Raises:
             ConfigError: nothing was called yet, the pipeline was restored since, or `converged_steps` is no
@@ -192,7 +194,11 @@ class Accelerated:
                 asked = passage.heard(bound)
                 drawn.append(self._pipe(*asked.args, **asked.kwargs))
 
-        seconds = seconds_of(call)
+        try:
+            seconds = seconds_of(call)
+        except NoEffectError as error:
+            error.output = next(iter(drawn), None)
+            raise
         return drawn[0], Took(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
 
 
