@@ -17,7 +17,7 @@ help: ## list the targets
 demo: $(READY) ## draw with the shipped model, exactly and accelerated; writes outputs/demo
 	$(BIN)/$(DEMO)
 
-test: $(READY) ## lint, types, import layers and the fast tests: what CI runs
+test: $(READY) .venv/.kernels ## lint, types, import layers and the fast tests: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,6 +32,10 @@ experiments: $(READY) ## the slow tests: each system's experiment
 
 bench: $(READY) ## every table of benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+.venv/.kernels: $(READY)
+	$(PIP) install -c constraints.txt -e '.[dev,kernels]'
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("ditkit needs Python 3.11 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'

@@ -264,20 +264,20 @@ def test_evaluate_measures_and_shows_neighbours(
     )
     (photos / "dog" / "bad.png").write_bytes(b"no image")
     flags = ["--data", photos, "--max-bad", "1", "--count", "6", "--steps", "4", "--batch-size", "4"]
-    flags += ["--guidance-interval", "0.2", "0.8"]
+    flags += ["--guidance-interval", "0.2", "0.8", "--real-count", "4"]
     text = output(capsys, "evaluate", folder, *flags, "--policy", "taylorseer:interval=2", "--out", out)
-    assert "KID" in text and "n = 6 drawn, 6 real" in text and "efficientnet" in text
+    assert "KID" in text and "n = 6 drawn, 4 real" in text and "efficientnet" in text
 
     result = json.loads((out / "evaluation.json").read_text())
-    assert result["n_fake"] == result["n_real"] == 6 and result["fid"] is None
+    assert (result["n_fake"], result["n_real"]) == (6, 4) and result["fid"] is None
     assert result["settings"]["policies"] == ["taylorseer:interval=2"] and result["macs_each"] > 0
     assert result["command"].startswith(
-        f"ditkit evaluate {folder} --data {photos} --max-bad 1 --count 6 --steps 4"
+        f"ditkit evaluate {folder} --data {photos} --max-bad 1 --real-count 4 --count 6 --steps 4"
     )
     assert "--guidance 2.0 --guidance-interval 0.2 0.8 --solver euler" in result["command"]
     assert result["command"].endswith("--policy taylorseer:interval=2 --batch-size 4")
     assert len(result["nearest"]) == 6
-    ids = {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
+    ids = {f"{name}/{i}.png" for name, i in (("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1))}
     assert all(entry["pixels"]["id"] in ids and entry["features"]["id"] in ids for entry in result["nearest"])
     assert Image.open(out / "neighbours.png").size[0] > 3 * 96
 
@@ -298,6 +298,10 @@ def test_evaluate_refuses_too_few_real_pictures_before_drawing(
     words = ["evaluate", tmp_path / "m", "--data", photos, "--out", tmp_path / "out"]
     assert main([str(word) for word in words]) == 2
     assert "photos has 3 pictures, expected at least 4" in capsys.readouterr().err
+    words += ["--real-count", 5]
+    (photos / "dog" / "3.png").write_bytes((photos / "dog" / "0.png").read_bytes())
+    assert main([str(word) for word in words]) == 2
+    assert "--real-count=5, expected 4 to 4, as photos has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

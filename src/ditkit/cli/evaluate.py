@@ -58,6 +58,7 @@ def evaluate(
     batch_size: int = 50,
     neighbours: int = 16,
     max_bad: Number = None,
+    real_count: Number = None,
     out: Path = Path("outputs/evaluate"),
 ) -> None:
     """Measure a model against real pictures: KID, FID, precision, recall.
@@ -83,6 +84,7 @@ def evaluate(
         batch_size: Pictures drawn at once.
         neighbours: Pictures shown beside their nearest real ones, at most --count.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
+        real_count: Real pictures to measure against, from all over the set. Default: all.
         out: Folder to write to.
     """
     if count < FEWEST:
@@ -93,6 +95,7 @@ def evaluate(
     guidance = guiding.make()
     real = load_images(data, network.signal_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
     check_real(network, real)
+    real = real if real_count is None else thinned(real, real_count)
     extractor = load_efficientnet_lite0()
     with writable(out):
         labels = drawn_labels(real, count)
@@ -109,6 +112,7 @@ def evaluate(
         given = {
             "data": data,
             "max_bad": max_bad,
+            "real_count": real_count,
             "count": count,
             "steps": steps,
             **asdict(guiding),
@@ -206,6 +210,13 @@ def check_real(model: Model, real: ImageSet) -> None:
     for i, (ours, theirs) in enumerate(zip(known, real.classes or known, strict=True)):
         if ours not in (theirs, str(i)):
             raise ConfigError(f"class {i} of {real.name} is {theirs!r}, the model's is {ours!r}")
+
+
+def thinned(real: ImageSet, count: int) -> ImageSet:
+    """`count` pictures from all over a set."""
+    if not FEWEST <= count <= len(real):
+        raise ConfigError(f"--real-count={count}, expected {FEWEST} to {len(real)}, as {real.name} has")
+    return real.subset([i * len(real) // count for i in range(count)])
 
 
 def drawn_labels(real: ImageSet, count: int) -> list[int]:

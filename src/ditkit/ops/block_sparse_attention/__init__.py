@@ -1,0 +1,22 @@
+"""Attention over lists of key blocks: one plan, several kernels, output and log-sum-exp."""
+
+from ditkit.ops.block_sparse_attention.build import Allowed, block_map, build_plan, near_blocks, with_valid
+from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, choose
+from ditkit.ops.block_sparse_attention.plan import BlockPlan
+from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference, merge
+
+__all__ = [
+    "Allowed",
+    "Attended",
+    "BlockPlan",
+    "Choice",
+    "Kernel",
+    "attend",
+    "attend_reference",
+    "block_map",
+    "build_plan",
+    "choose",
+    "merge",
+    "near_blocks",
+    "with_valid",
+]

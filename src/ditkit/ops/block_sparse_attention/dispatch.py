@@ -1,0 +1,132 @@
+"""Which kernel executes a plan, and whether skipping pays at all: decided before the work, and said."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.ops.block_sparse_attention.plan import BlockPlan
+from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference
+
+Kernel = Literal["auto", "cpu", "triton", "flex", "reference"]
+
+PAYS_BELOW = 0.5
+"""Share of the blocks up to which a kernel beats dense attention: on one core, d = 64, at 0.5 by 1.2 times forward
+and 1.3 backward, at 0.62 by none (`benchmarks/block_sparse_attention.py`). Not measured on a GPU."""
+
+SHORTEST = 256
+"""Keys below which dense attention takes so little that lists cannot pay."""
+
+
+class Choice(NamedTuple):
+    """The kernel that will execute a plan, exactly; `pays` False says that plain dense attention would be faster."""
+
+    kernel: Kernel
+    pays: bool
+    reason: str
+
+
+def choose(q: Tensor, plan: BlockPlan, kernel: Kernel = "auto") -> Choice:
+    """The kernel for queries like `q` and why; a pattern that does not pay switches itself off and says the reason.
+
+    Raises:
+        ConfigError: an unknown kernel, or one that this device, type or plan cannot have.
+    """
+    if kernel not in get_args(Kernel):
+        raise ConfigError(unknown("kernel", kernel, get_args(Kernel)))
+    chosen = kernel if kernel != "auto" else _automatic(q, plan)
+    why_not = _refusal(chosen, q, plan)
+    if why_not:
+        raise ConfigError(f"kernel {chosen}: {why_not}")
+    rows, columns = plan.blocks
+    visited = f"{plan.density:.3g} of {rows} x {columns} blocks visited"
+    if chosen == "reference":
+        return Choice(chosen, False, "the reference makes all scores")
+    if plan.keys < SHORTEST:
+        return Choice(chosen, False, f"{plan.keys} keys, dense attention is faster below {SHORTEST}")
+    if plan.density > PAYS_BELOW:
+        return Choice(chosen, False, f"{visited}, dense attention is faster above {PAYS_BELOW}")
+    return Choice(chosen, True, f"{visited} on {q.device.type}")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None, kernel: Kernel = "auto"
+) -> Attended:
+    """Attention of queries [B, N, L, K] over keys and values [B, N, M, K], each query over those its plan lets it see.
+
+    Differentiable in the output and in the log-sum-exp. All kernels compute the same, to rounding.
+
+    Args:
+        scale: of the scores, 1 / sqrt(K) unless said.
+        kernel: "auto" for what `choose` says.
+
+    Raises:
+        ShapeError: tensors that do not fit each other or the plan.
+        ConfigError: see `choose`.
+    """
+    _check(q, k, v, plan)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen, plan = choose(q, plan, kernel).kernel, plan.to(q.device)
+    if chosen == "cpu":
+        from ditkit.ops.block_sparse_attention.cpu import attend_cpu
+
+        return Attended(*attend_cpu(q, k, v, plan, scale))
+    if chosen == "triton":
+        from ditkit.ops.block_sparse_attention.triton import attend_triton
+
+        return Attended(*attend_triton(q, k, v, plan, scale))
+    if chosen == "flex":
+        from ditkit.ops.block_sparse_attention.flex import attend_flex
+
+        return Attended(*attend_flex(q, k, v, plan, scale))
+    return attend_reference(q, k, v, plan.mask(), scale)
+
+
+def _automatic(q: Tensor, plan: BlockPlan) -> Kernel:
+    """The first kernel of the device that takes this type and plan; the reference where it has none."""
+    preferred: tuple[Kernel, ...] = ("cpu",) if q.device.type == "cpu" else ("triton", "flex")
+    refusals = {name: _refusal(name, q, plan) for name in preferred}
+    for name, why_not in refusals.items():
+        if not why_not:
+            return name
+    reasons = "; ".join(f"{name}: {why_not}" for name, why_not in refusals.items())
+    raise ConfigError(f"no block-sparse kernel here ({reasons}); kernel='reference' makes all scores")
+
+
+def _refusal(kernel: Kernel, q: Tensor, plan: BlockPlan) -> str:
+    """Why this kernel cannot execute the plan; empty if it can."""
+    device = q.device.type
+    if kernel == "cpu" and device != "cpu":
+        return f"queries are on {device}, expected cpu"
+    if kernel == "flex" and device != "cuda":
+        return f"queries are on {device}, expected cuda: FlexAttention has no log-sum-exp elsewhere"
+    if kernel == "flex" and q.dtype == torch.float64:
+        return "got torch.float64, expected float32 or less"
+    return _triton_refusal(q, plan) if kernel == "triton" else ""
+
+
+def _triton_refusal(q: Tensor, plan: BlockPlan) -> str:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from ditkit.ops.block_sparse_attention.triton import refusal
+
+    return refusal(q, plan)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    B, N, L, K = q.shape
+    if plan.queries != L or k.shape != (B, N, plan.keys, K) or v.shape[:3] != k.shape[:3]:
+        raise ShapeError(
+            f"attend: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} for a plan of {plan.queries} queries and "
+            f"{plan.keys} keys"
+        )
+    if plan.batches not in (1, B) or plan.heads not in (1, N):
+        raise ShapeError(
+            f"attend: q {list(q.shape)} for a plan with lists for {plan.batches} batch rows and {plan.heads} heads"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"attend: q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one type")
