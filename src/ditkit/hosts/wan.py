@@ -241,4 +241,6 @@ def _modulated(norm: nn.Module, x_BLD: Tensor, by: Modulation) -> Tensor:
 def _rotate(x_BLNK: Tensor, table: Rotary) -> Tensor:
     even, odd = x_BLNK.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.cos[..., 0::2], table.sin[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLNK)
+    out = torch.empty_like(x_BLNK)
+    out[..., 0::2], out[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos
+    return out
