@@ -95,10 +95,22 @@ def test_a_pipeline_inside_a_callback_of_another(pair: tuple[str, str]) -> None:
 
 @pairs
 def test_two_threads_take_turns(pair: tuple[str, str]) -> None:
+    """Each alone runs in a thread of its own as well: torch shares out the work of a product otherwise there."""
     pipes, tolds = zip(*(ready(ONE_EACH[family]) for family in pair), strict=True)
     fasts = [ditkit.accelerate(pipe) for pipe in pipes]
-    alone = [draw(fast, told) for fast, told in zip(fasts, tolds, strict=True)]
-    turns, drawn = threading.Barrier(2), {}
+    alone: dict[int, Tensor] = {}
+    drawn: dict[int, Tensor] = {}
+
+    def run(i: int, into: dict[int, Tensor]) -> None:
+        into[i] = draw(fasts[i], tolds[i])
+
+    def threads(into: dict[int, Tensor]) -> list[threading.Thread]:
+        return [threading.Thread(target=run, args=(i, into)) for i in range(2)]
+
+    for thread in threads(alone):
+        thread.start()
+        thread.join()
+    turns = threading.Barrier(2)
 
     def take_turns(module: Any, *_: Any, calls: list[int]) -> None:
         calls.append(1)
@@ -107,13 +119,9 @@ def test_two_threads_take_turns(pair: tuple[str, str]) -> None:
 
     for pipe in pipes:
         pipe.transformer.register_forward_hook(partial(take_turns, calls=[]))
-
-    def run(i: int) -> None:
-        drawn[i] = draw(fasts[i], tolds[i])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
+    both = threads(drawn)
+    for thread in both:
         thread.start()
-    for thread in threads:
+    for thread in both:
         thread.join()
     assert all(torch.equal(drawn[i], alone[i]) for i in range(2))
