@@ -19,7 +19,7 @@ from ditkit.core.run import Run, Site
 from ditkit.hosts.attention import computes_as, has_core
 from ditkit.hosts.streams import Streams
 from ditkit.nn.blocks import KV, keep, modulate
-from ditkit.nn.compiled import call_compiled, is_compiled
+from ditkit.nn.compiled import run_block
 
 _QUIET = {"ip_adapter_masks", "ip_hidden_states"}
 """Arguments that diffusers drops without a warning, where a processor does not know them."""
@@ -95,9 +95,7 @@ def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         # the run is handed on: recomputation may happen on a thread that has no context variable
         return model._gradient_checkpointing_func(block, *args, *given.values(), run, at)
-    if at and is_compiled(block):
-        return call_compiled(block, run, at, *args, **given)
-    return block(*args, **given, run=run, at=at)
+    return run_block(block, run, at, *args, **given)
 
 
 def modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:

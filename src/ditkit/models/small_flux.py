@@ -167,10 +167,9 @@ class SmallFlux(Denoiser):
         return LettersFluxPipeline.around(transformer, self.config.size, self.config.letters)
 
     def _switch_checkpointing(self) -> None:
-        wanted = self.gradient_checkpointing and self.training
-        if wanted != self.transformer.gradient_checkpointing:
-            switch = self.transformer.enable_gradient_checkpointing
-            (switch if wanted else self.transformer.disable_gradient_checkpointing)()
+        if self.recomputes != self.transformer.gradient_checkpointing:
+            switch = "enable" if self.recomputes else "disable"
+            getattr(self.transformer, f"{switch}_gradient_checkpointing")()
 
 
 def pack(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditkit.core.errors import ShapeError
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.compiled import call_compiled, is_compiled
+from ditkit.nn.compiled import run_block
 from ditkit.nn.rotary import Rotary, rotate
 
 PLAIN_KEYS = 1024
@@ -152,7 +152,7 @@ class Block(nn.Module):
         b1, g1, a1, b2, g2, a2 = self.modulation(F.silu(c_BD)).unsqueeze(1).chunk(6, -1)
         attn, mlp = at + ".attn", at + ".mlp"
         branch = run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, *aligned)
-        x_BLD = torch.addcmul(x_BLD, a1, branch)  # where branches are forecast, half of what is left is this
+        x_BLD = torch.addcmul(x_BLD, a1, branch)  # one pass over memory, not two
         return torch.addcmul(x_BLD, a2, run.site(mlp, self.feed, x_BLD, b2, g2))
 
     @staticmethod
@@ -194,12 +194,7 @@ class Stack:
     def _through(self, args: tuple[Any, ...], x: Tensor, start: int, stop: int | None) -> Tensor:
         for i in range(start, len(self.blocks) if stop is None else stop):
             at = f"{self.prefix}.{i}"
-            block = self.blocks[i]
-            block = (
-                partial(call_compiled, block, self.run, at)
-                if is_compiled(block)
-                else partial(block, run=self.run, at=at)
-            )
+            block = partial(run_block, self.blocks[i], self.run, at)
             if self.checkpointing:
                 block = partial(checkpoint, block, use_reentrant=False)
             x = self.run.site(at, block, x, *args)

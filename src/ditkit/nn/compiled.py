@@ -18,8 +18,10 @@ def is_compiled(block: Any) -> bool:
     return getattr(block, "_compiled_call_impl", None) is not None
 
 
-def call_compiled(block: Any, run: Run, at: str, *args: Any, **given: Any) -> Any:
-    """A compiled block: the graph of all of it where nothing acts inside, else a graph for each branch."""
+def run_block(block: Any, run: Run, at: str, *args: Any, **given: Any) -> Any:
+    """A block in a run. A compiled one: the graph of all of it where nothing acts inside, else one a branch."""
+    if not is_compiled(block):
+        return block(*args, **given, run=run, at=at)
     if not _acts_inside(run, at):
         return block(*args, **given, run=DIRECT, at="")
     return block._call_impl(*args, **given, run=Branches(run, _compiler(block)), at=at)

@@ -11,7 +11,7 @@ from ditkit.train.timesteps import LogitNormal
 
 
 def fashion_flux() -> FluxImageRecipe:
-    """6.2 M parameters, 64 tokens and 16 letters, velocity on the linear path; some forty minutes of one core."""
+    """6.2 M parameters, 64 tokens and 16 letters, velocity on the linear path; some fifty minutes of one core."""
     return FluxImageRecipe(
         data="fashion",
         model=SmallFluxConfig(),
