@@ -14,9 +14,9 @@ from ditkit.ops.block_sparse_attention.reference import Attended, attend_referen
 
 Kernel = Literal["auto", "cpu", "triton", "flex", "reference"]
 
-PAYS_BELOW = 0.5
-"""Share of the blocks up to which a kernel beats dense attention: on one core, d = 64, at 0.5 by 1.2 times forward
-and 1.3 backward, at 0.62 by none (`benchmarks/block_sparse_attention.py`). Not measured on a GPU."""
+PAYS_BELOW = 0.4
+"""Share of the blocks up to which a kernel beats dense attention: on two cores, d = 64, 2.4 times at 0.25 and 0.9 to
+1.1 at 0.5 (`benchmarks/block_sparse_attention.py`). Not measured on a GPU."""
 
 SHORTEST = 256
 """Keys below which dense attention takes so little that lists cannot pay."""
