@@ -439,9 +439,10 @@ def test_any_rows_may_be_computed_and_meet_only_those_of_their_place_or_frame():
         over_time.attn(over_time.norm(x[:, rows]), Run(), "a", mask=(place[:, None] == place,))
     )
     assert torch.allclose(over_time(Run(), "a", x[:, rows], kept), expected, atol=1e-12)
-    h = block.norm(x[:, rows]) * (1 + vector) + vector
+    shift, scale = block.modulation(vector).chunk(6, -1)[:2]
+    h = block.norm(x[:, rows]) * (1 + scale) + shift
     expected = block.attn(h, Run(), "a", mask=(frame[:, None] == frame,))
-    assert torch.allclose(block.attend(Run(), "a", x[:, rows], vector, vector, kept), expected, atol=1e-12)
+    assert torch.allclose(block.attend(Run(), "a", x[:, rows], vector, kept), expected, atol=1e-12)
 
     columns = torch.tensor([0, 2, 4, 6, 8, 10])  # whole places: as in the full clip
     full = over_time(Run(), "a", x, clip)[:, columns]

@@ -22,7 +22,8 @@ from ditkit.core.run import DIRECT, Call, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.evaluate.macs import count_macs
 from ditkit.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
-from ditkit.nn.blocks import KV, Stack, modulate
+from ditkit.nn.blocks import KV, Stack
+from ditkit.nn.modulation import modulate
 from ditkit.nn.rotary import axial_angles, rotary_table
 from ditkit.sample import ClassifierFree
 from ditkit.sample import sample as draw
@@ -105,8 +106,9 @@ def test_attention_equals_its_obvious_twin() -> None:
             parameter.add_(0.15 * torch.randn_like(parameter))
     block, grid, seen = model.blocks[0], Grid(2, 4, 6), {}
 
-    def tap(fn: Callable[..., Tensor], x: Tensor, shift: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, shift, scale, *rest)
+    def tap(fn: Callable[..., Tensor], x: Tensor, c: Tensor, *rest: Any) -> Tensor:
+        shift, scale = block.modulation(c).chunk(6, -1)[:2]
+        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, c, *rest)
         return seen["out"]
 
     x, t = clip(model)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ditkit.core.run import Run, Site
 from ditkit.hosts.attention import computes_as, has_core
 from ditkit.hosts.streams import Streams
-from ditkit.nn.blocks import KV, keep, modulate
+from ditkit.nn.blocks import KV, keep
 from ditkit.nn.compiled import run_block
+from ditkit.nn.modulation import modulate
 
 _QUIET = {"ip_adapter_masks", "ip_hidden_states"}
 """Arguments that diffusers drops without a warning, where a processor does not know them."""

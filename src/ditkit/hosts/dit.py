@@ -19,7 +19,7 @@ from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.blocks import attention_sites, call_block, feed_in_chunks, modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
-from ditkit.nn.blocks import modulate
+from ditkit.nn.modulation import modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

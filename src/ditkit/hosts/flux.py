@@ -22,7 +22,8 @@ from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import attention_sites, call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
-from ditkit.nn.blocks import KV, keep, modulate
+from ditkit.nn.blocks import KV, keep
+from ditkit.nn.modulation import modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

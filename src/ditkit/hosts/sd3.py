@@ -31,7 +31,8 @@ from ditkit.hosts.blocks import (
 )
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
-from ditkit.nn.blocks import KV, modulate
+from ditkit.nn.blocks import KV
+from ditkit.nn.modulation import modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

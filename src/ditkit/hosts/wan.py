@@ -21,7 +21,8 @@ from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import attention_sites, call_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
-from ditkit.nn.blocks import KV, keep, modulate
+from ditkit.nn.blocks import KV, keep
+from ditkit.nn.modulation import modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

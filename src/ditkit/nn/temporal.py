@@ -9,12 +9,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.axes import Clip
-from ditkit.nn.blocks import KV, Attention, Mlp, attention, keep, modulate
+from ditkit.nn.blocks import KV, Attention, Mlp, attention, keep
+from ditkit.nn.modulation import activated, affine, gate, modulate
 
 
 class Scene(NamedTuple):
@@ -107,33 +107,34 @@ class SpaceTimeBlock(nn.Module):
         self.mlp = Mlp(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def attend(self, run: Run, at: str, x_BLD: Tensor, shift: Tensor, scale: Tensor, clip: Clip) -> Tensor:
+    def attend(self, run: Run, at: str, x_BLD: Tensor, c_B1D: Tensor, clip: Clip) -> Tensor:
         """The attention branch inside each frame, before its gate."""
         line = clip.mask("S")
-        h_BLD = modulate(self.norm(x_BLD), shift, scale)
+        h_BLD = modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 0))
         o = self.attn(clip.fold(h_BLD, "S"), run, at, mask=() if line is None else (line,))
         return clip.unfold(o, "S")
 
-    def feed(self, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def feed(self, x_BLD: Tensor, c_B1D: Tensor) -> Tensor:
         """The MLP branch before its gate; row-wise."""
-        return self.mlp(modulate(self.norm(x_BLD), shift, scale))
+        return self.mlp(modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 1)))
 
     def forward(
         self, x_BLD: Tensor, c_BD: Tensor, scene: Scene, run: Run = DIRECT, at: str = "blocks.0"
     ) -> Tensor:
-        b1, g1, a1, b2, g2, a2 = self.modulation(F.silu(c_BD)).unsqueeze(1).chunk(6, -1)
+        c_B1D = activated(c_BD)
         temporal, attn = at + ".temporal_attn", at + ".attn"
         cross, mlp = at + ".cross_attn", at + ".mlp"
         if self.temporal_attn is not None:
             valid = () if scene.valid is None else (scene.valid,)
             over_time = partial(self.temporal_attn, run, temporal)
             x_BLD = x_BLD + run.site(temporal, over_time, x_BLD, scene.clip, *valid)
-        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, b1, g1, scene.clip)
-        x_BLD = torch.addcmul(x_BLD, a1, branch)
+        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, c_B1D, scene.clip)
+        x_BLD = torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 0), branch)
         if self.cross_attn is not None:
             look = partial(self.cross_attn, run, cross)
             x_BLD = x_BLD + run.site(cross, look, x_BLD, scene.memory, scene.known)
-        return torch.addcmul(x_BLD, a2, run.site(mlp, self.feed, x_BLD, b2, g2))
+        branch = run.site(mlp, self.feed, x_BLD, c_B1D)
+        return torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 1), branch)
 
     @staticmethod
     def sites(at: str, temporal: bool = True, cross: bool = False) -> list[Site]:
