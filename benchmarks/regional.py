@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import ditkit
 from common import record, show
-from ditkit.caching.regional import RAS, Regions, image_of, row_metric
+from ditkit.caching.regional import RAS, Regions, row_metric
+from ditkit.core.grid import image_of
 from ditkit.core.cond import Cond
 from ditkit.core.grid import patchify
 from ditkit.core.model import Model

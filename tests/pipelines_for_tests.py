@@ -1,4 +1,4 @@
-"""A tiny random FLUX pipeline of diffusers, without text encoders, and calls of it."""
+"""Tiny random pipelines of diffusers, without text encoders: FLUX and calls of it, CogVideoX and PixArt."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
 )
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.tasks.accelerate import Accelerated
 from flux_for_tests import S, transformer
+from hosts_for_tests import COGVIDEOX, PIXART
 
 STEPS, SIDE = 8, 16
 POLICY = TaylorSeer(interval=3, order=1)
@@ -94,3 +102,60 @@ IMAGE_TO_IMAGE = {
     },
 }
 """Pipelines that start late, and what else they are told."""
+
+CLIP_SIZE: Options = {"height": 32, "width": 48, "output_type": "latent"}
+CLIP_CONFIG = {**COGVIDEOX, "num_layers": 2, "sample_height": 4, "sample_width": 6, "sample_frames": 9}
+PREDICTION = {
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+}
+"""Settings that CogVideoX was trained with."""
+
+
+def text(seed: int, rows: int = 7) -> Tensor:
+    return torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def video_vae() -> AutoencoderKLCogVideoX:
+    """A frame in four and a pixel in eight each way."""
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+
+
+def cogvideox(
+    scheduler: Any = CogVideoXDDIMScheduler,
+    kind: Any = CogVideoXPipeline,
+    told: Options | None = None,
+    **config: Any,
+) -> tuple[Any, Options]:
+    """A pipeline, random as of now, and arguments of a call of it: 18 rows of the clip, 7 of text."""
+    net = CogVideoXTransformer3DModel(**{**CLIP_CONFIG, **config})
+    pipe = kind(None, None, video_vae(), net, scheduler(**PREDICTION))
+    told = told or {}
+    length = {} if told.keys() & {"video", "control_video"} else {"num_frames": 9}
+    texts = {"prompt_embeds": text(0), "negative_prompt_embeds": text(1)}
+    return pipe, {**texts, **CLIP_SIZE, **length, **told}
+
+
+def pixart(
+    scheduler: Any = DPMSolverMultistepScheduler,
+    kind: Any = PixArtAlphaPipeline,
+    told: Options | None = None,
+    **config: Any,
+) -> tuple[Any, Options]:
+    """The same for PixArt: 16 rows of the image."""
+    net = PixArtTransformer2DModel(**{**PIXART, "num_layers": 2, **config})
+    pipe = kind(None, None, vae(), net, scheduler())
+    known = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    texts = {"prompt_embeds": text(0), "prompt_attention_mask": known}
+    others = {"negative_prompt_embeds": text(1), "negative_prompt_attention_mask": known.roll(1)}
+    size = {"height": SIDE, "width": SIDE, "output_type": "latent"}
+    plainly = {"negative_prompt": None, "use_resolution_binning": False}
+    return pipe, {**texts, **others, **size, **plainly, **(told or {})}

@@ -17,9 +17,12 @@ from torch import Tensor
 import ditkit
 from ditkit.caching import RAS, ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
+from ditkit.core.policy import Policy
 from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import flux
+from ditkit.hosts.view import view
 from ditkit.tasks.replay import Asked
-from flux_for_tests import transformer
+from flux_for_tests import at, call, call_inputs, transformer
 from pipelines_for_tests import POLICY, STEPS, asked, computed, latents, pipeline
 
 Callback = Callable[..., dict[str, Any]]
@@ -119,6 +122,24 @@ def test_latents_that_are_moved_far_are_computed_in_every_mode(mode: Any, in_pla
     with mode():
         latents(fast, asked(callback_on_step_end=move))
     assert computed(fast) == {"cond": "2-3 6"}
+
+
+@pytest.mark.parametrize("policy", [TaylorSeer(interval=2, order=2), ConfidentTaylor(schedule=(0, 2, 4, 6))])
+@pytest.mark.parametrize(
+    "modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)]
+)
+def test_a_ladder_outlives_the_inference_mode_it_began_in(policy: Policy, modes: tuple[Any, Any]) -> None:
+    """Outside of it, its tensors can be read and not written."""
+    net, x, sites = view(transformer()), call_inputs(), flux.sites(view(transformer()))
+    drawn = []
+    for first, second in (modes, (torch.no_grad, torch.no_grad)):
+        trajectory, outs = Trajectory(sites, [policy], STEPS), []
+        for i in range(STEPS):
+            with second() if i >= STEPS // 2 else first():
+                outs.append(trajectory.leave(at(i, STEPS), call(net, x, trajectory.run(at(i, STEPS)))))
+        drawn.append(torch.stack(outs))
+        assert trajectory.receipts[0].saved
+    assert torch.equal(*drawn)
 
 
 def test_a_step_that_was_replaced_on_the_scheduler_itself_is_refused() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    AutoPipelineForImage2Image,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -20,6 +24,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
+from ditkit.tasks.accelerate import Accelerated
 from flux_for_tests import transformer
 from pipelines_for_tests import IMAGE_TO_IMAGE, POLICY, STEPS, asked, computed, latents, pipeline
 from policies_for_tests import Tap
@@ -43,7 +48,7 @@ def test_restore_gives_the_pipeline_back() -> None:
 
 def state_of(pipe: Any) -> Any:
     """Classes, hooks and attributes of everything that `accelerate` may touch."""
-    classes = [type(module) for module in pipe.transformer.modules()]
+    classes = [id(type(module)) for module in pipe.transformer.modules()]  # a view equals what it stands for
     model = pipe.transformer
     hooks = [
         len(model._forward_pre_hooks),
@@ -51,6 +56,33 @@ def state_of(pipe: Any) -> Any:
         len(model._forward_hooks_always_called),
     ]
     return classes, hooks, set(vars(model)), type(pipe.scheduler), set(vars(pipe.scheduler)), set(vars(pipe))
+
+
+@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, AutoPipelineForImage2Image])
+@pytest.mark.parametrize("of", ["pipeline", "accelerated"])
+def test_another_pipeline_of_the_same_parts_is_exact(kind: Any, of: str) -> None:
+    """diffusers compares the classes of parts, and the names of pipelines' classes."""
+    options = IMAGE_TO_IMAGE[FluxImg2ImgPipeline]
+    exact = latents(pipeline(FluxImg2ImgPipeline), asked(**options))
+    pipe = pipeline()
+    fast = ditkit.accelerate(pipe, POLICY)
+    first = latents(fast, asked())
+    other = kind.from_pipe(pipe if of == "pipeline" else fast)
+    assert type(other) is FluxImg2ImgPipeline and other.transformer is pipe.transformer
+    assert torch.equal(latents(other, asked(**options)), exact)
+    fastest = ditkit.accelerate(other, POLICY)
+    assert not torch.equal(latents(fastest, asked(**options)), exact)
+    assert computed(fastest) == {"call0": "2-3 6"}
+    assert torch.equal(latents(fast, asked()), first)
+    ditkit.restore(fastest)
+    ditkit.restore(fast)
+    assert torch.equal(latents(other, asked(**options)), exact)
+    assert type(other.transformer) is FluxTransformer2DModel
+
+
+def test_is_an_instance_of_what_the_pipeline_is() -> None:
+    fast = ditkit.accelerate(pipeline(), POLICY)
+    assert isinstance(fast, FluxPipeline) and isinstance(fast, Accelerated) and type(fast) is Accelerated
 
 
 def test_two_accelerated_pipelines_of_one() -> None:
@@ -137,6 +169,32 @@ def test_report_of_a_neutral_policy_says_identical() -> None:
     report = fast.report(exact=True)
     assert report.rows[1].identical and report.compared == "latents"
     assert "identical to exact, of latents" in str(report)
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [autocast, torch.inference_mode, nullcontext])
+@pytest.mark.parametrize("later", [autocast, torch.inference_mode, nullcontext])
+def test_report_draws_in_the_modes_of_the_call(mode: Any, later: Any) -> None:
+    """Whatever modes it is asked in; callbacks are called again, as they may change what is drawn."""
+    seen: list[tuple[bool, ...]] = []
+
+    def look(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+        return given
+
+    fast = ditkit.accelerate(pipeline(), POLICY)
+    with mode():
+        exact, drawn = latents(pipeline(), asked()), latents(fast, asked(callback_on_step_end=look))
+    fast._pipe.vae = None
+    with later():
+        row = fast.report(exact=True).rows[1]
+    control = row.control_steps or 0
+    assert seen == [(mode is autocast, mode is torch.inference_mode)] * (5 * STEPS + control)
+    error = (drawn - exact).double().square().mean()
+    assert row.psnr_db == pytest.approx(float(10 * (4 / error).log10()), abs=1e-2)
 
 
 def test_a_policy_without_effect_is_an_error() -> None:

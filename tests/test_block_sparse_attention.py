@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from block_sparse_for_tests import K, gradients, of_pairs, qkv, random_pairs
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import (
     Attended,
-    BlockPlan,
     attend,
     attend_reference,
     block_map,
@@ -23,48 +23,10 @@ from ditkit.ops.block_sparse_attention import (
     choose,
     merge,
     near_blocks,
+    pays,
     with_valid,
 )
 from ditkit.ops.block_sparse_attention import cpu as kernel
-
-K = 8
-
-
-def qkv(
-    queries: int,
-    keys: int,
-    batch: int = 2,
-    heads: int = 3,
-    width: int = K,
-    dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    lengths = (queries, keys, keys)
-    return [torch.randn(batch, heads, n, width, dtype=dtype, requires_grad=True) for n in lengths]
-
-
-def random_pairs(queries: int, keys: int, batches: int, heads: int, share: float) -> Tensor:
-    """Pairs of tokens [batches, heads, queries, keys]: whole empty and full corners, the rest at random."""
-    pairs = torch.rand(batches, heads, queries, keys) < share
-    pairs[..., : queries // 2, : keys // 2] = False
-    pairs[..., queries // 2 :, keys // 2 :] = True
-    pairs[..., -1] = True
-    return pairs
-
-
-def of_pairs(pairs: Tensor, block: int | tuple[int, int], **more: object) -> BlockPlan:
-    batches, heads, queries, keys = pairs.shape
-
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return pairs[batch, head, query, key]
-
-    return build_plan(queries, keys, block, allowed=allowed, batches=batches, heads=heads, **more)  # type: ignore[arg-type]
-
-
-def gradients(attended: Attended, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of a weighted sum of the output and of the log-sum-exp, the same for equal shapes."""
-    generator = torch.Generator().manual_seed(1)
-    out, lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in attended)
-    return torch.autograd.grad((attended.out * out).sum() + (attended.lse * lse).sum(), inputs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -237,7 +199,7 @@ def test_queries_without_keys_get_zero_where_that_is_asked_for() -> None:
     assert torch.allclose(ours.out, exact.out, atol=1e-14) and not ours.out[:, :, 0].any()
     valid = torch.ones(2, 40, dtype=torch.bool)
     valid[1] = False
-    assert not with_valid(plan, valid, blind=True).mask()[1].any()
+    assert not with_valid(plan, valid).mask()[1].any()
     both = [torch.autograd.grad(x.out.square().sum(), inputs) for x in (ours, exact)]
     for a, b in zip(*both, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-13)
@@ -285,6 +247,8 @@ def test_the_choice_says_which_kernel_and_whether_it_pays() -> None:
     )
     dense = choose(q, build_plan(1024, block=64))
     assert not dense.pays and "dense attention is faster above 0.4" in dense.reason
+    assert pays(sparse) == "" and pays(build_plan(1024, block=64)) == dense.reason
+    assert pays(build_plan(1024, 200, 64)) == "200 keys, dense attention is faster below 256"
     assert not choose(q, build_plan(1024, 200, 64)).pays
     assert choose(q, sparse, "reference").kernel == "reference"
     assert torch.equal(

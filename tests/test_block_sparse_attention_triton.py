@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditkit.core.errors import ShapeError
+from ditkit.evaluate.macs import count_macs
 from ditkit.ops.block_sparse_attention import attend, attend_reference, build_plan, choose
 
 pytest.importorskip("triton")
@@ -41,7 +43,7 @@ def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and "." * len(CASES) in done.stdout, done.stdout[-3000:] + done.stderr
+    assert done.returncode == 0 and "." * (len(CASES) + 3) in done.stdout, done.stdout[-3000:] + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,36 @@ def test_equals_the_reference(
     sums = [(a.out * seeds[0]).sum() + torch.where(seen, a.lse * seeds[1], 0).sum() for a in (ours, exact)]
     for a, b in zip(torch.autograd.grad(sums[0], inputs), torch.autograd.grad(sums[1], wide), strict=True):
         close(a, b, torch.finfo(dtype).eps * 16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in the interpreted run")
+def test_values_of_another_width_are_refused() -> None:
+    q = torch.zeros(1, 1, 64, 16)
+    with pytest.raises(ShapeError, match="values of width 32, expected 16 as keys"):
+        attend(q, q, torch.zeros(1, 1, 64, 32), build_plan(64, block=64), kernel="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in the interpreted run")
+def test_a_compiled_graph_calls_it() -> None:
+    plan = build_plan(100, block=64, kept=torch.ones(2, 2).bool().tril())
+    inputs = [torch.randn(1, 1, 100, 16, requires_grad=True) for _ in range(3)]
+    valid = torch.arange(100)[None] % 7 > 0
+
+    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, plan, valid=valid, kernel="triton").out
+
+    outs = [fn(*inputs) for fn in (torch.compile(padded, fullgraph=True, backend="aot_eager"), padded)]
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(out.sum(), inputs) for out in outs]
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in the interpreted run")
+def test_it_is_counted_as_what_its_two_backward_kernels_multiply() -> None:
+    q = torch.randn(1, 2, 100, 16, requires_grad=True)
+    plan = build_plan(100, block=64, kept=torch.ones(2, 2).bool().tril())
+    count = count_macs(lambda: attend(q, q, q, plan, kernel="triton").out.sum().backward())
+    assert count.by_kind == {"attention": 2 * 3 * 64 * 64 * 16 * (2 + 7)} and count.uncounted == ()
 
 
 def close(ours: Tensor, exact: Tensor, share: float) -> None:

@@ -194,13 +194,9 @@ def test_bfloat16_states_are_compared_in_float32():
     )
     assert {toy(call).dtype for call in calls(5)} == {torch.bfloat16}
     assert 3 in toy.full()
-    kept = [
-        t
-        for lane in toy.session.state.values()
-        for s in (*lane.first, *lane.last)
-        for t in s.branch.factors[0]
-    ]
-    assert {t.dtype for t in kept} == {torch.float32}
+    (lane,) = toy.session.state.values()
+    for series, dtype in ((lane.first, torch.float32), (lane.last, torch.bfloat16)):
+        assert {t.dtype for s in series for t in s.branch.outputs[0]} == {dtype}
 
 
 def test_where_it_is_trusted_nothing_is_touched():
@@ -235,7 +231,7 @@ def test_a_part_of_a_larger_tensor_does_not_keep_the_rest_alive():
     assert all(
         t.untyped_storage().nbytes() == t.nbytes
         for s in (*lane.first, *lane.last)
-        for t in s.branch.factors[0]
+        for t in s.branch.outputs[0]
     )
 
 

@@ -170,7 +170,7 @@ def test_on_flux(dtype):
     assert 0 < relative(taylor, exact) < relative(reuse, exact) < 0.1
     (receipt,) = trajectory.finish()
     assert receipt.as_dict()["lanes"]["cond"] == {"computed": "0-2 11", "forecast": "3-10"}
-    assert trajectory.sessions[0].bytes() == 2 * B * D * 4 * (L + (L + S))
+    assert trajectory.sessions[0].bytes() == 2 * B * D * (4 * L + dtype.itemsize * (L + S))
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_nothing_kept_carries_a_graph():
     for index in range(6):
         evaluate(model, trajectory, noise(), call_at(model, index)).sum().backward()
     (lane,) = trajectory.sessions[0].state.values()
-    held = [t for s in (*lane.first, *lane.last) for t in s.branch.factors[0]]
+    held = [t for s in (*lane.first, *lane.last) for t in s.branch.outputs[0]]
     assert len(held) == 5 and not any(t.requires_grad for t in held)
 
 

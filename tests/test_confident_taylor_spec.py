@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import rig
 from ditkit.caching import ConfidentTaylor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
@@ -123,3 +124,28 @@ def test_bad_lists_are_refused(fields: dict[str, Any], message: str) -> None:
 def test_a_list_longer_than_the_trajectory_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"schedule=\(0, 12\), expected indices below total=12"):
         Trajectory(tiny_dit().sites(), [ConfidentTaylor(schedule=(0, 12))], STEPS)
+
+
+def test_an_interval_is_the_list_of_any_number_of_evaluations():
+    assert ConfidentTaylor(interval=3).full_steps(15) == (0, 1, 2, 4, 7, 10, 13)
+    assert ConfidentTaylor(interval=1).full_steps(7) == (0, 1, 2, 4, 5, 6)
+    assert ConfidentTaylor(interval=5).full_steps(3) == (0, 1, 2)
+    assert ConfidentTaylor().full_steps(50) == ()
+    model = tiny_dit()
+    for interval in (3, 4):
+        listed = ConfidentTaylor(interval=interval)
+        spelled = ConfidentTaylor(schedule=listed.full_steps(STEPS))
+        assert torch.equal(*(rig.sample(model, [policy])["cond"] for policy in (listed, spelled)))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"interval": 3, "schedule": (0, 1)}, r"interval=3 and schedule=\(0, 1\), expected one of the two"),
+        ({"interval": 3, "per_sample_gate": True}, "interval=3 asks no gate"),
+        ({"interval": -1}, "interval=-1"),
+    ],
+)
+def test_an_interval_that_does_not_fit(given: dict[str, object], line: str):
+    with pytest.raises(ConfigError, match=line):
+        ConfidentTaylor(**given)

@@ -2,10 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from block_sparse_for_tests import of_pairs, qkv, random_pairs
 from ditkit.evaluate.features import EfficientNetLite0
 from ditkit.evaluate.macs import MacCounter, count_macs
+from ditkit.ops.block_sparse_attention import attend, build_plan, cpu, with_valid
 
 ones = torch.ones
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
@@ -108,6 +111,42 @@ def test_the_fused_encoder_layer_hides_nothing(mode):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_block_sparse_attention_is_what_its_plan_visits(rows, heads, mode):
+    plan = of_pairs(random_pairs(61, 75, rows, heads, 0.05), (16, 8))
+    q, k, _ = qkv(61, 75)
+    v = torch.randn(2, 3, 75, 5, dtype=q.dtype)
+    assert plan.visited < rows * heads * 4 * 10
+    with MODES[mode]():
+        count = count_macs(attend, q, k, v, plan)
+    assert count.by_kind == {"attention": plan.visited * 16 * 8 * (8 + 5) * (2 // rows) * (3 // heads)}
+    assert count.uncounted == ()
+
+
+def test_block_sparse_attention_is_what_the_products_in_its_kernel_are():
+    plan, (q, k, v) = of_pairs(random_pairs(61, 75, 1, 3, 0.1), 16), qkv(61, 75)
+    seeds = torch.randn_like(q), torch.randn(q.shape[:3], dtype=q.dtype)
+    with MacCounter() as counter:
+        attended = attend(q, k, v, plan)
+        forward = counter.total
+        torch.autograd.grad(tuple(attended), (q, k, v), seeds)
+    saved = [x.detach() for x in (q, k, v, *attended)]
+    inside = count_macs(cpu.forward, *saved[:3], plan, 8**-0.5)
+    back = count_macs(cpu.backward, *seeds, *saved, plan, 8**-0.5)
+    assert forward == inside.total == inside.by_kind["matmul"] == 2 * plan.visited * 16 * 16 * (8 + 8)
+    assert counter.total - forward == back.total == 2 * plan.visited * 16 * 16 * (3 * 8 + 2 * 8)
+
+
+def test_block_sparse_attention_over_padding_is_what_it_still_visits():
+    plan, inputs = build_plan(64, block=16), qkv(64, 64)
+    valid = torch.arange(64) < torch.tensor([[20], [64]])
+    count = count_macs(lambda: attend(*inputs, plan, valid=valid).out.sum().backward())
+    visited = with_valid(plan, valid).visited
+    assert visited == 4 * (2 + 4)
+    assert count.by_kind == {"attention": visited * 16 * 16 * 3 * (16 + 3 * 8 + 2 * 8)}
+
+
 def test_what_does_not_run_is_not_counted():
     layer = nn.Linear(8, 8)
     dense, skipped = (count_macs(lambda n=n: [layer(ones(2, 8)) for _ in range(n)]).total for n in (10, 4))
@@ -121,6 +160,22 @@ def test_counting_changes_nothing_and_nests():
         counted = layer(x, x, x)[0]
     assert torch.equal(plain, counted)
     assert inner.total == outer.total > 0
+
+
+def test_compiled_functions_are_counted_and_stay_compiled():
+    plan, inputs = build_plan(64, block=16), qkv(64, 64)
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attended(q, k, v, layer):
+        return layer(attend(q, k, v, plan).out)
+
+    expected = {"attention": plan.visited * 16 * 16 * 3 * 2 * 16, "linear": 2 * 3 * 64 * 8 * 5}
+    for compilations in (0, 1):  # counted before and after the first call
+        assert count_macs(attended, *inputs, nn.Linear(8, 5).double()).by_kind == expected
+        assert counter.frame_count == compilations
+        attended(*inputs, nn.Linear(8, 5).double())
+        assert counter.frame_count == 1
 
 
 def test_heavy_operations_without_a_formula_are_named():

@@ -90,7 +90,7 @@ def test_taylorseer(family: Family, dtype: torch.dtype) -> None:
     (receipt,) = trajectory.finish()
     assert receipt.as_dict()["lanes"]["cond"] == {"computed": "0 3 6", "forecast": "1-2 4-5 7"}
     assert set(receipt.sites) == set(named(family.view.sites(viewed), "branch"))
-    assert trajectory.sessions[0].bytes() == 2 * 4 * B * D * branch_rows(family)
+    assert trajectory.sessions[0].bytes() == 2 * dtype.itemsize * B * D * branch_rows(family)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "ip adapter"])

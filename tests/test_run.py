@@ -299,7 +299,7 @@ def test_an_owner_of_rows_computes_every_site_on_fewer_rows():
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_is_refused_after_the_first_full_evaluation():
+def test_a_budget_is_refused_in_the_first_full_evaluation():
     model, need = tiny_dit(), 6 * 2 * 16 * 32 * 4 * 3
     for lanes in (1, 2):
         trajectory = Trajectory(model.sites(), [TaylorSeer(order=2)], STEPS, max_bytes=lanes * need - 1)
@@ -307,7 +307,8 @@ def test_a_budget_is_refused_after_the_first_full_evaluation():
             for lane in ("cond", "uncond")[:lanes]:
                 evaluate(model, trajectory, noise(), call_at(model, 0, lane))
         assert str(refusal.value) == (
-            f"max_bytes={lanes * need - 1:,}: {TaylorSeer(order=2)} would hold {lanes * need:,} bytes"
+            f"max_bytes={lanes * need - 1:,}: {TaylorSeer(order=2)} would hold {lanes * need:,} bytes; "
+            "order=1 would fit"
         )
         assert trajectory.receipts[0].saved == 0
 

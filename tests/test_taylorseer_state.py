@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import factorial
 
 import pytest
 import torch
@@ -131,10 +132,31 @@ def test_bytes_follow_the_formula(model, order, dtype):
                     model(x, torch.full((2,), call.t), Cond(label=torch.arange(2)), trajectory.run(call)),
                 )
                 lanes = 2 if index or lane == "uncond" else 1
-                assert session.projected_bytes() == lanes * numel * 4 * (order + 1)
+                assert session.projected_bytes() == lanes * numel * dtype.itemsize * (order + 1)
             factors = min(order + 1, sum(s <= index for s in TaylorSeer(3, order).full_steps(STEPS)))
-            assert session.bytes() == 2 * numel * 4 * factors
+            assert session.bytes() == 2 * numel * dtype.itemsize * factors
     assert trajectory.peak_bytes == session.bytes() == session.projected_bytes()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_bfloat16_is_kept_as_it_is_and_rounded_once(order):
+    """What a difference of two bfloat16 numbers drops, and k^i then multiplies, is not dropped here."""
+    outputs = {
+        call.index: torch.randn(64, generator=torch.Generator().manual_seed(call.index)) for call in calls(9)
+    }
+    outputs = {index: (10 + 0.1 * out).bfloat16() for index, out in outputs.items()}
+    policy = TaylorSeer(3, order, warmup=2)
+    forecast = play(policy, lambda call: outputs[call.index], calls(9))[6]
+    full, k = [0, 1, 4], 2
+    assert policy.full_steps(9)[:3] == full
+    ladder: list[Tensor] = []
+    for last, s in zip((None, *full), full, strict=False):
+        fresh = [outputs[s].double()]
+        for f in ladder[:order]:
+            fresh.append((fresh[-1] - f) / (s - last))
+        ladder = fresh
+    exact = sum(g * k**i / factorial(i) for i, g in enumerate(ladder))
+    assert torch.equal(forecast, exact.float().bfloat16())
 
 
 def test_projection_knows_how_many_full_evaluations_there_are(model):
@@ -150,7 +172,7 @@ def test_a_part_of_a_larger_tensor_does_not_keep_the_rest_alive():
     trajectory.leave(call, None)
     (ladder,) = trajectory.sessions[0].state.values()
     assert (
-        ladder.branches["b"].factors[0][0].untyped_storage().nbytes() == trajectory.sessions[0].bytes() == 800
+        ladder.branches["b"].outputs[0][0].untyped_storage().nbytes() == trajectory.sessions[0].bytes() == 800
     )
 
 
@@ -161,7 +183,7 @@ def test_nothing_kept_carries_a_graph(model):
     (session,) = trajectory.sessions
     assert isinstance(session, Forecaster)
     (ladder,) = session.state.values()
-    held = [t for branch in ladder.branches.values() for factors in branch.factors for t in factors]
+    held = [t for branch in ladder.branches.values() for factors in branch.outputs for t in factors]
     assert len(held) == 12 and not any(t.requires_grad for t in held)
 
 

@@ -1,90 +1,116 @@
-"""Differences of what full evaluations returned, and forecasts from them (TaylorSeer, arXiv 2503.06923)."""
+"""Forecasts from what full evaluations returned (TaylorSeer, arXiv 2503.06923), as weighted sums of it.
+
+A forecast is linear in the outputs of the latest full evaluations, so these are kept as the model made them: nothing
+is computed when they are recorded, nothing is lost to their type, and differences exist as coefficients only.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from ditkit.core.grid import Grid
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call
 
 Geometry = tuple[tuple[str, Grid, int], ...]
 """Stream, grid and length of each segment: what must not change between the anchors of a forecast."""
 
 
-class Branch(NamedTuple):
-    """The factors of one branch: a list for each tensor of its output, all float32."""
+Coefficients = tuple[tuple[float, ...], ...]
+"""Row i: what each kept output counts in the difference g_i, latest first."""
 
-    factors: list[list[Tensor]]
-    dtypes: list[torch.dtype]
+
+class Branch(NamedTuple):
+    """What a branch returned in its latest full evaluations, latest first: a list for each tensor of its output."""
+
+    outputs: list[list[Tensor]]
     spec: TreeSpec
 
     def forecast(self, weights: Sequence[float]) -> Any:
-        """What the branch would return, in its own dtype and structure."""
-        leaves = [_combined(f, weights).to(dtype) for f, dtype in zip(self.factors, self.dtypes, strict=True)]
+        """What the branch would return; `weights` of its outputs, which sum to 1."""
+        leaves = [_combined(kept, weights) for kept in self.outputs]
         return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
 
-
-def distances(scales: Sequence[float], spans: Sequence[float]) -> tuple[list[float], tuple[float, ...]]:
-    """What old tensors count in the new differences, and the new scales.
-
-    With g_i = s_i D_i and f_i = r_i E_i, g_{i+1} = (g_i - f_i) / d_i is s_i / d_i (D_i - r_i / s_i E_i).
-    """
-    ratios, fresh = [], [1.0]
-    for scale, span in zip(scales, spans, strict=False):
-        ratios.append(scale / fresh[-1])
-        fresh.append(fresh[-1] / span)
-    return ratios, tuple(fresh)
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for kept in self.outputs for t in kept)
 
 
-def scaled(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
-    """Weights of the tensors kept, of those of the factors: a factor is its scale times its tensor."""
-    return [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+def climbed(old: Coefficients, spans: Sequence[float]) -> Coefficients:
+    """The differences one full evaluation later: g_0 = F, g_{i+1} = (g_i - f_i) / span_i for each old f_i with a span."""
+    rows: list[tuple[float, ...]] = [(1.0,)]
+    for f, span in zip(old, spans, strict=False):
+        pairs = zip_longest(rows[-1], (0.0, *f), fillvalue=0.0)
+        rows.append(tuple((g - earlier) / span for g, earlier in pairs))
+    return tuple(rows)
 
 
-def recorded(out: Any, old: Branch | None, ratios: Sequence[float] | None) -> Branch:
-    """The branch's factors after a full evaluation that returned `out`."""
+def output_weights(weights: Sequence[float], differences: Coefficients) -> list[float]:
+    """What each kept output counts where each difference counts `weights`."""
+    counts = [0.0] * len(differences)
+    for weight, row in zip(weights, differences, strict=True):
+        for place, coefficient in enumerate(row):
+            counts[place] += weight * coefficient
+    return counts
+
+
+def recorded(out: Any, old: Branch | None, keep: int) -> Branch:
+    """The branch after a full evaluation that returned `out`, with at most `keep` outputs."""
     leaves, spec = tree_flatten(out)
-    earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.factors
-    factors = [_differences(_kept(leaf), f, ratios) for leaf, f in zip(leaves, earlier, strict=True)]
-    return Branch(factors, [leaf.dtype for leaf in leaves], spec)
+    earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.outputs
+    return Branch([[_kept(leaf), *kept][:keep] for leaf, kept in zip(leaves, earlier, strict=True)], spec)
 
 
-def _differences(fresh: Tensor, earlier: Sequence[Tensor], ratios: Sequence[float] | None) -> list[Tensor]:
-    """D_0 = `fresh`, D_{i+1} = D_i - ratio_i E_i for as many as there are; without ratios only D_0 is new.
-
-    E_0 is a tensor that the model made, and others may hold it. The rest are the ladder's own: what comes after
-    them takes their memory, unless a backward pass may want them yet.
-    """
-    if ratios is None:
-        return [fresh, *earlier[1:]]
-    factors = [fresh]
-    for i, (f, ratio) in enumerate(zip(earlier, ratios, strict=False)):
-        own = f if i and not torch.is_grad_enabled() else None
-        factors.append(torch.sub(factors[-1], f, alpha=ratio, out=own))
-    return factors
+def renewed(out: Any, old: Branch) -> Branch:
+    """The branch after the evaluation that it knows best was made again: a newer value in the place of the latest."""
+    leaves, spec = tree_flatten(out)
+    return Branch([[_kept(leaf), *kept[1:]] for leaf, kept in zip(leaves, old.outputs, strict=True)], spec)
 
 
-def _combined(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i f_i, where w_0 = 1; a single factor is returned as it is."""
-    if len(factors) == 1:
-        return factors[0]
-    out = torch.add(factors[0], factors[1], alpha=weights[1])
-    for f, weight in zip(factors[2:], weights[2:], strict=False):
-        out.add_(f, alpha=weight)
-    return out
+def _combined(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i F_i in float32 or more, rounded once to their type; a single output is returned as it is."""
+    latest, *earlier = outputs
+    if len(outputs) == 1:
+        return latest
+    if len(outputs) == 2:
+        return torch.lerp(earlier[0], latest, weights[0])  # one pass over memory
+    out = latest.to(torch.promote_types(latest.dtype, torch.float32)) * weights[0]
+    for kept, weight in zip(earlier, weights[1:], strict=True):
+        out.add_(kept, alpha=weight)
+    return out.to(latest.dtype)
 
 
 def _kept(leaf: Tensor) -> Tensor:
-    """Cut from autograd, in float32: digits that bfloat16 drops from a difference are then scaled by k^i."""
-    kept = leaf.detach().float()
+    """Cut from autograd."""
+    kept = leaf.detach()
     is_part = kept.untyped_storage().nbytes() > kept.nbytes
     return kept.clone() if is_part else kept  # a part would keep the whole alive
 
 
 def geometry_of(call: Call) -> Geometry:
     return tuple((segment.stream, segment.grid, segment.length) for segment in call.layout)
+
+
+def feature_bytes(tokens: Any, layout: Sequence[Segment]) -> Counter[str]:
+    """Memory of the tokens of each stream, as layers return them, of what a `tokens` site returned; "joint" is all.
+
+    Under autocast that is in its type, even where positions made the tokens themselves float32.
+    """
+    x = getattr(tokens, "x", tokens)
+    leaves = tree_leaves(x)
+    whole = sum(leaf.numel() for leaf in leaves)
+    if isinstance(x, Tensor):
+        rows = sum(segment.length for segment in layout if segment.stream == "text")
+        text = whole * rows // x.shape[1] if sum(s.length for s in layout) == x.shape[1] else 0
+    else:
+        text = x.text.numel()
+    device = leaves[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else leaves[0].dtype
+    counts = {"joint": whole, "text": text, "image": whole - text}
+    return Counter({stream: dtype.itemsize * count for stream, count in counts.items()})

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.grid import Segment, patchify, put_rows, unpatchify
+from ditkit.core.grid import SEQUENCES, Segment, image_of, patchify, put_rows, sequence, unpatchify
 from ditkit.core.policy import Claim, Policy, Session
-from ditkit.core.run import Call, Handler, Site, named
+from ditkit.core.run import Call, Handler, Site, attended, named
 
 Metric = Literal["std", "l2"]
 Selection = Literal["published", "low", "high"]
 QUANTUM = 64
 """Rows by which a schedule with a slope rounds down (the paper's code)."""
-IN_STREAM = {"image": ("image", "context"), "joint": ()}
-"""Segments of the sequences that attention may run over; no names: all."""
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("ratio", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("high_ratio", lambda x: 0 <= x <= 1, "0 to 1"),
@@ -193,7 +191,7 @@ class Evaluation:
         rows = _each(self.choice.rows, batch, [k for k, _ in self.keys.values()])
         if rows is None:
             return out
-        self.places = {stream: self._places(stream, rows) for stream in IN_STREAM}
+        self.places = {stream: self._places(stream, rows) for stream in SEQUENCES}
         return out.rows("image", self.places["image"])
 
     def core(self, name: str, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
@@ -213,7 +211,7 @@ class Evaluation:
         out = fn(*args)
         if not self.places:
             return out
-        length = sum(segment.length for segment in self._segments("image"))
+        length = sum(segment.length for segment in sequence(self.call.layout, "image"))
         whole = out.new_zeros(out.shape[0], length, out.shape[2])
         return put_rows(whole, self.places["image"], out)
 
@@ -224,7 +222,7 @@ class Evaluation:
         return Kept(self.call.index, _lengths(self.call), keys, size)
 
     def _keep(self, name: str, k: Tensor, v: Tensor) -> None:
-        length = sum(segment.length for segment in self._segments(self.streams[name]))
+        length = sum(segment.length for segment in sequence(self.call.layout, self.streams[name]))
         if k.shape[2] != length:
             raise ConfigError(
                 f"RAS: {name} has {k.shape[2]} keys, expected the {length} rows of its sequence: attention along "
@@ -240,14 +238,10 @@ class Evaluation:
             old[0].copy_(fresh[0])
             old[1].copy_(fresh[1])
 
-    def _segments(self, stream: str) -> list[Segment]:
-        names = IN_STREAM[stream]
-        return [segment for segment in self.call.layout if not names or segment.stream in names]
-
     def _places(self, stream: str, rows: Tensor) -> Tensor:
         """Where the image's `rows`, and all rows of the other segments, stand in a sequence."""
         parts, start = [], 0
-        for segment in self._segments(stream):
+        for segment in sequence(self.call.layout, stream):
             every = torch.arange(segment.length, device=rows.device).expand(*rows.shape[:-1], -1)
             parts.append(start + (rows if segment.stream == "image" else every))
             start += segment.length
@@ -330,23 +324,6 @@ class Regions(Session):
 
     def _skipped(self, call: Call) -> list[int]:
         return self.policy.skipped(self.total, image_of(call.layout).length)
-
-
-def attended(sites: Sequence[Site]) -> dict[str, str]:
-    """Streams of the `core` sites whose keys are rows of the image, by their names."""
-    return {site.name: site.stream for site in sites if site.kind == "core" and site.stream in IN_STREAM}
-
-
-def image_of(layout: Sequence[Segment]) -> Segment:
-    """The segment of which some rows are computed.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    images = [segment for segment in layout if segment.stream == "image"]
-    if len(images) != 1:
-        raise ConfigError(f"RAS: {len(images)} image segments in the layout of a call, expected 1")
-    return images[0]
 
 
 def row_metric(v: Tensor, image: Segment, metric: Metric) -> Tensor:

@@ -15,7 +15,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ditkit.caching.ladder import Branch, Geometry, distances, geometry_of, recorded, scaled
+from ditkit.caching.ladder import (
+    Branch,
+    Coefficients,
+    Geometry,
+    climbed,
+    feature_bytes,
+    geometry_of,
+    output_weights,
+    recorded,
+    renewed,
+)
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
@@ -61,7 +71,7 @@ class TaylorSeer(Policy):
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Forecaster:
         if self.warmup > total:
             raise ConfigError(f"TaylorSeer: warmup={self.warmup}, expected at most total={total} evaluations")
-        return Forecaster(self, named(sites, "branch"), total)
+        return Forecaster(self, [site for site in sites if site.kind == "branch"], total)
 
     def exact(self) -> TaylorSeer:
         return replace(self, interval=1)
@@ -95,9 +105,8 @@ class Ladder(NamedTuple):
     last: int
     """Indices of the first and the latest full evaluation."""
     anchors: tuple[float, ...]
-    """Places of full evaluations on the axis, latest first: one for each factor."""
-    scales: tuple[float, ...]
-    """A factor is its scale times the tensor kept: dividing by distances here spares a pass over memory."""
+    """Places of the full evaluations kept on the axis, latest first."""
+    differences: Coefficients
     geometry: Geometry
     tokens: list[torch.Size]
     branches: dict[str, Branch]
@@ -109,8 +118,7 @@ class Evaluation:
 
     def __init__(self, call: Call, place: float, ladder: Ladder | None, weights: Sequence[float]) -> None:
         self.call, self.place, self.weights = call, place, weights
-        # A copy: a later full evaluation empties the ladder, and checkpointing may recompute after that.
-        self.known = None if ladder is None else dict(ladder.branches)
+        self.known = None if ladder is None else ladder.branches
         self.expected = None if ladder is None else ladder.tokens
         self.tokens: list[torch.Size] = []
         self.outputs: dict[str, Any] = {}
@@ -135,7 +143,7 @@ class Forecaster(Session):
 
     verb: ClassVar[str] = "forecast"
 
-    def __init__(self, policy: TaylorSeer, branches: Sequence[str], total: int) -> None:
+    def __init__(self, policy: TaylorSeer, branches: Sequence[Site], total: int) -> None:
         super().__init__()
         self.policy, self.branches = policy, branches
         self.most_factors = min(policy.order + 1, len(policy.full_steps(total)))
@@ -147,17 +155,18 @@ class Forecaster(Session):
         ladder: Ladder | None = self.state.get(lane)
         if ladder is not None and self._is_full(call, ladder):
             ladder = None
-        weights = [] if ladder is None else scaled(self.policy.weights(place, ladder.anchors), ladder.scales)
+        weights: Sequence[float] = ()
+        if ladder is not None:
+            weights = output_weights(self.policy.weights(place, ladder.anchors), ladder.differences)
         evaluation = Evaluation(call, place, ladder, weights)
         self.put(lane, evaluation)
-        return {name: partial(evaluation.branch, name) for name in self.branches}
+        return {site.name: partial(evaluation.branch, site.name) for site in self.branches}
 
     def commit(self) -> None:
-        """After a full evaluation, climb the lane's ladder, freeing each branch's old factors on the way."""
+        """After a full evaluation, climb the lane's ladder."""
         for lane, evaluation in self.staged.items():
             if evaluation.outputs and evaluation.known is None:
-                # Out of the state until it is whole again: interrupted here, the lane is new to the next one.
-                self.state[lane] = _climbed(self.policy, self.state.pop(lane, None), evaluation)
+                self.state[lane] = _climbed(self.policy, self.state.get(lane), evaluation)
         self.staged.clear()
 
     def bytes(self) -> int:
@@ -166,6 +175,19 @@ class Forecaster(Session):
     def projected_bytes(self) -> int:
         """With all orders filled, for the lanes seen so far; each joins with a full evaluation."""
         return sum(ladder.bytes // len(ladder.anchors) * self.most_factors for ladder in self.state.values())
+
+    def foreseen_bytes(self, call: Call, tokens: Any) -> int:
+        """Before anything is kept: a branch returns as much as the tokens of its stream."""
+        if self.policy.interval == 1 or self.state:
+            return self.projected_bytes()  # a later lane may skip layers
+        sizes = feature_bytes(tokens, call.layout)
+        return sum(sizes[site.stream] for site in self.branches) * self.most_factors
+
+    def fitting(self, need: int, allowed: int) -> str:
+        """The highest order that fits; each takes as much as the others."""
+        factor = need // self.most_factors
+        order = allowed // factor - 1
+        return f"order={order} would fit" if order >= 0 else f"order=0 would hold {factor:,}"
 
     def _place(self, call: Call) -> float:
         if self.policy.axis == "call":
@@ -184,22 +206,19 @@ class Forecaster(Session):
 
 
 def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> Ladder:
-    """The ladder one full evaluation later; takes the old one's branches out of it one by one."""
+    """The ladder one full evaluation later."""
     call, place, geometry = evaluation.call, evaluation.place, geometry_of(evaluation.call)
-    anchors: tuple[float, ...] = ()
-    scales: tuple[float, ...] = ()
-    earlier: dict[str, Branch] = {}
-    if old is not None and old.geometry == geometry and old.tokens == evaluation.tokens:
-        anchors, scales, earlier = old.anchors, old.scales, old.branches
-    # Heun visits a noise-time twice: a newer value, and nothing new on its slope.
-    repeated = anchors[:1] == (place,)
-    ratios: Sequence[float] | None = None
-    if not repeated:
-        ratios, scales = distances(scales, policy.spans(place, anchors))
-    branches = {}
-    for name in list(evaluation.outputs):
-        branches[name] = recorded(evaluation.outputs.pop(name), earlier.pop(name, None), ratios)
-    kept = anchors[1:] if repeated else anchors[: policy.order]
-    held = sum(t.nbytes for branch in branches.values() for factors in branch.factors for t in factors)
     first = call.index if old is None else old.first
-    return Ladder(first, call.index, (place, *kept), scales, geometry, evaluation.tokens, branches, held)
+    if old is not None and (old.geometry != geometry or old.tokens != evaluation.tokens):
+        old = None
+    anchors, differences = ((), ()) if old is None else (old.anchors, old.differences)
+    earlier = {} if old is None else old.branches
+    if anchors[:1] == (place,):  # Heun visits a noise-time twice
+        branches = {name: renewed(out, earlier[name]) for name, out in evaluation.outputs.items()}
+    else:
+        differences = climbed(differences, policy.spans(place, anchors))
+        anchors = (place, *anchors)[: len(differences)]
+        keep = len(anchors)
+        branches = {name: recorded(out, earlier.get(name), keep) for name, out in evaluation.outputs.items()}
+    held = sum(branch.bytes for branch in branches.values())
+    return Ladder(first, call.index, anchors, differences, geometry, evaluation.tokens, branches, held)

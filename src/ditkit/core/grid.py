@@ -186,3 +186,25 @@ class Tokens(NamedTuple):
     def rows(self, stream: str, index: Tensor) -> Tokens:
         """Only the rows `index` of `stream`, [R] or [B, R]; a single-stream model ignores the stream's name."""
         return Tokens(take_rows(self.x, index), None if self.position is None else self.position[index])
+
+
+SEQUENCES: dict[str, tuple[str, ...]] = {"image": ("image", "context"), "joint": ()}
+"""Segments of the sequence that attention of a stream runs over; no names: all."""
+
+
+def sequence(layout: Sequence[Segment], stream: str) -> list[Segment]:
+    """The segments that attention of `stream` runs over, in their order."""
+    names = SEQUENCES[stream]
+    return [segment for segment in layout if not names or segment.stream in names]
+
+
+def image_of(layout: Sequence[Segment]) -> Segment:
+    """The segment of the image's tokens.
+
+    Raises:
+        ShapeError: there is none, or more than one.
+    """
+    images = [segment for segment in layout if segment.stream == "image"]
+    if len(images) != 1:
+        raise ShapeError(f"{len(images)} image segments in the layout of a call, expected 1")
+    return images[0]

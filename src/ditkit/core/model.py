@@ -30,7 +30,9 @@ from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
 from ditkit.core.grid import Segment
+from ditkit.core.policy import Policy
 from ditkit.core.run import Site
+from ditkit.core.spec import component, spec
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -39,7 +41,9 @@ DIGEST = "config_sha256"
 CODEC = "codec"
 """Folder of the codec, and key of config.json: of the config.json in that folder."""
 FILES = (WEIGHTS, CONFIG, f"{CODEC}/{CODEC_CONFIG}", f"{CODEC}/{CODEC_WEIGHTS}")
-DESCRIBED = ("model", "config", "history", CODEC)
+POLICIES = "policies"
+"""Key of config.json: texts of the policies that the weights were trained under."""
+DESCRIBED = ("model", "config", "history", CODEC, POLICIES)
 """Keys of config.json."""
 
 
@@ -56,6 +60,13 @@ class Model(nn.Module, ModelHubMixin, ABC):
     codec: Codec = IDENTITY
     """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
     to train, and it goes to its input's device by itself."""
+    policies: tuple[Policy, ...] = ()
+    """What the weights are trained under; saved with them. Sampling is under those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = nn.ModuleDict()
+        """What `policies` train of their own, by class name; sampling under a policy takes it from here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`codec` is kept beside the model, not in it: among its modules it would be trained and saved as a part.
@@ -92,6 +103,13 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """The shape of what one sample decodes to, without the batch axis."""
         return self.codec.signal_shape(self.sample_shape)
 
+    def adopt(self, policies: Sequence[Policy]) -> Self:
+        """Train under `policies` from now on; parameters of their own are then the model's, as they begin."""
+        self.policies, sites = tuple(policies), self.sites()
+        modules = {type(policy).__name__: policy.modules(sites) for policy in policies}
+        self.learned = nn.ModuleDict({name: own for name, own in modules.items() if own is not None})
+        return self
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
         """config.json and safetensors in `folder`, with the codec's own in `codec`; all on disk before any takes its
         place.
@@ -117,6 +135,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 "config": dataclasses.asdict(self.config),
                 "history": [*self.history, *history],
                 **codec,
+                **({POLICIES: [spec(policy) for policy in self.policies]} if self.policies else {}),
             }
             dump_state(weights, state, {DIGEST: digest(described)})
             to_disk(weights)  # then config.json takes its place; `load` finds out if these weights never do
@@ -145,9 +164,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
         kind = model_class(described, path)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{folder} holds a {kind.__name__}, expected a {cls.__name__}")
-        model = kind.holding(
-            config_of(kind.Config, described.get("config"), path), read_state(weights), weights
-        )
+        config: Any = config_of(kind.Config, described.get("config"), path)
+        model = kind.holding(config, read_state(weights), weights, _policies(described, path))
         if read_metadata(weights).get(DIGEST, saved := digest(described)) != saved:
             raise CheckpointError(
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
@@ -158,7 +176,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return model
 
     @classmethod
-    def holding(cls, config: Any, state: Mapping[str, Tensor], source: object) -> Self:
+    def holding(
+        cls, config: Any, state: Mapping[str, Tensor], source: object, policies: Sequence[Policy] = ()
+    ) -> Self:
         """A model in eval mode with the weights `state`; no memory is taken before their shapes are checked.
 
         Raises:
@@ -166,13 +186,19 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """
         try:
             with torch.device("meta"):
-                model = cls(config)
+                model = cls(config).adopt(policies)  # type: ignore[call-arg]
         except (RuntimeError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"{source}: the config's sizes make no tensor: {_first_line(error)}"
             ) from error
         fill(model, state, source)
         return model.eval()
+
+    def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
+        """A copy in eval mode that holds `state` instead, with all else that is saved."""
+        copy = self.holding(self.config, state, source, self.policies)
+        copy.history, copy.codec = self.history, self.codec
+        return copy
 
     def save_pretrained(
         self,
@@ -246,6 +272,17 @@ def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
         return find(Model, name)  # type: ignore[type-abstract]
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def _policies(described: Mapping[str, Any], path: Path) -> list[Policy]:
+    """The policies that a config.json names."""
+    texts = described.get(POLICIES, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: {POLICIES!r} should be a list of texts, not {texts!r:.80}")
+    try:
+        return [component(Policy, text) for text in texts]  # type: ignore[type-abstract]
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _codec(described: Mapping[str, Any], path: Path) -> Codec:

@@ -29,9 +29,15 @@ class Session:
     def __init__(self) -> None:
         self.state: dict[Key, Any] = {}
         self.staged: dict[Key, Any] = {}
+        self.remarks: dict[str, str | float] = {}
+        """What the receipt says beside what was replaced."""
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         """Handlers for this call by site name; an empty mapping is exact. Changes no committed state."""
+        return {}
+
+    def rows(self, call: Call) -> Mapping[str, Tensor]:
+        """For each attention whose output has its rows elsewhere in this call, where the model's are: int64 [rows]."""
         return {}
 
     def leave(self, call: Call, out: Any) -> Any:
@@ -58,6 +64,14 @@ class Session:
     def projected_bytes(self) -> int:
         """What `bytes` will grow to over the trajectory, as far as it can be known now."""
         return self.bytes()
+
+    def foreseen_bytes(self, call: Call, tokens: Any) -> int:
+        """`projected_bytes` as it will be after `call`, as far as its embedded tokens say: before its first block."""
+        return self.projected_bytes()
+
+    def fitting(self, need: int, allowed: int) -> str:
+        """Which setting would hold at most `allowed` bytes where this one needs `need`; empty if it knows none."""
+        return ""
 
 
 class Policy(ABC):

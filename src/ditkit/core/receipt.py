@@ -30,6 +30,8 @@ class PolicyReceipt:
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         self.token_rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         """Of each evaluation of a lane: token rows that went on from `tokens` sites, and all that there were."""
+        self.remarks: Mapping[str, str | float] = {}
+        """What the policy says beside, of the last complete evaluation."""
         self._went: tuple[int, int] = (0, 0)
         self._call: Call | None = None
         self._met: set[str] = set()
@@ -121,14 +123,18 @@ class PolicyReceipt:
             "sites": len(self.sites),
             "site_calls_saved": self.saved,
             **({"rows_saved": self.rows_saved / whole} if self.rows_saved else {}),
+            **self.remarks,
             "lanes": lanes,
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.policy}: {len(self.sites)} sites"]
+        parts = [f"{self.policy}: {len(self.sites)} sites", *self.said()]
         for lane, done in self.as_dict()["lanes"].items():
             parts.append(f"{lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
         return "; ".join(parts)
+
+    def said(self) -> list[str]:
+        return [f"{name} {value}" for name, value in self.remarks.items()]
 
 
 def token_rows(tokens: Any) -> int:

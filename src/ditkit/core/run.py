@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ditkit.core.grid import Segment
+from ditkit.core.grid import SEQUENCES, Segment
 
 Kind = Literal["time", "tokens", "stack", "block", "branch", "kv", "core", "route", "head"]
 Handler = Callable[..., Any]
@@ -28,6 +28,11 @@ class Site(NamedTuple):
 def named(sites: Iterable[Site], *kinds: Kind) -> list[str]:
     """Names of the sites of these kinds, in the model's order."""
     return [site.name for site in sites if site.kind in kinds]
+
+
+def attended(sites: Iterable[Site]) -> dict[str, str]:
+    """Streams of the `core` sites whose keys are rows of the image, by their names."""
+    return {site.name: site.stream for site in sites if site.kind == "core" and site.stream in SEQUENCES}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
 from ditkit.core.numbers import integer
-from ditkit.core.policy import RESOURCES, Claim, Policy, as_policies
+from ditkit.core.policy import RESOURCES, Claim, Policy, Session, as_policies
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
 
@@ -24,6 +25,7 @@ class Trajectory:
         policies: applied together; chained at a site with the owner innermost and watchers outermost.
         total: model evaluations a lane.
         max_bytes: memory that all policies may hold together.
+        learned: parameters that policies were trained with, by class name; by default those that they begin with.
 
     Raises:
         ConflictError: two policies own the same site or resource.
@@ -38,16 +40,19 @@ class Trajectory:
         policies: Policy | str | Sequence[Policy | str],
         total: int,
         max_bytes: int | None = None,
+        learned: nn.ModuleDict | None = None,
     ) -> None:
         self.policies, self.total = as_policies(policies), total
         self.claims = claim(sites, self.policies)
-        self.sessions = [policy.start(sites, total) for policy in self.policies]
+        known = {} if learned is None else dict(learned.items())
+        self.sessions = [policy.start(sites, total, known.get(type(policy).__name__)) for policy in self.policies]
         depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
         tokens = named(sites, "tokens")
         self.receipts = [
             PolicyReceipt(policy, session.verb, depths, tokens)
             for policy, session in zip(self.policies, self.sessions, strict=True)
         ]
+        self.tokens = tokens
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, least=1)
         self.peak_bytes = 0
 
@@ -56,6 +61,8 @@ class Trajectory:
         if not self.sessions:
             return DIRECT
         chains: dict[str, list[tuple[int, Handler]]] = {}
+        if self.max_bytes is not None:
+            chains = {name: [(DEPTH["own"], partial(self._foresee, call))] for name in self.tokens}
         for claims, session, receipt in zip(self.claims, self.sessions, self.receipts, strict=True):
             session.staged.clear()  # what an interrupted call left
             receipt.begin(call)
@@ -69,6 +76,10 @@ class Trajectory:
                 chains.setdefault(name, []).append((DEPTH[claims[name]], watched))
         return Run({name: _chain(handlers) for name, handlers in chains.items()})
 
+    def rows(self, call: Call) -> Mapping[str, Tensor]:
+        """By name of an attention, where the model's rows stand in its output; none where they are as they were."""
+        return {name: rows for session in self.sessions for name, rows in session.rows(call).items()}
+
     def leave(self, call: Call, out: Any) -> Any:
         """Complete the call: outputs pass through the sessions, then all staged state is committed at once.
 
@@ -80,6 +91,7 @@ class Trajectory:
         for session, receipt in zip(self.sessions, self.receipts, strict=True):
             session.commit()
             receipt.end()
+            receipt.remarks = session.remarks
         self.peak_bytes = max(self.peak_bytes, sum(s.bytes() for s in self.sessions))
         self._keep_budget()
         return out
@@ -106,19 +118,31 @@ class Trajectory:
             if policy == policy.exact():
                 continue
             if not receipt.sites:
-                raise NoEffectError(f"{policy} met none of its sites in {receipt.calls} evaluations")
+                line = f"{policy} met none of its sites in {receipt.calls} evaluations"
+                raise NoEffectError("; ".join([line, *receipt.said()]))
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
             if owns and not receipt.saved and not receipt.rows_saved:
                 raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")
         return self.receipts
 
-    def _keep_budget(self) -> None:
+    def _foresee(self, call: Call, fn: Handler, *args: Any) -> Any:
+        """The handler of the embedded tokens, which refuses before the first block."""
+        tokens = fn(*args)
+        self._keep_budget(lambda session: session.foreseen_bytes(call, tokens))
+        return tokens
+
+    def _keep_budget(
+        self, needs: Callable[[Session], int] = lambda session: session.projected_bytes()
+    ) -> None:
         if self.max_bytes is None:
             return
-        need = sum(session.projected_bytes() for session in self.sessions)
-        if need > self.max_bytes:
-            names = ", ".join(str(p) for p in self.policies)
-            raise ConfigError(f"max_bytes={self.max_bytes:,}: {names} would hold {need:,} bytes")
+        held = {session: needs(session) for session in self.sessions}
+        spare = self.max_bytes - sum(held.values())
+        if spare < 0:
+            names = ", ".join(str(policy) for policy in self.policies)
+            line = f"max_bytes={self.max_bytes:,}: {names} would hold {sum(held.values()):,} bytes"
+            hints = [session.fitting(need, need + spare) for session, need in held.items() if need]
+            raise ConfigError("; ".join([line, *filter(None, hints)]))
 
 
 def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str, Claim]]:

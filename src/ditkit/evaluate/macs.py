@@ -2,15 +2,18 @@
 
 torch's own counter knows no fused attention of the CPU and then counts zero for it. Here attention is counted
 at its core from shapes, whichever kernel runs it: B N Lq Lk (K + Kv), also under a mask, because a dense
-kernel computes what it masks. What a policy skips never runs and is not counted.
+kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. What a policy skips
+never runs and is not counted.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -42,7 +47,7 @@ class MacCount:
 class MacCounter:
     """Context manager that counts what runs inside it, forward and backward, on any device.
 
-    torch runs a compiled function eagerly inside it, and refuses `flex_attention` there (measured on 2.13).
+    Compiled functions run eagerly inside it; torch refuses `flex_attention` there (measured on 2.13).
 
     >>> with MacCounter() as counter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
@@ -57,6 +62,11 @@ class MacCounter:
         # nn.TransformerEncoderLayer has a fused inference path, one opaque operation; the plain one is equal.
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
+        # Left to itself, torch would refuse a full graph here, and never compile again what it met here first.
+        # Without this module nothing is compiled yet, and importing it takes a second.
+        compiler = "torch._dynamo" in sys.modules
+        self._stance = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+        self._stance.__enter__()
         self._mode.__enter__()
         return self
 
@@ -64,6 +74,7 @@ class MacCounter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._mode.__exit__(kind, error, trace)
+        self._stance.__exit__(kind, error, trace)
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
 
     @property
@@ -180,4 +191,6 @@ _OURS: dict[str, Formula] = {
 FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     **{packet: (_kind(packet), _half(flops)) for packet, flops in flop_registry.items()},
     **{getattr(aten, name): (_kind(getattr(aten, name)), formula) for name, formula in _OURS.items()},
+    torch.ops.ditkit.block_sparse_attention: ("attention", forward_macs),
+    torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ditkit import hosts
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.run import Site
-from ditkit.hosts.view import VIEWS
+from ditkit.hosts.view import VIEWS, View
 
 
 class Family(NamedTuple):
@@ -29,7 +30,7 @@ class Family(NamedTuple):
 
     def asks(self) -> tuple[str, ...]:
         """What its `layout` wants to know."""
-        return tuple(inspect.signature(self.make_layout).parameters)
+        return _parameters(self.make_layout)
 
     def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Segment, ...]:
         """The segments of a call of `model` with these arguments."""
@@ -47,7 +48,7 @@ def is_known(model: object) -> bool:
 
 def has_sites(model: nn.Module) -> bool:
     """Whether its view is on."""
-    return type(model) in VIEWS.values()
+    return isinstance(type(model), View)
 
 
 def family(model: nn.Module) -> Family:
@@ -72,8 +73,14 @@ def transformers() -> list[type]:
     return [cls for pair in VIEWS.items() for cls in pair if issubclass(cls, ModelMixin)]
 
 
+@cache
 def families() -> list[Any]:
     """The modules of all families; importing them makes their views known."""
     found = pkgutil.iter_modules(hosts.__path__, hosts.__name__ + ".")
     modules = [import_module(module.name) for module in found if module.name != __name__]
     return [module for module in modules if hasattr(module, "sites") and hasattr(module, "layout")]
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,8 @@ from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
-from ditkit.hosts.clock import LISTENER, Clock, listening, wound
+from ditkit.hosts.adapters import Adapters
+from ditkit.hosts.clock import LISTENER, Clock, by_name, listening, parameters_of, wound
 from ditkit.hosts.family import Family
 from ditkit.hosts.view import running
 
@@ -37,21 +37,23 @@ class Net(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a lane must be told again for its state to hold: latents of this shape, these prompts."""
+    """What a lane must be told again for its state to hold: latents of this shape, these prompts and adapters."""
 
     shape: torch.Size
     prompts: tuple[tuple[Tensor, int], ...]
+    adapters: tuple[Any, ...]
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Told:
-        prompts = tree_leaves([arguments.get(name) for name in PROMPTS])
+    def of(cls, arguments: Mapping[str, Any], adapters: Adapters) -> Told:
+        prompts = [leaf for name in PROMPTS for leaf in _leaves(arguments.get(name))]
         kept = tuple((p, _version(p)) for p in prompts if isinstance(p, Tensor))
-        return cls(arguments["hidden_states"].shape, kept)
+        return cls(arguments["hidden_states"].shape, kept, adapters.at_work(arguments))
 
     def is_like(self, other: Told) -> bool:
         pairs = list(zip(self.prompts, other.prompts, strict=False))
         return (
             self.shape == other.shape
+            and self.adapters == other.adapters
             and len(self.prompts) == len(other.prompts)
             and all(_is_same(a, b) for a, b in pairs)
         )
@@ -61,7 +63,7 @@ class Passage:
     """One call of a pipeline: its clock, its lanes, and the trajectories of its policies.
 
     A trajectory begins with `set_timesteps`; and again, with nothing kept, when the clock jumps, a lane is told
-    something else, or a callback moves the latents farther than the last step did.
+    something else or by other adapters, or a callback moves the latents farther than the last step did.
 
     Args:
         max_bytes: memory that all policies may hold together.
@@ -81,6 +83,7 @@ class Passage:
         self._idle: str | None = None
         self._had_effect = False
         self._ordinals: Counter[tuple[str, str]] = Counter()
+        self._adapters = {net.name: Adapters(net.model) for net in nets}
         self._told: dict[tuple[str, str], Told] = {}
         self._layouts: dict[tuple[str, str], tuple[list[Any], tuple[Segment, ...]]] = {}
         self._call: Call | None = None
@@ -115,9 +118,10 @@ class Passage:
             raise ConfigError(f"{kind}: the transformer was called before set_timesteps, expected after it")
         self.clock.locate(self.scheduler)
         key = (net.name, self._lane(net))
-        told = Told.of(arguments)
+        told = Told.of(arguments, self._adapters[net.name])
         if key in self._told and not told.is_like(self._told[key]):
             self.clock.age += 1
+            self._told.clear()  # nothing is kept of the other lanes that could be void once more
         self._told[key] = told
         trajectory = self._current()
         clock = self.clock
@@ -269,7 +273,7 @@ class Watch:
 
     def __init__(self, net: Net) -> None:
         self.net = net
-        self._signature = inspect.signature(type(net.model).forward)
+        self._names = parameters_of(type(net.model).forward)
         self._model = model = net.model
         _drop_copies(model)
         self._handles = [
@@ -296,7 +300,7 @@ class Watch:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.net and (passage := self._passage()):
-            passage.enter(self.net, self._signature.bind(model, *args, **kwargs).arguments)
+            passage.enter(self.net, by_name(self._names, args, kwargs))
 
     def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         if passage := self._passage():
@@ -326,6 +330,10 @@ def _is_same(a: tuple[Tensor, int], b: tuple[Tensor, int]) -> bool:
     if a[0] is b[0]:
         return a[1] == b[1]
     return a[0].shape == b[0].shape and torch.equal(a[0], b[0])
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [tree] if tree is None or isinstance(tree, Tensor) else tree_leaves(tree)
 
 
 def _version(x: Tensor) -> int:

@@ -41,21 +41,32 @@ def current() -> Run:
     return _RUN.get()
 
 
+class View(type):
+    """The class of views, each equal to the class that it stands for: diffusers' `from_pipe` compares classes.
+
+    As a key of a dictionary or in a set it is still itself.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (isinstance(other, type) and VIEWS.get(other) is cls)
+
+    __hash__ = type.__hash__
+
+
 def stands_for(host: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Mark a class as the view of `host`, under the host's own name and module.
+    """Make a class the view of `host`, under the host's own name and module.
 
     diffusers writes both into `config.json` and `model_index.json`, and looks blocks up by name.
     """
 
-    def mark(cls: type[nn.Module]) -> type[nn.Module]:
-        home = cls.__module__
-        cls.__name__, cls.__qualname__, cls.__module__ = host.__name__, host.__qualname__, host.__module__
+    def made(written: type[nn.Module]) -> type[nn.Module]:
+        names = {"__module__": host.__module__, "__qualname__": host.__qualname__, "__doc__": written.__doc__}
+        cls: Any = View(host.__name__, (written,), names)
         # a copy or a pickle would otherwise look for the view under the host's module
-        copyreg.pickle(cls, lambda module: (_blank, (home, host), module.__getstate__()))
-        VIEWS[host] = cls
-        return cls
+        copyreg.pickle(cls, lambda module: (_blank, (written.__module__, host), module.__getstate__()))
+        return VIEWS.setdefault(host, cls)
 
-    return mark
+    return made
 
 
 def view(model: Model) -> Model:
@@ -65,7 +76,7 @@ def view(model: Model) -> Model:
         ConfigError: no view is known for this class.
         ConflictError: as `refuse_foreign` says, or a forward cannot be rebound. Nothing has been changed then.
     """
-    if type(model) not in (*VIEWS, *VIEWS.values()):
+    if not _has_view(type(model)):
         names = [host.__name__ for host in VIEWS if issubclass(host, nn.Module)]
         raise ConfigError("view: " + unknown("transformer", type(model).__name__, names))
     refuse_foreign(model)
@@ -118,29 +129,34 @@ def refuse_foreign(model: nn.Module) -> None:
         ConflictError: a module carries a cache of diffusers, is of a subclass, or is compiled together with
             decisions that a policy makes anew in each evaluation.
     """
+    hosts, kinds = tuple(VIEWS), set[type]()
     for path, module in model.named_modules():
-        name = path or "the transformer"
+        name, kind = path or "the transformer", type(module)
         refuse_graph(name, module, whole=module is model)
         registry = vars(module).get("_diffusers_hook")
         for label, hook in registry.hooks.items() if registry else ():
             if hasattr(hook, "new_forward") and label not in _HARMLESS:
-                kind = type(hook).__name__
                 raise ConflictError(
-                    f"{name}: diffusers' {label!r} ({kind}) already replaces it; call disable_cache()"
+                    f"{name}: diffusers' {label!r} ({type(hook).__name__}) already replaces it; call disable_cache()"
                 )
-        if isinstance(module, tuple(VIEWS)) and type(module) not in (*VIEWS, *VIEWS.values()):
-            raise ConflictError(
-                f"{name}: {type(module).__qualname__} is a subclass of a class that has a view"
-            )
+        if kind not in kinds and isinstance(module, hosts) and not _has_view(kind):
+            raise ConflictError(f"{name}: {kind.__qualname__} is a subclass of a class that has a view")
+        kinds.add(kind)
 
 
-def refuse_graph(name: str, module: Any, whole: bool) -> None:
+def refuse_graph(name: str, module: nn.Module, whole: bool) -> None:
     """Raise ConflictError if a transformer, a part of a block with sites, or a block in a wrapper is compiled."""
-    kinds = (*VIEWS, *VIEWS.values())
-    if isinstance(getattr(module, "_orig_mod", None), kinds):
+    wrapped = module._modules.get("_orig_mod")
+    if wrapped is not None and isinstance(wrapped, tuple(VIEWS)):
         raise ConflictError(f"{name}: torch.compile wrapped it; expected its own compile(), block by block")
-    if type(module) in kinds and module._compiled_call_impl and (whole or hasattr(module, "processor")):
+    is_compiled = module._compiled_call_impl and _has_view(type(module))
+    if is_compiled and (whole or hasattr(module, "processor")):
         raise ConflictError(f"{name}: compiled by itself; expected compile_repeated_blocks(), block by block")
+
+
+def _has_view(kind: type) -> bool:
+    """Whether a class has a view or is one."""
+    return kind in VIEWS or isinstance(kind, View)
 
 
 def _blank(home: str, host: type) -> nn.Module:

@@ -88,7 +88,7 @@ class Field:
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
         sites = model.sites()
-        self.trajectory = Trajectory(sites, policies, total, max_bytes)
+        self.trajectory = Trajectory(sites, policies, total, max_bytes, model.learned)
         self.lanes = {"cond": Lane("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
             # policies key their state by network and lane, so one session serves a guide with the same sites

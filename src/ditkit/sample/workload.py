@@ -116,7 +116,8 @@ class Workload:
 
     def check(self, policies: Sequence[Policy]) -> None:
         """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
-        Trajectory(self.model.sites(), policies, self.solver.evaluations(self.steps), self.max_bytes)
+        total = self.solver.evaluations(self.steps)
+        Trajectory(self.model.sites(), policies, total, self.max_bytes, self.model.learned)
 
     def draw(
         self,

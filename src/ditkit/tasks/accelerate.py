@@ -36,9 +36,9 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """A pipeline of diffusers, faster: called like it, with the same weights, LoRAs, hooks and components.
 
     `pipe` itself stays exact, and so several may be made of one pipeline. `restore` or leaving a `with` block
-    takes away what was added to its transformers; diffusers' `from_pipe` makes other pipelines of the same parts
-    before or after, not meanwhile. Compiled blocks stay compiled; where a policy acts inside one,
-    each of its branches is a graph, and a branch in which it acts, such as attention under RAS, is none.
+    takes away what was added to its transformers; diffusers' `from_pipe`, asked for another pipeline of the same
+    parts, gives an exact one. Compiled blocks stay compiled; where a policy acts inside one, each of its branches is
+    a graph, and a branch in which it acts, such as attention under RAS, is none.
 
     Args:
         policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
@@ -116,9 +116,10 @@ class Accelerated:
     def report(self, exact: bool = False, converged_steps: int | None = None) -> PipelineReport:
         """Cost and receipt of the last call; with `exact` its error, and what the same MACs buy in fewer steps.
 
-        The error takes five more calls from the same state of all generators: both samplers once to count MACs
-        and once, in turns, for the wall clock, and the control; a run of `converged_steps` is a sixth. A callback is
-        called in all of them.
+        The error takes five more calls from the same state of all generators, under the autocast and the inference
+        mode of the last call: both samplers once to count MACs and once, in turns, for the wall clock, and the
+        control; a run of `converged_steps` is a sixth. A callback is called in all of them, as it may change what
+        is drawn; so whatever else it does is done again.
 
         Raises:
             ConfigError: nothing was called yet, the pipeline was restored since, or `converged_steps` is no
@@ -141,6 +142,11 @@ class Accelerated:
         replay = Replay(asked, self._draw, self._policies, decodes)
         rows = replay.rows(converged_steps)
         return PipelineReport(replay.took[rows[1].name], rows, "pictures" if decodes else "latents")
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The pipeline's, by which `isinstance` and diffusers' `AutoPipeline` classes know it."""
+        return type(self._pipe)
 
     def __getattr__(self, name: str) -> Any:
         pipe = object.__getattribute__(self, "_pipe")

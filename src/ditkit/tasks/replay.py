@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +80,7 @@ class PipelineReport:
 
 
 class Asked:
-    """The arguments of a pipeline's call, and the state of all randomness when it was made."""
+    """The arguments of a pipeline's call, and the state of all randomness and of torch's modes when it was made."""
 
     def __init__(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.bound = inspect.signature(pipe.__call__).bind(*args, **kwargs)
@@ -91,6 +91,7 @@ class Asked:
         self._order = [id(g) for g in _listed(given)]
         self._generators = {id(g): (g.device, g.get_state()) for g in _listed(given)}
         self._one = isinstance(given, torch.Generator)
+        self._modes = _modes()
 
     @property
     def steps(self) -> int | None:
@@ -108,10 +109,13 @@ class Asked:
 
     @contextmanager
     def again(self) -> Iterator[dict[str, Any]]:
-        """Inside, randomness is as it was then; gives the generators to ask with."""
+        """Inside, randomness and modes are as they were then; gives the generators to ask with."""
         made = {key: torch.Generator(device).set_state(s) for key, (device, s) in self._generators.items()}
         several = [made[key] for key in self._order]  # one may serve several samples
-        with torch.random.fork_rng():
+        with ExitStack() as stack:
+            for mode in self._modes:
+                stack.enter_context(mode())
+            stack.enter_context(torch.random.fork_rng())
             torch.set_rng_state(self._random)
             if self._cuda:
                 torch.cuda.set_rng_state_all(self._cuda)
@@ -241,3 +245,19 @@ def _control(row: Row) -> list[str]:
 def _listed(given: Any) -> list[torch.Generator]:
     several = given if isinstance(given, list | tuple) else [given]
     return [g for g in several if isinstance(g, torch.Generator)]
+
+
+def _modes() -> list[Callable[[], AbstractContextManager[object]]]:
+    """Inference mode and mixed precision, on the CPU and on an accelerator, as they are now."""
+    there = torch.accelerator.current_accelerator(check_available=True)
+    autocasts = [
+        partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+        for kind in dict.fromkeys(("cpu", there.type if there else "cpu"))
+    ]
+    return [partial(torch.inference_mode, torch.is_inference_mode_enabled()), *autocasts]

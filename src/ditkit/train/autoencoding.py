@@ -37,7 +37,13 @@ class Autoencoding(Objective):
             )
 
     def __call__(
-        self, forward: Callable[..., Any], model: Any, data: Tensor, cond: Cond, chance: Chance
+        self,
+        forward: Callable[..., Any],
+        model: Any,
+        data: Tensor,
+        cond: Cond,
+        chance: Chance,
+        teacher: Any = None,
     ) -> dict[str, Tensor]:
         noise, _, _ = chance.draws(model.latent_shape(tuple(data.shape[1:])))
         prediction, mean, log_variance = forward(data, noise.to(data.device))

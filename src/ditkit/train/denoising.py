@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
@@ -13,8 +14,9 @@ from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.path import Path, spread
-from ditkit.train.objective import Batch, Objective, Term, seen
+from ditkit.train.objective import Batch, Objective, Term
 from ditkit.train.randomness import Chance
+from ditkit.train.taps import Said, ask
 from ditkit.train.terms.regression import Regression
 from ditkit.train.timesteps import UNIFORM, LogitNormal, Shifted, Uniform
 
@@ -58,6 +60,7 @@ class Denoising(Objective):
         timesteps: which noise-times are visited.
     """
 
+    teaches: ClassVar[bool] = True
     terms: tuple[Term, ...] = (Regression(),)
     timesteps: Uniform | LogitNormal | Shifted = UNIFORM
 
@@ -69,7 +72,13 @@ class Denoising(Objective):
         super().check(model)
 
     def __call__(
-        self, forward: Callable[..., Any], model: Model, data: Tensor, cond: Cond, chance: Chance
+        self,
+        forward: Callable[..., Any],
+        model: Model,
+        data: Tensor,
+        cond: Cond,
+        chance: Chance,
+        teacher: Model | None = None,
     ) -> dict[str, Tensor]:
         noise, time, drop = chance.draws(tuple(data.shape[1:]))
         dropped = drop < getattr(model.config, "label_dropout", 0.0)
@@ -82,6 +91,7 @@ class Denoising(Objective):
             noise=noise.to(data.device),
             t=path.place(self.timesteps.quantile(time)).to(data.device),
             cond=replace(cond, drop=dropped.to(data.device)),
+            teacher=teacher,
         )
 
     def at(
@@ -94,6 +104,7 @@ class Denoising(Objective):
         noise: Tensor,
         t: Tensor,
         cond: Cond,
+        teacher: Model | None = None,
     ) -> dict[str, Tensor]:
         """The losses at noise [B, ...] and times [B], which are moved to where the prediction can be trained.
 
@@ -103,14 +114,17 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype))
-        run = self.tap(model)
-        out = forward(x, convention.model_time(t).to(data.dtype), cond, run)
+        taps, shape = self.taps(model), tuple(x.shape[1:])
+        told = x, convention.model_time(t).to(data.dtype), cond
+        out, seen = ask(forward, model, taps, shape, *told)
         prediction, fraction = convention.split(out.float())
         batch = NoisyBatch(
             data=data,
             prediction=prediction,
             mask=cond.mask,
-            taps=seen(run),
+            taps=seen,
+            sites=model.sites(),
+            teacher=None if teacher is None else _taught(teacher, taps, shape, *told),
             path=path,
             convention=convention,
             noise=noise,
@@ -125,4 +139,12 @@ class Denoising(Objective):
         return losses | {
             f"{type(term).__name__}_made": losses[type(term).__name__].detach() / share
             for term in self.active
+            if not term.reads(model.sites())  # a loss at sites is a mean over all rows
         }
+
+
+@torch.no_grad()
+def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any) -> Said:
+    """What a teacher says, its prediction in noise-time."""
+    out, seen = ask(teacher, teacher, taps, shape, *told)
+    return Said(teacher.config.convention.split(out.float())[0], seen)

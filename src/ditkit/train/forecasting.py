@@ -11,8 +11,9 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
-from ditkit.train.objective import Batch, Objective, Term, seen
+from ditkit.train.objective import Batch, Objective, Term
 from ditkit.train.randomness import Chance
+from ditkit.train.taps import ask
 from ditkit.train.terms.regression import Regression
 
 
@@ -28,8 +29,17 @@ class Forecasting(Objective):
         super().check(model)
 
     def __call__(
-        self, forward: Callable[..., Any], model: Model, data: Tensor, cond: Cond, chance: Chance
+        self,
+        forward: Callable[..., Any],
+        model: Model,
+        data: Tensor,
+        cond: Cond,
+        chance: Chance,
+        teacher: Model | None = None,
     ) -> dict[str, Tensor]:
-        run = self.tap(model)
-        prediction = forward(cond.context, run)
-        return self.weigh(Batch(data=data, prediction=prediction.float(), mask=cond.mask, taps=seen(run)))
+        assert cond.context is not None
+        out, taps = ask(forward, model, self.taps(model), tuple(cond.context.shape[1:]), cond.context)
+        batch = Batch(
+            data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites()
+        )
+        return self.weigh(batch)

@@ -23,6 +23,7 @@ from ditkit.train.ema import Average
 from ditkit.train.interrupt import noted_interrupts
 from ditkit.train.log import Log, writing
 from ditkit.train.objective import Objective
+from ditkit.train.parts import train_only
 from ditkit.train.posthoc import write_snapshot
 from ditkit.train.randomness import Chance, batch_indices
 from ditkit.train.record import RECIPE, check_resume, check_start
@@ -106,6 +107,8 @@ class _Run:
         self.share = settings.share(self.accelerator.num_processes)
         model.gradient_checkpointing = settings.gradient_checkpointing
         self.model = model.train().to(self.device)
+        self.teacher = objective.teacher(model)
+        train_only(model, settings.trained)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -208,7 +211,7 @@ class _Run:
         data, cond = data.to(self.device), cond.to(self.device)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
         with half, chance.of_network(self.device):
-            return self.objective(self.forward, self.model, data, cond, chance)
+            return self.objective(self.forward, self.model, data, cond, chance, self.teacher)
 
     def keep(self, sheet: Sheet | None) -> None:
         """Write what is due after this step; the state last, so that a kill before it repeats the others."""
@@ -232,9 +235,7 @@ class _Run:
 
     def averaged(self) -> Model:
         """A copy of the model with the first average's weights, in eval mode."""
-        copy = type(self.model).holding(self.model.config, self.averages[0].state, "average of the weights")
-        copy.history, copy.codec = self.model.history, self.model.codec
-        return copy
+        return self.model.with_weights(self.averages[0].state, "average of the weights")
 
 
 def _accelerator(folder: Path) -> Accelerator:

@@ -13,8 +13,9 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import Site
 from ditkit.train.randomness import Chance
+from ditkit.train.taps import Said, check_policies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,16 @@ class Batch:
         data: [B, ...] in float32, what is to be said. prediction: [B, ...].
         mask: 1 where content counts, broadcast to the data; None where all does.
         taps: outputs of the sites that the terms read, by name.
+        sites: of the network.
+        teacher: what a teacher said of the same, where a term compares with it.
     """
 
     data: Tensor
     prediction: Tensor
     mask: Tensor | None = None
     taps: Mapping[str, Any]
+    sites: Sequence[Site] = ()
+    teacher: Said | None = None
 
     def residual(self) -> Tensor:
         """What a perfect network would make zero, [B, ...]."""
@@ -45,6 +50,8 @@ class Term(ABC):
     """One part of the loss. With weight 0 nothing of it is computed."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)
+    compares: ClassVar[bool] = False
+    """Whether it needs a teacher: the model as it was before the first step, without its policies."""
     weight: float
 
     def reads(self, sites: Sequence[Site]) -> Sequence[str]:
@@ -60,27 +67,12 @@ class Term(ABC):
         """The unweighted loss of each sample of a `Batch`, [B]."""
 
 
-class Tap(Run):
-    """A run that keeps the outputs of some sites."""
-
-    __slots__ = ("seen",)
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.seen: dict[str, Any] = {}
-        super().__init__({name: self._keep(name) for name in names})
-
-    def _keep(self, name: str) -> Any:
-        def handler(fn: Any, *args: Any) -> Any:
-            out = self.seen[name] = fn(*args)
-            return out
-
-        return handler
-
-
 @dataclass(frozen=True)
 class Objective(ABC):
     """Weighted terms over one forward pass; a subclass says what the network is asked."""
 
+    teaches: ClassVar[bool] = False
+    """Whether a teacher can be asked the same."""
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -90,12 +82,20 @@ class Objective(ABC):
         names = [type(term).__name__ for term in self.terms]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Objective: {repeated[0]} is given twice; give it once, with a weight")
+        if comparing := [type(term).__name__ for term in self.active if term.compares and not self.teaches]:
+            raise ConfigError(f"{type(self).__name__} has no teacher, which {comparing[0]} compares with")
         if not self.active:
             raise ConfigError("Objective: every term has weight 0, so there is nothing to learn")
 
     @abstractmethod
     def __call__(
-        self, forward: Callable[..., Any], model: Model, data: Tensor, cond: Cond, chance: Chance
+        self,
+        forward: Callable[..., Any],
+        model: Model,
+        data: Tensor,
+        cond: Cond,
+        chance: Chance,
+        teacher: Model | None = None,
     ) -> dict[str, Tensor]:
         """Mean loss of each active term, and their weighted sum under `loss`.
 
@@ -103,6 +103,7 @@ class Objective(ABC):
             forward: what is called, `model` itself or a wrapper around it (DDP).
             data: [B, ...] float32, with `cond`, on the model's device.
             chance: all that is random about these samples.
+            teacher: of `teacher`, on the same device.
         """
 
     @property
@@ -113,7 +114,8 @@ class Objective(ABC):
         """Refuse a model that an active term cannot learn from, before the first step.
 
         Raises:
-            ConfigError: the model is not of the kind that a term needs, or lacks a site that it reads.
+            ConfigError: the model is not of the kind that a term needs, or lacks a site that it reads; or those of
+                `check_policies`.
         """
         sites = {site.name for site in model.sites()}
         for term in self.active:
@@ -123,27 +125,30 @@ class Objective(ABC):
             for site in term.reads(model.sites()):
                 if site not in sites:
                     raise ConfigError(unknown(f"site that {name} reads:", site, sites))
+        check_policies(model)
 
     def describe(self) -> dict[str, Any]:
         """What is minimised, as JSON has it."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "terms"}
         return {"kind": type(self).__name__, **own, "terms": [_plain(term) for term in self.active]}
 
-    def tap(self, model: Model) -> Run:
-        """A run that keeps what the active terms read."""
-        names = sorted({name for term in self.active for name in term.reads(model.sites())})
-        return Tap(names) if names else DIRECT
+    def taps(self, model: Model) -> list[str]:
+        """The sites that active terms read."""
+        return sorted({name for term in self.active for name in term.reads(model.sites())})
+
+    def teacher(self, model: Model) -> Model | None:
+        """The model as it is now, frozen and without its policies; None where no active term compares with it."""
+        if not any(term.compares for term in self.active):
+            return None
+        teacher = model.with_weights(model.state_dict(), "teacher").requires_grad_(False)
+        teacher.policies = ()
+        return teacher
 
     def weigh(self, batch: Batch) -> dict[str, Tensor]:
         """Mean loss of each active term, and their weighted sum under `loss`."""
         losses = {type(term).__name__: term.loss(batch).mean() for term in self.active}
         weighted = [term.weight * losses[type(term).__name__] for term in self.active]
         return losses | {"loss": torch.stack(weighted).sum()}
-
-
-def seen(run: Run) -> Mapping[str, Any]:
-    """What the run of `Objective.tap` kept."""
-    return run.seen if isinstance(run, Tap) else {}
 
 
 def _plain(value: Any) -> Any:

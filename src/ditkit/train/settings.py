@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.train.ema import Constant, Power
+from ditkit.train.parts import Part
 
 Precision = Literal["float32", "bf16"]
 NOT_NEGATIVE = (
@@ -39,6 +40,7 @@ class Settings:
         weight_decay: of AdamW.
         clip: largest gradient norm; 0 for none.
         precision: of the forward pass.
+        trained: weights that are; "attention" is its projections, and what policies train of their own.
         averages: of the weights; the first is what is sampled and saved.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: the network, by torch.compile.
@@ -59,6 +61,7 @@ class Settings:
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Precision = "float32"
+    trained: Part = "all"
     averages: tuple[Constant | Power, ...] = (Constant(),)
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -80,6 +83,8 @@ class Settings:
             raise ConfigError(f"training: betas={self.betas} should both lie in [0, 1)")
         if self.precision not in get_args(Precision):
             raise ConfigError(unknown("precision", self.precision, get_args(Precision)))
+        if self.trained not in get_args(Part):
+            raise ConfigError(unknown("trained", self.trained, get_args(Part)))
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
         if self.cosine and self.decay_after:

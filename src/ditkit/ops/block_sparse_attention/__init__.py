@@ -1,7 +1,14 @@
 """Attention over lists of key blocks: one plan, several kernels, output and log-sum-exp."""
 
-from ditkit.ops.block_sparse_attention.build import Allowed, block_map, build_plan, near_blocks, with_valid
-from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, choose
+from ditkit.ops.block_sparse_attention.build import (
+    Allowed,
+    block_map,
+    build_plan,
+    dense_plan,
+    near_blocks,
+    with_valid,
+)
+from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, choose, pays
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference, merge
 
@@ -16,7 +23,9 @@ __all__ = [
     "block_map",
     "build_plan",
     "choose",
+    "dense_plan",
     "merge",
     "near_blocks",
+    "pays",
     "with_valid",
 ]

@@ -61,15 +61,23 @@ def build_plan(
         _check_order(order, queries, keys)
     empty = torch.empty(0, dtype=torch.int32)
     tiles = torch.ones(1, *sides, dtype=torch.bool)
-    plan = BlockPlan(queries, keys, sides, batches, heads, empty, empty, empty, tiles, order)
+    plan = BlockPlan(queries, keys, sides, batches, heads, empty, empty, empty, tiles, order, blind)
     flat, bank = _candidates(plan, kept), _Bank(tiles)
     tile = torch.full((len(flat),), FULL, dtype=torch.int32)
     look = torch.ones(len(flat), dtype=torch.bool) if allowed is not None else _with_padding(plan, flat)
     for some in look.nonzero().squeeze(1).split(max(1, PAIRS // (sides[0] * sides[1]))):
         tile[some] = _look(plan, flat[some], allowed, bank)
     visited = tile >= 0
-    plan = _listed(plan, flat[visited], tile[visited], bank)
-    return plan if blind else refuse_blind(plan)
+    return refuse_blind(_listed(plan, flat[visited], tile[visited], bank))
+
+
+def dense_plan(plan: BlockPlan) -> BlockPlan:
+    """The plan of the same slots in which every query sees every real key, made once: for dense sums by a kernel."""
+    if "dense" not in plan.derived:
+        order = None if plan.order is None else plan.order.cpu()
+        dense = build_plan(plan.queries, plan.keys, plan.block, order=order, blind=plan.blind)
+        plan.derived["dense"] = dense.to(plan.device)
+    return plan.derived["dense"]
 
 
 def block_map(index: Tensor, count: Tensor, key_blocks: int) -> Tensor:
@@ -113,25 +121,24 @@ def _box(places: Tensor) -> tuple[Tensor, Tensor]:
     return places.amin(0), places.amax(0)
 
 
-def with_valid(plan: BlockPlan, valid: Tensor, blind: bool = False) -> BlockPlan:
+def with_valid(plan: BlockPlan, valid: Tensor) -> BlockPlan:
     """`plan` for prompts of different length: keys that are padding are seen by nobody, so they change no bit.
 
     Args:
-        valid: bool [B, L], for the first L key tokens in the model's order; those after them are all real.
-        blind: as in `build_plan`.
+        valid: bool [B, M'], for the first M' key tokens in the model's order; those after them are all real.
 
     Raises:
         ShapeError: another batch than the plan's, more tokens than keys, or a query sees no key.
     """
-    tokens = _key_tokens(plan.order, plan.queries, plan.keys)
     batch, length = valid.shape
-    if plan.batches not in (1, batch) or length > int(tokens.amax()) + 1:
+    if plan.batches not in (1, batch) or length > plan.tokens:
         wanted = "B" if plan.batches == 1 else plan.batches
-        raise ShapeError(
-            f"block plan: valid {list(valid.shape)}, expected at most [{wanted}, {int(tokens.amax()) + 1}]"
-        )
+        raise ShapeError(f"block plan: valid {list(valid.shape)}, expected at most [{wanted}, {plan.tokens}]")
     if bool(valid.all()):
         return plan
+    if plan.device.type != "cpu":
+        return with_valid(plan.to("cpu"), valid).to(plan.device)
+    tokens = _key_tokens(plan.order, plan.queries, plan.keys)
     rows, columns = plan.blocks
     every = torch.ones(batch, columns * plan.block[1] + 1, dtype=torch.bool)
     every[:, :length] = valid.cpu()
@@ -157,8 +164,7 @@ def with_valid(plan: BlockPlan, valid: Tensor, blind: bool = False) -> BlockPlan
 
     keep = tile >= 0
     wide = replace(plan, batches=batch)
-    wide = _listed(wide, (row * columns + index)[keep], tile[keep], bank)
-    return wide if blind else refuse_blind(wide)
+    return refuse_blind(_listed(wide, (row * columns + index)[keep], tile[keep], bank))
 
 
 class _Bank:

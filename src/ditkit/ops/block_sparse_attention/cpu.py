@@ -9,7 +9,7 @@ B batch, N heads, C lists of a chunk, n key blocks of each, K head width; a list
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from ditkit.ops.block_sparse_attention.plan import BlockPlan
 
 SCORES = 2**19
 """Scores of a chunk: 2 MB. Chunks of 2**18 to 2**20 measured alike, longer ones leave the cache."""
+
+
+BACKWARD = (3, 2)
+"""Products of width K and of width Kv in the backward pass: scores, d_q, d_k; d_v and the gradient of the weights."""
 
 
 class Chunk(NamedTuple):
@@ -32,55 +36,50 @@ class Chunk(NamedTuple):
     """bool [C, query block, p, key block]: pairs not allowed, in the first p blocks of each list; None for none."""
 
 
-def attend_cpu(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, N, L, K] and log-sum-exp [B, N, L] of a plan; differentiable in both."""
-    return _BlockSparse.apply(q, k, v, plan, scale)
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, N, L, Kv] and log-sum-exp [B, N, L] of a plan."""
+    (bq, bk), wide = plan.block, torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk)
+    out = q.new_zeros(len(queries), bq, v.shape[-1])
+    lse = torch.full((len(queries), bq, 1), -torch.inf, dtype=wide)
+    for rows, blocks, hidden in _chunks(plan, *q.shape[:2]):
+        scores = _scores(queries, keys, rows, blocks, hidden, scale, wide)
+        top = scores.amax(-1, keepdim=True)
+        top.masked_fill_(top == -torch.inf, 0)
+        total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+        lse[rows] = top + total.log()
+        weighted = torch.bmm(scores, _gather(values, blocks, len(rows), wide))
+        out[rows] = weighted.div_(total.masked_fill_(total == 0, 1)).to(out.dtype)
+    return _tokens(out, q), _tokens(lse, q).squeeze(-1)
 
 
-class _BlockSparse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        (bq, bk), wide = plan.block, torch.promote_types(q.dtype, torch.float32)
-        queries, keys, values = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk)
-        out = q.new_zeros(len(queries), bq, v.shape[-1])
-        lse = torch.full((len(queries), bq, 1), -torch.inf, dtype=wide)
-        for rows, blocks, hidden in _chunks(plan, *q.shape[:2]):
-            scores = _scores(queries, keys, rows, blocks, hidden, scale, wide)
-            top = scores.amax(-1, keepdim=True)
-            top.masked_fill_(top == -torch.inf, 0)
-            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-            lse[rows] = top + total.log()
-            weighted = torch.bmm(scores, _gather(values, blocks, len(rows), wide))
-            out[rows] = weighted.div_(total.masked_fill_(total == 0, 1)).to(out.dtype)
-        out, lse = _tokens(out, q), _tokens(lse, q).squeeze(-1)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the scores: weight (d_out v^T - (d_out . out) + d_lse), so the output needs no second pass."""
-        q, k, v, out, lse = ctx.saved_tensors
-        plan, scale, wide = ctx.plan, ctx.scale, lse.dtype
-        bq, bk = plan.block
-        queries, keys, values, d_outs = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk), _blocks(d_out, bq)
-        shift = _blocks(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], bq)
-        inner = _blocks((d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse[..., None], bq)
-        d_q, d_k, d_v = (torch.zeros_like(x, dtype=wide) for x in (queries, keys, values))
-        for rows, blocks, hidden in _chunks(plan, *q.shape[:2]):
-            weight = _scores(queries, keys, rows, blocks, hidden, scale, wide).sub_(shift[rows]).exp_()
-            d_row = d_outs[rows].to(wide)
-            d_v.index_add_(0, blocks, torch.bmm(weight.mT, d_row).view(len(blocks), bk, -1))
-            d_scores = torch.bmm(d_row, _gather(values, blocks, len(rows), wide).mT)
-            d_scores.sub_(inner[rows]).mul_(weight)
-            d_q[rows] = torch.bmm(d_scores, _gather(keys, blocks, len(rows), wide))
-            d_k.index_add_(
-                0, blocks, torch.bmm(d_scores.mT, queries[rows].to(wide)).view(len(blocks), bk, -1)
-            )
-        grads = (_tokens(d_q.mul_(scale), q), _tokens(d_k.mul_(scale), k), _tokens(d_v, v))
-        return (*(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None)
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the scores: weight (d_out v^T - (d_out . out) + d_lse), so the output needs no second pass."""
+    (bq, bk), wide = plan.block, lse.dtype
+    queries, keys, values, d_outs = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk), _blocks(d_out, bq)
+    shift = _blocks(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], bq)
+    inner = _blocks((d_out.to(wide) * out.to(wide)).sum(-1, keepdim=True) - d_lse[..., None], bq)
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=wide) for x in (queries, keys, values))
+    for rows, blocks, hidden in _chunks(plan, *q.shape[:2]):
+        weight = _scores(queries, keys, rows, blocks, hidden, scale, wide).sub_(shift[rows]).exp_()
+        d_row = d_outs[rows].to(wide)
+        d_v.index_add_(0, blocks, torch.bmm(weight.mT, d_row).view(len(blocks), bk, -1))
+        d_scores = torch.bmm(d_row, _gather(values, blocks, len(rows), wide).mT)
+        d_scores.sub_(inner[rows]).mul_(weight)
+        d_q[rows] = torch.bmm(d_scores, _gather(keys, blocks, len(rows), wide))
+        d_k.index_add_(0, blocks, torch.bmm(d_scores.mT, queries[rows].to(wide)).view(len(blocks), bk, -1))
+    d_q, d_k, d_v = _tokens(d_q.mul_(scale), q), _tokens(d_k.mul_(scale), k), _tokens(d_v, v)
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 def _chunks(plan: BlockPlan, batch: int, heads: int) -> Iterator[Chunk]:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.ops.block_sparse_attention.operation import block_sparse_attention, planned
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference
 
 Kernel = Literal["auto", "cpu", "triton", "flex", "reference"]
+KERNELS = get_args(Kernel)
+HAS_TRITON = find_spec("triton") is not None
 
 PAYS_BELOW = 0.4
 """Share of the blocks up to which a kernel beats dense attention: on two cores, d = 64, 2.4 times at 0.25 and 0.9 to
@@ -36,54 +39,74 @@ def choose(q: Tensor, plan: BlockPlan, kernel: Kernel = "auto") -> Choice:
     Raises:
         ConfigError: an unknown kernel, or one that this device, type or plan cannot have.
     """
-    if kernel not in get_args(Kernel):
-        raise ConfigError(unknown("kernel", kernel, get_args(Kernel)))
-    chosen = kernel if kernel != "auto" else _automatic(q, plan)
-    why_not = _refusal(chosen, q, plan)
-    if why_not:
-        raise ConfigError(f"kernel {chosen}: {why_not}")
-    rows, columns = plan.blocks
-    visited = f"{plan.density:.3g} of {rows} x {columns} blocks visited"
+    chosen = _kernel(q, plan, kernel)
     if chosen == "reference":
         return Choice(chosen, False, "the reference makes all scores")
+    why_not = pays(plan)
+    return Choice(chosen, not why_not, why_not or f"{_visited(plan)} on {q.device.type}")
+
+
+def pays(plan: BlockPlan) -> str:
+    """Why skipping does not pay with this plan, whatever the tensors; empty if it does."""
     if plan.keys < SHORTEST:
-        return Choice(chosen, False, f"{plan.keys} keys, dense attention is faster below {SHORTEST}")
+        return f"{plan.keys} keys, dense attention is faster below {SHORTEST}"
     if plan.density > PAYS_BELOW:
-        return Choice(chosen, False, f"{visited}, dense attention is faster above {PAYS_BELOW}")
-    return Choice(chosen, True, f"{visited} on {q.device.type}")
+        return f"{_visited(plan)}, dense attention is faster above {PAYS_BELOW}"
+    return ""
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float | None = None, kernel: Kernel = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    kernel: Kernel = "auto",
 ) -> Attended:
     """Attention of queries [B, N, L, K] over keys and values [B, N, M, K], each query over those its plan lets it see.
 
-    Differentiable in the output and in the log-sum-exp. All kernels compute the same, to rounding.
+    Differentiable in the output and in the log-sum-exp. All kernels compute the same, to rounding. Those of ours are
+    one node of a compiled graph, whatever the plan and `valid`.
 
     Args:
+        valid: bool [B, M'], which of the first M' key tokens are real, as in `with_valid`, whose plans are kept. Best
+            on the CPU: with one on a GPU each call waits for the GPU.
         scale: of the scores, 1 / sqrt(K) unless said.
         kernel: "auto" for what `choose` says.
 
     Raises:
-        ShapeError: tensors that do not fit each other or the plan.
+        ShapeError: tensors that do not fit each other or the plan, or a query sees no key.
         ConfigError: see `choose`.
     """
-    _check(q, k, v, plan)
+    _check(q, k, v, plan, valid)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen, plan = choose(q, plan, kernel).kernel, plan.to(q.device)
-    if chosen == "cpu":
-        from ditkit.ops.block_sparse_attention.cpu import attend_cpu
-
-        return Attended(*attend_cpu(q, k, v, plan, scale))
-    if chosen == "triton":
-        from ditkit.ops.block_sparse_attention.triton import attend_triton
-
-        return Attended(*attend_triton(q, k, v, plan, scale))
+    chosen = _kernel(q, plan, kernel)
+    if chosen in ("cpu", "triton"):
+        return Attended(*block_sparse_attention(q, k, v, valid, plan.handle, scale, chosen))
+    plan = planned(plan, valid).to(q.device)
     if chosen == "flex":
         from ditkit.ops.block_sparse_attention.flex import attend_flex
 
         return Attended(*attend_flex(q, k, v, plan, scale))
     return attend_reference(q, k, v, plan.mask(), scale)
+
+
+def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:
+    """The kernel that is meant, which can execute the plan."""
+    if kernel not in KERNELS:
+        raise ConfigError(unknown("kernel", kernel, KERNELS))
+    chosen = kernel if kernel != "auto" else _automatic(q, plan)
+    why_not = _refusal(chosen, q, plan)
+    if why_not:
+        raise ConfigError(f"kernel {chosen}: {why_not}")
+    return chosen
+
+
+def _visited(plan: BlockPlan) -> str:
+    rows, columns = plan.blocks
+    return f"{plan.density:.3g} of {rows} x {columns} blocks visited"
 
 
 def _automatic(q: Tensor, plan: BlockPlan) -> Kernel:
@@ -110,14 +133,14 @@ def _refusal(kernel: Kernel, q: Tensor, plan: BlockPlan) -> str:
 
 
 def _triton_refusal(q: Tensor, plan: BlockPlan) -> str:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     from ditkit.ops.block_sparse_attention.triton import refusal
 
     return refusal(q, plan)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, valid: Tensor | None) -> None:
     B, N, L, K = q.shape
     if plan.queries != L or k.shape != (B, N, plan.keys, K) or v.shape[:3] != k.shape[:3]:
         raise ShapeError(
@@ -130,3 +153,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ShapeError(f"attend: q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one type")
+    if valid is not None and (valid.dtype != torch.bool or valid.dim() != 2 or len(valid) != B):
+        raise ShapeError(
+            f"attend: valid {valid.dtype} {list(valid.shape)}, expected torch.bool [{B}, tokens]"
+        )

@@ -8,17 +8,24 @@ B batch, N heads, R lists (one for each batch row, head and query block), E bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.core.errors import ShapeError
+from ditkit.core.errors import ConfigError, ShapeError
 
 FULL = 0
 """The mask tile that lets every pair through: kernels never read it."""
+
+_ALIVE: WeakValueDictionary[int, BlockPlan] = WeakValueDictionary()
+"""Plans by handle. A plan never changes and no handle is given twice, so what is looked up is no state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,8 @@ class BlockPlan:
         tiles: bool [M, *block], each once: the blocks of a periodic pattern are few.
         order: int64 [queries], the token in each slot, -1 for padding that nobody sees; None for the model's order.
             Slots of keys beyond it hold tokens beyond it (pooled keys).
+        blind: whether queries may see no key.
+        handle: an integer for `plan_of`.
     """
 
     queries: int
@@ -50,6 +59,15 @@ class BlockPlan:
     tile: Tensor
     tiles: Tensor
     order: Tensor | None = None
+    blind: bool = False
+    handle: int = field(init=False, default_factory=count().__next__)
+
+    def __post_init__(self) -> None:
+        _ALIVE[self.handle] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy in this process or another has a handle of its own
+        return BlockPlan, tuple(getattr(self, part.name) for part in fields(self) if part.init)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -71,6 +89,11 @@ class BlockPlan:
         """Share of all blocks that is visited: what a kernel pays for."""
         rows, columns = self.blocks
         return self.visited / (self.batches * self.heads * rows * columns)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Key tokens, without padding."""
+        return self.keys if self.order is None else len(self.inverse) + self.keys - self.queries
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +186,13 @@ class BlockPlan:
         return pairs[:, :, : self.queries, : self.keys]
 
     @cached_property
-    def _elsewhere(self) -> dict[torch.device, BlockPlan]:
+    def derived(self) -> dict[Hashable, BlockPlan]:
+        """Plans made of this one, which are kept as long as it is."""
+        return {}
+
+    @cached_property
+    def padded(self) -> dict[tuple[int, bytes], BlockPlan]:
+        """This plan for prompts of different length, by the number of prompts and which of their tokens are real."""
         return {}
 
     def to(self, device: torch.device | str) -> BlockPlan:
@@ -171,23 +200,37 @@ class BlockPlan:
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
-        if device not in self._elsewhere:
+        if device not in self.derived:
             order = None if self.order is None else self.order.to(device)
             moved = {name: getattr(self, name).to(device) for name in ("start", "index", "tile", "tiles")}
-            self._elsewhere[device] = replace(self, **moved, order=order)
-        return self._elsewhere[device]
+            self.derived[device] = replace(self, **moved, order=order)
+        return self.derived[device]
 
     def bytes(self) -> int:
         """Memory of the lists and tiles."""
         return sum(t.numel() * t.element_size() for t in (self.start, self.index, self.tile, self.tiles))
 
 
+def plan_of(handle: int) -> BlockPlan:
+    """The plan whose handle this is.
+
+    Raises:
+        ConfigError: nobody keeps it any more.
+    """
+    plan = _ALIVE.get(handle)
+    if plan is None:
+        raise ConfigError(f"block plan {handle} is gone; keep a plan as long as compiled functions use it")
+    return plan
+
+
 def refuse_blind(plan: BlockPlan) -> BlockPlan:
-    """The plan, whose queries all see a key.
+    """The plan, whose queries all see a key unless it says otherwise.
 
     Raises:
         ShapeError: a query sees none; its softmax would be over nothing.
     """
+    if plan.blind:
+        return plan
     blind = (plan.seen == 0) & plan.real.flatten()[: plan.queries]
     if blind.any():
         batch, head, slot = blind.nonzero()[0].tolist()

@@ -21,24 +21,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ditkit.core.errors import ShapeError
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIDES = (64, 128)
 WIDEST = 128
 WIDEST_FLOAT32 = 64 * 128
 """Head width times block: with more, a float32 block and its gradients exceed an H100's shared memory."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+BACKWARD = (4, 3)
+"""Products of width K and of width Kv in the backward pass: each of its two kernels makes the scores again."""
 LOG2_E = tl.constexpr(1 / log(2))
 
 
 def refusal(q: Tensor, plan: BlockPlan) -> str:
     """Why these kernels cannot execute the plan for queries like `q`; empty if they can."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
         return f"queries are on {q.device.type}, expected cuda"
     if q.dtype not in TYPES:
         return f"got {q.dtype}, expected bfloat16, float16 or float32"
-    if not set(plan.block) <= set(SIDES):
+    if not all(side in SIDES for side in plan.block):
         return f"blocks of {plan.block[0]} x {plan.block[1]}, expected sides of 64 or 128"
     if q.shape[-1] > WIDEST:
         return f"heads of width {q.shape[-1]}, expected at most {WIDEST}"
@@ -47,44 +50,50 @@ def refusal(q: Tensor, plan: BlockPlan) -> str:
     return ""
 
 
-def attend_triton(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, N, L, K] and log-sum-exp [B, N, L] of a plan; differentiable in both."""
-    return _BlockSparse.apply(q.contiguous(), k.contiguous(), v.contiguous(), plan, scale)
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, N, L, K] and log-sum-exp [B, N, L] of a plan.
+
+    Raises:
+        ShapeError: values of another width than keys.
+    """
+    if v.shape[-1] != q.shape[-1]:
+        raise ShapeError(f"kernel triton: values of width {v.shape[-1]}, expected {q.shape[-1]} as keys")
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lists = (plan.start, plan.counts[1].int(), plan.index, plan.tile, plan.tiles.view(torch.uint8))
+    grid = (plan.blocks[0], q.shape[0] * q.shape[1])
+    _forward[grid](q, k, v, out, lse, *lists, scale, *_sizes(q, plan), **_constants(q, plan, 64))
+    return out, lse
 
 
-class _BlockSparse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        lists = (plan.start, plan.counts[1].int(), plan.index, plan.tile, plan.tiles.view(torch.uint8))
-        grid = (plan.blocks[0], q.shape[0] * q.shape[1])
-        _forward[grid](q, k, v, out, lse, *lists, scale, *_sizes(q, plan), **_constants(q, plan, 64))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the scores: weight (d_out v^T - (d_out . out) + d_lse)."""
-        q, k, v, out, lse = ctx.saved_tensors
-        plan, d_out = ctx.plan, d_out.contiguous()
-        inner = (d_out.float() * out.float()).sum(-1) - d_lse
-        shift = (lse * LOG2_E.value).masked_fill(lse == -torch.inf, torch.inf)
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        heads, masks = q.shape[0] * q.shape[1], (plan.tile, plan.tiles.view(torch.uint8))
-        settings = (ctx.scale, *_sizes(q, plan))
-        constants = _constants(q, plan, 32)
-        given = (q, k, v, d_out, shift, inner)
-        lists = (plan.start, plan.counts[1].int(), plan.index, *masks)
-        _queries_backward[(plan.blocks[0], heads)](*given, d_q, *lists, *settings, **constants)
-        start, partial, entry = plan.transposed
-        row = (plan.list_of % plan.blocks[0]).int()
-        by_key = (start, partial, entry, row, *masks)
-        _keys_backward[(plan.blocks[1], heads)](*given, d_k, d_v, *by_key, *settings, **constants)
-        return d_q, d_k, d_v, None, None
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the scores: weight (d_out v^T - (d_out . out) + d_lse)."""
+    q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
+    inner = (d_out.float() * out.float()).sum(-1) - d_lse
+    shift = (lse * LOG2_E.value).masked_fill(lse == -torch.inf, torch.inf)
+    d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+    heads, masks = q.shape[0] * q.shape[1], (plan.tile, plan.tiles.view(torch.uint8))
+    settings = (scale, *_sizes(q, plan))
+    constants = _constants(q, plan, 32)
+    given = (q, k, v, d_out, shift, inner)
+    lists = (plan.start, plan.counts[1].int(), plan.index, *masks)
+    _queries_backward[(plan.blocks[0], heads)](*given, d_q, *lists, *settings, **constants)
+    start, partial, entry = plan.transposed
+    row = (plan.list_of % plan.blocks[0]).int()
+    by_key = (start, partial, entry, row, *masks)
+    _keys_backward[(plan.blocks[1], heads)](*given, d_k, d_v, *by_key, *settings, **constants)
+    return d_q, d_k, d_v
 
 
 def _sizes(q: Tensor, plan: BlockPlan) -> tuple[int, ...]:

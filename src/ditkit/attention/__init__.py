@@ -1,0 +1,8 @@
+"""Policies whose attention leaves out keys, one file each."""
+
+from ditkit.attention.band import Band
+from ditkit.attention.grouped import Grouped
+from ditkit.attention.neighbourhood import Neighbourhood
+from ditkit.attention.reshaped import Reshaped, ReshapedGrouped
+
+__all__ = ["Band", "Grouped", "Neighbourhood", "Reshaped", "ReshapedGrouped"]

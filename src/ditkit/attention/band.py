@@ -1,0 +1,55 @@
+"""A plain diagonal band: what most sliding windows are, and what corrected attention is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditkit.attention.pattern import Pattern
+from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid
+from ditkit.ops.block_sparse_attention import BlockPlan, build_plan, near_blocks
+
+
+@dataclass(frozen=True)
+class Band(Pattern):
+    """A token sees those at most w // 2 places away in the raster order of a frame, w = int(keep H W), in all frames.
+
+    Training-free; rows of text see all and are seen by all. The mask of Re-ttention (arXiv 2505.22918), without its
+    correction. Tokens of a clip are ordered by their place, then by frame, so that the bands of its frames are one.
+
+    Args:
+        keep: the share of a frame that the band is wide.
+    """
+
+    keep: float = 1 / 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise ConfigError(f"{type(self).__name__}: keep={self.keep!r}, expected above 0 and at most 1")
+
+    def plan(self, grid: Grid, others: int) -> BlockPlan:
+        area, length = grid.height * grid.width, grid.length
+        reach = int(area * self.keep) // 2
+        order = torch.arange(length).view(grid.frames, area).T.flatten()
+        near = near_blocks(order[:, None] % area, self.block, (reach,))
+        rest = -(-others // self.block)
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            apart = (query % area - key % area).abs()
+            return (apart <= reach) | (query >= length) | (key >= length)
+
+        order = F.pad(order, (0, -length % self.block), value=-1)
+        order = torch.cat((order, torch.arange(length, length + others)))
+        in_order = torch.equal(order, torch.arange(len(order)))
+        return build_plan(
+            len(order),
+            block=self.block,
+            order=None if in_order else order,
+            kept=F.pad(near, (0, rest, 0, rest), value=True),
+            allowed=allowed,
+        )

@@ -1,0 +1,96 @@
+"""GRAT: groups of neighbouring tokens attend to surrounding groups, or to a criss-cross of them (arXiv 2505.14687)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditkit.attention.pattern import Pattern
+from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.grid import Grid
+from ditkit.ops.block_sparse_attention import BlockPlan, build_plan
+
+Meeting = Literal["blocks", "crisscross"]
+PICTURE, CLIP = (1, 16, 16), (4, 8, 8)
+"""Frames, rows and columns of a group: the paper's for FLUX, and its code's for HunyuanVideo."""
+
+
+@dataclass(frozen=True)
+class Grouped(Pattern):
+    """GRAT. Training-free; the exact softmax over the keys that are kept.
+
+    Rows of text see all and are seen by all. A grid that the groups do not divide is padded inside.
+
+    Args:
+        meeting: "blocks" lets a group see those at most `reach` groups away on every axis (GRAT-B), fewer at a
+            border; "crisscross" those in its own row or column of groups, and of a clip in its own planes (GRAT-X, as
+            the code has it: the union of three planes, not lines).
+        reach: beta, of "blocks".
+        group: frames, rows and columns of a group, or rows and columns; none: 16 x 16 of a picture, 4 x 8 x 8 of a
+            clip. Its tokens fill whole kernel blocks.
+    """
+
+    meeting: Meeting = "blocks"
+    reach: int = 1
+    group: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.meeting not in (choices := Meeting.__args__):  # type: ignore[attr-defined]
+            raise ConfigError("Grouped: " + unknown("meeting", self.meeting, choices))
+        if type(self.reach) is not int or self.reach < 0:
+            raise ConfigError(f"Grouped: reach={self.reach!r}, expected an integer of at least 0")
+        if self.group and (
+            not isinstance(self.group, tuple)
+            or len(self.group) not in (2, 3)
+            or any(type(n) is not int or n < 1 for n in self.group)
+        ):
+            raise ConfigError(f"Grouped: group={self.group!r}, expected two or three positive integers")
+        for sides in (self.group,) if self.group else (PICTURE, CLIP):
+            if prod(sides) % self.block:
+                raise ConfigError(
+                    f"Grouped: a group of {' x '.join(map(str, sides))} tokens, expected a multiple of "
+                    f"block={self.block}"
+                )
+
+    def plan(self, grid: Grid, others: int) -> BlockPlan:
+        sides = self._sides(grid)
+        order = group_order(grid, sides)
+        frames, height, width = (-(-n // side) for n, side in zip(grid.shape, sides, strict=True))
+        kept = self.meets(Grid(frames, height, width), grid.frames > 1)
+        each = prod(sides) // self.block
+        kept = kept.repeat_interleave(each, 0).repeat_interleave(each, 1)
+        rest = -(-others // self.block)
+        kept = F.pad(kept, (0, rest, 0, rest), value=True)
+        order = torch.cat((order, torch.arange(grid.length, grid.length + others)))
+        return build_plan(len(order), block=self.block, order=order, kept=kept)
+
+    def meets(self, groups: Grid, is_clip: bool) -> Tensor:
+        """Which groups see which, bool [G, G], for groups in row-major order."""
+        at = groups.coordinates()
+        apart = (at[:, None] - at).abs()
+        if self.meeting == "blocks":
+            return (apart <= self.reach).all(-1)
+        return (apart[..., 0 if is_clip else 1 :] == 0).any(-1)
+
+    def _sides(self, grid: Grid) -> tuple[int, ...]:
+        if self.group:
+            return (1, *self.group)[-3:]
+        return PICTURE if grid.frames == 1 else CLIP
+
+
+def group_order(grid: Grid, sides: tuple[int, ...]) -> Tensor:
+    """The token in each slot, group by group, -1 where a group reaches beyond the grid: int64 [slots]."""
+    tokens = torch.arange(grid.length).view(grid.shape)
+    tokens = F.pad(
+        tokens,
+        [n for count, side in zip(grid.shape[::-1], sides[::-1], strict=True) for n in (0, -count % side)],
+        value=-1,
+    )
+    cut = tokens.unflatten(2, (-1, sides[2])).unflatten(1, (-1, sides[1])).unflatten(0, (-1, sides[0]))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten()

@@ -1,0 +1,272 @@
+"""What all attention patterns share: tokens put in the order of their blocks once, lists of key blocks, a schedule.
+
+B batch, N heads, K head width, S slots: the image's rows in the order of blocks, some of them padding.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.grid import Grid, Segment, image_of, sequence, take_rows
+from ditkit.core.policy import Claim, Key, Policy, Session
+from ditkit.core.run import Call, Handler, Site, attended, named
+from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
+
+Execution = Literal["auto", "cpu", "triton", "flex", "reference", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(Policy):
+    """Which keys each query sees, in all evaluations and layers that are not said to be dense.
+
+    Args:
+        block: slots of a block of queries, and of keys: what a kernel visits or leaves out.
+        warmup: evaluations at the start in which attention is dense.
+        dense: attentions that stay dense, by their place in the model.
+        kernel: "auto" is the device's fastest, and dense where skipping does not pay; a named one skips always;
+            "none" never does: the neutral setting.
+    """
+
+    block: int = 128
+    warmup: int = 0
+    dense: tuple[int, ...] = ()
+    kernel: Execution = "auto"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if type(self.warmup) is not int or self.warmup < 0:
+            raise ConfigError(f"{name}: warmup={self.warmup!r}, expected an integer of at least 0")
+        if type(self.block) is not int or self.block & (self.block - 1) or not 8 <= self.block <= 256:
+            raise ConfigError(f"{name}: block={self.block!r}, expected a power of two from 8 to 256")
+        if not isinstance(self.dense, tuple) or any(type(n) is not int or n < 0 for n in self.dense):
+            raise ConfigError(f"{name}: dense={self.dense!r}, expected a tuple of places of attentions")
+        if self.kernel not in (kernels := Execution.__args__):  # type: ignore[attr-defined]
+            raise ConfigError(f"{name}: " + unknown("kernel", self.kernel, kernels))
+
+    @abstractmethod
+    def plan(self, grid: Grid, others: int) -> BlockPlan:
+        """The image's slots, a whole number of blocks, then `others` rows, which see all and are seen by all.
+
+        Tokens are numbered as the model has them, the image's first. Made once for each layout.
+        """
+
+    def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
+        cores = attended(sites)
+        owned: dict[str, Claim] = dict.fromkeys(("rows", *cores), "own")
+        return owned | dict.fromkeys(named(sites, "tokens", "head"), "wrap") if cores else {"rows": "own"}
+
+    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Sparse:
+        self._check(sites, total)
+        return Sparse(self, sites)
+
+    def exact(self) -> Self:
+        return replace(self, kernel="none")
+
+    def _check(self, sites: Sequence[Site], total: int) -> None:
+        name, cores = type(self).__name__, len(attended(sites))
+        if self.warmup > total:
+            raise ConfigError(f"{name}: warmup={self.warmup}, expected at most total={total} evaluations")
+        if beyond := [place for place in self.dense if place >= cores]:
+            raise ConfigError(f"{name}: dense={beyond[0]}, expected a place among {cores} attentions")
+
+
+@lru_cache(maxsize=64)
+def planned(pattern: Pattern, grid: Grid, others: int) -> BlockPlan:
+    """The plan of a layout, kept by value: all trajectories with this layout share it."""
+    plan = pattern.plan(grid, others)
+    if (plan.queries - others) % plan.block[0]:
+        raise ShapeError(
+            f"{type(pattern).__name__}: {plan.queries - others} slots, expected whole blocks of {plan.block[0]}"
+        )
+    return plan
+
+
+class Seat(NamedTuple):
+    """A plan, and where the rows of its sequence stand: `before` others, the image's slots, more others."""
+
+    plan: BlockPlan
+    before: int
+    slots: int
+    image: Tensor
+    """The slot of each token of the image, int64 [L]."""
+    real: Tensor | None
+    """The rows of the sequence that are no padding; None where all are."""
+
+
+class Layout:
+    """Plans of a call's layout by stream, and the order of the image's rows.
+
+    Args:
+        streams: of the attentions.
+    """
+
+    def __init__(self, pattern: Pattern, layout: Sequence[Segment], streams: Sequence[str]) -> None:
+        self.image = image_of(layout)
+        self.seats = {stream: self._seat(pattern, layout, stream) for stream in streams}
+
+    def _seat(self, pattern: Pattern, layout: Sequence[Segment], stream: str) -> Seat:
+        lengths = [(segment.stream, segment.length) for segment in sequence(layout, stream)]
+        place = [name for name, _ in lengths].index("image")
+        before, others = sum(n for _, n in lengths[:place]), sum(n for name, n in lengths if name != "image")
+        plan = planned(pattern, self.image.grid, others)
+        slots, real = plan.queries - others, None
+        if plan.order is not None and bool((plan.order < 0).any()):
+            rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
+            real = (rows >= 0).nonzero().squeeze(1)
+        return Seat(plan, before, slots, plan.inverse[: self.image.length], real)
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """The token of the image in each of its slots, -1 for padding; None for the model's order."""
+        seat = next(iter(self.seats.values()))
+        return None if seat.plan.order is None else seat.plan.order[: seat.slots]
+
+    def rows(self, stream: str) -> Tensor:
+        """Where the rows of a sequence stand, in the model's order, int64 [rows]."""
+        seat = self.seats[stream]
+        before, after = torch.arange(seat.plan.queries - seat.slots).tensor_split((seat.before,))
+        return torch.cat((before, seat.before + seat.image, seat.slots + after))
+
+    def tokens(self, fn: Handler, *args: Any) -> Any:
+        """The embedded tokens and all that is aligned with them, the image's in its slots."""
+        out = fn(*args)
+        assert self.order is not None
+        device = tree_leaves(out.x)[0].device
+        return out.rows("image", self.order.clamp(min=0).to(device))
+
+    def head(self, fn: Handler, *args: Any) -> Tensor:
+        """The prediction of all rows, in the model's order."""
+        out = fn(*args)
+        (seat, *_), order = self.seats.values(), self.order
+        assert order is not None
+        others = torch.arange(seat.slots, out.shape[1])
+        return take_rows(out, torch.cat((seat.image, others)).to(out.device))
+
+
+class Sparse(Session):
+    """Attention by the plan of each call's layout; it keeps nothing between calls."""
+
+    verb: ClassVar[str] = "sparse"
+
+    def __init__(self, policy: Pattern, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.policy, self.streams = policy, attended(sites)
+        self.places = {name: place for place, name in enumerate(self.streams)}
+        self.tokens, self.heads = named(sites, "tokens"), named(sites, "head")
+
+    def enter(self, call: Call) -> Mapping[str, Handler]:
+        if self.policy.kernel == "none":
+            return {}
+        layout = self.layout(call)
+        self.remarks["visited"] = round(max(seat.plan.density for seat in layout.seats.values()), 4)
+        if why_not := self.off(layout):
+            self.remarks["off"] = why_not
+            return {}
+        cores = {name: self.handler(call, name, layout.seats[at]) for name, at in self.streams.items()}
+        if layout.order is None:
+            return cores
+        return cores | dict.fromkeys(self.tokens, layout.tokens) | dict.fromkeys(self.heads, layout.head)
+
+    def rows(self, call: Call) -> Mapping[str, Tensor]:
+        layout = self.layout(call)
+        if self.policy.kernel == "none" or layout.order is None or self.off(layout):
+            return {}
+        return {name: layout.rows(at) for name, at in self.streams.items()}
+
+    def layout(self, call: Call) -> Layout:
+        return Layout(self.policy, call.layout, sorted(set(self.streams.values())))
+
+    def off(self, layout: Layout) -> str:
+        """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
+        if self.policy.kernel != "auto":
+            return ""
+        return next(filter(None, (pays(seat.plan) for seat in layout.seats.values())), "")
+
+    def is_dense(self, call: Call, name: str) -> bool:
+        """Whether an attention sees all keys in this call."""
+        return call.index < self.policy.warmup or self.places[name] in self.policy.dense
+
+    def handler(self, call: Call, name: str, seat: Seat) -> Handler:
+        """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
+        if self.is_dense(call, name):
+            return partial(_dense, seat)
+        return partial(_sparse, seat, self.attending(call, name, seat.plan))
+
+    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
+        """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan."""
+        return partial(self.attend, (call.net, call.lane, name), call, plan)
+
+    def attend(
+        self, key: Key, call: Call, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """Attention of one lane and site, rows in the order of the plan. A method with a correction adds it here."""
+        return self.execute(plan, q, k, v, valid).out
+
+    def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:
+        """The plan, by the kernel that the policy says or the device has."""
+        if not torch.compiler.is_compiling():
+            self.remarks["kernel"] = choose(q, plan, self.kernel).kernel
+        return attend(q, k, v, plan, kernel=self.kernel, valid=valid)
+
+    @property
+    def kernel(self) -> Any:
+        return self.policy.kernel
+
+
+def _dense(seat: Seat, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+    """The model's own attention, q, k, v [B, N, rows of the sequence, K]; padding is no key."""
+    return fn(q, *_real(seat, k, v, *masks))
+
+
+def _sparse(
+    seat: Seat,
+    attend: Callable[..., Tensor],
+    fn: Handler,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *masks: Tensor,
+) -> Tensor:
+    """`attend` in place of it: the rows that stand before the image go behind it, as in the plan, and back."""
+    valid = _valid(seat, k.shape[2], *masks)
+    q, k, v = (x.roll(-seat.before, 2) if seat.before else x for x in (q, k, v))
+    out = attend(q, k, v, valid)
+    return out.roll(seat.before, 2) if seat.before else out
+
+
+def _real(seat: Seat, k: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values [B, N, M, K], then masks [..., M], without the rows that are padding."""
+    if seat.real is None:
+        return (k, *others)
+    (v, *masks), real = others, seat.real.to(k.device)
+    seen = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
+    return (k[:, :, real], v[:, :, real], *seen)
+
+
+def _valid(seat: Seat, keys: int, *masks: Tensor) -> Tensor | None:
+    """Which tokens of the keys no mask hides, bool [B, tokens], in the plan's numbers; None for all.
+
+    Masks are [B, 1, 1, M]: bool, true for what is seen, or added to scores; for the first M rows of the sequence.
+
+    Raises:
+        ShapeError: a mask that differs from query to query.
+    """
+    if not masks:
+        return None
+    (mask,) = masks
+    if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise ShapeError(f"attention pattern: a mask of {list(mask.shape)}, expected [B, 1, 1, keys]")
+    seen = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] >= 0
+    seen = F.pad(seen, (0, keys - seen.shape[1]), value=True)
+    before, image, after = seen.tensor_split((seat.before, seat.before + seat.slots), 1)
+    return torch.cat((image[:, seat.image.to(image.device)], after, before), 1)

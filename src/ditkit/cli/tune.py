@@ -1,0 +1,124 @@
+"""`ditkit tune`: the setting of a policy that is near enough, or fast enough."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ditkit.cli.compare import MaskName, told
+from ditkit.cli.guiding import GUIDED, GuidingFlags
+from ditkit.cli.options import (
+    DataName,
+    Labels,
+    ModelName,
+    Number,
+    Policies,
+    Seeds,
+    progress,
+    seeds_of,
+    solver_of,
+    writable,
+)
+from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
+from ditkit.core.model import Denoiser
+from ditkit.tasks.tune import Wish
+from ditkit.tasks.tune import tune as tuned
+
+Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]
+Share = Annotated[float | None, tyro.conf.arg(metavar="SHARE")]
+DECIBELS = re.compile(r"(\d+(?:\.\d+)?)(?:dB)?", re.ASCII | re.IGNORECASE)
+
+
+def tune(
+    model: ModelName,
+    *,
+    policy: Policies = (),
+    at_least: Decibels = None,
+    at_most: Share = None,
+    seeds: Seeds = ("0..3",),
+    label: Labels = (),
+    steps: int = 50,
+    guiding: GuidingFlags = GUIDED,
+    solver: str = "euler",
+    converged_steps: Number = None,
+    rounds: int = 3,
+    batch_size: int = 8,
+    max_bytes: Number = None,
+    data: DataName = None,
+    mask: MaskName = None,
+    out: Path = Path("outputs/tune"),
+) -> None:
+    """Find the fastest setting that is near enough, or the nearest that is fast enough.
+
+    Examples:
+        ditkit tune emoji --policy "taylorseer:interval=3|4|6,order=1|2" --at-least 35dB
+        ditkit tune emoji --policy taylorseer --policy confidenttaylor --at-most 0.5
+        ditkit tune runs/vdt/model --policy "taylorseer:interval=2|4" --at-least 40 --guidance 1
+
+    Writes into the folder of --out:
+        tune.json    the wish, the best setting, the front, and all numbers
+
+    Args:
+        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        policy: Such as "taylorseer:interval=3|4", which is two settings. Repeat it for others.
+        at_least: PSNR to the exact run that is near enough, such as 35dB: the fastest setting is named.
+        at_most: Share of the exact run's time that is fast enough, such as 0.5: the nearest is named.
+        seeds: Whole numbers, or ranges such as 0..3 with both ends; one picture or clip a seed.
+        label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
+        steps: Steps of the solver.
+        solver: From noise to sample: euler, heun, ddim, ancestral, eulermaruyama.
+        converged_steps: Of the run that stands for convergence. Default: ten times --steps.
+        rounds: Timed passes over all seeds; the median counts.
+        batch_size: Samples drawn at once.
+        max_bytes: Memory that a policy may hold; more is refused.
+        data: Clips given in part, such as moving-digits.
+        mask: What the clips of --data leave to be made, as in compare.
+        out: Folder to write to.
+    """
+    if not policy:
+        raise ConfigError('tune: got no --policy, expected one such as "taylorseer:interval=3|4"')
+    wish = Wish(decibels(at_least), at_most)
+    numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
+    network = load(model)
+    if not isinstance(network, Denoiser):
+        raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
+    _, cond = told(network, data, mask, numbers)
+    with writable(out), progress() as advance:
+        result = tuned(
+            network,
+            policy,
+            numbers,
+            wish,
+            label=label or None,
+            steps=steps,
+            solver=way,
+            guidance=guidance,
+            cond=cond,
+            converged_steps=converged_steps,
+            rounds=rounds,
+            batch_size=batch_size,
+            max_bytes=max_bytes,
+            progress=advance,
+        )
+        path = result.save(out)
+    Console().print(result.table())
+    print(f"wrote {path}")
+
+
+def decibels(text: str | None) -> float | None:
+    """`35dB`, or `35`, as 35.
+
+    Raises:
+        ConfigError: it is no number of decibels.
+    """
+    if text is None:
+        return None
+    found = DECIBELS.fullmatch(text)
+    if not found:
+        raise ConfigError(f"--at-least {text}, expected decibels such as 35dB")
+    return float(found[1])

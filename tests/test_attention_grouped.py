@@ -1,0 +1,205 @@
+"""GRAT against its specification: groups, counts, the text rule, and dense attention under a mask of every pair."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditkit.attention import Grouped
+from ditkit.attention.grouped import group_order
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
+from ditkit.core.grid import Grid
+from ditkit.core.policy import Policy
+from ditkit.core.run import Call
+from ditkit.core.trajectory import Trajectory
+from ditkit.models.video_dit import VideoDiT
+from patterns_for_tests import Masked, Meets, planned_mask, predicted, prompt, tiny_clip_model, token_mask
+
+
+def meets(pattern: Grouped, group: tuple[int, ...], is_clip: bool) -> Meets:
+    """The pattern's definition, token by token."""
+
+    def met(query: Tensor, key: Tensor) -> Tensor:
+        sides = torch.tensor(group)
+        apart = (query // sides - key // sides).abs()
+        if pattern.meeting == "blocks":
+            return (apart <= pattern.reach).all(-1)
+        return (apart[..., 0 if is_clip else 1 :] == 0).any(-1)
+
+    return met
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 8, 12), Grid(1, 9, 7), Grid(4, 4, 8), Grid(5, 6, 7)])
+@pytest.mark.parametrize("sides", [(1, 4, 4), (2, 2, 4), (4, 4, 4)])
+def test_order_is_a_loop_over_groups(grid: Grid, sides: tuple[int, int, int]) -> None:
+    expected = []
+    groups = [range(-(-n // side)) for n, side in zip(grid.shape, sides, strict=True)]
+    for a in groups[0]:
+        for b in groups[1]:
+            for c in groups[2]:
+                for t in range(a * sides[0], (a + 1) * sides[0]):
+                    for h in range(b * sides[1], (b + 1) * sides[1]):
+                        for w in range(c * sides[2], (c + 1) * sides[2]):
+                            inside = t < grid.frames and h < grid.height and w < grid.width
+                            place = (t * grid.height + h) * grid.width + w
+                            expected.append(place if inside else -1)
+    assert group_order(grid, sides).tolist() == expected
+
+
+@pytest.mark.parametrize("others", [0, 5])
+@pytest.mark.parametrize(
+    ("grid", "group"),
+    [
+        (Grid(1, 12, 8), (4, 4)),
+        (Grid(1, 9, 14), (4, 4)),
+        (Grid(4, 8, 4), (2, 2, 2)),
+        (Grid(3, 5, 6), (2, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize(
+    "setting", [{"reach": 0}, {"reach": 1}, {"reach": 2}, {"meeting": "crisscross"}], ids=str
+)
+def test_a_plan_is_the_mask_of_every_pair(
+    grid: Grid, group: tuple[int, ...], setting: dict[str, object], others: int
+) -> None:
+    pattern = Grouped(group=group, block=8, **setting)  # type: ignore[arg-type]
+    expected = token_mask(grid, meets(pattern, (1, *group)[-3:], grid.frames > 1))
+    mask = planned_mask(pattern.plan(grid, others))
+    assert torch.equal(mask[: grid.length, : grid.length], expected)
+    assert mask[grid.length :].all() and mask[:, grid.length :].all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "setting", "most", "total"),
+    [
+        (Grid(1, 512, 512), {}, 9, 8836),
+        (Grid(1, 512, 512), {"meeting": "crisscross"}, 63, 1024 * 63),
+        (Grid(32, 48, 80), {}, 27, 22 * 16 * 28),
+        (Grid(32, 48, 80), {"meeting": "crisscross"}, 165, 480 * 165),
+    ],
+    ids=["FLUX B", "FLUX X", "HunyuanVideo B", "HunyuanVideo X"],
+)
+def test_group_counts_of_the_specification(
+    grid: Grid, setting: dict[str, str], most: int, total: int
+) -> None:
+    plan = Grouped(**setting).plan(grid, 0)  # type: ignore[arg-type]
+    blocks = 256 // 128
+    assert plan.visited == total * blocks**2 and plan.partial == 0
+    assert int(plan.counts[0].amax()) == most * blocks
+
+
+def test_only_the_tail_of_the_text_is_partial() -> None:
+    plan = Grouped().plan(Grid(1, 64, 64), 200)
+    rows, columns = plan.blocks
+    partial = plan.index[plan.tile != 0]
+    assert set(partial.tolist()) == {columns - 1} and plan.partial == rows
+    assert plan.seen[0, 0, -1] == 4096 + 200
+
+
+SETTINGS = [
+    Grouped(group=(2, 2, 2), block=8, kernel="cpu"),
+    Grouped(group=(2, 4, 4), block=16, kernel="cpu", reach=0),
+    Grouped(group=(2, 2, 4), block=8, kernel="reference", meeting="crisscross"),
+]
+
+
+@pytest.mark.parametrize("pattern", SETTINGS, ids=str)
+@pytest.mark.parametrize("text", [0, 7])
+def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Grouped, text: int) -> None:
+    """The grid is 4 x 6 x 10: groups reach beyond it, and prompts differ in length."""
+    model = tiny_clip_model(text)
+    x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
+    cond = prompt(3, (7, 3, 1)) if text else Cond()
+    expected = predicted(model, Masked(meets(pattern, pattern.group, True)), x, cond)
+    assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
+    assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
+
+
+def test_what_covers_the_grid_is_dense() -> None:
+    model = tiny_clip_model(7)
+    x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 2))
+    dense = predicted(model, None, x, cond)
+    for setting in ({"reach": 9, "group": (2, 2, 2)}, {"reach": 0, "group": (4, 8, 16)}):
+        pattern = Grouped(block=8, kernel="cpu", **setting)  # type: ignore[arg-type]
+        assert torch.allclose(predicted(model, pattern, x, cond), dense, atol=1e-10)
+
+
+def test_padded_text_and_padded_tokens_influence_nothing() -> None:
+    model, pattern = tiny_clip_model(7), SETTINGS[0]
+    x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 3))
+    out = predicted(model, pattern, x, cond)
+    assert cond.text is not None
+    cond.text[1, 3:] = 1e3
+    assert torch.equal(predicted(model, pattern, x, cond), out)
+
+
+def test_dense_evaluations_and_layers_are_dense() -> None:
+    """Also where slots are padded: their keys must not enter a dense softmax."""
+    model = tiny_clip_model(7)
+    x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 3))
+    dense = predicted(model, None, x, cond)
+    settings = {"group": (4, 4, 4), "block": 8, "kernel": "cpu", "reach": 0}
+    for pattern in (Grouped(**settings, warmup=2), Grouped(**settings, dense=(0, 1))):  # type: ignore[arg-type]
+        assert torch.allclose(predicted(model, pattern, x, cond, index=1), dense, atol=1e-10)
+    some = predicted(model, Grouped(**settings, dense=(1,)), x, cond)  # type: ignore[arg-type]
+    assert not torch.allclose(some, dense, atol=1e-3)
+
+
+def test_switched_off_where_it_does_not_pay() -> None:
+    """240 tokens: dense attention takes so little that the pattern leaves the call alone, and says so."""
+    model = tiny_clip_model()
+    x = torch.randn(1, 2, 4, 12, 20).double()
+    trajectory = Trajectory(model.sites(), [Grouped(group=(2, 2, 2), block=8)], 1)
+    call = Call(0, 1, 0.5, layout=model.layout((2, 4, 12, 20)))
+    out = trajectory.leave(call, model(x, torch.full((1,), 0.5).double(), Cond(), trajectory.run(call)))
+    assert torch.equal(out, model(x, torch.full((1,), 0.5).double(), Cond()))
+    with pytest.raises(NoEffectError, match="off 240 keys, dense attention is faster below 256"):
+        trajectory.finish()
+
+
+def test_the_receipt_says_what_was_visited() -> None:
+    model = tiny_clip_model()
+    pattern = Grouped(group=(2, 2, 2), block=8, kernel="cpu", reach=0)
+    trajectory = Trajectory(model.sites(), [pattern], 1)
+    call = Call(0, 1, 0.5, layout=model.layout((2, 4, 12, 20)))
+    x = torch.randn(1, 2, 4, 12, 20).double()
+    trajectory.leave(call, model(x, torch.full((1,), 0.5).double(), Cond(), trajectory.run(call)))
+    (receipt,) = trajectory.finish()
+    groups = prod((2, 3, 5))
+    told = receipt.as_dict()
+    assert told["visited"] == round(1 / groups, 4) and told["kernel"] == "cpu"
+    assert told["lanes"] == {"cond": {"computed": "", "sparse": "0"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"group": (3, 5)}, "a group of 3 x 5 tokens, expected a multiple of block=128"),
+        ({"group": (16,)}, "group=(16,), expected two or three positive integers"),
+        ({"reach": -1}, "reach=-1, expected an integer of at least 0"),
+        ({"meeting": "cross"}, "unknown meeting 'cross'"),
+        ({"block": 100}, "block=100, expected a power of two from 8 to 256"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"kernel": "cuda"}, "unknown kernel 'cuda'"),
+        ({"dense": (-2,)}, "dense=(-2,)"),
+    ],
+)
+def test_bad_settings(given: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Grouped(**given)  # type: ignore[arg-type]
+    assert line in str(caught.value)
+
+
+def test_two_patterns_or_rows_are_refused_by_name() -> None:
+    from ditkit.caching import RAS
+
+    sites = tiny_clip_model().sites()
+    for other in (Grouped(meeting="crisscross"), RAS()):
+        with pytest.raises(ConflictError, match="both own 'rows'"):
+            Trajectory(sites, [Grouped(), other], 4)
+    with pytest.raises(ConfigError, match="dense=2, expected a place among 2 attentions"):
+        Trajectory(sites, [Grouped(dense=(0, 2))], 4)
