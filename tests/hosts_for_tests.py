@@ -148,7 +148,7 @@ COGVIDEOX = {
     "text_embed_dim": 32,
     "max_text_seq_length": S,
 }
-ROTARY = {"use_rotary_positional_embeddings": True}
+ROTARY: dict[str, Any] = {"use_rotary_positional_embeddings": True}
 PIXART = {
     **SHARED,
     "sample_size": 8,
@@ -157,7 +157,11 @@ PIXART = {
     "cross_attention_dim": D,
     "caption_channels": 32,
 }
-SIZED = {"use_additional_conditions": True, "num_attention_heads": 3, "cross_attention_dim": 48}
+SIZED: dict[str, Any] = {
+    "use_additional_conditions": True,
+    "num_attention_heads": 3,
+    "cross_attention_dim": 48,
+}
 """Size and aspect ratio are embedded in a third of the width each."""
 LATER = {
     "cogvideox": Family(

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditkit.attention import Band, Grouped
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
-from ditkit.core.grid import Grid, image_of
+from ditkit.core.grid import Grid, image_of, sequence
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
@@ -33,28 +34,54 @@ class Masked(Policy):
         return dict.fromkeys(attended(sites), "own")
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> MaskedSession:
-        return MaskedSession(self, list(attended(sites)))
+        return MaskedSession(self, attended(sites))
 
     def exact(self) -> Masked:
         raise NotImplementedError
 
 
 class MaskedSession(Session):
-    def __init__(self, policy: Masked, cores: list[str]) -> None:
+    def __init__(self, policy: Masked, streams: Mapping[str, str]) -> None:
         super().__init__()
-        self.policy, self.cores = policy, cores
+        self.policy, self.streams = policy, streams
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
-        image = image_of(call.layout)
-        before = next(i for i, segment in enumerate(call.layout) if segment is image)
-        others = [sum(s.length for s in part) for part in (call.layout[:before], call.layout[before + 1 :])]
-        pairs = F.pad(token_mask(image.grid, self.policy.meets), (*others, *others), value=True)
-        return dict.fromkeys(self.cores, partial(self.core, pairs))
+        return {name: partial(self.core, self.pairs(call, stream)) for name, stream in self.streams.items()}
+
+    def pairs(self, call: Call, stream: str) -> Tensor:
+        image, segments = image_of(call.layout), sequence(call.layout, stream)
+        place = segments.index(image)
+        others = [sum(s.length for s in part) for part in (segments[:place], segments[place + 1 :])]
+        return F.pad(token_mask(image.grid, self.policy.meets), (*others, *others), value=True)
 
     def core(self, pairs: Tensor, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
         for mask in masks:
             pairs = pairs & F.pad(mask, (0, k.shape[2] - mask.shape[-1]), value=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs)
+
+
+def grouped_meets(pattern: Grouped, is_clip: bool) -> Meets:
+    """GRAT's definition, token by token."""
+
+    def met(query: Tensor, key: Tensor) -> Tensor:
+        sides = torch.tensor((1, *pattern.group)[-3:])
+        apart = (query // sides - key // sides).abs()
+        if pattern.meeting == "blocks":
+            return (apart <= pattern.reach).all(-1)
+        return (apart[..., 0 if is_clip else 1 :] == 0).any(-1)
+
+    return met
+
+
+def band_meets(pattern: Band, grid: Grid) -> Meets:
+    """The definition of a band: places in the frame at most int(area keep) // 2 apart."""
+    reach = int(grid.height * grid.width * pattern.keep) // 2
+
+    def met(query: Tensor, key: Tensor) -> Tensor:
+        places = [at[..., 1] * grid.width + at[..., 2] for at in (query, key)]
+        return (places[0] - places[1]).abs() <= reach
+
+    return met
 
 
 def token_mask(grid: Grid, meets: Meets) -> Tensor:

@@ -37,11 +37,11 @@ from family_pipelines_for_tests import (
 )
 from pipelines_for_tests import SIDE, computed, picture
 
-STEPS, HEUN = {"call0": "0-2 5"}, {"call0": "0-2 5 8 11 14"}
-LANES, HEUN_LANES = (dict.fromkeys(("cond", "uncond"), places) for places in ("0-2 5", "0-2 5 8 11 14"))
+STEPS, HEUN = {"call0": "0-2 4 7"}, {"call0": "0-2 4 7 10 13"}
+LANES, HEUN_LANES = (dict.fromkeys(("cond", "uncond"), places) for places in ("0-2 4 7", "0-2 4 7 10 13"))
 EXPERTS = {
     f"{expert}/{lane}": places
-    for expert, places in (("transformer", "0-2"), ("transformer_2", "5-7 10 13"))
+    for expert, places in (("transformer", "0-2 4"), ("transformer_2", "5-7 9 12 15"))
     for lane in LANES
 }
 """The first of two experts has the timesteps above nine tenths."""
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "sd3 unguided": (partial(sd3, told={"guidance_scale": 1.0}), STEPS),
     "sd3 skipped layers": (
         partial(sd3, told={"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.5}),
-        {"call0": "0-2 5", "call1": "1-2"},
+        {"call0": "0-2 4 7", "call1": "1-2"},
     ),
     "sd3 control": (
         partial(
@@ -69,15 +69,15 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     ),
     "sd3 image": (
         partial(sd3, kind=diffusers.StableDiffusion3Img2ImgPipeline, told=LATE),
-        {"call0": "2-4 7"},
+        {"call0": "2-4 6"},
     ),
     "sd3 image heun": (
         partial(sd3, Heun, diffusers.StableDiffusion3Img2ImgPipeline, LATE),
-        {"call0": "4-6 9 12"},
+        {"call0": "4-6 8 11 14"},
     ),
     "sd3 inpainting": (
         partial(sd3, kind=diffusers.StableDiffusion3InpaintPipeline, told=LATE | {"mask_image": MASK}),
-        {"call0": "2-4 7"},
+        {"call0": "2-4 6"},
     ),
     "sd3 told the mask": (
         partial(
@@ -86,14 +86,14 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
             told=LATE | {"mask_image": MASK},
             in_channels=33,
         ),
-        {"call0": "2-4 7"},
+        {"call0": "2-4 6"},
     ),
     "dit": (dit, STEPS),
     "dit heun": (partial(dit, diffusers.HeunDiscreteScheduler), HEUN),
     "dit dpm++": (partial(dit, diffusers.DPMSolverMultistepScheduler), STEPS),
-    "lumina2": (lumina2, STEPS | {"call1": "0-2 5"}),
+    "lumina2": (lumina2, STEPS | {"call1": "0-2 4 7"}),
     "lumina2 guided at first": (partial(lumina2, told={"cfg_trunc_ratio": 0.5}), STEPS | {"call1": "0-2"}),
-    "lumina2 heun": (partial(lumina2, Heun), HEUN | {"call1": "0-2 5 8 11 14"}),
+    "lumina2 heun": (partial(lumina2, Heun), HEUN | {"call1": "0-2 4 7 10 13"}),
     "lumina-next": (lumina_next, STEPS),
     "lumina-next heun": (partial(lumina_next, Heun), HEUN),
     "lumina-next dpm++": (partial(lumina_next, dpm), STEPS),
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "wan two experts": (wan_two_experts, EXPERTS),
     "wan video": (
         partial(wan, told={"video": CLIP, "strength": 0.75}, **VIDEO),
-        {"call0": "2-4 7", "call1": "2-4 7"},
+        {"call0": "2-4 6", "call1": "2-4 6"},
     ),
     "wan first frame": (partial(wan, told={"image": FIRST}, **FRAMES, **SEEN), LANES),
     "wan first and last frame": (
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
         ),
         EXPERTS,
     ),
-    "flux": (flux, {"cond": "0-2 5"}),
+    "flux": (flux, {"cond": "0-2 4 7"}),
     "flux context": (
         partial(
             flux,

@@ -6,31 +6,23 @@ from math import prod
 
 import pytest
 import torch
-from torch import Tensor
 
 from ditkit.attention import Grouped
 from ditkit.attention.grouped import group_order
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.core.grid import Grid
-from ditkit.core.policy import Policy
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
-from ditkit.models.video_dit import VideoDiT
-from patterns_for_tests import Masked, Meets, planned_mask, predicted, prompt, tiny_clip_model, token_mask
-
-
-def meets(pattern: Grouped, group: tuple[int, ...], is_clip: bool) -> Meets:
-    """The pattern's definition, token by token."""
-
-    def met(query: Tensor, key: Tensor) -> Tensor:
-        sides = torch.tensor(group)
-        apart = (query // sides - key // sides).abs()
-        if pattern.meeting == "blocks":
-            return (apart <= pattern.reach).all(-1)
-        return (apart[..., 0 if is_clip else 1 :] == 0).any(-1)
-
-    return met
+from patterns_for_tests import (
+    Masked,
+    grouped_meets,
+    planned_mask,
+    predicted,
+    prompt,
+    tiny_clip_model,
+    token_mask,
+)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 8, 12), Grid(1, 9, 7), Grid(4, 4, 8), Grid(5, 6, 7)])
@@ -67,7 +59,7 @@ def test_a_plan_is_the_mask_of_every_pair(
     grid: Grid, group: tuple[int, ...], setting: dict[str, object], others: int
 ) -> None:
     pattern = Grouped(group=group, block=8, **setting)  # type: ignore[arg-type]
-    expected = token_mask(grid, meets(pattern, (1, *group)[-3:], grid.frames > 1))
+    expected = token_mask(grid, grouped_meets(pattern, grid.frames > 1))
     mask = planned_mask(pattern.plan(grid, others))
     assert torch.equal(mask[: grid.length, : grid.length], expected)
     assert mask[grid.length :].all() and mask[:, grid.length :].all()
@@ -114,7 +106,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Grouped, text:
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, Masked(meets(pattern, pattern.group, True)), x, cond)
+    expected = predicted(model, Masked(grouped_meets(pattern, True)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 

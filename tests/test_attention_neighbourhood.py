@@ -16,7 +16,6 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call, Site
-from ditkit.core.trajectory import Trajectory
 from patterns_for_tests import Masked, Meets, planned_mask, predicted, prompt, tiny_clip_model, token_mask
 
 PICTURES = [Grid(1, 12, 8), Grid(1, 9, 14), Grid(1, 16, 16)]
@@ -134,9 +133,7 @@ def by_definition(
     pooled = joint[0].shape[2] - q.shape[2]
     mask = F.pad(token_mask(grid, meets(pattern)), (text, pooled, text, 0), value=True)
     mask[:text, q.shape[2] :] = False
-    return F.scaled_dot_product_attention(
-        q, *joint, attn_mask=mask, scale=scale * q.shape[-1] ** -0.5
-    )
+    return F.scaled_dot_product_attention(q, *joint, attn_mask=mask, scale=scale * q.shape[-1] ** -0.5)
 
 
 def drawn(grid: Grid, text: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +204,9 @@ def test_the_proportional_scale(pooled: int, counted: int) -> None:
     pattern = Neighbourhood(radius=3, pooled=pooled, block=8, kernel="cpu")
     q, k, v = drawn(grid)
     plain = attended(pattern, grid, q, k, v)
-    assert torch.allclose(attended(replace(pattern, scaled_from=65 * counted), grid, q, k, v), plain, atol=1e-12)
+    assert torch.allclose(
+        attended(replace(pattern, scaled_from=65 * counted), grid, q, k, v), plain, atol=1e-12
+    )
     scaled = attended(replace(pattern, scaled_from=20), grid, q, k, v)
     larger = sqrt(log(65 * counted) / log(20))
     assert torch.allclose(scaled, attended(pattern, grid, q * larger, k, v), atol=1e-12)
@@ -288,7 +287,9 @@ def test_what_does_not_fit_a_model_is_refused_before_its_first_block() -> None:
         predicted(model, Neighbourhood(), x, Cond())
     with pytest.raises(ShapeError, match="pooled=4 does not divide a grid of 6 x 10 tokens"):
         predicted(model, Neighbourhood(span=1, pooled=4), x, Cond())
-    with pytest.raises(ConfigError, match=r"pooled=2 takes weights of \[2, 2, 2\], the model was trained with \[2, 4, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"pooled=2 takes weights of \[2, 2, 2\], the model was trained with \[2, 4, 4\]"
+    ):
         Neighbourhood(pooled=2).start(model.sites(), 1, Pooling(2, 4))
 
 

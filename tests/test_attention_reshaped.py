@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ditkit.attention import Band, Reshaped, ReshapedGrouped
+from ditkit.attention import Band, Reshaped, ReshapedGrouped, ReshapedNeighbourhood
 from ditkit.attention.reshaped import Kept, Reshape
-from ditkit.caching import TaylorSeer
-from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment
-from ditkit.core.policy import Policy
-from ditkit.core.run import Call, Handler, Site, attended
+from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
-from ditkit.models.video_dit import VideoDiT
 from ditkit.nn.blocks import attention
 from ditkit.ops.block_sparse_attention import attend_reference
-from hosts_for_tests import LATER, run_steps
-from patterns_for_tests import Masked, MaskedSession, Meets, planned_mask, tiny_clip_model, token_mask
+from patterns_for_tests import band_meets, planned_mask, tiny_clip_model, token_mask
 
 CORE = (Site("c", "core", "joint"),)
 KEY = ("main", "cond", "c")
 TOTAL = 20
 PICTURE, CLIP = Grid(1, 8, 12), Grid(3, 5, 6)
 BAND = Reshaped(keep=0.25, block=8, kernel="cpu")
+CIRCLE = ReshapedNeighbourhood(radius=3, block=8, kernel="cpu")
 GROUPS = ReshapedGrouped(group=(2, 2, 4), reach=0, block=8, kernel="reference")
 TEXT = 5
-
-
-def near(keep: float, area: int, columns: int) -> Meets:
-    """The band's definition, token by token: places in the frame at most int(area keep) // 2 apart."""
-
-    def met(query: Tensor, key: Tensor) -> Tensor:
-        place = [at[..., 1] * columns + at[..., 2] for at in (query, key)]
-        return (place[0] - place[1]).abs() <= int(area * keep) // 2
-
-    return met
 
 
 def layout(grid: Grid, text: int = 0) -> tuple[Segment, ...]:
@@ -84,7 +69,9 @@ def tokens(policy: Reshape, grid: Grid, x: Tensor) -> Tensor:
 
 
 CASES = pytest.mark.parametrize(
-    ("policy", "grid"), [(BAND, PICTURE), (BAND, CLIP), (GROUPS, CLIP)], ids=["picture", "clip", "groups"]
+    ("policy", "grid"),
+    [(BAND, PICTURE), (BAND, CLIP), (GROUPS, CLIP), (CIRCLE, PICTURE)],
+    ids=["picture", "clip", "groups", "circle"],
 )
 
 
@@ -182,8 +169,8 @@ def test_the_plan_of_evaluations(setting: dict[str, int], total: int, cached: li
 @pytest.mark.parametrize("grid", [Grid(1, 8, 12), Grid(1, 9, 7), Grid(3, 5, 6), Grid(13, 2, 5)])
 @pytest.mark.parametrize("keep", [0.01, 0.25, 1.0])
 def test_a_plan_is_the_mask_of_every_pair(grid: Grid, keep: float, others: int) -> None:
-    expected = token_mask(grid, near(keep, grid.height * grid.width, grid.width))
-    mask = planned_mask(Band(keep=keep, block=8).plan(grid, others))
+    band = Band(keep=keep, block=8)
+    expected, mask = token_mask(grid, band_meets(band, grid)), planned_mask(band.plan(grid, others))
     assert torch.equal(mask[: grid.length, : grid.length], expected)
     assert mask[grid.length :].all() and mask[:, grid.length :].all()
 
@@ -200,107 +187,6 @@ def test_counts_of_the_specification() -> None:
         plan = Band(block=block).plan(clip, 0)
         assert plan.visited == visited and 100 * plan.density == pytest.approx(percent, abs=0.1)
         assert f"{100 * plan.pairs / clip.length**2:.2f}" == "3.16"
-
-
-@dataclass(frozen=True)
-class Explicit(Masked):
-    """The method by its equations: all weights, in the model's order, one state for each attention."""
-
-    of: Reshape
-
-    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> ExplicitSession:
-        return ExplicitSession(self, list(attended(sites)))
-
-
-class ExplicitSession(MaskedSession):
-    def enter(self, call: Call) -> Mapping[str, Handler]:
-        return {
-            name: partial(handler, call.index, name)  # type: ignore[call-arg]
-            for name, handler in super().enter(call).items()
-        }
-
-    def core(  # type: ignore[override]
-        self,
-        pairs: Tensor,
-        index: int,
-        name: str,
-        fn: Handler,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *masks: Tensor,
-    ) -> Tensor:
-        of = self.policy.of  # type: ignore[attr-defined]
-        seen = torch.ones_like(pairs)
-        for mask in masks:
-            seen = seen & torch.cat((mask, mask.new_ones(*mask.shape[:3], k.shape[2] - mask.shape[-1])), -1)
-        weight = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
-        if index < of.warmup:
-            return weight @ v
-        if (index - of.warmup) % of.every == 0:
-            self.state["c", name] = [(weight * pairs).sum(-1, keepdim=True), (weight * ~pairs) @ v]
-            return weight @ v
-        ratio, residual = self.state["c", name]
-        self.state["c", name][0] = ratio + of.ramp
-        masked = weight * pairs
-        return ratio * (masked / masked.sum(-1, keepdim=True)) @ v + residual
-
-
-def sampled(
-    model: VideoDiT, policies: Sequence[Policy], cond: Cond, total: int = 9
-) -> tuple[list[Tensor], Trajectory]:
-    trajectory = Trajectory(model.sites(), policies, total)
-    x, steps = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double(), []
-    with torch.no_grad():
-        for index in range(total):
-            call = Call(index, total, 1 - index / total, layout=model.layout((2, 4, 12, 20)))
-            t = torch.full((3,), call.t).double()
-            x = x - trajectory.leave(call, model(x, t, cond, trajectory.run(call))) / total
-            steps.append(x)
-    return steps, trajectory
-
-
-def prompt(real: tuple[int, ...] = (7, 3, 1)) -> Cond:
-    text = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(2)).double()
-    return Cond(text=text, text_mask=torch.arange(7) < torch.tensor(real)[:, None])
-
-
-@pytest.mark.parametrize("text", [0, 7])
-def test_a_trajectory_is_that_of_the_equations(text: int) -> None:
-    """The grid is 4 x 6 x 10, prompts stand first and differ in length, and every other slot order is tried."""
-    model, cond = tiny_clip_model(text), prompt() if text else Cond()
-    dense, _ = sampled(model, [], cond)
-    for keep, block in ((0.1, 8), (0.4, 64)):
-        policy = Reshaped(keep=keep, block=block, warmup=2, every=3, kernel="cpu")
-        expected, _ = sampled(model, [Explicit(near(keep, 60, 10), policy)], cond)
-        steps, _ = sampled(model, [policy], cond)
-        torch.testing.assert_close(steps, expected, rtol=0, atol=1e-10)
-        assert not torch.allclose(steps[-1], dense[-1], atol=1e-4)
-
-
-def test_padded_text_influences_nothing() -> None:
-    policy = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")
-    model, cond = tiny_clip_model(7), prompt()
-    before, _ = sampled(model, [policy], cond)
-    assert cond.text is not None
-    cond.text[1, 3:] = 1e3
-    after, _ = sampled(model, [policy], cond)
-    assert all(map(torch.equal, before, after))
-
-
-def test_a_skipped_attention_makes_up_for_what_was_due() -> None:
-    """TaylorSeer computes 0, 1, 4, 7, 10, 13: of 3, 6, 9 and 12 the next ones are cached, and rho stays in between."""
-    model = tiny_clip_model()
-    policy = Reshaped(keep=0.1, block=8, warmup=3, every=3, kernel="cpu")
-    _, trajectory = sampled(model, [TaylorSeer(interval=3, order=1, warmup=2), policy], Cond(), 14)
-    assert trajectory.sessions[1].remarks["cached"] == "4 7 10 13"
-    longer = Reshaped(keep=0.1, block=8, warmup=3, every=9, kernel="cpu")
-    _, trajectory = sampled(model, [TaylorSeer(interval=3, order=1, warmup=2), longer], Cond(), 14)
-    assert trajectory.sessions[1].remarks["cached"] == "4 13"
-    one = Reshaped(keep=0.1, block=8, warmup=3, every=9, kernel="cpu")
-    _, trajectory = sampled(model, [TaylorSeer(interval=3, order=1, warmup=2), one], Cond(), 12)
-    states = trajectory.sessions[1].state.values()
-    assert len(states) == 2 and {(state.place, state.uses) for state in states} == {(4, (7, 10))}
 
 
 def test_a_call_made_again_gives_the_same() -> None:
@@ -328,27 +214,6 @@ def test_another_batch_layout_or_lane_is_cached_first() -> None:
     assert kept(trajectory).place == 8
 
 
-@pytest.mark.parametrize("name", ["pixart", "cogvideox rotary"])
-def test_transformers_of_diffusers(name: str) -> None:
-    """PixArt's rows are its image's; CogVideoX's have the text before the clip."""
-    family = LATER[name]
-    model, inputs = family.transformer(), family.inputs()
-    family.view.view(model)
-    exact, _ = run_steps(family, model, inputs, [])
-    given = {"warmup": 1, "every": 3, "block": 8, "kernel": "cpu"}
-    everything = ReshapedGrouped(group=(2, 4), reach=9, ramp=0.0, **given)  # type: ignore[arg-type]
-    out, _ = run_steps(family, model, inputs, [everything])
-    torch.testing.assert_close(out, exact, rtol=0, atol=1e-4)
-    apart = {}
-    for residual in ("model", "none"):
-        policy = Reshaped(keep=0.3, residual=residual, **given)  # type: ignore[arg-type]
-        out, trajectory = run_steps(family, model, inputs, [policy])
-        (receipt,) = trajectory.finish()
-        assert receipt.as_dict()["cached"] == "1 4 7"
-        apart[residual] = float((out - exact).norm())
-    assert 0 < 2 * apart["model"] < apart["none"]
-
-
 def test_types_of_what_is_kept() -> None:
     q, k, v = (x.bfloat16() for x in drawn(BAND, PICTURE))
     dense = whole(BAND, PICTURE, (q, k, v))
@@ -366,31 +231,6 @@ def test_types_of_what_is_kept() -> None:
         assert near_dense == (residual != "none")
     rows = 2 * 2 * q.shape[2]
     assert held == {"model": rows * (4 + 2 * 8), "bfloat16": rows * (4 + 2 * 8), "none": rows * 4}
-
-
-def test_memory_is_refused_before_the_first_block() -> None:
-    """240 tokens in 240 slots of width 24, two attentions, float64."""
-    model = tiny_clip_model()
-    policy = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")
-    residuals, ratios = 2 * 3 * 240 * 24 * 8, 2 * 3 * 240 * 2 * 8
-    _, trajectory = sampled(model, [policy], Cond())
-    (session,) = trajectory.sessions
-    assert session.bytes() == session.projected_bytes() == residuals + ratios
-    assert session.fitting(0, ratios) == "residual='none' would fit"
-    assert session.fitting(0, ratios - 1) == f"residual='none' would hold {ratios:,}"
-    blocks: list[int] = []
-    model.blocks[0].register_forward_hook(lambda *_: blocks.append(1))
-    for allowed, said in ((residuals - 1, f"would hold {residuals:,} bytes"), (residuals, "")):
-        call = Call(0, 9, 1.0, layout=model.layout((2, 4, 12, 20)))
-        bounded = Trajectory(model.sites(), [policy], 9, max_bytes=allowed)
-        args = torch.zeros(3, 2, 4, 12, 20).double(), torch.ones(3).double(), Cond()
-        if said:
-            with pytest.raises(ConfigError, match=said):
-                model(*args, bounded.run(call))
-            assert not blocks
-        else:
-            model(*args, bounded.run(call))
-            assert blocks
 
 
 @pytest.mark.parametrize(
@@ -411,6 +251,12 @@ def test_bad_settings(given: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Reshaped(**given)
     assert line in str(caught.value)
+
+
+def test_keys_beyond_the_models_own_are_refused() -> None:
+    for given in ({"pooled": 4}, {"scaled_from": 4608}):
+        with pytest.raises(ConfigError, match="expected 0: what is kept is a part of dense attention"):
+            ReshapedNeighbourhood(**given)  # type: ignore[arg-type]
 
 
 def test_too_few_evaluations_are_refused() -> None:

@@ -228,6 +228,17 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
         assert (a.double() - b).norm() < torch.finfo(dtype).eps * b.norm()
 
 
+def test_autocast_changes_no_bit() -> None:
+    plan = of_pairs(random_pairs(100, 100, 1, 3, 0.1), 16)
+    inputs = [x.detach().bfloat16().requires_grad_() for x in qkv(100, 100)]
+    plain = attend(*inputs, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attend(*inputs, plan)
+        found = gradients(cast, inputs)
+    assert torch.equal(cast.out, plain.out) and torch.equal(cast.lse, plain.lse)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(plain, inputs), strict=True))
+
+
 def test_a_plan_is_as_small_as_its_pattern() -> None:
     plan = build_plan(4096, block=64, allowed=lambda b, h, q, k: (q - k).abs() <= 64)
     assert len(plan.tiles) == 3 and plan.bytes() < 2e4

@@ -100,8 +100,9 @@ def test_a_neutral_policy_is_identical_to_exact_and_so_is_its_control(report, ro
 
 def test_macs_are_those_of_the_shapes(rows):
     c, tokens, pixels = TINY, 16, 12
-    branches = c.depth * (12 * c.width**2 * tokens + 2 * tokens**2 * c.width)
-    conditioning = (256 + c.width) * c.width + (6 * c.depth + 2) * c.width**2
+    modulation = 4 * c.depth * c.width**2  # shifts and scales belong to a branch, gates do not
+    branches = c.depth * (12 * c.width**2 * tokens + 2 * tokens**2 * c.width) + modulation
+    conditioning = (256 + c.width) * c.width + (2 * c.depth + 2) * c.width**2
     forward = branches + conditioning + 2 * pixels * c.width * tokens
     lanes_and_samples = 2 * len(SEEDS)
     assert rows["exact"].macs == STEPS * forward * lanes_and_samples

@@ -29,7 +29,7 @@ STACK = ConfidentTaylor(schedule=(0, 1, 2, 5))
 
 def test_sites_and_layout() -> None:
     clip, image = (view(LATER[name].transformer()) for name in EACH)
-    inside = ("", ".attn", ".attn.kv", ".attn.core", ".mlp")
+    inside = ["", ".attn", ".attn.kv", ".attn.core", ".mlp"]
     blocks = [f"blocks.{i}{part}" for i in range(DEPTH) for part in inside]
     sites = family_of(clip).sites(clip)
     assert [site.name for site in sites] == ["time", "tokens", "blocks", *blocks, "head"]
@@ -49,7 +49,7 @@ def test_sites_and_layout() -> None:
     of_frames = LATER["cogvideox"]
     assert of_frames.layout(of_frames.transformer()) == (text, Segment("image", Grid(3, 4, 6), 72))
 
-    inside = ("", ".attn", ".attn.kv", ".attn.core", ".cross_attn", ".mlp")
+    inside.insert(-1, ".cross_attn")
     blocks = [f"blocks.{i}{part}" for i in range(DEPTH) for part in inside]
     sites = family_of(image).sites(image)
     assert [site.name for site in sites] == ["tokens", "time", "blocks", *blocks, "head"]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditkit.attention import Band, Grouped, Neighbourhood, Reshaped, ReshapedGrouped
+from ditkit.attention import (
+    Band,
+    Grouped,
+    Neighbourhood,
+    Reshaped,
+    ReshapedGrouped,
+    ReshapedNeighbourhood,
+)
 from ditkit.core.catalog import every
 from ditkit.core.policy import RESOURCES, Policy
 from ditkit.core.run import DIRECT, Call
@@ -25,6 +32,7 @@ SETTINGS: dict[str, Policy] = {
     "Neighbourhood": Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu"),
     "Reshaped": Reshaped(keep=0.2, block=8, warmup=1, every=4, kernel="cpu"),
     "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
+    "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
 }
 """For a model of 16 tokens, where a default would be switched off."""
 STATELESS = {"Band", "Grouped", "Neighbourhood"}

@@ -111,11 +111,11 @@ def test_the_best_setting(tuned: Tuned, wish: Wish, best: str | None) -> None:
 def test_the_verdict_says_plainly_that_none_does(tuned: Tuned) -> None:
     far = with_figures(tuned, Wish(at_least_db=41), *FIGURES).verdict
     assert far.startswith(
-        f"None of 3 settings has at least 41 dB. The nearest: {TWO}, 1.50 times as fast, 40.0"
+        f"None of 3 settings meets the wish, at least 41 dB. The nearest: {TWO}, 1.50 times as fast, 40.0"
     )
     slow = with_figures(tuned, Wish(at_most=0.25), *FIGURES).verdict
     assert slow.startswith(
-        "None of 3 settings has at most 0.25 of the exact run's time. The nearest: " + THREE
+        "None of 3 settings meets the wish, at most 0.25 of the exact run's time. The nearest: " + THREE
     )
 
 

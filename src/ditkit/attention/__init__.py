@@ -3,6 +3,6 @@
 from ditkit.attention.band import Band
 from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
-from ditkit.attention.reshaped import Reshaped, ReshapedGrouped
+from ditkit.attention.reshaped import Reshaped, ReshapedGrouped, ReshapedNeighbourhood
 
-__all__ = ["Band", "Grouped", "Neighbourhood", "Reshaped", "ReshapedGrouped"]
+__all__ = ["Band", "Grouped", "Neighbourhood", "Reshaped", "ReshapedGrouped", "ReshapedNeighbourhood"]

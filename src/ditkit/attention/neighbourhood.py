@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Pattern, Sparse
+from ditkit.attention.pattern import Pattern, Sparse, sparse_sites
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, image_of
-from ditkit.core.run import Call, Site, attended
+from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, near_blocks
 
 Order = Literal["tiles", "raster"]
@@ -64,7 +64,7 @@ class Neighbourhood(Pattern):
             raise ConfigError("Neighbourhood: " + unknown("order", self.order, orders))
 
     def modules(self, sites: Sequence[Site]) -> Pooling | None:
-        return Pooling(len(attended(sites)), self.pooled) if self.pooled else None
+        return Pooling(len(sparse_sites(sites)), self.pooled) if self.pooled else None
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Near:
         self._check(sites, total)
@@ -157,7 +157,7 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor, place: int, cells: Tensor) -> Tensor:
         """Rows of x [B, N, rows, K] at `cells` [P, c c], summed with the weights of an attention: [B, N, P, K]."""
-        weight = self.weight[place].flatten().to(x.dtype)
+        weight = self.weight[place].flatten().to(x)
         return (x[:, :, cells.flatten()].unflatten(2, cells.shape) * weight[:, None]).sum(3)
 
 
@@ -171,8 +171,10 @@ class Near(Sparse):
         self.pooling = pooling
 
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        at = None if self.pooling is None else plan.inverse[cells(image_of(call.layout).grid, self.policy.pooled)]
-        tokens = plan.tokens - (0 if at is None else len(at))
+        at, tokens = None, plan.tokens
+        if self.pooling is not None:
+            at = plan.inverse[cells(image_of(call.layout).grid, self.policy.pooled)]
+            tokens -= len(at)
         return partial(self.near, plan, self.places[name], at, self.policy.scale(tokens))
 
     def near(

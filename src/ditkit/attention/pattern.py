@@ -61,7 +61,7 @@ class Pattern(Policy):
         """
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
-        cores = attended(sites)
+        cores = sparse_sites(sites)
         owned: dict[str, Claim] = dict.fromkeys(("rows", *cores), "own")
         return owned | dict.fromkeys(named(sites, "tokens", "head"), "wrap") if cores else {"rows": "own"}
 
@@ -73,11 +73,16 @@ class Pattern(Policy):
         return replace(self, kernel="none")
 
     def _check(self, sites: Sequence[Site], total: int) -> None:
-        name, cores = type(self).__name__, len(attended(sites))
+        name, cores = type(self).__name__, len(sparse_sites(sites))
         if self.warmup > total:
             raise ConfigError(f"{name}: warmup={self.warmup}, expected at most total={total} evaluations")
         if beyond := [place for place in self.dense if place >= cores]:
             raise ConfigError(f"{name}: dense={beyond[0]}, expected a place among {cores} attentions")
+
+
+def sparse_sites(sites: Sequence[Site]) -> dict[str, str]:
+    """Streams of the attentions that a kernel can take the place of, by their names."""
+    return {name: stream for name, stream in attended(sites).items() if stream != "scaled"}
 
 
 @lru_cache(maxsize=64)
@@ -160,7 +165,7 @@ class Sparse(Session):
 
     def __init__(self, policy: Pattern, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.policy, self.streams = policy, attended(sites)
+        self.policy, self.streams = policy, sparse_sites(sites)
         self.places = {name: place for place, name in enumerate(self.streams)}
         self.tokens, self.heads = named(sites, "tokens"), named(sites, "head")
 

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from ditkit.attention.band import Band
 from ditkit.attention.grouped import Grouped
+from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.pattern import Pattern, Sparse
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.policy import Key
-from ditkit.core.receipt import spans
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import BlockPlan, dense_plan
 from ditkit.ops.block_sparse_attention.reference import finite
@@ -34,7 +34,7 @@ class Reshape(Pattern):
     """The correction, for any static mask M. Training-free.
 
     A cache evaluation is dense and keeps of each row rho = sum_M e^s / sum e^s, and R = O - rho O_M, what the masked
-    keys gave. The k-th sparse one after it is (rho + (k - 1) ramp) O_M + R (section 3 of the paper).
+    keys gave. The k-th sparse one after it is (rho + (k - 1) ramp) O_M + R.
 
     Args:
         warmup: evaluations at the start that are dense and keep nothing; the first after them is a cache evaluation.
@@ -71,7 +71,7 @@ class Reshape(Pattern):
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Reshaping:
         self._check(sites, total)
-        if self != self.exact() and "sparse" not in self.modes(total):
+        if self.kernel != "none" and "sparse" not in self.modes(total):
             raise ConfigError(
                 f"{type(self).__name__}: warmup={self.warmup} and a cache step leave none of total={total} evaluations "
                 "sparse"
@@ -110,6 +110,19 @@ class ReshapedGrouped(Reshape, Grouped):
     """The correction on GRAT's groups, which is neither paper's."""
 
 
+@dataclass(frozen=True)
+class ReshapedNeighbourhood(Reshape, Neighbourhood):  # type: ignore[misc]  # another session: Near adds keys
+    """The correction on CLEAR's circle, of a model that was not fine-tuned for it; neither paper's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pooled", "scaled_from"):
+            if given := getattr(self, name):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={given}, expected 0: what is kept is a part of dense attention"
+                )
+
+
 class Kept(NamedTuple):
     """Statistics of one attention of one lane."""
 
@@ -133,10 +146,6 @@ class Reshaping(Sparse):
 
     policy: Reshape
 
-    def __init__(self, policy: Reshape, sites: Sequence[Site]) -> None:
-        super().__init__(policy, sites)
-        self.cached: set[int] = set()
-
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
         key, index = (call.net, call.lane, name), call.index
         cache = partial(self.cache, key, index, plan)
@@ -159,6 +168,7 @@ class Reshaping(Sparse):
             lost = torch.addcmul(whole.out.detach(), ratio[..., None], seen.out.detach(), value=-1)
             residual = lost.to(q.dtype if self.policy.residual == "model" else torch.bfloat16)
         self.put(key, Kept(index, plan.handle, (), ratio, residual))
+        self.computed.add(key[-1])
         return whole.out
 
     def reuse(
@@ -183,12 +193,6 @@ class Reshaping(Sparse):
         out = scale * out if kept.residual is None else torch.addcmul(kept.residual, scale, out)
         self.put(key, kept)
         return out.to(q.dtype)
-
-    def commit(self) -> None:
-        self.cached |= {kept.place for kept in self.staged.values()}
-        if self.cached:
-            self.remarks["cached"] = spans(list(self.cached))
-        super().commit()
 
     def foreseen_bytes(self, call: Call, tokens: Any) -> int:
         """With the residuals of a new lane, of its tokens' width and type; ratios, a few per cent, are not known."""

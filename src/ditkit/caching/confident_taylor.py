@@ -54,9 +54,10 @@ class ConfidentTaylor(Policy):
         per_sample_gate: decide for each sample of a batch alone (ours). Blocks then run where any sample needs
             them, and the others still take their forecasts.
         interval: in place of the gate a list for any number of evaluations: full at 0, 1, 2, 4 and each `interval`
-            from there. In the others no block runs. 0 asks the gate. Not the paper's: a full evaluation right after
-            the first forecast is worth 3 dB over a longer warm-up (`benchmarks/race_caching.py`).
-        schedule: the same with a list of one's own, from 0 upwards.
+            from there, counted from the first one of a network. In the others no block runs. 0 asks the gate. Not
+            the paper's: the full evaluation right after the first forecast is worth 3 dB over a longer warm-up
+            (`benchmarks/race_caching.py`).
+        schedule: a list of one's own in place of the gate, of indices from 0 upwards.
 
     Raises:
         ConfigError: a field is out of range.
@@ -99,8 +100,9 @@ class ConfidentTaylor(Policy):
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         stacks = named(sites, "stack")
-        has_cut = len(stacks) == 1 and len(named(sites, "block")) > 1
-        return {"schedule": "own", **dict.fromkeys(stacks if has_cut else (), "own")}
+        gated = not (self.interval or self.schedule)  # by the first block, so there must be others
+        fits = len(stacks) == 1 and len(named(sites, "block")) > gated
+        return {"schedule": "own", **dict.fromkeys(stacks if fits else (), "own")}
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> GatedForecaster:
         if self.schedule and self.schedule[-1] >= total:
@@ -235,10 +237,15 @@ class GatedForecaster(Session):
     def _given(self, call: Call, lane: Lane) -> tuple[bool, ...] | None:
         """What is trusted without a gate: as the schedule or another lane says; None where the gate is asked."""
         if self.listed:
-            due = max(index for index in self.listed if index <= call.index)
+            origin = self._origin(call, lane) if self.policy.interval else 0
+            due = max(origin + step for step in self.listed if origin + step <= call.index)
             return (call.index > due and bool(lane.last) and lane.last[0].anchor >= due,)
         leader = self._leader(call, lane)
         return None if leader is None else _followed(leader, lane)
+
+    def _origin(self, call: Call, lane: Lane) -> int:
+        """The first evaluation of a network: its lanes keep step, also one that joins late."""
+        return min((lane.start, *(other.start for key, other in self.state.items() if key[0] == call.net)))
 
     def _leader(self, call: Call, lane: Lane) -> Lane | None:
         """The lane of the same network that was gated in this evaluation already."""

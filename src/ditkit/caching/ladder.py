@@ -43,7 +43,7 @@ class Branch(NamedTuple):
 
 
 def climbed(old: Coefficients, spans: Sequence[float]) -> Coefficients:
-    """The differences one full evaluation later: g_0 = F, g_{i+1} = (g_i - f_i) / span_i for each old f_i with a span."""
+    """The differences one full evaluation later: g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i."""
     rows: list[tuple[float, ...]] = [(1.0,)]
     for f, span in zip(old, spans, strict=False):
         pairs = zip_longest(rows[-1], (0.0, *f), fillvalue=0.0)

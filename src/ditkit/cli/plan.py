@@ -72,12 +72,13 @@ def plan(
     wanted = queries_of(query, tokens) if query else places(tokens)
     if over is not None and sample:
         raise ConfigError(f"got --over {over} with --sample, expected one of the two")
+    if sample and not isinstance(network, Denoiser):
+        raise ConfigError("got --sample without a model that draws, expected --over FILE")
     with writable(out.parent):
         # commands run a model on the processor; a bare grid is that of a pipeline, which has the GPU
         device = "cuda" if network is None and torch.cuda.is_available() else "cpu"
         plans = [Planned.of(pattern, tokens, others, device) for pattern in patterns]
-        under = drawn(network, size) if sample else None if over is None else picture(over)
-        page = png(plan_page(plans, wanted, under))
+        page = png(plan_page(plans, wanted, underlay(network, size, sample, over)))
         with replacing(out) as draft:
             draft.write_bytes(page)
     Console().print(table(plans))
@@ -93,12 +94,13 @@ def patterns_of(specs: Sequence[str]) -> list[Pattern]:
     names = ", ".join(cls.__name__.lower() for cls in every(Pattern))  # type: ignore[type-abstract]
     if not specs:
         raise ConfigError(f"plan: got no --policy, expected an attention pattern ({names})")
-    found = policies_of(specs)
-    for policy in found:
+    patterns = []
+    for policy in policies_of(specs):
         if not isinstance(policy, Pattern):
             kind = type(policy).__name__.lower()
             raise ConfigError(f"--policy {kind} is no attention pattern, expected one of {names}")
-    return [policy for policy in found if isinstance(policy, Pattern)]
+        patterns.append(policy)
+    return patterns
 
 
 def laid_out(
@@ -173,27 +175,21 @@ def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
     return found
 
 
-def drawn(model: Model | None, size: str | None) -> Tensor:
-    """The frames of a sample that the model draws: uint8 [T, 1 or 3, H, W].
+def underlay(model: Model | None, size: str | None, sample: bool, over: Path | None) -> Tensor | None:
+    """What `--sample` or `--over` asks for: uint8 [T, 1 or 3, H, W].
 
     Raises:
-        ConfigError: there is no model, or it draws nothing.
+        ConfigError: the file cannot be read.
     """
-    if not isinstance(model, Denoiser):
-        raise ConfigError("got --sample without a model that draws, expected --over FILE")
-    shape = signal_shape(model, size)
-    (pictures,) = as_pictures(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).images)
-    return pictures if pictures.ndim == 4 else pictures[None]
-
-
-def picture(path: Path) -> Tensor:
-    """A file as uint8 [1, 3, H, W].
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    if sample:
+        assert isinstance(model, Denoiser)
+        shape = signal_shape(model, size)
+        (pictures,) = as_pictures(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).images)
+        return pictures if pictures.ndim == 4 else pictures[None]
+    if over is None:
+        return None
     try:
-        pixels = read_square(path, PICTURE_PX)
+        pixels = read_square(over, PICTURE_PX)
     except DamagedImage as error:
-        raise ConfigError(f"--over {path}: {error}") from error
+        raise ConfigError(f"--over {over}: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]

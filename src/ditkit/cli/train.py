@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +15,10 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit import recipes
-from ditkit.cli.options import Number, leads, writable
+from ditkit.cli.options import Number, Policies, leads, policies_of, writable
 from ditkit.cli.parsing import Command, Group
+from ditkit.core.errors import ConfigError
+from ditkit.core.spec import spec
 from ditkit.tasks.recipe import Recipe, describe, network_of, train_recipe, with_network
 from ditkit.train.settings import Settings
 
@@ -40,7 +42,7 @@ def found() -> dict[str, Build]:
 def command_of(name: str, build: Build) -> Command:
     """`ditkit train NAME`."""
     recipe = build()
-    own = network_of(recipe)
+    own, under = network_of(recipe), tuple(map(spec, recipe.policies))
 
     def run(
         *,
@@ -48,14 +50,21 @@ def command_of(name: str, build: Build) -> Command:
         data: str = recipe.data,
         max_bad: Number = recipe.max_bad,
         codec: str = recipe.codec,
+        init: str = recipe.init,
+        policy: Policies = under,
         network: Any = own,
         settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        chosen = with_network(
-            replace(recipe, data=data, max_bad=max_bad, codec=codec, settings=settings), network
-        )
+        if init and network != own:
+            changed = next(f.name for f in fields(own) if getattr(network, f.name) != getattr(own, f.name))
+            raise ConfigError(
+                f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
+            )
+        given = replace(recipe, data=data, max_bad=max_bad, codec=codec, settings=settings)
+        given = replace(given, init=init, policies=tuple(policies_of(policy)))
+        chosen = with_network(given, network)
         if dry_run:
             print(describe(chosen))
             return
@@ -89,6 +98,8 @@ def command_of(name: str, build: Build) -> Command:
         data: {recipe.sources}
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         codec: Folder of a codec that ditkit train image-vae made; its latents are learned instead of pixels.
+        init: Go on from a trained model: a folder, a shipped model or an id of the hub; its sizes are taken.
+        policy: Train under a policy, as {recipe.then} --policy takes it. Again for more than one.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

@@ -144,6 +144,12 @@ class Codec(nn.Module, ABC):
         fill(codec, state, source)
         return codec.eval()
 
+    def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
+        """A copy in eval mode that holds `state` instead, with the same history."""
+        copy = self.holding(self.config, state, source)
+        copy.history = self.history
+        return copy
+
 
 class VariationalCodec(Codec):
     """A codec whose latents are Gaussians that training draws from (arXiv 1312.6114)."""

@@ -188,7 +188,11 @@ class Tokens(NamedTuple):
         return Tokens(take_rows(self.x, index), None if self.position is None else self.position[index])
 
 
-SEQUENCES: dict[str, tuple[str, ...]] = {"image": ("image", "context"), "joint": ()}
+SEQUENCES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "context"),
+    "scaled": ("image", "context"),
+    "joint": (),
+}
 """Segments of the sequence that attention of a stream runs over; no names: all."""
 
 

@@ -31,6 +31,8 @@ class Session:
         self.staged: dict[Key, Any] = {}
         self.remarks: dict[str, str | float] = {}
         """What the receipt says beside what was replaced."""
+        self.computed: set[str] = set()
+        """Sites that did all their work in this call although their function did not run."""
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         """Handlers for this call by site name; an empty mapping is exact. Changes no committed state."""

@@ -14,18 +14,26 @@ from ditkit.core.run import Call, Handler
 
 
 class PolicyReceipt:
-    """For each lane, how many owned sites ran and how many were replaced in each evaluation, and rows taken out.
+    """For each lane, how many sites ran and how many were replaced in each evaluation, and rows taken out.
 
     Args:
         verb: what an evaluation is called in which a site's function did not run, or ran on some rows only.
         depths: blocks of each `stack` site, whose function takes `start, stop`: it ran if its last block did.
-        tokens: the `tokens` sites, where rows are taken out of all that follows.
+        tokens: the `tokens` sites, where a policy that owns no site takes rows out of all that follows.
+        owned: the sites that the policy owns. If there are any, only they count: what it does at others is part of
+            that, and an evaluation in which none of them was met, since an outer policy skipped them, is none of its.
     """
 
     def __init__(
-        self, policy: Policy, verb: str, depths: Mapping[str, int], tokens: Collection[str] = ()
+        self,
+        policy: Policy,
+        verb: str,
+        depths: Mapping[str, int],
+        tokens: Collection[str] = (),
+        owned: Collection[str] = (),
     ) -> None:
-        self.policy, self.verb, self.depths, self.tokens = policy, verb, depths, tokens
+        self.policy, self.verb, self.depths, self.owned = policy, verb, depths, frozenset(owned)
+        self.tokens = () if owned else tokens
         self.sites: set[str] = set()
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         self.token_rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
@@ -42,6 +50,8 @@ class PolicyReceipt:
 
     def watch(self, name: str, handler: Handler) -> Handler:
         """`handler`, noting whether it ran the site's own function."""
+        if self.owned and name not in self.owned:
+            return handler
         if name in self.tokens:
             handler = self._counting_rows(handler)
         met, ran, depth = self._met, self._ran, self.depths.get(name, 0)
@@ -81,9 +91,10 @@ class PolicyReceipt:
 
         return counting
 
-    def end(self) -> None:
-        """The call is complete: only complete calls are counted."""
+    def end(self, computed: Collection[str] = ()) -> None:
+        """The call is complete: only complete calls are counted. `computed` are sites as good as run."""
         assert self._call is not None
+        self._ran |= self._met.intersection(computed)
         self.sites |= self._met
         lane = self._call.lane if self._call.net == "main" else f"{self._call.net}/{self._call.lane}"
         self.rows[lane][self._call.index] = (len(self._ran), len(self._met) - len(self._ran))
@@ -103,10 +114,14 @@ class PolicyReceipt:
         """Token rows that did not go on from `tokens` sites, over all evaluations."""
         return sum(whole - went for lane in self.token_rows.values() for went, whole in lane.values())
 
+    def met(self, lane: str) -> list[int]:
+        """The evaluations of a lane in which the policy met a site; all, if it never met one."""
+        return [i for i, (ran, gone) in self.rows[lane].items() if ran or gone or not self.sites]
+
     def full(self, lane: str) -> list[int]:
-        """The evaluations of a lane in which every site ran, on all rows."""
-        went = self.token_rows[lane]
-        return [i for i, (_, gone) in self.rows[lane].items() if not gone and went[i][0] == went[i][1]]
+        """Those in which every site ran, on all rows."""
+        rows, went = self.rows[lane], self.token_rows[lane]
+        return [i for i in self.met(lane) if not rows[i][1] and went[i][0] == went[i][1]]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: sites touched, and for each lane the evaluations computed and replaced.
@@ -114,9 +129,9 @@ class PolicyReceipt:
         Of a policy that takes out rows also `rows_saved`, their share of all token rows.
         """
         lanes = {}
-        for lane, calls in self.rows.items():
-            full = self.full(lane)
-            lanes[lane] = {"computed": spans(full), self.verb: spans([i for i in calls if i not in full])}
+        for lane in self.rows:
+            full, met = self.full(lane), self.met(lane)
+            lanes[lane] = {"computed": spans(full), self.verb: spans([i for i in met if i not in full])}
         whole = sum(all_rows for lane in self.token_rows.values() for _, all_rows in lane.values())
         return {
             "policy": str(self.policy),

@@ -45,12 +45,14 @@ class Trajectory:
         self.policies, self.total = as_policies(policies), total
         self.claims = claim(sites, self.policies)
         known = {} if learned is None else dict(learned.items())
-        self.sessions = [policy.start(sites, total, known.get(type(policy).__name__)) for policy in self.policies]
+        self.sessions = [
+            policy.start(sites, total, known.get(type(policy).__name__)) for policy in self.policies
+        ]
         depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
         tokens = named(sites, "tokens")
         self.receipts = [
-            PolicyReceipt(policy, session.verb, depths, tokens)
-            for policy, session in zip(self.policies, self.sessions, strict=True)
+            PolicyReceipt(policy, session.verb, depths, tokens, _owned(claims))
+            for policy, session, claims in zip(self.policies, self.sessions, self.claims, strict=True)
         ]
         self.tokens = tokens
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, least=1)
@@ -65,6 +67,7 @@ class Trajectory:
             chains = {name: [(DEPTH["own"], partial(self._foresee, call))] for name in self.tokens}
         for claims, session, receipt in zip(self.claims, self.sessions, self.receipts, strict=True):
             session.staged.clear()  # what an interrupted call left
+            session.computed.clear()
             receipt.begin(call)
             for name, handler in session.enter(call).items():
                 if name not in claims:
@@ -90,7 +93,7 @@ class Trajectory:
             out = session.leave(call, out)
         for session, receipt in zip(self.sessions, self.receipts, strict=True):
             session.commit()
-            receipt.end()
+            receipt.end(session.computed)
             receipt.remarks = session.remarks
         self.peak_bytes = max(self.peak_bytes, sum(s.bytes() for s in self.sessions))
         self._keep_budget()
@@ -162,6 +165,11 @@ def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str
             if how == "own":
                 owners[name] = kind
     return claims
+
+
+def _owned(claims: Mapping[str, Claim]) -> list[str]:
+    """The sites among what a policy owns."""
+    return [name for name, how in claims.items() if how == "own" and name not in RESOURCES]
 
 
 def _chain(handlers: list[tuple[int, Handler]]) -> Handler:

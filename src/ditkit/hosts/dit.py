@@ -5,7 +5,7 @@ B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,56 +16,13 @@ from torch import Tensor, nn
 
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
-from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.blocks import attention_sites, call_block, feed_in_chunks, modulation
+from ditkit.core.run import Run, Site
+from ditkit.hosts.basic_block import call_basic_block
+from ditkit.hosts.blocks import attention_sites
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
-
-
-@stands_for(host.BasicTransformerBlock)
-class BasicTransformerBlock(host.BasicTransformerBlock):
-    """DiT's block, which embeds time and class itself; what else diffusers makes of this class has no sites."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Any = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Any = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        run: Run = DIRECT,
-        at: str = "",
-    ) -> Tensor:
-        x_BLD, kwargs = hidden_states, cross_attention_kwargs or {}
-        if not _is_dit(self) or attention_mask is not None or "gligen" in kwargs:
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                timestep,
-                cross_attention_kwargs,
-                class_labels,
-                added_cond_kwargs,
-            )
-        c_BD = self.norm1.emb(timestep, class_labels, hidden_dtype=x_BLD.dtype)
-        shift, scale, gate, *mlp = modulation(self.norm1, c_BD, 6)
-        attend = partial(self._attend, run, at + ".attn", kwargs)
-        x_BLD = x_BLD + gate * run.site(at + ".attn", attend, x_BLD, shift, scale)
-        feed = partial(feed_in_chunks, self, self.norm3, self.ff)
-        return x_BLD + mlp[2] * run.site(at + ".mlp", feed, x_BLD, *mlp[:2])
-
-    def _attend(
-        self, run: Run, at: str, kwargs: Mapping[str, Any], x_BLD: Tensor, shift: Tensor, scale: Tensor
-    ) -> Tensor:
-        """The attention branch before its gate."""
-        h_BLD = modulate(self.norm1.norm(x_BLD), shift, scale)
-        return self.attn1(h_BLD, run=run, at=at, **kwargs)
 
 
 @stands_for(host.DiTTransformer2DModel)
@@ -126,20 +83,7 @@ class DiTTransformer2DModel(host.DiTTransformer2DModel):
         timestep: Any,
         class_labels: Any,
     ) -> Tensor:
-        return call_block(
-            self,
-            block,
-            run,
-            name,
-            x_BLD,
-            attention_mask=None,
-            encoder_hidden_states=None,
-            encoder_attention_mask=None,
-            timestep=timestep,
-            cross_attention_kwargs=kwargs,
-            class_labels=class_labels,
-            added_cond_kwargs=None,
-        )
+        return call_basic_block(self, block, run, name, kwargs, x_BLD, timestep, label=class_labels)
 
     def _head(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.proj_out_1(F.silu(c_BD)).unsqueeze(1).chunk(2, -1)
@@ -169,8 +113,3 @@ def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
 
 def _blocks(model: Any) -> list[tuple[str, Any]]:
     return [(f"blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]
-
-
-def _is_dit(block: Any) -> bool:
-    """Whether a block is self-attention and MLP under adaLN-Zero, and no more."""
-    return block.use_ada_layer_norm_zero and block.attn2 is None and block.pos_embed is None

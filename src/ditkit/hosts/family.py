@@ -22,11 +22,12 @@ class Family(NamedTuple):
     """The functions of a host module.
 
     The parameters of its `layout` are named after arguments of the transformer's forward, or are `model`, `shape`
-    (of the latents) and `text` (rows of it).
+    (of the latents) and `text` (rows of it). `CHANNEL_AXIS` says where latents have their channels, if not at 1.
     """
 
     sites: Callable[[nn.Module], tuple[Site, ...]]
     make_layout: Callable[..., tuple[Segment, ...]]
+    channel_axis: int = 1
 
     def asks(self) -> tuple[str, ...]:
         """What its `layout` wants to know."""
@@ -63,7 +64,7 @@ def family(model: nn.Module) -> Family:
         raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
     ours = VIEWS.get(type(model), type(model))
     home = next(module for module in modules if ours in vars(module).values())
-    return Family(home.sites, home.layout)
+    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1))
 
 
 def transformers() -> list[type]:

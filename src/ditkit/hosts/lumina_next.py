@@ -177,7 +177,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.layers):
         at = f"blocks.{i}"
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
-        named += [*attention_sites(f"{at}.attn", block.attn1), Site(f"{at}.mlp", "branch")]
+        named += [*attention_sites(f"{at}.attn", block.attn1, core="scaled"), Site(f"{at}.mlp", "branch")]
     return (*named, Site("head", "head"))
 
 

@@ -154,14 +154,15 @@ class Passage:
         self.clock.locate(self.scheduler, timestep)
 
     def stepping(self, timestep: Any, prediction: Any) -> Any:
-        """The scheduler's prediction after guidance, as the policies leave it."""
+        """The scheduler's prediction after guidance, as the policies leave it; they see its channels at axis 1."""
         self.clock.locate(self.scheduler, timestep)
         self.clock.check(timestep)
         self._ordinals.clear()
         call, self._first = self._first, None
         if call is None or self.clock.age != self._age:
             return prediction
-        return self._current().guided(call, prediction)
+        axis = next(net.family.channel_axis for net in self.nets if net.name == call.net)
+        return self._current().guided(call, prediction.movedim(axis, 1)).movedim(1, axis)
 
     def stepped(self, sample: Any, out: Any) -> None:
         self.clock.advance()

@@ -211,7 +211,8 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     """The sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
-        named += [Site(at, "block", "joint"), Site(at + ".attn", "branch", "joint")]
+        returned = "image" if block.context_pre_only else "joint"
+        named += [Site(at, "block", "joint"), Site(at + ".attn", "branch", returned)]
         named += attention_sites(at + ".attn", block.attn, core="joint")
         if type(block.attn.processor) is SD3IPAdapterJointAttnProcessor2_0:
             named.append(Site(at + ".attn.ip.core", "core"))

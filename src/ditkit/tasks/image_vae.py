@@ -56,6 +56,7 @@ class ImageVaeRecipe(Recipe):
 
     sources: ClassVar[str] = "A named set of images (emoji, fashion), or a folder of images."
     then: ClassVar[str] = "ditkit train emoji --codec"
+    has_sites: ClassVar[bool] = False
     Network: ClassVar[type] = ImageVaeNetwork
     model: ImageVaeConfig
     objective: Objective = LATENT_DIFFUSION

@@ -13,11 +13,15 @@ import torch
 from ditkit.core.catalog import every
 from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
 from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
+from ditkit.core.policy import Policy
+from ditkit.core.spec import spec
 from ditkit.evaluate.macs import count_macs
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
 from ditkit.train.objective import Objective
+from ditkit.train.parts import train_only
 from ditkit.train.settings import Settings
 
 
@@ -32,6 +36,8 @@ class Recipe(ABC):
         max_bad: damaged files of a folder to leave out; None for the loader's own limit.
         options: of the set's own loader.
         codec: folder of a trained codec, whose latents are learned instead of the data themselves.
+        init: a trained model to go on from, as `ditkit.load` takes it; `model` is then its config.
+        policies: that the network is trained under.
     """
 
     sources: ClassVar[str] = "A named set, or a folder."
@@ -40,6 +46,8 @@ class Recipe(ABC):
     """The command that takes the trained model."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
+    has_sites: ClassVar[bool] = True
+    """Whether the network is a model, which policies act on, and which `init` finds."""
     Network: ClassVar[type]
     """A dataclass of those fields of `model` that do not follow from the data; their flags."""
 
@@ -50,12 +58,17 @@ class Recipe(ABC):
     max_bad: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     codec: str = ""
+    init: str = ""
+    policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         if self.codec and not self.latent:
             raise ConfigError(
                 f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none"
             )
+        if not self.has_sites and (self.init or self.policies):
+            given = f"init={self.init!r}" if self.init else f"policies={self.policies}"
+            raise ConfigError(f"{given}: a {type(self).__name__} trains no model with sites, expected none")
 
     @abstractmethod
     def prepared(self) -> Prepared:
@@ -66,9 +79,10 @@ class Recipe(ABC):
         """
 
     def network(self) -> Model:
-        """A network of `model`, with fresh weights of torch's global generator."""
+        """A network of `model` under `policies`, with fresh weights of torch's global generator."""
         kinds = every(Model)  # type: ignore[type-abstract]
-        return next(kind for kind in kinds if kind.Config is type(self.model))(self.model)
+        kind = next(kind for kind in kinds if kind.Config is type(self.model))
+        return kind(self.model).adopt(self.policies)  # type: ignore[call-arg]
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -99,17 +113,51 @@ class Prepared(NamedTuple):
     codec: Codec = IDENTITY
 
 
+class Started(NamedTuple):
+    """A prepared recipe, and the model that it goes on from, if any, under its policies."""
+
+    prepared: Prepared
+    model: Model | None
+
+
+def started(recipe: Recipe) -> Started:
+    """The recipe with what the data and `init` decide.
+
+    Raises:
+        ConfigError: `init` is no model of the recipe's kind, the data need another than it is, or it is missing and a
+            term compares with it. CheckpointError: what is there is damaged.
+        DataError: the data are missing or damaged.
+    """
+    model = load(recipe.init) if recipe.init else None
+    if model is None:
+        ready = recipe.prepared()
+        if comparing := [type(term).__name__ for term in recipe.objective.active if term.compares]:
+            raise ConfigError(
+                f"{comparing[0]} compares with the trained model that it goes on from; expected init, got none"
+            )
+        return Started(ready, None)
+    if type(model.config) is not type(recipe.model):
+        expected = type(recipe.model).__name__.removesuffix("Config")
+        raise ConfigError(f"init={recipe.init!r} is a {type(model).__name__}, expected a {expected}")
+    ready = replace(recipe, model=model.config).prepared()
+    for f in fields(model.config):
+        own, needed = getattr(model.config, f.name), getattr(ready.recipe.model, f.name)
+        if own != needed:
+            raise ConfigError(f"init={recipe.init!r} has {f.name}={own!r}, the data need {needed!r}")
+    return Started(ready, model if model.policies == recipe.policies else model.adopt(recipe.policies))
+
+
 def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
     """Train as the recipe says; weights, state, losses, samples and snapshots go to `folder`.
 
     Raises:
-        ConfigError: resuming with another recipe than the folder's, or any of `train`'s reasons.
+        ConfigError: resuming with another recipe than the folder's, or any of `train`'s and `started`'s reasons.
         DataError: the data are missing or damaged.
     """
-    recipe, samples, codec = recipe.prepared()
+    (recipe, samples, codec), start = started(recipe)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
-        model = recipe.network()
+        model = recipe.network() if start is None else start
     model.codec = codec
     return train(
         model,
@@ -121,6 +169,12 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
             "data": recipe.data,
             "options": dict(recipe.options),
             "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
+            **(
+                {"init": {"folder": recipe.init, FINGERPRINT: fingerprint(model.state_dict())}}
+                if start
+                else {}
+            ),
+            **({"policies": [spec(policy) for policy in recipe.policies]} if recipe.policies else {}),
         },
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
@@ -134,20 +188,25 @@ def describe(recipe: Recipe) -> str:
     Raises:
         ConfigError, DataError: what `train_recipe` would refuse before its first step.
     """
-    recipe, samples, _ = recipe.prepared()
+    (recipe, samples, _), _ = started(recipe)
     with torch.device("meta"):
         model = recipe.network().eval()
     recipe.objective.check(model)
     run, parameters, forward = recipe.settings, parameter_count(model), forward_macs(recipe)
+    train_only(model, run.trained)
+    trained = parameter_count(model)
     passes = 4 if run.gradient_checkpointing else 3  # backward takes two; checkpointing repeats the forward
     copies = 3 + len(run.averages)  # weights, two moments, averages
     lines = {
         "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
         **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
+        **({"init": recipe.init} if recipe.init else {}),
+        **({"policies": " ".join(map(spec, recipe.policies))} if recipe.policies else {}),
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
         **{f"settings.{k}": v for k, v in vars(run).items()},
         "parameters": f"{parameters:,}",
+        **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
         "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training",
         "MACs of a step": f"{passes * forward * run.batch:,}",
         "state": f"{4 * copies * parameters / 1e6:.1f} MB on disk, "

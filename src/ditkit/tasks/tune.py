@@ -99,7 +99,7 @@ class Tuned:
         if row is not None:
             return f"Best with {self.wish}: {self._told(row)}."
         nearest = self.wish.nearest(self.settings)
-        return f"None of {len(self.settings)} settings has {self.wish}. The nearest: {self._told(nearest)}."
+        return f"None of {len(self.settings)} settings meets the wish, {self.wish}. The nearest: {self._told(nearest)}."
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the report's, with the wish, the verdict, the best setting and those on the front."""
@@ -155,7 +155,8 @@ class Tuned:
         told = f"{self.specs[row.name]}, {row.speedup:.2f} times as fast, {distance(row)}"
         if row.control_steps is None or row.control_psnr_db is None:
             return told
-        return f"{told} (as many MACs in exact steps: {decibels(row.control_psnr_db)} dB)"
+        steps = f"{row.control_steps} exact step{'s'[: row.control_steps > 1]}"
+        return f"{told}; {steps}, as many MACs, would be at {decibels(row.control_psnr_db)} dB"
 
 
 def tune(model: Model, policies: Sequence[str], seeds: Sequence[int], wish: Wish, **how: Any) -> Tuned:

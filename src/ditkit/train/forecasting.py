@@ -39,7 +39,5 @@ class Forecasting(Objective):
     ) -> dict[str, Tensor]:
         assert cond.context is not None
         out, taps = ask(forward, model, self.taps(model), tuple(cond.context.shape[1:]), cond.context)
-        batch = Batch(
-            data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites()
-        )
+        batch = Batch(data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites())
         return self.weigh(batch)

@@ -81,10 +81,8 @@ class Settings:
             raise ConfigError(f"training: learning_rate={self.learning_rate} should be positive and finite")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training: betas={self.betas} should both lie in [0, 1)")
-        if self.precision not in get_args(Precision):
-            raise ConfigError(unknown("precision", self.precision, get_args(Precision)))
-        if self.trained not in get_args(Part):
-            raise ConfigError(unknown("trained", self.trained, get_args(Part)))
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("trained", self.trained, get_args(Part))
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
         if self.cosine and self.decay_after:
@@ -123,3 +121,8 @@ class Settings:
                 f"x accumulate={self.accumulate}"
             )
         return self.batch // parts
+
+
+def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(unknown(name, given, choices))

@@ -24,7 +24,7 @@ class Said(NamedTuple):
 class Tap(Run):
     """A run within a run that keeps the outputs of some sites.
 
-    A block that is computed again in the backward pass changes nothing: what is kept first, the loss is made of.
+    Where a block is computed again in the backward pass, the same is done again and nothing more is kept.
 
     Args:
         rows: by site, the rows of an output [..., rows, K] that are kept, in their order; without, all are.
@@ -42,9 +42,8 @@ class Tap(Run):
     def _keep(self, name: str) -> Handler:
         def handler(fn: Handler, *args: Any) -> Any:
             out = self.inside.site(name, fn, *args)
-            if name not in self.seen:
-                rows = self.rows.get(name)
-                self.seen[name] = out if rows is None else out.index_select(-2, rows.to(out.device))
+            rows = self.rows.get(name)
+            self.seen.setdefault(name, out if rows is None else out.index_select(-2, rows.to(out.device)))
             return out
 
         return handler

@@ -26,7 +26,8 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, L, Kv] and log-sum-exp [B, N, L]; differentiable in both."""
     plan = planned(plan_of(handle), valid).to(q.device)
-    out, lse = _module(kernel).forward(q, k, v, plan, scale)
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own types
+        out, lse = _module(kernel).forward(q, k, v, plan, scale)
     return out.contiguous(), lse.contiguous()
 
 
@@ -46,7 +47,8 @@ def block_sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     plan = planned(plan_of(handle), valid).to(q.device)
-    d_q, d_k, d_v = _module(kernel).backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        d_q, d_k, d_v = _module(kernel).backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
 
 
