@@ -27,9 +27,8 @@ from torch import Tensor, nn
 import ditkit
 from common import record, show
 from ditkit.caching.regional import RAS, Regions, row_metric
-from ditkit.core.grid import image_of
 from ditkit.core.cond import Cond
-from ditkit.core.grid import patchify
+from ditkit.core.grid import image_of, patchify
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site

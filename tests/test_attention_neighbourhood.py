@@ -33,14 +33,22 @@ def meets(pattern: Neighbourhood) -> Meets:
 
 
 @pytest.mark.parametrize(
-    ("radius", "keys", "pairs"), [(8, 193, 710_052), (16, 793, 2_594_880), (32, 3205, 8_085_036)]
+    ("radius", "keys", "pairs", "operations"),
+    [(8, 193, 710_052, "63.49"), (16, 793, 2_594_880, "86.65"), (32, 3205, 8_085_036, "154.11")],
 )
-def test_pairs_of_a_picture_of_1024_pixels(radius: int, keys: int, pairs: int) -> None:
+def test_pairs_of_a_picture_of_1024_pixels(radius: int, keys: int, pairs: int, operations: str) -> None:
+    """And operations of a FLUX layer in units of 10^9, text and all."""
     grid, text = Grid(1, 64, 64), 512
     for order in ("tiles", "raster"):
         plan = Neighbourhood(radius=radius, order=order).plan(grid, text)  # type: ignore[arg-type]
         assert plan.pairs == pairs + text * (2 * grid.length + text)
         assert int(plan.seen[0, 0, plan.inverse[32 * 64 + 32]]) == keys + text
+        assert f"{4 * plan.pairs * 3072 / 1e9:.2f}" == operations
+
+
+def test_pairs_with_pooled_keys() -> None:
+    plan = Neighbourhood(radius=8, pooled=4).plan(Grid(1, 64, 64), 512)
+    assert f"{4 * plan.pairs * 3072 / 1e9:.2f}" == "76.37"
 
 
 @pytest.mark.parametrize(
@@ -253,15 +261,18 @@ def test_padding_influences_nothing_also_under_pooled_keys() -> None:
 
 def test_a_block_holds_as_many_frames_as_a_token_sees() -> None:
     for block, span, shape, tile in (
-        (128, 0, (1, 64, 64), (1, 8, 16)),
-        (64, 0, (1, 64, 64), (1, 8, 8)),
-        (256, 0, (1, 64, 64), (1, 16, 16)),
-        (128, 16, (16, 8, 8), (16, 2, 4)),
-        (128, 3, (16, 8, 8), (2, 8, 8)),
-        (128, 9, (13, 30, 45), (1, 8, 16)),
-        (8, 16, (16, 8, 8), (8, 1, 1)),
+        (128, 0, (1, 64, 64), [1, 8, 16]),
+        (64, 0, (1, 64, 64), [1, 8, 8]),
+        (256, 0, (1, 64, 64), [1, 16, 16]),
+        (128, 16, (16, 8, 8), [16, 2, 4]),
+        (128, 3, (16, 8, 8), [2, 8, 8]),
+        (128, 9, (13, 30, 45), [1, 8, 16]),
+        (8, 16, (16, 8, 8), [8, 1, 1]),
     ):
-        assert Neighbourhood(block=block, span=span)._tile(Grid(*shape)) == tile
+        grid = Grid(*shape)
+        order = Neighbourhood(radius=2, block=block, span=span).plan(grid, 0).order
+        first = grid.coordinates()[torch.arange(block) if order is None else order[:block]]
+        assert (first.amax(0) - first.amin(0) + 1).tolist() == tile
 
 
 @pytest.mark.parametrize(

@@ -111,11 +111,8 @@ class Neighbourhood(Pattern):
     def _slots(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The token in each slot, -1 for padding, and the coordinates of each slot [slots, 3]."""
         if self.order == "raster":
-            spare = -grid.length % self.block
-            last = grid.coordinates()[-1:].expand(spare, -1)
-            return F.pad(torch.arange(grid.length), (0, spare), value=-1), torch.cat(
-                (grid.coordinates(), last)
-            )
+            slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
+            return slots, grid.coordinates()[slots]  # padding stands at the last token
         sides = self._tile(grid)
         frames, height, width = (-(-n // side) * side for n, side in zip(grid.shape, sides, strict=True))
         padded = Grid(frames, height, width)
@@ -123,9 +120,8 @@ class Neighbourhood(Pattern):
 
     def _tile(self, grid: Grid) -> tuple[int, int, int]:
         """Frames, rows and columns of a block: 8 x 16 of a picture's 128, and no more frames than a token sees."""
-        whole = (
-            grid.frames & -grid.frames
-        )  # the greatest power of two that divides them, so that none is padded
+        # the greatest power of two that divides them, so that no frame is padding
+        whole = grid.frames & -grid.frames
         frames = min(whole, 1 << max(self.span.bit_length() - 1, 0), self.block)
         rows = 1 << ((self.block // frames).bit_length() - 1) // 2
         return frames, rows, self.block // frames // rows
@@ -157,8 +153,7 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor, place: int, cells: Tensor) -> Tensor:
         """Rows of x [B, N, rows, K] at `cells` [P, c c], summed with the weights of an attention: [B, N, P, K]."""
-        weight = self.weight[place].flatten().to(x)
-        return (x[:, :, cells.flatten()].unflatten(2, cells.shape) * weight[:, None]).sum(3)
+        return self.weight[place].flatten().to(x) @ x[:, :, cells.flatten()].unflatten(2, cells.shape)
 
 
 class Near(Sparse):

@@ -74,7 +74,8 @@ def command_of(name: str, build: Build) -> Command:
             train_recipe(chosen, out, resume=resume)
         if leads():
             there = ", ".join(name for name in LEFT if (out / name).exists())
-            print(f"wrote {out}: {there}; go on with: {recipe.then} {out / 'model'}")
+            then = " ".join([recipe.then, str(out / "model"), *(f"--policy {text}" for text in policy)])
+            print(f"wrote {out}: {there}; go on with: {then}")
 
     run.__annotations__["network"] = Annotated[
         recipe.Network, tyro.conf.arg(name="")

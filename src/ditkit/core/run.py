@@ -16,8 +16,9 @@ Handler = Callable[..., Any]
 class Site(NamedTuple):
     """A named place of a model. Policies choose sites by kind, never by matching names.
 
-    Its stream is that of its tokens; of a branch, of what it returns; of a core, of its queries: "image", "text", "joint", "axis" where they attend
-    along one axis at a time, or "scaled" where the image's scores have another scale than 1 / sqrt(K).
+    Its stream is that of its tokens; of a branch, of what it returns; of a core, of its queries: "image", "text",
+    "joint", "axis" where they attend along one axis at a time, or "scaled" where the image's scores have another scale
+    than 1 / sqrt(K).
     """
 
     name: str

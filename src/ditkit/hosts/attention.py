@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffusers.models import attention_processor as host
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ditkit.core.run import DIRECT, Run
+from ditkit.core.errors import ConflictError
+from ditkit.core.policy import Policy
+from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.view import stands_for
 
 Sited = Callable[..., Any]
@@ -47,6 +49,16 @@ def closed(model: nn.Module) -> Iterator[tuple[str, str]]:
         processor = getattr(module, "processor", None)
         if processor is not None and not (has_core(module) or getattr(module, "is_cross_attention", False)):
             yield path, type(processor).__name__
+
+
+def refuse_closed(model: nn.Module, sites: Sequence[Site], policies: Sequence[Policy]) -> None:
+    """Raise ConflictError where a policy of rows would meet attention that has no sites: its keys stay out of reach."""
+    rows = [type(policy).__name__ for policy in policies if policy.claims(sites).get("rows") == "own"]
+    for path, processor in closed(model) if rows else ():
+        raise ConflictError(
+            f"{rows[0]}: {path} attends by {processor}, where no keys can be kept; expected diffusers' default "
+            "processor, without fused layers or an IP-Adapter"
+        )
 
 
 @stands_for(host.Attention)

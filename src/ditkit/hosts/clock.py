@@ -230,6 +230,8 @@ def _telling_noise(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:
     names = parameters_of(method)
+    if "timestep" not in names:  # taken as *args: they come in the order of diffusers
+        names = ("model_output", "timestep", "sample")
 
     @wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -246,8 +248,10 @@ def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a method's parameters after `self`."""
-    return tuple(inspect.signature(method).parameters)[1:]
+    """The names of a method's parameters after `self`, without *args and **kwargs."""
+    parameters = inspect.signature(method).parameters.values()
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind not in loose)[1:]
 
 
 def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.adapters import Adapters
+from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.clock import LISTENER, Clock, by_name, listening, parameters_of, wound
 from ditkit.hosts.family import Family
 from ditkit.hosts.view import running
@@ -122,6 +123,7 @@ class Passage:
         if key in self._told and not told.is_like(self._told[key]):
             self.clock.age += 1
             self._told.clear()  # nothing is kept of the other lanes that could be void once more
+            self._layouts.clear()
         self._told[key] = told
         trajectory = self._current()
         clock = self.clock
@@ -211,6 +213,8 @@ class Passage:
         """The trajectory, anew if what was kept is void."""
         if self._trajectory is None or self.clock.age != self._age:
             self._close()
+            for net in self.nets:  # some pipelines set processors in the call
+                refuse_closed(net.model, self._sites, self.policies)
             self._trajectory = Trajectory(self._sites, self.policies, len(self.clock.times), self.max_bytes)
             self._age = self.clock.age
         return self._trajectory

@@ -17,7 +17,7 @@ from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.core.trajectory import claim
 from ditkit.evaluate.clock import seconds_of
-from ditkit.hosts.attention import closed
+from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.clock import check_scheduler
 from ditkit.hosts.family import families, family, has_sites, is_known
 from ditkit.hosts.passage import Net, Passage, Watch
@@ -26,9 +26,9 @@ from ditkit.hosts.view import restore as without_sites
 from ditkit.tasks.replay import Asked, PipelineReport, Replay, Took
 
 DEFAULT = ConfidentTaylor(interval=3)
-"""Every family has one stack of blocks. A full evaluation in three is the longest interval that stays above 39 dB on
-both shipped models of pictures in 28 steps (fashion 41.7 dB, `benchmarks/race_caching.py`); TaylorSeer with as many full
-evaluations is 2.5 dB behind there, slower, and holds nine times as much."""
+"""Every family has one stack of blocks. An interval of three is the longest that stays above 40 dB on the shipped FLUX
+in 28 steps (`benchmarks/race_caching.py`). TaylorSeer with as many full evaluations is 2.5 dB behind there, slower,
+and holds nine times as much."""
 
 
 def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None) -> Accelerated:
@@ -216,12 +216,7 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
     """Raise what keeps `policies` from a transformer that has its sites, as it is now."""
     refuse_foreign(net.model)
     sites = net.family.sites(net.model)
-    rows = [type(policy).__name__ for policy in policies if policy.claims(sites).get("rows") == "own"]
-    for path, processor in closed(net.model) if rows else ():
-        raise ConflictError(
-            f"{rows[0]}: {path} attends by {processor}, where no keys can be kept; expected diffusers' default "
-            "processor, without fused layers or an IP-Adapter"
-        )
+    refuse_closed(net.model, sites, policies)
     claim(sites, policies)
 
 

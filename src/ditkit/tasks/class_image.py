@@ -149,5 +149,12 @@ def write_sheet(folder: Path, model: Model, step: int) -> None:
     """Samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
     classes = resolve_labels(model, None, SHEET_CLASSES)
     labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
-    drawn = generate(model, labels, range(SHEET_CLASSES * SHEET_EACH), steps=SHEET_STEPS, batch_size=16)
+    drawn = generate(
+        model,
+        labels,
+        range(SHEET_CLASSES * SHEET_EACH),
+        steps=SHEET_STEPS,
+        batch_size=16,
+        policies=model.policies,
+    )
     write_png(folder / f"{step:06d}.png", grid(drawn.images, columns=SHEET_EACH))

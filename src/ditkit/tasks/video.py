@@ -154,7 +154,9 @@ def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None
     size = clip.shape[2], clip.shape[3], clip.shape[4]
     for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
         cond = conditioned(clip, kind, [0])
-        rows[kind] = generate(model, seeds=[0], steps=SHEET_STEPS, guidance=1.0, cond=cond).images[0]
+        rows[kind] = generate(
+            model, seeds=[0], steps=SHEET_STEPS, guidance=1.0, cond=cond, policies=model.policies
+        ).images[0]
         assert cond.mask is not None
         masks[kind] = cond.mask[0]
     folder.mkdir(parents=True, exist_ok=True)
