@@ -17,6 +17,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call, Site
 from patterns_for_tests import Masked, Meets, planned_mask, predicted, prompt, tiny_clip_model, token_mask
+from test_attention_hosts import outcome
 
 PICTURES = [Grid(1, 12, 8), Grid(1, 9, 14), Grid(1, 16, 16)]
 CORE = (Site("core", "core", "joint"),)
@@ -63,13 +64,17 @@ def test_pairs_with_pooled_keys() -> None:
         (128, 16, "raster", 128, "22.8"),
         (128, 16, "tiles", 128, "9.9"),
         (128, 16, "tiles", 64, "8.4"),
+        (256, 16, "tiles", 128, "2.7"),
         (256, 16, "tiles", 64, "2.3"),
+        (256, 32, "tiles", 128, "7.6"),
     ],
 )
 def test_blocks_visited(side: int, radius: int, order: str, block: int, percent: str) -> None:
     pattern = Neighbourhood(radius=radius, order=order, block=block)  # type: ignore[arg-type]
     plan, digits = pattern.plan(Grid(1, side, side), 0), len(percent.partition(".")[2])
     assert f"{100 * plan.density:.{digits}f}" == percent
+    if (side, radius, block) == (256, 32, 128):
+        assert f"{100 * plan.density * (1 - plan.partial / plan.visited):.1f}" == "1.3"
 
 
 @pytest.mark.parametrize("others", [0, 5])
@@ -238,6 +243,19 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
     expected = predicted(model, Masked(meets(pattern)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd3.5"])
+def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
+    pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
+    expected, _ = outcome(name, [Masked(meets(pattern))])
+    found, dense = outcome(name, [pattern])[0], outcome(name, [])[0]
+    error, effect = ((found - x).norm() / dense.norm() for x in (expected, dense))
+    assert error < 1e-5 and effect > 1e-3
+    pooled, trajectory = outcome(name, [replace(pattern, pooled=2)])
+    (receipt,) = trajectory.finish()
+    assert receipt.as_dict()["lanes"]["cond"] == {"computed": "", "sparse": "0-7"}
+    assert (pooled - found).norm() > 1e-3 * dense.norm()
 
 
 def test_a_radius_beyond_the_grid_is_dense() -> None:

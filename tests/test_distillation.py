@@ -16,6 +16,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, NoEffectError
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import Call, Run
 from ditkit.core.trajectory import Trajectory
+from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.video_dit import VideoDiT
 from ditkit.tasks.generate import generate
@@ -161,9 +162,12 @@ def test_projections_and_pooling_weights_learn_and_nothing_else() -> None:
     assert {name for name, p in model.named_parameters() if p.requires_grad} == found.keys()
 
 
-def test_flux_would_train_as_many_parameters_as_the_specification_counts() -> None:
-    """19 blocks of two streams with four projections of the image, 38 of one with three: 1.794 B."""
-    assert (19 * 4 + 38 * 3) * (3072**2 + 3072) == 1_793_648_640
+def test_a_network_without_attention_trains_all_or_nothing() -> None:
+    model = ConvLSTM(ConvLSTMConfig())
+    train_only(model, "all")
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ConfigError, match="a ConvLSTM has none"):
+        train_only(model, "attention")
 
 
 class Clips:

@@ -105,6 +105,14 @@ def test_clear_on_clips(clips: Path, tmp_path: Path) -> None:
         train_recipe(again, tmp_path / "run", resume=True)
 
 
+def test_a_given_policy_takes_the_place_of_the_recipe_s(clips: Path, capsys: Capture) -> None:
+    words = ["train", "clear-video-dit", "--init", clips, "--dry-run"]
+    policy = "neighbourhood:block=8,kernel=cpu,radius=2,span=1"
+    assert f"policies                         {policy}" in said(capsys, *words, "--policy", policy)
+    assert "policies" not in said(capsys, *words, "--policy", "exact")
+    assert "pooled=4, span=16" in complaint(capsys, *words)  # the recipe's own is not for 64 tokens
+
+
 def test_a_student_goes_on_with_the_weights_that_its_policies_learned(clips: Path, tmp_path: Path) -> None:
     model = VideoDiT(CLIP).adopt([CYLINDER])
     torch.nn.init.normal_(model.learned["Neighbourhood"].weight)

@@ -53,15 +53,14 @@ class Neighbourhood(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kind = type(self).__name__
         for name, least in (("radius", 1), ("pooled", 0), ("span", 0), ("scaled_from", 0)):
             if type(given := getattr(self, name)) is not int or given < least:
-                raise ConfigError(f"Neighbourhood: {name}={given!r}, expected an integer of at least {least}")
+                raise ConfigError(f"{kind}: {name}={given!r}, expected an integer of at least {least}")
         if self.scaled_from == 1:
-            raise ConfigError(
-                "Neighbourhood: scaled_from=1, the base of a logarithm, expected 0 or at least 2"
-            )
+            raise ConfigError(f"{kind}: scaled_from=1, the base of a logarithm, expected 0 or at least 2")
         if self.order not in (orders := Order.__args__):  # type: ignore[attr-defined]
-            raise ConfigError("Neighbourhood: " + unknown("order", self.order, orders))
+            raise ConfigError(f"{kind}: " + unknown("order", self.order, orders))
 
     def modules(self, sites: Sequence[Site]) -> Pooling | None:
         return Pooling(len(sparse_sites(sites)), self.pooled) if self.pooled else None
@@ -82,8 +81,8 @@ class Neighbourhood(Pattern):
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         if grid.frames > 1 and not self.span:
             raise ConfigError(
-                f"Neighbourhood: a clip of {grid.frames} frames, expected a picture; span=N lets a token see its "
-                "circle in N - 1 frames before and after"
+                f"{type(self).__name__}: a clip of {grid.frames} frames, expected a picture; span=N lets a token see "
+                "its circle in N - 1 frames before and after"
             )
         pooled = len(cells(grid, self.pooled)) if self.pooled else 0
         slots, places = self._slots(grid)

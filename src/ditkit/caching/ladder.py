@@ -74,16 +74,29 @@ def renewed(out: Any, old: Branch) -> Branch:
 
 
 def _combined(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i F_i in float32 or more, rounded once to their type; a single output is returned as it is."""
-    latest, *earlier = outputs
+    """sum_i w_i F_i, in float32 or more and rounded once to their type; a single output is returned as it is."""
     if len(outputs) == 1:
-        return latest
-    if len(outputs) == 2:
-        return torch.lerp(earlier[0], latest, weights[0])  # one pass over memory
-    out = latest.to(torch.promote_types(latest.dtype, torch.float32)) * weights[0]
-    for kept, weight in zip(earlier, weights[1:], strict=True):
+        return outputs[0]
+    if len(outputs) == 2 or outputs[0].dtype.itemsize >= 4:
+        return _interpolated(outputs, weights)
+    out = outputs[0].float() * weights[0]
+    for kept, weight in zip(outputs[1:], weights[1:], strict=True):
         out.add_(kept, alpha=weight)
-    return out.to(latest.dtype)
+    return out.to(outputs[0].dtype)
+
+
+def _interpolated(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The same as nested steps between two tensors, one pass over memory each.
+
+    The least weight goes last: the others sum to at least a half, so scaling them to sum to 1 is harmless.
+    """
+    last = min(range(len(weights)), key=weights.__getitem__)
+    rest = [(kept, weight) for i, (kept, weight) in enumerate(zip(outputs, weights, strict=True)) if i != last]
+    if len(rest) == 1:
+        return torch.lerp(rest[0][0], outputs[last], weights[last])
+    whole = 1 - weights[last]
+    out = _interpolated([kept for kept, _ in rest], [weight / whole for _, weight in rest])
+    return out.lerp_(outputs[last], weights[last])
 
 
 def _kept(leaf: Tensor) -> Tensor:

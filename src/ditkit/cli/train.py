@@ -42,7 +42,7 @@ def found() -> dict[str, Build]:
 def command_of(name: str, build: Build) -> Command:
     """`ditkit train NAME`."""
     recipe = build()
-    own, under = network_of(recipe), tuple(map(spec, recipe.policies))
+    own = network_of(recipe)
 
     def run(
         *,
@@ -51,7 +51,7 @@ def command_of(name: str, build: Build) -> Command:
         max_bad: Number = recipe.max_bad,
         codec: str = recipe.codec,
         init: str = recipe.init,
-        policy: Policies = under,
+        policy: Policies = (),
         network: Any = own,
         settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
         resume: bool = False,
@@ -62,9 +62,16 @@ def command_of(name: str, build: Build) -> Command:
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
-        given = replace(recipe, data=data, max_bad=max_bad, codec=codec, settings=settings)
-        given = replace(given, init=init, policies=tuple(policies_of(policy)))
-        chosen = with_network(given, network)
+        under = tuple(policies_of(policy)) if policy else recipe.policies
+        chosen = replace(
+            with_network(recipe, network),
+            data=data,
+            max_bad=max_bad,
+            codec=codec,
+            init=init,
+            policies=under,
+            settings=settings,
+        )
         if dry_run:
             print(describe(chosen))
             return
@@ -74,19 +81,20 @@ def command_of(name: str, build: Build) -> Command:
             train_recipe(chosen, out, resume=resume)
         if leads():
             there = ", ".join(name for name in LEFT if (out / name).exists())
-            then = " ".join([recipe.then, str(out / "model"), *(f"--policy {text}" for text in policy)])
-            print(f"wrote {out}: {there}; go on with: {then}")
+            flags = "".join(f" --policy {spec(one)}" for one in under)
+            print(f"wrote {out}: {there}; go on with: {recipe.then} {out / 'model'}{flags}")
 
+    words = f"{name} --init MODEL" if any(term.compares for term in recipe.objective.active) else name
     run.__annotations__["network"] = Annotated[
         recipe.Network, tyro.conf.arg(name="")
     ]  # each task has its own
     run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
 
     Examples:
-        ditkit train {name} --dry-run
-        ditkit train {name} --out runs/mine
-        ditkit train {name} --out runs/mine --resume
-        ditkit train {name} --data photos --steps 5000 --batch 32
+        ditkit train {words} --dry-run
+        ditkit train {words} --out runs/mine
+        ditkit train {words} --out runs/mine --resume
+        ditkit train {words} --data photos --steps 5000 --batch 32
 
     Writes into the folder of --out:
         model/               the averaged weights, which {recipe.then} takes
@@ -100,7 +108,8 @@ def command_of(name: str, build: Build) -> Command:
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         codec: Folder of a codec that ditkit train image-vae made; its latents are learned instead of pixels.
         init: Go on from a trained model: a folder, a shipped model or an id of the hub; its sizes are taken.
-        policy: Train under a policy, as {recipe.then} --policy takes it. Again for more than one.
+        policy: Train under a policy, as {recipe.then} --policy takes it, or under none: exact. Again for more than one.
+            Default: {" ".join(map(spec, recipe.policies)) or "exact"}.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

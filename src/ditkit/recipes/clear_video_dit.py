@@ -18,8 +18,8 @@ from ditkit.train.terms.regression import Regression
 def clear_video_dit() -> FullVideoRecipe:
     """A trained video DiT learns to attend to 3 x 3 places in all frames and 64 pooled keys, 18 % of the pairs.
 
-    Give it with --init. Its attention alone is trained, towards the data and towards the model as it was. CLEAR is a
-    method for pictures and learns from what its teacher draws; the cylinder and the data are ours.
+    Give it with --init. Its attention alone is trained, towards the data and towards the model as it was: 1.6 s a step
+    on one core. CLEAR is for pictures and learns from what its teacher draws; the cylinder and the data are ours.
     """
     like = video_dit()
     return replace(
