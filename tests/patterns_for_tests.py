@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.attention import Band, Grouped
+from ditkit.attention import Band, Grouped, Neighbourhood
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.grid import Grid, image_of, sequence
@@ -58,6 +58,16 @@ class MaskedSession(Session):
         for mask in masks:
             pairs = pairs & F.pad(mask, (0, k.shape[2] - mask.shape[-1]), value=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs)
+
+
+def circle_meets(pattern: Neighbourhood) -> Meets:
+    """CLEAR's definition, token by token; in a clip a cylinder's."""
+
+    def met(query: Tensor, key: Tensor) -> Tensor:
+        t, y, x = (query - key).unbind(-1)
+        return (y * y + x * x < pattern.radius**2) & (t.abs() < max(pattern.span, 1))
+
+    return met
 
 
 def grouped_meets(pattern: Grouped, is_clip: bool) -> Meets:

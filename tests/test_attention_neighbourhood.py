@@ -16,21 +16,19 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call, Site
-from patterns_for_tests import Masked, Meets, planned_mask, predicted, prompt, tiny_clip_model, token_mask
+from patterns_for_tests import (
+    Masked,
+    circle_meets,
+    planned_mask,
+    predicted,
+    prompt,
+    tiny_clip_model,
+    token_mask,
+)
 from test_attention_hosts import outcome
 
 PICTURES = [Grid(1, 12, 8), Grid(1, 9, 14), Grid(1, 16, 16)]
 CORE = (Site("core", "core", "joint"),)
-
-
-def meets(pattern: Neighbourhood) -> Meets:
-    """The pattern's definition, token by token."""
-
-    def met(query: Tensor, key: Tensor) -> Tensor:
-        t, y, x = (query - key).unbind(-1)
-        return (y * y + x * x < pattern.radius**2) & (t.abs() < max(pattern.span, 1))
-
-    return met
 
 
 @pytest.mark.parametrize(
@@ -85,7 +83,7 @@ def test_a_plan_is_the_mask_of_every_pair(grid: Grid, others: int, order: str, r
     span = 2 if grid.frames > 1 else 0
     pattern = Neighbourhood(radius=radius, block=8, order=order, span=span)  # type: ignore[arg-type]
     mask = planned_mask(pattern.plan(grid, others))
-    assert torch.equal(mask[: grid.length, : grid.length], token_mask(grid, meets(pattern)))
+    assert torch.equal(mask[: grid.length, : grid.length], token_mask(grid, circle_meets(pattern)))
     assert mask[grid.length :].all() and mask[:, grid.length :].all()
     if radius == 1 and not span:
         assert mask[: grid.length].sum() == grid.length * (1 + others)
@@ -144,7 +142,7 @@ def by_definition(
         summed = F.conv2d(image.flatten(0, 1)[:, None], weight[None, None], stride=c)
         joint.append(torch.cat((x, summed.view(*x.shape[:2], x.shape[-1], -1).mT), 2))
     pooled = joint[0].shape[2] - q.shape[2]
-    mask = F.pad(token_mask(grid, meets(pattern)), (text, pooled, text, 0), value=True)
+    mask = F.pad(token_mask(grid, circle_meets(pattern)), (text, pooled, text, 0), value=True)
     mask[:text, q.shape[2] :] = False
     return F.scaled_dot_product_attention(q, *joint, attn_mask=mask, scale=scale * q.shape[-1] ** -0.5)
 
@@ -240,7 +238,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, Masked(meets(pattern)), x, cond)
+    expected = predicted(model, Masked(circle_meets(pattern)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 
@@ -248,7 +246,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd3.5"])
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
-    expected, _ = outcome(name, [Masked(meets(pattern))])
+    expected, _ = outcome(name, [Masked(circle_meets(pattern))])
     found, dense = outcome(name, [pattern])[0], outcome(name, [])[0]
     error, effect = ((found - x).norm() / dense.norm() for x in (expected, dense))
     assert error < 1e-5 and effect > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.core.cond import Cond
 from ditkit.core.errors import CheckpointError, ConfigError, NoEffectError
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.run import Call, Run
+from ditkit.core.run import Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dit import DiT, DiTConfig
@@ -24,14 +25,14 @@ from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
 from ditkit.train.loop import train
+from ditkit.train.objective import Batch, Term
 from ditkit.train.parts import train_only
 from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
 from ditkit.train.terms.attention_distillation import AttentionDistillation
 from ditkit.train.terms.prediction_distillation import PredictionDistillation
 from ditkit.train.terms.regression import Regression
-from patterns_for_tests import Masked, prompt, tiny_clip_model
-from test_attention_neighbourhood import meets
+from patterns_for_tests import Masked, circle_meets, prompt, tiny_clip_model
 
 CLEAR = Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1)))
 CYLINDER = Neighbourhood(radius=3, span=2, block=8, kernel="cpu")
@@ -70,7 +71,7 @@ def said(model: VideoDiT, masked: bool) -> tuple[Tensor, list[Tensor]]:
     data, noise = torch.randn(2, 2, 2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0.3, 0.7])
     x = model.config.convention.make_path().mix(data, noise, t)
-    trajectory = Trajectory(model.sites(), [Masked(meets(CYLINDER))] if masked else [], 1)
+    trajectory = Trajectory(model.sites(), [Masked(circle_meets(CYLINDER))] if masked else [], 1)
     inside, outputs = trajectory.run(Call(0, 1, 0.5, layout=model.layout(tuple(x.shape[1:])))), []
 
     class Noting(Run):
@@ -245,6 +246,26 @@ def test_what_cannot_be_trained_under_is_refused_before_the_first_step(tmp_path:
             train(small().adopt([pattern]), Clips(), CLEAR, settings(), tmp_path / "run")
         assert line in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+class Blocks(Term):
+    """Reads what no pattern says the order of."""
+
+    weight = 1.0
+
+    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+        return ["blocks.1"]
+
+    def loss(self, batch: Batch) -> Tensor:
+        return batch.taps["blocks.1"].flatten(1).square().mean(1)
+
+
+def test_rows_in_an_unknown_order_are_not_read() -> None:
+    objective, model = Denoising((Blocks(),)), small()
+    objective.check(model)
+    objective.check(model.adopt([replace(CYLINDER, kernel="none")]))
+    with pytest.raises(ConfigError, match=r"a term reads 'blocks.1', whose rows Neighbourhood.* reorders"):
+        objective.check(model.adopt([CYLINDER]))
 
 
 def test_a_folder_names_policies_that_exist(tmp_path: Path) -> None:

@@ -229,8 +229,13 @@ class Sparse(Session):
 
 
 def _dense(seat: Seat, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
-    """The model's own attention, q, k, v [B, N, rows of the sequence, K]; padding is no key."""
-    return fn(q, *_real(seat, k, v, *masks))
+    """The model's own attention, q, k, v [B, N, rows of the sequence, K], of the rows that are no padding."""
+    if seat.real is None:
+        return fn(q, k, v, *masks)
+    real = seat.real.to(q.device)
+    seen = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
+    out: Tensor = fn(*(x[:, :, real] for x in (q, k, v)), *seen)
+    return out.new_zeros(*out.shape[:2], q.shape[2], out.shape[3]).index_copy(2, real, out)
 
 
 def _sparse(
@@ -247,15 +252,6 @@ def _sparse(
     q, k, v = (x.roll(-seat.before, 2) if seat.before else x for x in (q, k, v))
     out = attend(q, k, v, valid)
     return out.roll(seat.before, 2) if seat.before else out
-
-
-def _real(seat: Seat, k: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values [B, N, M, K], then masks [..., M], without the rows that are padding."""
-    if seat.real is None:
-        return (k, *others)
-    (v, *masks), real = others, seat.real.to(k.device)
-    seen = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
-    return (k[:, :, real], v[:, :, real], *seen)
 
 
 def _valid(seat: Seat, keys: int, *masks: Tensor) -> Tensor | None:

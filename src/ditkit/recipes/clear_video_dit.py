@@ -29,7 +29,7 @@ def clear_video_dit() -> FullVideoRecipe:
         settings=Settings(
             steps=1000,
             batch=8,
-            learning_rate=2e-4,
+            learning_rate=5e-4,
             warmup=50,
             cosine=True,
             clip=1.0,

@@ -125,7 +125,7 @@ class Objective(ABC):
             for site in term.reads(model.sites()):
                 if site not in sites:
                     raise ConfigError(unknown(f"site that {name} reads:", site, sites))
-        check_policies(model)
+        check_policies(model, self.taps(model))
 
     def describe(self) -> dict[str, Any]:
         """What is minimised, as JSON has it."""

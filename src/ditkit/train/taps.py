@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditkit.core.errors import NoEffectError
+from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.model import Model
-from ditkit.core.run import DIRECT, Call, Handler, Run
+from ditkit.core.run import DIRECT, Call, Handler, Run, named
 from ditkit.core.trajectory import Trajectory
 
 
@@ -68,19 +68,27 @@ def ask(
     return Said(out, tap.seen)
 
 
-def check_policies(model: Model) -> None:
+def check_policies(model: Model, taps: Sequence[str]) -> None:
     """Refuse policies that the model cannot be trained under, before the first step.
 
     Raises:
-        ConfigError, ShapeError: one does not fit the model's samples, or a trajectory of one evaluation.
+        ConfigError, ShapeError: one does not fit the model's samples, or a trajectory of one evaluation; or puts rows
+            of `taps` in an order that is known of attentions only.
         NoEffectError: one would do nothing; the message says why.
     """
-    trajectory, _, run = _under(model, model.sample_shape)
-    if run.handlers or all(policy == policy.exact() for policy in model.policies):
-        return
+    trajectory, call, run = _under(model, model.sample_shape)
     policies = ", ".join(str(policy) for policy in model.policies)
-    why = [f"{name} {value}" for session in trajectory.sessions for name, value in session.remarks.items()]
-    raise NoEffectError("; ".join([f"{policies} would do nothing in training", *why]))
+    ordered = trajectory.rows(call)
+    inside = named(model.sites(), "stack", "block", "branch", "kv", "core") if ordered else ()
+    if lost := [name for name in taps if name in inside and name not in ordered]:
+        raise ConfigError(
+            f"a term reads {lost[0]!r}, whose rows {policies} reorders; expected attentions only"
+        )
+    if not run.handlers and any(policy != policy.exact() for policy in model.policies):
+        why = [
+            f"{name} {value}" for session in trajectory.sessions for name, value in session.remarks.items()
+        ]
+        raise NoEffectError("; ".join([f"{policies} would do nothing in training", *why]))
 
 
 def _under(model: Model, shape: tuple[int, ...]) -> tuple[Trajectory, Call, Run]:
