@@ -20,10 +20,11 @@ from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.core.policy import Policy
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
+from ditkit.hosts.passage import Passage
 from ditkit.hosts.view import view
 from ditkit.tasks.replay import Asked
 from flux_for_tests import at, call, call_inputs, transformer
-from pipelines_for_tests import POLICY, STEPS, asked, computed, latents, pipeline
+from pipelines_for_tests import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 
 Callback = Callable[..., dict[str, Any]]
 
@@ -234,3 +235,26 @@ def test_the_reported_errors_are_those_computed_by_hand(policy: Any) -> None:
 def test_fields_of_another_type_are_refused_in_one_line(policy: Any, fields: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         policy(**fields)
+
+
+def test_a_call_that_draws_at_two_sizes_is_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a high-resolution fix does: the schedule begins again, and the latents are larger."""
+    pipe, told = pixart()
+
+    class Twice(type(pipe)):  # type: ignore[misc]
+        def __call__(self, *args: Any, height: int, width: int, **kwargs: Any) -> Any:
+            super().__call__(*args, height=height, width=width, **kwargs)
+            return super().__call__(*args, height=2 * height, width=2 * width, **kwargs)
+
+    pipe.__class__, seen = Twice, set()
+    laid_out = Passage._layout
+
+    def noted(self: Passage, key: Any, net: Any, arguments: Any) -> Any:
+        layout = laid_out(self, key, net, arguments)
+        seen.add((tuple(arguments["hidden_states"].shape[2:]), layout[-1].grid.shape))
+        return layout
+
+    monkeypatch.setattr(Passage, "_layout", noted)
+    ditkit.accelerate(pipe, TaylorSeer(interval=2))(**told)
+    assert len(seen) == 2
+    assert all(grid == (1, rows // 2, columns // 2) for (rows, columns), grid in seen)

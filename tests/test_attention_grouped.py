@@ -135,7 +135,7 @@ def test_dense_evaluations_and_layers_are_dense() -> None:
     x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 3))
     dense = predicted(model, None, x, cond)
     settings = {"group": (4, 4, 4), "block": 8, "kernel": "cpu", "reach": 0}
-    for pattern in (Grouped(**settings, warmup=2), Grouped(**settings, dense=(0, 1))):  # type: ignore[arg-type]
+    for pattern in (Grouped(**settings, warmup=2), Grouped(**settings, warmup=3, dense=(0,))):  # type: ignore[arg-type]
         assert torch.allclose(predicted(model, pattern, x, cond, index=1), dense, atol=1e-10)
     some = predicted(model, Grouped(**settings, dense=(1,)), x, cond)  # type: ignore[arg-type]
     assert not torch.allclose(some, dense, atol=1e-3)
@@ -195,3 +195,7 @@ def test_two_patterns_or_rows_are_refused_by_name() -> None:
             Trajectory(sites, [Grouped(), other], 4)
     with pytest.raises(ConfigError, match="dense=2, expected a place among 2 attentions"):
         Trajectory(sites, [Grouped(dense=(0, 2))], 4)
+    with pytest.raises(ConfigError, match=r"dense=\(0, 1\) names all 2 attentions"):
+        Trajectory(sites, [Grouped(dense=(0, 1))], 4)
+    with pytest.raises(ConfigError, match="warmup=4, expected fewer than total=4"):
+        Trajectory(sites, [Grouped(warmup=4)], 4)

@@ -14,6 +14,7 @@ from ditkit.attention import Grouped
 from ditkit.caching import ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import NoEffectError
 from ditkit.core.policy import Policy
+from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
@@ -80,3 +81,26 @@ def test_attention_with_a_scale_of_its_own_is_refused() -> None:
     case = of_lumina_wan.CASES["lumina-next"]
     with pytest.raises(NoEffectError, match="Grouped: this model has no site that it can use"):
         partial(of_lumina_wan.run_steps, case, view(case.transformer()))([pattern_for("lumina-next")])
+
+
+def test_a_reference_picture_keeps_its_rows() -> None:
+    """FLUX Kontext: the picture referred to is seen by all, in no order but its own, and is not predicted."""
+    model, inputs = flux.view(of_flux.transformer()), of_flux.call_inputs()
+    draw = torch.Generator().manual_seed(3)
+    reference = inputs["img_ids"][: 2 * of_flux.COLUMNS] + torch.tensor([1.0, 0.0, 0.0])
+    rows = torch.randn(of_flux.B, len(reference), inputs["hidden_states"].shape[2], generator=draw)
+    inputs["hidden_states"] = torch.cat((inputs["hidden_states"], rows), 1)
+    inputs["img_ids"] = torch.cat((inputs["img_ids"], reference))
+    layout = flux.layout(inputs["img_ids"], inputs["txt_ids"])
+    pattern = Grouped(group=(2, 4), block=8, kernel="cpu", reach=0, warmup=1)
+
+    def said(policy: Policy, index: int) -> Tensor:
+        call = Call(index, 4, 0.5, layout=layout)
+        trajectory = Trajectory(flux.sites(model), [policy], 4)
+        return trajectory.leave(call, of_flux.call(model, inputs, trajectory.run(call)))
+
+    dense, masked = of_flux.call(model, inputs), said(Masked(grouped_meets(pattern, False)), 1)
+    assert torch.allclose(said(pattern, 0), dense, atol=1e-5)
+    assert torch.allclose(said(pattern, 1), masked, atol=1e-5) and not torch.allclose(
+        masked, dense, atol=1e-3
+    )

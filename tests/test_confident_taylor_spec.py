@@ -149,3 +149,10 @@ def test_an_interval_is_the_list_of_any_number_of_evaluations():
 def test_an_interval_that_does_not_fit(given: dict[str, object], line: str):
     with pytest.raises(ConfigError, match=line):
         ConfidentTaylor(**given)
+
+
+def test_an_interval_with_nothing_to_forecast_is_refused_before_the_first_evaluation():
+    with pytest.raises(ConfigError, match="interval=3 forecasts none of total=3 evaluations"):
+        Trajectory(tiny_dit().sites(), [ConfidentTaylor(interval=3)], 3)
+    neutral = ConfidentTaylor(interval=3).exact()
+    assert neutral == neutral.exact() and not neutral.full_steps(50)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, image_of, sequence, take_rows
-from ditkit.core.policy import Claim, Key, Policy, Session
+from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended, named
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
 
@@ -74,8 +74,12 @@ class Pattern(Policy):
 
     def _check(self, sites: Sequence[Site], total: int) -> None:
         name, cores = type(self).__name__, len(sparse_sites(sites))
-        if self.warmup > total:
-            raise ConfigError(f"{name}: warmup={self.warmup}, expected at most total={total} evaluations")
+        if self.kernel == "none":
+            return
+        if self.warmup >= total:
+            raise ConfigError(f"{name}: warmup={self.warmup}, expected fewer than total={total} evaluations")
+        if set(self.dense) >= set(range(cores)):
+            raise ConfigError(f"{name}: dense={self.dense} names all {cores} attentions, expected fewer")
         if beyond := [place for place in self.dense if place >= cores]:
             raise ConfigError(f"{name}: dense={beyond[0]}, expected a place among {cores} attentions")
 
@@ -117,6 +121,8 @@ class Layout:
 
     def __init__(self, pattern: Pattern, layout: Sequence[Segment], streams: Sequence[str]) -> None:
         self.image = image_of(layout)
+        self.length = sum(segment.length for segment in sequence(layout, "image"))
+        """Rows of the image's stream: its own, and pictures that it refers to."""
         self.seats = {stream: self._seat(pattern, layout, stream) for stream in streams}
 
     def _seat(self, pattern: Pattern, layout: Sequence[Segment], stream: str) -> Seat:
@@ -146,8 +152,8 @@ class Layout:
         """The embedded tokens and all that is aligned with them, the image's in its slots."""
         out = fn(*args)
         assert self.order is not None
-        device = tree_leaves(out.x)[0].device
-        return out.rows("image", self.order.clamp(min=0).to(device))
+        rows = torch.cat((self.order.clamp(min=0), torch.arange(self.image.length, self.length)))
+        return out.rows("image", rows.to(tree_leaves(out.x)[0].device))
 
     def head(self, fn: Handler, *args: Any) -> Tensor:
         """The prediction of all rows, in the model's order."""
@@ -173,7 +179,7 @@ class Sparse(Session):
         if self.policy.kernel == "none":
             return {}
         layout = self.layout(call)
-        self.remarks["visited"] = round(max(seat.plan.density for seat in layout.seats.values()), 4)
+        self.remarks = {"visited": round(max(seat.plan.density for seat in layout.seats.values()), 4)}
         if why_not := self.off(layout):
             self.remarks["off"] = why_not
             return {}
@@ -208,13 +214,14 @@ class Sparse(Session):
         return partial(_sparse, seat, self.attending(call, name, seat.plan))
 
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan."""
-        return partial(self.attend, (call.net, call.lane, name), call, plan)
+        """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan.
 
-    def attend(
-        self, key: Key, call: Call, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
-    ) -> Tensor:
-        """Attention of one lane and site, rows in the order of the plan. A method with a correction adds it here."""
+        A method with a correction adds it here.
+        """
+        return partial(self.attend, plan)
+
+    def attend(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Attention as the plan has it."""
         return self.execute(plan, q, k, v, valid).out
 
     def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:

@@ -42,7 +42,8 @@ class ConfidentTaylor(Policy):
 
     With f the forecast of h_1, e = mean|f - h_1| / mean|h_1| in float32 over all samples and image rows. Where
     e < `threshold`, h_L is forecast and both ladders stay as they are; else the evaluation is full, and both
-    climb. The first evaluations and the last one are always full.
+    climb. The first evaluations and the last one are always full. With a list instead of the gate, only `last_order`
+    of the other fields is read.
 
     Args:
         threshold: of e; 0 computes every evaluation. Published for 50 steps: 0.008 for DiT-XL/2, 0.03 and 0.13
@@ -109,10 +110,14 @@ class ConfidentTaylor(Policy):
             raise ConfigError(
                 f"ConfidentTaylor: schedule={self.schedule}, expected indices below total={total} evaluations"
             )
+        if self.interval and len(self.full_steps(total)) == total:
+            raise ConfigError(
+                f"ConfidentTaylor: interval={self.interval} forecasts none of total={total} evaluations, expected more"
+            )
         return GatedForecaster(self, named(sites, "stack")[0], total)
 
     def exact(self) -> ConfidentTaylor:
-        return replace(self, threshold=0.0)
+        return replace(self, threshold=0.0, interval=0, schedule=())
 
     def full_steps(self, total: int) -> tuple[int, ...]:
         """The full evaluations of a trajectory of `total`, where no gate decides; else empty."""
@@ -176,7 +181,8 @@ class GatedForecaster(Session):
         self.listed = policy.full_steps(total)
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
-        return {self.stack: partial(self.through, call)} if self.policy.threshold else {}
+        is_neutral = not self.listed and not self.policy.threshold
+        return {} if is_neutral else {self.stack: partial(self.through, call)}
 
     def through(self, call: Call, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
         """The handler of the stack: its first block, then the others or the forecast of what they give."""

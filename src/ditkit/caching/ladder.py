@@ -38,6 +38,10 @@ class Branch(NamedTuple):
         return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
 
     @property
+    def depth(self) -> int:
+        return len(self.outputs[0])
+
+    @property
     def bytes(self) -> int:
         return sum(t.nbytes for kept in self.outputs for t in kept)
 
@@ -91,7 +95,9 @@ def _interpolated(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     The least weight goes last: the others sum to at least a half, so scaling them to sum to 1 is harmless.
     """
     last = min(range(len(weights)), key=weights.__getitem__)
-    rest = [(kept, weight) for i, (kept, weight) in enumerate(zip(outputs, weights, strict=True)) if i != last]
+    rest = [
+        (kept, weight) for i, (kept, weight) in enumerate(zip(outputs, weights, strict=True)) if i != last
+    ]
     if len(rest) == 1:
         return torch.lerp(rest[0][0], outputs[last], weights[last])
     whole = 1 - weights[last]

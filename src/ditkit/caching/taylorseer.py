@@ -135,7 +135,9 @@ class Evaluation:
             out = self.outputs[name] = fn(x, *args)
             return out
         branch = self.known.get(name)
-        return fn(x, *args) if branch is None else branch.forecast(self.weights)
+        if branch is None or branch.depth < len(self.weights):
+            return fn(x, *args)  # met later than the others
+        return branch.forecast(self.weights)
 
 
 class Forecaster(Session):
@@ -214,7 +216,8 @@ def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> 
     anchors, differences = ((), ()) if old is None else (old.anchors, old.differences)
     earlier = {} if old is None else old.branches
     if anchors[:1] == (place,):  # Heun visits a noise-time twice
-        branches = {name: renewed(out, earlier[name]) for name, out in evaluation.outputs.items()}
+        known = {name: out for name, out in evaluation.outputs.items() if name in earlier}
+        branches = {name: renewed(out, earlier[name]) for name, out in known.items()}
     else:
         differences = climbed(differences, policy.spans(place, anchors))
         anchors = (place, *anchors)[: len(differences)]

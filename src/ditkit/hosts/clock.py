@@ -230,8 +230,6 @@ def _telling_noise(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:
     names = parameters_of(method)
-    if "timestep" not in names:  # taken as *args: they come in the order of diffusers
-        names = ("model_output", "timestep", "sample")
 
     @wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -53,14 +53,16 @@ class FluxAttention(host.FluxAttention):
         S = 0 if text is None else text.shape[1]
         *image, text_q, text_k, text_v = host._get_qkv_projections(self, hidden_states, text)
         q, k, v = map(self._split, image)
-        kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), _cut(table, S, None)))
-        q = _rotate(self.norm_q(q), _cut(table, S, None))
-        k, v = _rotate(self.norm_k(flip(kv.k)), kv.position), flip(kv.v)
+        own = _cut(table, S, None)
+        kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), own))
+        # both sequences are turned at once, as in diffusers; keys from elsewhere have a table of their own
+        of_keys = table if kv.position is own else _joined(_cut(table, 0, S), kv.position)
+        q, k, v = self.norm_q(q), self.norm_k(flip(kv.k)), flip(kv.v)
         if text is not None:
-            head = _cut(table, 0, S)
-            q = torch.cat([_rotate(self.norm_added_q(self._split(text_q)), head), q], 1)
-            k = torch.cat([_rotate(self.norm_added_k(self._split(text_k)), head), k], 1)
+            q = torch.cat([self.norm_added_q(self._split(text_q)), q], 1)
+            k = torch.cat([self.norm_added_k(self._split(text_k)), k], 1)
             v = torch.cat([self._split(text_v), v], 1)
+        q, k = _rotate(q, table), _rotate(k, of_keys)
         masks = () if attention_mask is None else (attention_mask,)
         o = run.site(at + ".core", partial(dispatched, self.processor), flip(q), flip(k), flip(v), *masks)
         o = flip(o).flatten(2, 3).to(q.dtype)
@@ -290,7 +292,7 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x_BLNK: Tensor, table: tuple[Tensor, ...]) -> Tensor:
     if table[0].ndim == 2:
         return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
     # rows chosen for each sample have tables of their own, and diffusers knows one: all samples as one sequence
@@ -300,6 +302,12 @@ def _rotate(x_BLNK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
     return table[0][..., start:stop, :], table[1][..., start:stop, :]
+
+
+def _joined(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The table of text rows, then of the image's, which may be each sample's own."""
+    parts = zip(text, image, strict=True)
+    return tuple(torch.cat([a.expand(*b.shape[:-2], -1, -1), b], -2) for a, b in parts)
 
 
 def _clip(x: Tensor) -> Tensor:

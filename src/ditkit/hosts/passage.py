@@ -150,6 +150,7 @@ class Passage:
     def began(self) -> None:
         self.clock.begin(self.scheduler)
         self._told.clear()
+        self._layouts.clear()
         self._ordinals.clear()
 
     def shown(self, timestep: Any) -> None:
