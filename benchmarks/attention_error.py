@@ -2,8 +2,10 @@
 
     python benchmarks/attention_error.py
     python benchmarks/attention_error.py --model FOLDER --patterns grouped:group=2+4+4,block=32,kernel=cpu
+    ditkit train clear-video-dit --init digits-full --out runs/clear
+    python benchmarks/attention_error.py --students runs/clear/model
 
-Each pattern draws the same seeds as dense attention does; no weights were fine-tuned for any.
+Each pattern draws the same seeds as dense attention does, with the weights of the dense model.
 
 - `visited`, `pairs`: share of blocks and of pairs that the pattern's plan lets see each other.
 - `attention`, `MACs`: what was really multiplied, over that of the dense run: by attention, and in all.
@@ -12,11 +14,12 @@ Each pattern draws the same seeds as dense attention does; no weights were fine-
   many as give the same `attention`.
 - `reuse`: dB where attention is dense in that share of the evaluations and its last output is taken over in the others.
 - `fewer`: dB of dense attention in as many steps as cost the same MACs.
+- `tuned`: dB of a student, fine-tuned under the pattern, to the dense run of the model that it was taught by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -65,14 +68,15 @@ class Arguments:
     """Sizes of the experiment.
 
     Args:
-        model: a folder, or a shipped model's name.
+        model: a folder, or a shipped model's name. students: folders of models fine-tuned from it under a pattern.
         patterns: as `--policy` takes them. Unless they name a kernel they skip on the processor also where that does
             not pay.
         count: samples. steps: of Euler. converged_steps: of the run that stands for the limit.
         rounds: timed passes. threads: of torch.
     """
 
-    model: str = "runs/video_dit/model"
+    model: str = "digits-full"
+    students: tuple[str, ...] = ()
     patterns: tuple[str, ...] = PATTERNS
     count: int = 4
     steps: int = 25
@@ -89,7 +93,8 @@ def main(arguments: Arguments) -> None:
 
 
 def experiment(model: Denoiser, arguments: Arguments) -> list[dict[str, Any]]:
-    patterns = [forced(text) for text in arguments.patterns]
+    students = {forced(spec(one.policies[0])): one for one in map(ditkit.load, arguments.students)}
+    patterns = [*(forced(text) for text in arguments.patterns), *students]
     seeds = range(arguments.count)
     report = compare(
         model,
@@ -109,7 +114,8 @@ def experiment(model: Denoiser, arguments: Arguments) -> list[dict[str, Any]]:
         if title.name in measured
     ]
     return [
-        controls.row(pattern, report.rows[0], row) for pattern, row in track(found, description="controls")
+        controls.row(pattern, report.rows[0], row) | {"tuned_psnr_db": controls.tuned(pattern, students)}
+        for pattern, row in track(found, description="controls")
     ]
 
 
@@ -128,6 +134,7 @@ class Controls:
         self.attention = count_macs(self.work.draw).by_kind["attention"]
         self.dense = self.work.draw()
         self.psnr_db = cache(self._psnr_db)
+        self.drawing = seeds, steps
 
     def row(self, pattern: Pattern, dense: Row, row: Row) -> dict[str, Any]:
         plan = Planned.of(pattern, self.grid, self.others)
@@ -156,6 +163,14 @@ class Controls:
             "fewer_steps_psnr_db": row.control_psnr_db,
         }
 
+    def tuned(self, pattern: Pattern, students: Mapping[Pattern, Denoiser]) -> float | None:
+        """To the dense run of the teacher; None where no student was taught under the pattern."""
+        if pattern not in students:
+            return None
+        seeds, steps = self.drawing
+        work = Workload.of(students[pattern], None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
+        return pooled_psnr_db(work.draw([pattern]).samples, self.dense.samples)
+
     def _psnr_db(self, policy: Policy) -> float | None:
         """To the dense run; None where nothing is off."""
         return pooled_psnr_db(self.work.draw([policy]).samples, self.dense.samples)
@@ -171,6 +186,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "MACs": "macs_share",
         "faster": "times_as_fast",
         "dB": "psnr_db",
+        "tuned": "tuned_psnr_db",
         "limit": "psnr_limit_db",
         "random": "random_psnr_db",
         "diagonal": "diagonal_psnr_db",

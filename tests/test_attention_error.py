@@ -73,9 +73,25 @@ def test_rows_stand_beside_controls_that_cost_as_much(model: VideoDiT) -> None:
     assert (first["reuse_dense_evaluations"], second["reuse_dense_evaluations"]) == (1, 4)
     for row in (first, second):
         assert row["macs_share"] < 1 and row["seconds"] > 0
-        assert all(row[key] > 0 for key in row if key.endswith("_db"))
+        assert all(row[key] > 0 for key in row if key.endswith("_db") and not key.startswith("tuned"))
     assert second["psnr_db"] > first["psnr_db"]
     assert shown(first)["pattern"] == "grouped:block=8,reach=0,group=2+2+2"
+
+
+def test_a_student_stands_beside_its_teacher(model: VideoDiT, tmp_path: Path, monkeypatch) -> None:
+    """One that learned nothing is as far from the dense run as its teacher under the pattern."""
+    text = "grouped:group=2+2+2,block=8,reach=0"
+    student = model.holding(model.config, model.state_dict(), "a copy", [forced(text)])
+    arguments = Arguments(
+        patterns=(),
+        students=(str(student.save(tmp_path)),),
+        count=1,
+        steps=STEPS,
+        converged_steps=7,
+        rounds=1,
+    )
+    (row,) = experiment(model, arguments)
+    assert row["tuned_psnr_db"] == pytest.approx(row["psnr_db"], abs=1e-3)
 
 
 def test_patterns_skip_also_where_it_does_not_pay() -> None:

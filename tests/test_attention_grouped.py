@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ditkit.attention import Grouped
 from ditkit.attention.grouped import group_order
 from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
@@ -151,6 +152,50 @@ def test_switched_off_where_it_does_not_pay() -> None:
     assert torch.equal(out, model(x, torch.full((1,), 0.5).double(), Cond()))
     with pytest.raises(NoEffectError, match="off 240 keys, dense attention is faster below 256"):
         trajectory.finish()
+
+
+def test_switched_off_where_padding_costs_more() -> None:
+    """405 tokens, which groups of 256 make 2,048 rows: they would cost twice dense attention, and every layer more."""
+    model = tiny_clip_model(frames=5, size=(18, 18))
+    pattern = Grouped(group=(4, 8, 8), reach=0)
+    call = Call(0, 1, 0.5, layout=model.layout((2, 5, 18, 18)))
+    (session,) = Trajectory(model.sites(), [pattern], 1).sessions
+    assert session.enter(call) == {}
+    assert session.remarks["visited"] == 1.9977
+    assert str(session.remarks["off"]).startswith("padding makes 5.06 times the rows")
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((1, 64, 64), (1, 16, 16)),
+        ((1, 8, 64), (1, 8, 16)),
+        ((2, 30, 52), (2, 8, 8)),
+        ((13, 30, 45), (4, 8, 8)),
+    ],
+)
+def test_groups_end_where_a_shorter_axis_does(
+    shape: tuple[int, int, int], sides: tuple[int, int, int]
+) -> None:
+    grid = Grid(*shape)
+    order = Grouped().plan(grid, 0).order
+    assert order is not None and torch.equal(order, group_order(grid, sides))
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ((1024, 1, 1), "groups of 4 x 1 x 1 tokens on a grid of 1024 x 1 x 1, .* group=128[+]1[+]1 is one"),
+        ((3, 30, 52), "groups of 3 x 8 x 8 tokens on a grid of 3 x 30 x 52, .* group=4[+]8[+]4 is one"),
+        ((1, 12, 64), "groups of 1 x 12 x 16 tokens on a grid of 1 x 12 x 64, .* group=1[+]8[+]16 is one"),
+    ],
+)
+def test_a_group_that_would_fit_is_named(shape: tuple[int, int, int], line: str) -> None:
+    with pytest.raises(ShapeError, match=line) as caught:
+        Grouped().plan(Grid(*shape), 0)
+    group = re.findall(r"group=([\d+]+)", str(caught.value))[0]
+    plan = Grouped(group=tuple(map(int, group.split("+")))).plan(Grid(*shape), 0)
+    assert plan.rows_ratio < 1.5
 
 
 def test_the_receipt_says_what_was_visited() -> None:

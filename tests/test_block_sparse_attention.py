@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from block_sparse_for_tests import K, gradients, of_pairs, qkv, random_pairs
+from ditkit.attention.grouped import group_order
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import (
@@ -254,7 +255,9 @@ def test_the_choice_says_which_kernel_and_whether_it_pays() -> None:
     sparse = build_plan(1024, block=64, kept=torch.eye(16, dtype=torch.bool))
     choice = choose(q, sparse)
     assert (
-        choice.kernel == "cpu" and choice.pays and choice.reason == "0.0625 of 16 x 16 blocks visited on cpu"
+        choice.kernel == "cpu"
+        and choice.pays
+        and choice.reason == "6.2% of dense attention's blocks visited on cpu"
     )
     dense = choose(q, build_plan(1024, block=64))
     assert not dense.pays and "dense attention is faster above 0.4" in dense.reason
@@ -265,6 +268,18 @@ def test_the_choice_says_which_kernel_and_whether_it_pays() -> None:
     assert torch.equal(
         attend(q, q, q, sparse, kernel="reference").lse, attend_reference(q, q, q, sparse.mask()).lse
     )
+
+
+def test_padding_is_paid_for() -> None:
+    """405 tokens in groups of 256, each seeing itself: 8 of 64 pairs of groups, and twice the pairs of all tokens."""
+    order = group_order(Grid(5, 9, 9), (4, 8, 8))
+    own = torch.eye(8, dtype=torch.bool).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    plan = build_plan(len(order), block=128, order=order, kept=own)
+    assert plan.rows_ratio == 2048 / 405
+    assert plan.density == pytest.approx(plan.visited * 128**2 / 405**2) and plan.density > 1.99
+    assert pays(plan) == "padding makes 5.06 times the rows, dense attention is faster above 1.5"
+    few = build_plan(1024, block=128, order=torch.cat((torch.arange(200), torch.full((824,), -1))))
+    assert pays(few) == "200 keys, dense attention is faster below 256"
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_under_is_refused_before_the_first_step(tmp_path:
     for pattern, error, line in (
         (Neighbourhood(span=4, block=8), NoEffectError, "would do nothing in training; visited 1.0; off"),
         (Neighbourhood(), ConfigError, "a clip of 4 frames, expected a picture"),
-        (replace(CYLINDER, warmup=2), ConfigError, "warmup=2, expected at most total=1"),
+        (replace(CYLINDER, warmup=2), ConfigError, "warmup=2, expected fewer than total=1"),
     ):
         with pytest.raises(error) as caught:
             train(small().adopt([pattern]), Clips(), CLEAR, settings(), tmp_path / "run")
@@ -266,6 +266,37 @@ def test_rows_in_an_unknown_order_are_not_read() -> None:
     objective.check(model.adopt([replace(CYLINDER, kernel="none")]))
     with pytest.raises(ConfigError, match=r"a term reads 'blocks.1', whose rows Neighbourhood.* reorders"):
         objective.check(model.adopt([CYLINDER]))
+
+
+def test_what_a_policy_learned_goes_on_where_it_fits() -> None:
+    model = clip_student()
+    nn.init.constant_(model.learned["Neighbourhood"].weight, 9.0)
+    for changed, weight in (({"block": 16, "radius": 2, "kernel": "auto"}, 9.0), ({"pooled": 4}, 1 / 16)):
+        model.adopt([replace(CYLINDER, **{"pooled": 2, **changed})])
+        assert (model.learned["Neighbourhood"].weight == weight).all()
+    assert not model.adopt([]).learned
+
+
+class Cylinder(Neighbourhood):
+    """Not in a package where policies are looked for."""
+
+
+class Homonym(Neighbourhood):
+    """Found by its name, which is that of another."""
+
+
+Homonym.__name__ = "Neighbourhood"
+
+
+def test_a_policy_that_a_folder_could_not_name_is_refused_before_training() -> None:
+    for kind, line in (
+        (Cylinder, r"Cylinder\(.*could not be loaded with the model: unknown policy 'cylinder'"),
+        (Homonym, r"is of test_distillation, its name is that of ditkit\.attention\.neighbourhood"),
+    ):
+        model = clip_student()
+        with pytest.raises(ConfigError, match=line):
+            model.adopt([kind()])
+        assert model.policies == clip_student().policies and model.learned
 
 
 def test_a_folder_names_policies_that_exist(tmp_path: Path) -> None:

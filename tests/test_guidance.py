@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ditkit.attention import Neighbourhood
+from ditkit.caching import TaylorSeer
+from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError
 from ditkit.models.dit import DiT
@@ -20,6 +23,8 @@ from ditkit.sample import (
     Solver,
     initial_noise,
 )
+from ditkit.sample.field import Field
+from patterns_for_tests import predicted, tiny_clip_model
 from sampling_for_tests import COND, SEEDS, batches, draw, solvers, tiny
 
 
@@ -127,6 +132,22 @@ def test_autoguidance_extrapolates_from_a_weaker_model() -> None:
     assert seen == [3] * 8
     same = draw(model, guidance=Autoguidance(1.7, model))
     torch.testing.assert_close(same, draw(model), rtol=0, atol=1e-5)
+
+
+def test_each_network_samples_with_the_weights_that_its_policies_learned() -> None:
+    pattern = Neighbourhood(radius=3, span=2, pooled=2, block=8, kernel="cpu")
+    model, guide = (tiny_clip_model(depth=1).adopt([pattern]).double() for _ in range(2))
+    nn.init.constant_(guide.learned["Neighbourhood"].weight, 2.0)
+    x = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0)).double()
+    c, g = (predicted(n, pattern, x, Cond(), 1, learned=n.learned) for n in (model, guide))
+    assert not torch.allclose(c, g)  # the pooling weights are all that differs
+    field = Field(model, Cond(), Autoguidance(3.0, guide), [pattern], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(field(x, 0.5).value, g + 3 * (c - g))
+    receipts = [receipt for trajectory in field.trajectories for receipt in trajectory.finish()]
+    assert [list(receipt.rows) for receipt in receipts] == [["cond"], ["guide/cond"]]
+    cached = Field(model, Cond(), Autoguidance(3.0, guide), [TaylorSeer()], 8)
+    assert cached.trajectories == [cached.trajectory]  # which has learned nothing
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), None, "2", True])

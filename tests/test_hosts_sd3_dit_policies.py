@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from torch import Tensor
 
+import ditkit
+from ditkit.attention import Grouped
+from ditkit.caching import RAS
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import ConflictError
 from ditkit.core.grid import Grid, Segment
+from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Run, named
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import dit, sd3
 from ditkit.hosts.view import view
+from family_pipelines_for_tests import draw, ready
+from family_pipelines_for_tests import sd3 as sd3_pipeline
 from hosts_for_tests import (
     DEPTH,
     FAMILIES,
@@ -124,6 +132,30 @@ def test_selected_rows_equal_the_dense_run(name: str) -> None:
     assert (sparse * ~mask).abs().max() == 0
     dense, sparse, mask = selected(keep_keys=False)
     assert ((sparse - dense) * mask).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "policy", [Grouped(group=(2, 4), block=8, kernel="cpu"), RAS()], ids=["pattern", "rows"]
+)
+def test_pictures_beside_the_rows_are_refused_by_name(policy: Policy) -> None:
+    """An IP-Adapter's keys are no rows of the image: neither kept, nor in a plan, by accelerate or set after it."""
+    line = "transformer_blocks.0.attn attends by SD3IPAdapterJointAttnProcessor2_0, where no keys can be kept"
+    pipe, told = ready(sd3_pipeline)
+    fast, steps = ditkit.accelerate(pipe, policy), []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 8, 32).eval())
+
+    def count(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return given
+
+    with pytest.raises(ConflictError, match=line):
+        draw(fast, told, callback_on_step_end=count)
+    assert not steps
+    ditkit.restore(fast)
+    with pytest.raises(ConflictError, match=line):
+        ditkit.accelerate(pipe, policy)
+    assert ditkit.accelerate(pipe, "taylorseer:interval=3")
 
 
 @of_sd3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ditkit
 from ditkit.attention.neighbourhood import Neighbourhood
@@ -19,7 +21,9 @@ from ditkit.evaluate.pictures import write_png
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.recipes.clear_video_dit import clear_video_dit
 from ditkit.recipes.image_vae import image_vae
-from ditkit.tasks.recipe import describe, train_recipe
+from ditkit.tasks.recipe import describe, forward_macs, train_recipe
+from ditkit.train.denoising import Denoising
+from ditkit.train.ema import Constant
 from test_cli_latent import QUICK, TINY, complaint, said
 
 Capture = pytest.CaptureFixture[str]
@@ -94,11 +98,19 @@ def test_clear_on_clips(clips: Path, tmp_path: Path) -> None:
     recipe = clear_video_dit()
     short = replace(recipe.settings, steps=2, batch=2, warmup=0, sheet_every=0, save_every=1)
     recipe = replace(recipe, init=str(clips), policies=(CYLINDER,), settings=short)
-    lines = dict(line.split(maxsplit=1) for line in describe(recipe).splitlines())
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in describe(recipe).splitlines())
     assert lines["policies"] == "neighbourhood:block=8,kernel=cpu,radius=2,pooled=2,span=2"
-    assert lines["trained"].split() == ["parameters", f"{2 * 4 * (24 * 24 + 24) + 2 * 4:,}"]
+    trained, forward = 2 * 4 * (24 * 24 + 24) + 2 * 4, forward_macs(replace(recipe, model=CLIP))
+    assert lines["trained parameters"] == f"{trained:,}"
+    training = f"{4 * forward:,} in training, without policies"  # the teacher's forward is the fourth
+    assert lines["MACs of a sample"] == f"{forward:,} forward, {training}"
     model = train_recipe(recipe, tmp_path / "run")
     assert model.policies == (CYLINDER,) and ditkit.load(tmp_path / "run" / "model").policies == (CYLINDER,)
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    disk = sum(tensor.nbytes for name, tensor in state.items() if not name.startswith("optimizer.step."))
+    memory = disk + 4 * trained + sum(p.nbytes for p in model.parameters())
+    held = f"{disk / 1e6:.1f} MB on disk, {memory / 1e6:.1f} MB in memory with gradients and the teacher"
+    assert lines["state"] == held
 
     again = replace(recipe, init=str(VideoDiT(CLIP).save(tmp_path / "other")))
     with pytest.raises(ConfigError, match=r"init\.folder was"):
@@ -128,6 +140,40 @@ def test_a_student_goes_on_with_the_weights_that_its_policies_learned(clips: Pat
         assert torch.allclose(value, model.learned.state_dict()[name], atol=1e-6)
 
 
+def test_a_student_is_not_trained_without_its_policies_unasked(
+    clips: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    student = VideoDiT(CLIP).adopt([CYLINDER]).save(tmp_path / "student")
+    words = ["train", "video-dit", "--init", student, "--dry-run"]
+    neutral = "neighbourhood:block=8,kernel=none,radius=2,pooled=2,span=2"
+    line = f"got no policies, expected some, if only {neutral}"
+    assert line in complaint(capsys, *words) and line in complaint(capsys, *words, "--policy", "exact")
+    assert neutral in said(capsys, *words, "--policy", neutral)
+
+
+def test_a_resume_goes_on_from_the_same_model_under_the_same_policies(clips: Path, tmp_path: Path) -> None:
+    like = clear_video_dit()
+    short = replace(
+        like.settings, steps=1, batch=1, warmup=0, sheet_every=0, save_every=1, averages=(Constant(0.0),)
+    )
+    dense = replace(like, model=CLIP, objective=Denoising(), settings=short, policies=())
+    sparse = replace(dense, policies=(CYLINDER,))
+    for before, after, line in (
+        (dense, sparse, r"policies was \[\], now \['neighb.*; a resume needs the same"),
+        (sparse, dense, r"policies was \['neighb.*, now \[\]"),
+        (dense, replace(dense, init=str(clips)), r"init\.folder was '', now"),
+    ):
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        train_recipe(before, run)
+        with pytest.raises(ConfigError, match=line):
+            train_recipe(after, run, resume=True)
+    described = json.loads((run / "recipe.json").read_text())
+    older = {key: value for key, value in described.items() if key not in ("policies", "init")}
+    (run / "recipe.json").write_text(json.dumps(older))
+    train_recipe(dense, run, resume=True)
+    assert json.loads((run / "recipe.json").read_text()) == described
+
+
 def test_what_does_not_fit_is_refused(
     trained: Path, clips: Path, pictures: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -151,3 +197,8 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"policies=.*trains no model with sites, expected none"):
         replace(image_vae(), policies=(CYLINDER,))
+
+
+def test_what_a_policy_learns_has_the_type_of_the_model() -> None:
+    model = VideoDiT(CLIP).half().adopt([CYLINDER])
+    assert {p.dtype for p in model.parameters()} == {torch.float16}

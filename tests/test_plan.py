@@ -31,6 +31,7 @@ PATTERNS = {
     "Neighbourhood": "neighbourhood:block=8,radius=3,span=2,pooled=2",
     "Reshaped": "reshaped:block=8,keep=0.2",
     "ReshapedGrouped": "reshapedgrouped:group=2+2+4,block=16,reach=0",
+    "ReshapedNeighbourhood": "reshapedneighbourhood:block=8,radius=3,span=2",
 }
 """Settings for small grids; a pattern that is not here is planned as it comes."""
 
@@ -180,7 +181,7 @@ def test_a_layout_without_a_model(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert "16 x 8 x 8 tokens and 7 others" in text and f"wrote {out}" in text
     row = next(line.split() for line in text.splitlines() if "grouped:block=32" in line)
     assert [*row[:5], row[-1]] == ["grouped:block=32,", "38.3%", "7.9%", "35.3%", "391", "cpu"]
-    assert "off, 0.773 of 65 x 65 blocks visited" in " ".join(text.split())
+    assert "off, 77.3% of dense attention's blocks visited" in " ".join(text.split())
     with Image.open(out) as page:
         assert page.format == "PNG" and page.width > 800
 
@@ -222,8 +223,9 @@ REFUSED = [
     (("--grid", "8x8", "--query", "a,1", *GROUPED), "--query a,1, expected 2 numbers"),
     (("--grid", "8x8", "--sample", *GROUPED), "got --sample without a model that draws"),
     (("--grid", "8x8", "--over", "no.png", "--sample", *GROUPED), "got --over no.png with --sample"),
-    (("--grid", "8x8", "--over", "no.png", *GROUPED), "--over no.png: "),
-    (("--grid", "8x8", "--policy", "grouped:kernel=flex"), "kernel flex: queries are on cpu"),
+    (("--grid", "16x16", "--over", "no.png", *GROUPED), "--over no.png: "),
+    (("--grid", "16x16", "--policy", "grouped:kernel=flex"), "kernel flex: queries are on cpu"),
+    (("--grid", "8x8", *GROUPED), "groups of 1 x 8 x 8 tokens on a grid of 1 x 8 x 8"),
     (("MODEL", "--grid", "8x8", *GROUPED), "got --grid 8x8 with the model"),
     (("MODEL", "--text", "3", *GROUPED), "got --text 3 with the model"),
     (("MODEL", "--size", "2x8x8", *GROUPED), "--size 2x8x8, expected positive sides such as 64x64"),

@@ -119,6 +119,19 @@ def test_the_verdict_says_plainly_that_none_does(tuned: Tuned) -> None:
     )
 
 
+def test_what_is_slower_than_the_exact_run_is_never_best(tuned: Tuned) -> None:
+    slow = with_figures(tuned, Wish(at_least_db=20), (0.21, 50.0), (0.9, 40.0), (1.0, None))
+    assert slow.best is None
+    assert slow.verdict.startswith(
+        f"None of 3 settings is faster than the exact run. The nearest: {FOUR}, 1.00"
+    )
+    some = with_figures(tuned, Wish(at_least_db=20), (0.21, 50.0), (1.1, 10.0), (1.2, 5.0))
+    assert some.best is None
+    assert some.verdict.startswith(
+        f"None of 3 settings meets the wish, at least 20 dB. The nearest: {THREE}, 1.1"
+    )
+
+
 def test_an_identical_setting_is_near_enough(tuned: Tuned) -> None:
     found = with_figures(tuned, Wish(at_least_db=90), (1.5, None), (2.0, 30.0), (3.0, 20.0))
     assert found.best == TWO and "identical to exact" in found.verdict

@@ -44,6 +44,17 @@ COLUMNS = {
         "temporal_psnr_db": "motion dB",
         "control_psnr_db": "control dB",
     },
+    "attention_error": {
+        "pattern": "pattern",
+        "attention_share": "attention",
+        "macs_share": "MACs",
+        "psnr_db": "PSNR dB",
+        "tuned_psnr_db": "tuned",
+        "random_psnr_db": "random blocks",
+        "diagonal_psnr_db": "diagonal",
+        "reuse_psnr_db": "reuse",
+        "fewer_steps_psnr_db": "fewer steps",
+    },
     "forecasting": {
         "forecast": "forecast",
         "parameters": "parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.attention.pattern import Pattern
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan
+from ditkit.ops.block_sparse_attention.dispatch import MOST_ROWS
 
 Meeting = Literal["blocks", "crisscross"]
 PICTURE, CLIP = (1, 16, 16), (4, 8, 8)
@@ -24,7 +26,8 @@ PICTURE, CLIP = (1, 16, 16), (4, 8, 8)
 class Grouped(Pattern):
     """GRAT. Training-free; the exact softmax over the keys that are kept.
 
-    Rows of text see all and are seen by all. A grid that the groups do not divide is padded inside.
+    Rows of text see all and are seen by all. A grid that the groups do not divide is padded inside. Groups that are
+    not given end where a shorter axis does.
 
     Args:
         meeting: "blocks" lets a group see those at most `reach` groups away on every axis (GRAT-B), fewer at a
@@ -33,6 +36,9 @@ class Grouped(Pattern):
         reach: beta, of "blocks".
         group: frames, rows and columns of a group, or rows and columns; none: 16 x 16 of a picture, 4 x 8 x 8 of a
             clip. Its tokens fill whole kernel blocks.
+
+    Raises:
+        ShapeError: of `plan`, where the grid has an axis so short that such a group no longer fills whole blocks.
     """
 
     meeting: Meeting = "blocks"
@@ -54,8 +60,7 @@ class Grouped(Pattern):
         for sides in (self.group,) if self.group else (PICTURE, CLIP):
             if prod(sides) % self.block:
                 raise ConfigError(
-                    f"Grouped: a group of {' x '.join(map(str, sides))} tokens, expected a multiple of "
-                    f"block={self.block}"
+                    f"Grouped: a group of {_times(sides)} tokens, expected a multiple of block={self.block}"
                 )
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
@@ -81,7 +86,23 @@ class Grouped(Pattern):
     def _sides(self, grid: Grid) -> tuple[int, ...]:
         if self.group:
             return (1, *self.group)[-3:]
-        return PICTURE if grid.frames == 1 else CLIP
+        sides = tuple(map(min, PICTURE if grid.frames == 1 else CLIP, grid.shape))
+        if prod(sides) % self.block:
+            raise ShapeError(
+                f"Grouped: groups of {_times(sides)} tokens on a grid of {_times(grid.shape)}, expected a multiple of "
+                f"block={self.block}; group={'+'.join(map(str, self._fitting(grid)))} is one"
+            )
+        return sides
+
+    def _fitting(self, grid: Grid) -> tuple[int, ...]:
+        """The most compact group of a block of tokens whose padding may pay."""
+
+        def worth(sides: tuple[int, ...]) -> tuple[float, int, int]:
+            slots = prod(-(-n // side) * side for n, side in zip(grid.shape, sides, strict=True))
+            return max(slots, MOST_ROWS * grid.length), sum(sides), slots
+
+        powers = [1 << n for n in range(self.block.bit_length())]
+        return min((s for s in product(powers, repeat=3) if prod(s) == self.block), key=worth)
 
 
 def group_order(grid: Grid, sides: tuple[int, ...]) -> Tensor:
@@ -94,3 +115,7 @@ def group_order(grid: Grid, sides: tuple[int, ...]) -> Tensor:
     )
     cut = tokens.unflatten(2, (-1, sides[2])).unflatten(1, (-1, sides[1])).unflatten(0, (-1, sides[0]))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten()
+
+
+def _times(sides: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sides))

@@ -104,10 +104,23 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self.codec.signal_shape(self.sample_shape)
 
     def adopt(self, policies: Sequence[Policy]) -> Self:
-        """Train under `policies` from now on; parameters of their own are then the model's, as they begin."""
-        self.policies, sites = tuple(policies), self.sites()
-        modules = {type(policy).__name__: policy.modules(sites) for policy in policies}
-        self.learned = nn.ModuleDict({name: own for name, own in modules.items() if own is not None})
+        """Train under `policies` from now on; parameters of their own are then the model's.
+
+        They go on as the model has them, of a policy of that class and with the same shapes; else as they begin.
+
+        Raises:
+            ConfigError: a policy that config.json cannot name, so that what is trained under it could not be loaded.
+        """
+        for policy in policies:
+            _check_named(policy)
+        sites, known = self.sites(), dict(self.learned.items())
+        begun = {type(policy).__name__: policy.modules(sites) for policy in policies}
+        self.policies = tuple(policies)
+        self.learned = nn.ModuleDict(
+            {name: _taken(known.get(name), own) for name, own in begun.items() if own is not None}
+        )
+        others = (p for name, p in self.named_parameters() if not name.startswith("learned."))
+        self.learned.to(next(others))
         return self
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
@@ -283,6 +296,25 @@ def _policies(described: Mapping[str, Any], path: Path) -> list[Policy]:
         return [component(Policy, text) for text in texts]  # type: ignore[type-abstract]
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_named(policy: Policy) -> None:
+    """Refuse a policy whose text makes no equal one."""
+    try:
+        named = component(Policy, spec(policy))  # type: ignore[type-abstract]
+    except ConfigError as error:
+        raise ConfigError(f"{policy} could not be loaded with the model: {error}") from error
+    if named != policy:
+        expected = f"{type(named).__module__}.{type(named).__name__}"
+        raise ConfigError(f"{policy} is of {type(policy).__module__}, its name is that of {expected}")
+
+
+def _taken(known: nn.Module | None, begun: nn.Module) -> nn.Module:
+    """`known`, if it is of the kind and the shapes of `begun`."""
+    if type(known) is not type(begun):
+        return begun
+    held, wanted = ({k: v.shape for k, v in module.state_dict().items()} for module in (known, begun))
+    return known if held == wanted else begun
 
 
 def _codec(described: Mapping[str, Any], path: Path) -> Codec:

@@ -20,14 +20,22 @@ Sited = Callable[..., Any]
 _SITED: dict[type, Sited] = {}
 _OPEN: set[type] = set()
 """Processors whose computation a view knows, and has sites in."""
+_BEYOND: set[type] = set()
+"""Of them those whose rows also attend to keys that are no rows of their sequence."""
 
 
-def computes_as(processor: type) -> Callable[[Sited], Sited]:
-    """Mark a function as what `processor` computes, with `kv` and `core` sites."""
+def computes_as(processor: type, *, beyond: bool = False) -> Callable[[Sited], Sited]:
+    """Mark a function as what `processor` computes, with `kv` and `core` sites.
+
+    Args:
+        beyond: whether a core has keys that are no rows of its sequence, such as an IP-Adapter's pictures.
+    """
 
     def mark(sited: Sited) -> Sited:
         _SITED[processor] = sited
         opens(processor)
+        if beyond:
+            _BEYOND.add(processor)
         return sited
 
     return mark
@@ -44,15 +52,20 @@ def has_core(attn: Any) -> bool:
 
 
 def closed(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Path and processor of each self-attention without sites: its keys cannot be kept, nor replaced."""
+    """Path and processor of each self-attention whose keys cannot be kept, nor replaced.
+
+    It has no sites, or keys that are no rows of its sequence.
+    """
     for path, module in model.named_modules():
         processor = getattr(module, "processor", None)
-        if processor is not None and not (has_core(module) or getattr(module, "is_cross_attention", False)):
+        if processor is None or getattr(module, "is_cross_attention", False):
+            continue
+        if not has_core(module) or type(processor) in _BEYOND:
             yield path, type(processor).__name__
 
 
 def refuse_closed(model: nn.Module, sites: Sequence[Site], policies: Sequence[Policy]) -> None:
-    """Raise ConflictError where a policy of rows would meet attention that has no sites: its keys stay out of reach."""
+    """Raise ConflictError where a policy of rows would meet attention whose keys it cannot keep, nor replace."""
     rows = [type(policy).__name__ for policy in policies if policy.claims(sites).get("rows") == "own"]
     for path, processor in closed(model) if rows else ():
         raise ConflictError(

@@ -37,7 +37,7 @@ from ditkit.nn.modulation import modulate
 __all__ = ["layout", "restore", "running", "sites", "view"]
 
 
-@computes_as(SD3IPAdapterJointAttnProcessor2_0)
+@computes_as(SD3IPAdapterJointAttnProcessor2_0, beyond=True)
 def attend_to_pictures(
     attn: Any,
     run: Run,

@@ -87,13 +87,10 @@ class Field:
         self.kind: Prediction = model.config.convention.prediction
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
-        sites = model.sites()
-        self.trajectory = Trajectory(sites, policies, total, max_bytes, model.learned)
+        self.trajectory = Trajectory(model.sites(), policies, total, max_bytes, model.learned)
         self.lanes = {"cond": Lane("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
-            # policies key their state by network and lane, so one session serves a guide with the same sites
-            shared = self.trajectory if network.sites() == sites else Trajectory((), (), total)
-            self.lanes[name] = Lane("cond", name, network, cond, shared)
+            self.lanes[name] = Lane("cond", name, network, cond, self._of_guide(network))
         for lane in self.lanes.values():
             _check(lane, model)
 
@@ -112,6 +109,11 @@ class Field:
         fraction = None if evaluation.fraction is None else evaluation.fraction.to(x.dtype)
         return Estimate(self.path, self.kind, value.to(x.dtype), x, x.new_tensor([t]), fraction)
 
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """The model's, then those of guides that do not share it."""
+        return list(dict.fromkeys(lane.trajectory for lane in self.lanes.values()))
+
     def lane(self, name: str) -> Lane:
         """The lane of a branch; the unconditional ones are made when one is first asked for."""
         if name not in self.lanes:
@@ -121,6 +123,19 @@ class Field:
             self.lanes["uncond"] = given._replace(name="uncond", cond=told)
             self.lanes["cond+uncond"] = given._replace(name="cond+uncond", cond=both, copies=2)
         return self.lanes[name]
+
+    def _of_guide(self, network: Denoiser) -> Trajectory:
+        """The model's own if the guide has the same sites and neither has weights that a policy learned.
+
+        A guide of other sites runs without policies.
+        """
+        main, sites = self.trajectory, network.sites()
+        if sites != self.model.sites():
+            return Trajectory((), (), self.total)
+        learned = {*self.model.learned, *network.learned}
+        if network is self.model or learned.isdisjoint(type(policy).__name__ for policy in main.policies):
+            return main  # policies key their state by network and lane
+        return Trajectory(sites, main.policies, self.total, main.max_bytes, network.learned)
 
 
 class _Evaluation:

@@ -91,8 +91,9 @@ def sample(
     samples = solver.solve(field, noise.draw(device).to(state_dtype(device)), steps, noise).float()
     samples = cond.to(device).given(samples)
     _check_finite(samples, noise.seeds)
-    trajectory = field.trajectory
-    return Sampled(samples, trajectory.finish(), trajectory.peak_bytes, field.index, field.forwards)
+    receipts = [receipt for trajectory in field.trajectories for receipt in trajectory.finish()]
+    held = sum(trajectory.peak_bytes for trajectory in field.trajectories)
+    return Sampled(samples, receipts, held, field.index, field.forwards)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:

@@ -124,8 +124,9 @@ def started(recipe: Recipe) -> Started:
     """The recipe with what the data and `init` decide.
 
     Raises:
-        ConfigError: `init` is no model of the recipe's kind, the data need another than it is, or it is missing and a
-            term compares with it. CheckpointError: what is there is damaged.
+        ConfigError: `init` is no model of the recipe's kind, the data need another than it is, it was trained under
+            policies and the recipe has none, or it is missing and a term compares with it.
+        CheckpointError: what is there is damaged.
         DataError: the data are missing or damaged.
     """
     model = load(recipe.init) if recipe.init else None
@@ -139,12 +140,18 @@ def started(recipe: Recipe) -> Started:
     if type(model.config) is not type(recipe.model):
         expected = type(recipe.model).__name__.removesuffix("Config")
         raise ConfigError(f"init={recipe.init!r} is a {type(model).__name__}, expected a {expected}")
+    if model.policies and not recipe.policies:
+        under = " ".join(map(spec, model.policies))
+        neutral = " ".join(spec(policy.exact()) for policy in model.policies)
+        raise ConfigError(
+            f"init={recipe.init!r} was trained under {under}; got no policies, expected some, if only {neutral}"
+        )
     ready = replace(recipe, model=model.config).prepared()
     for f in fields(model.config):
         own, needed = getattr(model.config, f.name), getattr(ready.recipe.model, f.name)
         if own != needed:
             raise ConfigError(f"init={recipe.init!r} has {f.name}={own!r}, the data need {needed!r}")
-    return Started(ready, model if model.policies == recipe.policies else model.adopt(recipe.policies))
+    return Started(ready, model.adopt(recipe.policies))
 
 
 def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
@@ -169,12 +176,8 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
             "data": recipe.data,
             "options": dict(recipe.options),
             "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
-            **(
-                {"init": {"folder": recipe.init, FINGERPRINT: fingerprint(model.state_dict())}}
-                if start
-                else {}
-            ),
-            **({"policies": [spec(policy) for policy in recipe.policies]} if recipe.policies else {}),
+            "init": {"folder": recipe.init, FINGERPRINT: fingerprint(model.state_dict() if start else {})},
+            "policies": [spec(policy) for policy in recipe.policies],
         },
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
@@ -192,11 +195,7 @@ def describe(recipe: Recipe) -> str:
     with torch.device("meta"):
         model = recipe.network().eval()
     recipe.objective.check(model)
-    run, parameters, forward = recipe.settings, parameter_count(model), forward_macs(recipe)
-    train_only(model, run.trained)
-    trained = parameter_count(model)
-    passes = 4 if run.gradient_checkpointing else 3  # backward takes two; checkpointing repeats the forward
-    copies = 3 + len(run.averages)  # weights, two moments, averages
+    run = recipe.settings
     lines = {
         "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
         **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
@@ -205,16 +204,32 @@ def describe(recipe: Recipe) -> str:
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
         **{f"settings.{k}": v for k, v in vars(run).items()},
-        "parameters": f"{parameters:,}",
-        **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
-        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training",
-        "MACs of a step": f"{passes * forward * run.batch:,}",
-        "state": f"{4 * copies * parameters / 1e6:.1f} MB on disk, "
-        f"{4 * (copies + 1) * parameters / 1e6:.1f} MB in memory with gradients",
+        **_cost(recipe, model),
         "length": f"{run.steps} steps x {run.batch} = {run.steps * run.batch / len(samples):.1f} epochs",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
+    """Lines on weights, work and memory of training `model`, a network of the recipe."""
+    run, parameters, forward = recipe.settings, parameter_count(model), forward_macs(recipe)
+    train_only(model, run.trained)
+    trained = parameter_count(model)
+    teachers = int(any(term.compares for term in recipe.objective.active))
+    # backward takes two; checkpointing repeats the forward, and a teacher runs one of its own
+    passes = 3 + run.gradient_checkpointing + teachers
+    kept = 4 * ((1 + len(run.averages)) * parameters + 2 * trained)  # float32: averages, two moments
+    memory = kept + 4 * (trained + teachers * parameters)
+    counted = ", without policies" if recipe.policies else ""
+    return {
+        "parameters": f"{parameters:,}",
+        **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
+        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training{counted}",
+        "MACs of a step": f"{passes * forward * run.batch:,}{counted}",
+        "state": f"{kept / 1e6:.1f} MB on disk, {memory / 1e6:.1f} MB in memory with gradients"
+        + (" and the teacher" if teachers else ""),
+    }
 
 
 def forward_macs(recipe: Recipe) -> int:

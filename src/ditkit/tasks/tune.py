@@ -27,7 +27,7 @@ class Wish:
     """What a setting has to reach.
 
     Args:
-        at_least_db: PSNR to the exact run; of settings that reach it the fastest is the best.
+        at_least_db: PSNR to the exact run; of settings that reach it and are faster, the fastest is the best.
         at_most: share of the exact run's time; of settings within it the nearest to the exact run is the best.
 
     Raises:
@@ -53,7 +53,7 @@ class Wish:
 
     def grants(self, row: Row) -> bool:
         if self.at_least_db is not None:
-            return error_db(row) >= self.at_least_db
+            return is_faster(row) and error_db(row) >= self.at_least_db
         return self.at_most is not None and 1 / row.speedup <= self.at_most
 
     def best(self, rows: Sequence[Row]) -> Row | None:
@@ -61,8 +61,11 @@ class Wish:
         return max(filter(self.grants, rows), key=self._worth, default=None)
 
     def nearest(self, rows: Sequence[Row]) -> Row:
-        """Where it grants none, the one that comes nearest to it."""
-        return max(rows, key=error_db if self.at_least_db is not None else lambda row: row.speedup)
+        """Where it grants none, the one that comes nearest to it: the fastest, where none beats the exact run."""
+        faster = [row for row in rows if is_faster(row)]
+        if self.at_least_db is None or not faster:
+            return max(rows, key=lambda row: row.speedup)
+        return max(faster, key=error_db)
 
     def _worth(self, row: Row) -> tuple[float, float]:
         worth = row.speedup, error_db(row)
@@ -99,7 +102,8 @@ class Tuned:
         if row is not None:
             return f"Best with {self.wish}: {self._told(row)}."
         nearest = self.wish.nearest(self.settings)
-        return f"None of {len(self.settings)} settings meets the wish, {self.wish}. The nearest: {self._told(nearest)}."
+        misses = f"meets the wish, {self.wish}" if is_faster(nearest) else "is faster than the exact run"
+        return f"None of {len(self.settings)} settings {misses}. The nearest: {self._told(nearest)}."
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the report's, with the wish, the verdict, the best setting and those on the front."""
@@ -201,6 +205,11 @@ def front_of(rows: Sequence[Row]) -> list[Row]:
 def error_db(row: Row) -> float:
     """PSNR to the exact run, infinite where nothing is off."""
     return math.inf if row.identical or row.psnr_db is None else row.psnr_db
+
+
+def is_faster(row: Row) -> bool:
+    """Than the exact run."""
+    return row.speedup > 1
 
 
 def _beats(a: Row, b: Row) -> bool:

@@ -18,11 +18,15 @@ KERNELS = get_args(Kernel)
 HAS_TRITON = find_spec("triton") is not None
 
 PAYS_BELOW = 0.4
-"""Share of the blocks up to which a kernel beats dense attention: on two cores, d = 64, 2.4 times at 0.25 and 0.9 to
+"""Density up to which a kernel beats dense attention: on two cores, d = 64, 2.4 times at 0.25 and 0.9 to
 1.1 at 0.5 (`benchmarks/block_sparse_attention.py`). Not measured on a GPU."""
 
 SHORTEST = 256
 """Keys below which dense attention takes so little that lists cannot pay."""
+
+MOST_ROWS = 1.5
+"""Rows, padding included, over tokens up to which a pattern may pay. A bound, not measured: each row costs a block of
+width D about 12 D^2 MACs and each pair 2 D, so that skipping pays up to 1 + L (1 - density) / (6 D)."""
 
 
 class Choice(NamedTuple):
@@ -48,8 +52,12 @@ def choose(q: Tensor, plan: BlockPlan, kernel: Kernel = "auto") -> Choice:
 
 def pays(plan: BlockPlan) -> str:
     """Why skipping does not pay with this plan, whatever the tensors; empty if it does."""
-    if plan.keys < SHORTEST:
-        return f"{plan.keys} keys, dense attention is faster below {SHORTEST}"
+    if plan.tokens < SHORTEST:
+        return f"{plan.tokens} keys, dense attention is faster below {SHORTEST}"
+    if plan.rows_ratio > MOST_ROWS:
+        return (
+            f"padding makes {plan.rows_ratio:.3g} times the rows, dense attention is faster above {MOST_ROWS}"
+        )
     if plan.density > PAYS_BELOW:
         return f"{_visited(plan)}, dense attention is faster above {PAYS_BELOW}"
     return ""
@@ -105,8 +113,7 @@ def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:
 
 
 def _visited(plan: BlockPlan) -> str:
-    rows, columns = plan.blocks
-    return f"{plan.density:.3g} of {rows} x {columns} blocks visited"
+    return f"{plan.density:.1%} of dense attention's blocks visited"
 
 
 def _automatic(q: Tensor, plan: BlockPlan) -> Kernel:

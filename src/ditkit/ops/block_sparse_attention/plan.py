@@ -85,10 +85,16 @@ class BlockPlan:
         return int((self.tile != FULL).sum())
 
     @property
+    def rows_ratio(self) -> float:
+        """Slots of queries over their tokens: what layers that work row by row pay for; 1 without padding."""
+        return self.queries / len(self.inverse)
+
+    @property
     def density(self) -> float:
-        """Share of all blocks that is visited: what a kernel pays for."""
+        """What a kernel pays for, over dense attention of the tokens: without padding the share of blocks visited."""
         rows, columns = self.blocks
-        return self.visited / (self.batches * self.heads * rows * columns)
+        share = self.visited / (self.batches * self.heads * rows * columns)
+        return share * self.rows_ratio * (self.keys / self.tokens)
 
     @cached_property
     def tokens(self) -> int:
