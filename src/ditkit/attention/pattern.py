@@ -180,6 +180,8 @@ class Sparse(Session):
             return {}
         layout = self.layout(call)
         self.remarks = {"visited": round(max(seat.plan.density for seat in layout.seats.values()), 4)}
+        if (rows := max(seat.plan.rows_ratio for seat in layout.seats.values())) > 1:
+            self.remarks["rows"] = round(rows, 4)
         if why_not := self.off(layout):
             self.remarks["off"] = why_not
             return {}
