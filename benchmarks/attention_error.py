@@ -2,7 +2,7 @@
 
     python benchmarks/attention_error.py
     python benchmarks/attention_error.py --model FOLDER --patterns grouped:group=2+4+4,block=32,kernel=cpu
-    ditkit train clear-video-dit --init digits-full --out runs/clear
+    ditkit train clear-video-dit --init runs/video_dit/model --out runs/clear
     python benchmarks/attention_error.py --students runs/clear/model
 
 Each pattern draws the same seeds as dense attention does, with the weights of the dense model.
@@ -75,7 +75,7 @@ class Arguments:
         rounds: timed passes. threads: of torch.
     """
 
-    model: str = "digits-full"
+    model: str = "runs/video_dit/model"
     students: tuple[str, ...] = ()
     patterns: tuple[str, ...] = PATTERNS
     count: int = 4

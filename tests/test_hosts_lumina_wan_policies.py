@@ -54,7 +54,8 @@ def test_sites_and_layout() -> None:
 
     model = alone.transformer()
     assert named(lumina_next.sites(model), *ALL) == ["time", "tokens", "blocks", *blocks, "head"]
-    assert {site.stream for site in lumina_next.sites(model)} == {"image"}
+    streams = {site.kind == "core": site.stream for site in lumina_next.sites(model)}
+    assert streams == {False: "image", True: "scaled"}
     assert family(model).layout(model, alone.inputs()) == (image,)
     assert alone.layout(model, alone.inputs()) == (image,)
 

@@ -37,8 +37,8 @@ def _parts(layer: nn.Module, c_B1D: Tensor, start: int, stop: int) -> Tensor:
     A branch that is forecast never asks for its shift and scale, whose weights are most of what its step would read.
     """
     width = c_B1D.shape[-1]
-    is_plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-    if is_plain and not (layer._forward_hooks or layer._forward_pre_hooks):
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks:
         rows = slice(start * width, stop * width)
         return F.linear(c_B1D, layer.weight[rows], layer.bias[rows])
     return layer(c_B1D)[..., start * width : stop * width]
