@@ -217,7 +217,7 @@ def test_the_receipt_says_what_was_visited() -> None:
     [
         ({"group": (3, 5)}, "a group of 3 x 5 tokens, expected a multiple of block=128"),
         ({"group": (16,)}, "group=(16,), expected two or three positive integers"),
-        ({"reach": -1}, "reach=-1, expected an integer of at least 0"),
+        ({"reach": -1}, "reach=-1 should be at least 0"),
         ({"meeting": "cross"}, "unknown meeting 'cross'"),
         ({"block": 100}, "block=100, expected a power of two from 8 to 256"),
         ({"warmup": -1}, "warmup=-1"),

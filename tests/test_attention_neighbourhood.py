@@ -294,8 +294,8 @@ def test_a_block_holds_as_many_frames_as_a_token_sees() -> None:
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"radius": 0}, "radius=0, expected an integer of at least 1"),
-        ({"radius": 2.5}, "radius=2.5, expected an integer of at least 1"),
+        ({"radius": 0}, "radius=0 should be at least 1"),
+        ({"radius": 2.5}, "radius=2.5 should be an integer"),
         ({"pooled": -1}, "pooled=-1"),
         ({"span": -1}, "span=-1"),
         ({"scaled_from": 1}, "scaled_from=1, the base of a logarithm, expected 0 or at least 2"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from ditkit.attention.pattern import Pattern
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid
+from ditkit.core.numbers import integer
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan
 from ditkit.ops.block_sparse_attention.dispatch import MOST_ROWS
 
@@ -47,10 +48,9 @@ class Grouped(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.meeting not in (choices := Meeting.__args__):  # type: ignore[attr-defined]
-            raise ConfigError("Grouped: " + unknown("meeting", self.meeting, choices))
-        if type(self.reach) is not int or self.reach < 0:
-            raise ConfigError(f"Grouped: reach={self.reach!r}, expected an integer of at least 0")
+        if self.meeting not in get_args(Meeting):
+            raise ConfigError("Grouped: " + unknown("meeting", self.meeting, get_args(Meeting)))
+        integer("Grouped: reach", self.reach, least=0)
         if self.group and (
             not isinstance(self.group, tuple)
             or len(self.group) not in (2, 3)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log, sqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ditkit.attention.grouped import group_order
 from ditkit.attention.pattern import Pattern, Sparse, sparse_sites
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, image_of
+from ditkit.core.numbers import integer
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, near_blocks
 
@@ -55,12 +56,11 @@ class Neighbourhood(Pattern):
         super().__post_init__()
         kind = type(self).__name__
         for name, least in (("radius", 1), ("pooled", 0), ("span", 0), ("scaled_from", 0)):
-            if type(given := getattr(self, name)) is not int or given < least:
-                raise ConfigError(f"{kind}: {name}={given!r}, expected an integer of at least {least}")
+            integer(f"{kind}: {name}", getattr(self, name), least=least)
         if self.scaled_from == 1:
             raise ConfigError(f"{kind}: scaled_from=1, the base of a logarithm, expected 0 or at least 2")
-        if self.order not in (orders := Order.__args__):  # type: ignore[attr-defined]
-            raise ConfigError(f"{kind}: " + unknown("order", self.order, orders))
+        if self.order not in get_args(Order):
+            raise ConfigError(f"{kind}: " + unknown("order", self.order, get_args(Order)))
 
     def modules(self, sites: Sequence[Site]) -> Pooling | None:
         return Pooling(len(sparse_sites(sites)), self.pooled) if self.pooled else None

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, image_of, sequence, take_rows
+from ditkit.core.numbers import integer
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended, named
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
@@ -44,14 +45,13 @@ class Pattern(Policy):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if type(self.warmup) is not int or self.warmup < 0:
-            raise ConfigError(f"{name}: warmup={self.warmup!r}, expected an integer of at least 0")
+        integer(f"{name}: warmup", self.warmup, least=0)
         if type(self.block) is not int or self.block & (self.block - 1) or not 8 <= self.block <= 256:
             raise ConfigError(f"{name}: block={self.block!r}, expected a power of two from 8 to 256")
         if not isinstance(self.dense, tuple) or any(type(n) is not int or n < 0 for n in self.dense):
             raise ConfigError(f"{name}: dense={self.dense!r}, expected a tuple of places of attentions")
-        if self.kernel not in (kernels := Execution.__args__):  # type: ignore[attr-defined]
-            raise ConfigError(f"{name}: " + unknown("kernel", self.kernel, kernels))
+        if self.kernel not in get_args(Execution):
+            raise ConfigError(f"{name}: " + unknown("kernel", self.kernel, get_args(Execution)))
 
     @abstractmethod
     def plan(self, grid: Grid, others: int) -> BlockPlan:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.pattern import Pattern, Sparse
 from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.numbers import integer
 from ditkit.core.policy import Key
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import BlockPlan, dense_plan
@@ -56,8 +57,7 @@ class Reshape(Pattern):
         super().__post_init__()
         name = type(self).__name__
         for field, least in (("every", 2), ("stages", 1)):
-            if type(given := getattr(self, field)) is not int or given < least:
-                raise ConfigError(f"{name}: {field}={given!r}, expected an integer of at least {least}")
+            integer(f"{name}: {field}", getattr(self, field), least=least)
         if self.warmup % self.stages:
             raise ConfigError(
                 f"{name}: warmup={self.warmup}, expected whole steps of stages={self.stages} evaluations"
@@ -66,8 +66,8 @@ class Reshape(Pattern):
             raise ConfigError(f"{name}: ramp={self.ramp!r}, expected a finite number")
         if type(self.clamp) is not bool:
             raise ConfigError(f"{name}: clamp={self.clamp!r}, expected true or false")
-        if self.residual not in (residuals := Residual.__args__):  # type: ignore[attr-defined]
-            raise ConfigError(f"{name}: " + unknown("residual", self.residual, residuals))
+        if self.residual not in get_args(Residual):
+            raise ConfigError(f"{name}: " + unknown("residual", self.residual, get_args(Residual)))
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Reshaping:
         self._check(sites, total)
