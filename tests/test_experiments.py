@@ -52,12 +52,11 @@ def test_confident_taylor_on_emoji(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_regions_on_emoji(monkeypatch):
-    """Keys and resets earn their place; the published order of rows does not: taking turns is nearer."""
+    """Keys and resets earn their place; the published order of rows does not: rows at random are nearer."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = runpy.run_path(str(BENCHMARKS / "regional.py"))
     rows = module["experiment"](module["Arguments"](steps=(20,))).rows
     error = {row["method"]: row["mse_to_reference"] for row in rows}
     assert error["published"] < error["no resets"] < error["no keys kept"]
-    assert error["in turns"] < min(
-        error["published"], error["random rows"], rows[0]["fewer_mse_to_reference"]
-    )
+    fewer_steps = rows[0]["fewer_mse_to_reference"]
+    assert fewer_steps < min(error["random rows"], error["in turns"]) < error["published"]
