@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.attention.pattern import Pattern
+from ditkit.attention.pattern import Pattern, with_others
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Claim, Key, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
@@ -25,12 +25,11 @@ class Blocks(Pattern):
     each: int = 1
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
-        order = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
-        blocks, rest = len(order) // self.block, -(-others // self.block)
+        slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
+        blocks = len(slots) // self.block
         kept = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, self.chosen(blocks), True)
-        order = torch.cat((order, torch.arange(grid.length, grid.length + others)))
-        kept = F.pad(kept, (0, rest, 0, rest), value=True)
-        return build_plan(len(order), block=self.block, order=order, kept=kept)
+        order, kept = with_others(slots, kept, others, self.block)
+        return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
     @abstractmethod
     def chosen(self, blocks: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.attention.pattern import Pattern
+from ditkit.attention.pattern import Pattern, with_others
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan, near_blocks
@@ -35,21 +35,13 @@ class Band(Pattern):
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         area, length = grid.height * grid.width, grid.length
         reach = int(area * self.keep) // 2
-        order = torch.arange(length).view(grid.frames, area).T.flatten()
-        near = near_blocks(order[:, None] % area, self.block, (reach,))
-        rest = -(-others // self.block)
+        places = torch.arange(length).view(grid.frames, area).T.flatten()
+        near = near_blocks(places[:, None] % area, self.block, (reach,))
 
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             apart = (query % area - key % area).abs()
             return (apart <= reach) | (query >= length) | (key >= length)
 
-        order = F.pad(order, (0, -length % self.block), value=-1)
-        order = torch.cat((order, torch.arange(length, length + others)))
-        in_order = torch.equal(order, torch.arange(len(order)))
-        return build_plan(
-            len(order),
-            block=self.block,
-            order=None if in_order else order,
-            kept=F.pad(near, (0, rest, 0, rest), value=True),
-            allowed=allowed,
-        )
+        slots = F.pad(places, (0, -length % self.block), value=-1)
+        order, kept = with_others(slots, near, others, self.block)
+        return build_plan(len(slots) + others, block=self.block, order=order, kept=kept, allowed=allowed)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.attention.pattern import Pattern
+from ditkit.attention.pattern import Pattern, with_others
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid
 from ditkit.core.numbers import integer
@@ -65,15 +65,13 @@ class Grouped(Pattern):
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         sides = self._sides(grid)
-        order = group_order(grid, sides)
+        slots = group_order(grid, sides)
         frames, height, width = (-(-n // side) for n, side in zip(grid.shape, sides, strict=True))
         kept = self.meets(Grid(frames, height, width), grid.frames > 1)
         each = prod(sides) // self.block
         kept = kept.repeat_interleave(each, 0).repeat_interleave(each, 1)
-        rest = -(-others // self.block)
-        kept = F.pad(kept, (0, rest, 0, rest), value=True)
-        order = torch.cat((order, torch.arange(grid.length, grid.length + others)))
-        return build_plan(len(order), block=self.block, order=order, kept=kept)
+        order, kept = with_others(slots, kept, others, self.block)
+        return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
     def meets(self, groups: Grid, is_clip: bool) -> Tensor:
         """Which groups see which, bool [G, G], for groups in row-major order."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Pattern, Sparse, sparse_sites
+from ditkit.attention.pattern import Pattern, Sparse, sparse_sites, with_others
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, image_of
 from ditkit.core.numbers import integer
@@ -87,16 +87,13 @@ class Neighbourhood(Pattern):
         pooled = len(cells(grid, self.pooled)) if self.pooled else 0
         slots, places = self._slots(grid)
         kept = near_blocks(places, self.block, (max(self.span - 1, 0), self.radius - 1, self.radius - 1))
-        columns = -(-(len(slots) + others + pooled) // self.block)
-        rows = -(-(len(slots) + others) // self.block)
-        kept = F.pad(kept, (0, columns - len(kept), 0, rows - len(kept)), value=True)
-        order = torch.cat((slots, torch.arange(grid.length, grid.length + others)))
-        in_order = torch.equal(order, torch.arange(len(order)))
+        order, kept = with_others(slots, kept, others, self.block, pooled)
+        rows = len(slots) + others
         return build_plan(
-            len(order),
-            len(order) + pooled,
+            rows,
+            rows + pooled,
             self.block,
-            order=None if in_order else order,
+            order=order,
             kept=kept,
             allowed=self._allowed(grid, others, pooled),
         )

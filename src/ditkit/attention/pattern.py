@@ -112,6 +112,36 @@ class Seat(NamedTuple):
     """The rows of the sequence that are no padding; None where all are."""
 
 
+@lru_cache(maxsize=64)
+def seated(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...]) -> Seat:
+    """The plan in a sequence of segments of these streams and lengths, kept by value as plans are."""
+    place = [name for name, _ in lengths].index("image")
+    before, others = sum(n for _, n in lengths[:place]), sum(n for name, n in lengths if name != "image")
+    plan = planned(pattern, grid, others)
+    real = None
+    if plan.order is not None and bool((plan.order < 0).any()):
+        rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
+        real = (rows >= 0).nonzero().squeeze(1)
+    return Seat(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
+
+
+def with_others(
+    slots: Tensor, kept: Tensor, others: int, block: int, pooled: int = 0
+) -> tuple[Tensor | None, Tensor]:
+    """The image's slots [S] and blocks, with rows of others behind them that see all and are seen by all.
+
+    Args:
+        pooled: further keys, behind these rows.
+
+    Returns:
+        The token in each slot, None where that is the model's order; and the blocks that may be visited.
+    """
+    tokens, rows, columns = int(slots.max()) + 1, -(-others // block), -(-(others + pooled) // block)
+    order = torch.cat((slots, torch.arange(tokens, tokens + others)))
+    is_in_order = torch.equal(order, torch.arange(len(order)))
+    return None if is_in_order else order, F.pad(kept, (0, columns, 0, rows), value=True)
+
+
 class Layout:
     """Plans of a call's layout by stream, and the order of the image's rows.
 
@@ -123,18 +153,8 @@ class Layout:
         self.image = image_of(layout)
         self.length = sum(segment.length for segment in sequence(layout, "image"))
         """Rows of the image's stream: its own, and pictures that it refers to."""
-        self.seats = {stream: self._seat(pattern, layout, stream) for stream in streams}
-
-    def _seat(self, pattern: Pattern, layout: Sequence[Segment], stream: str) -> Seat:
-        lengths = [(segment.stream, segment.length) for segment in sequence(layout, stream)]
-        place = [name for name, _ in lengths].index("image")
-        before, others = sum(n for _, n in lengths[:place]), sum(n for name, n in lengths if name != "image")
-        plan = planned(pattern, self.image.grid, others)
-        slots, real = plan.queries - others, None
-        if plan.order is not None and bool((plan.order < 0).any()):
-            rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
-            real = (rows >= 0).nonzero().squeeze(1)
-        return Seat(plan, before, slots, plan.inverse[: self.image.length], real)
+        lengths = {s: tuple((part.stream, part.length) for part in sequence(layout, s)) for s in streams}
+        self.seats = {stream: seated(pattern, self.image.grid, lengths[stream]) for stream in streams}
 
     @cached_property
     def order(self) -> Tensor | None:
@@ -158,8 +178,7 @@ class Layout:
     def head(self, fn: Handler, *args: Any) -> Tensor:
         """The prediction of all rows, in the model's order."""
         out = fn(*args)
-        (seat, *_), order = self.seats.values(), self.order
-        assert order is not None
+        seat = next(iter(self.seats.values()))
         others = torch.arange(seat.slots, out.shape[1])
         return take_rows(out, torch.cat((seat.image, others)).to(out.device))
 

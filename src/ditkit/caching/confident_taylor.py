@@ -56,8 +56,7 @@ class ConfidentTaylor(Policy):
             them, and the others still take their forecasts.
         interval: in place of the gate a list for any number of evaluations: full at 0, 1, 2, 4 and each `interval`
             from there, counted from the first one of a network. In the others no block runs. 0 asks the gate. Not
-            the paper's: the full evaluation right after the first forecast is worth 3 dB over a longer warm-up
-            (`benchmarks/race_caching.py`).
+            the paper's.
         schedule: a list of one's own in place of the gate, of indices from 0 upwards.
 
     Raises:
