@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ditkit.models.convlstm import ConvLSTMConfig
 from ditkit.models.predformer import PredFormerConfig
 from ditkit.tasks.forecast import ClipForecastRecipe, FieldForecastRecipe
@@ -20,7 +22,7 @@ def predformer() -> ClipForecastRecipe:
         data="moving-digits",
         options=DIGITS,
         model=PredFormerConfig(frames=10, size=(64, 64), width=128, heads=4, hidden=512, layout="TSST*2"),
-        settings=_settings(steps=4000, batch=16, learning_rate=1e-3),
+        settings=replace(_settings(steps=4000, batch=16, learning_rate=2e-3), optimizer="muon"),
     )
 
 

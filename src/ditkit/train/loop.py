@@ -23,6 +23,7 @@ from ditkit.train.ema import Average
 from ditkit.train.interrupt import noted_interrupts
 from ditkit.train.log import Log, writing
 from ditkit.train.objective import Objective
+from ditkit.train.optimizers import optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.posthoc import write_snapshot
 from ditkit.train.randomness import Chance, batch_indices
@@ -109,12 +110,7 @@ class _Run:
         self.model = model.train().to(self.device)
         self.teacher = objective.teacher(model)
         train_only(model, settings.trained)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizers = optimizers_of(self.model, settings)
         self.averages = [Average(self.model, decay) for decay in settings.averages]
         self.done = self.saved = 0
 
@@ -132,7 +128,7 @@ class _Run:
         else:
             check_start(self.folder)
         if (self.folder / STATE).exists():
-            self.done = load_state(self.folder, self.model, self.averages, self.optimizer)
+            self.done = load_state(self.folder, self.model, self.averages, self.optimizers)
             self.saved = self.done
         if self.done > self.settings.steps:
             raise ConfigError(
@@ -181,10 +177,11 @@ class _Run:
                     f"training: {name} is {losses[name]} at step {self.done + 1}; "
                     "the last saved state is intact; lower learning_rate or set clip"
                 )
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.done)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(self.done)
+            optimizer.step()
+            optimizer.zero_grad()
         self.done += 1
         for average in self.averages:
             average.update(self.model, self.done)
@@ -227,7 +224,7 @@ class _Run:
     def save(self) -> None:
         """The state, unless the settings want none or it is there."""
         if self.settings.save_every and self.saved != self.done:
-            save_state(self.folder, self.done, self.model, self.averages, self.optimizer)
+            save_state(self.folder, self.done, self.model, self.averages, self.optimizers)
             self.saved = self.done
 
     def due(self, every: int) -> bool:

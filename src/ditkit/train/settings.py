@@ -11,6 +11,7 @@ from ditkit.train.ema import Constant, Power
 from ditkit.train.parts import Part
 
 Precision = Literal["float32", "bf16"]
+Rule = Literal["adamw", "muon"]
 NOT_NEGATIVE = (
     "warmup",
     "decay_after",
@@ -31,13 +32,14 @@ class Settings:
         steps: optimiser steps.
         batch: samples a step, over all processes and accumulated parts together.
         accumulate: parts into which each process cuts its share of the batch.
-        learning_rate: of AdamW, reached after `warmup` steps.
+        optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest (`optimizers_of`).
+        learning_rate: of AdamW and Muon, reached after `warmup` steps.
         warmup: steps in which the learning rate rises.
         decay_after: from this step on the learning rate falls as the inverse square root of the step (EDM2,
             eq. 67); 0 keeps it constant.
         cosine: the learning rate falls from its height to 0 at `steps`, along half a cosine.
         betas: of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW and Muon.
         clip: largest gradient norm; 0 for none.
         precision: of the forward pass.
         trained: weights that are; "attention" is its projections, and what policies train of their own.
@@ -53,6 +55,7 @@ class Settings:
     steps: int = 10_000
     batch: int = 64
     accumulate: int = 1
+    optimizer: Rule = "adamw"
     learning_rate: float = 1e-4
     warmup: int = 0
     decay_after: int = 0
@@ -82,6 +85,7 @@ class Settings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training: betas={self.betas} should both lie in [0, 1)")
         _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("optimizer", self.optimizer, get_args(Rule))
         _check_choice("trained", self.trained, get_args(Part))
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")

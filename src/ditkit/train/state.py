@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ditkit.core.checkpoint import fill, read_metadata, read_state, write_state
 from ditkit.core.errors import CheckpointError
 from ditkit.train.ema import Average
+from ditkit.train.optimizers import MOMENTS, owners
 
 STATE = "state.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 DRAFT = re.compile(
     r"\.((state|model|codec|\d{8,}-\d\.\d{3})\.safetensors|(recipe|config)\.json)\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}"
 )
@@ -22,20 +23,22 @@ DRAFT = re.compile(
 
 
 def save_state(
-    folder: Path, step: int, model: nn.Module, averages: Sequence[Average], optimizer: torch.optim.Optimizer
+    folder: Path, step: int, model: nn.Module, averages: Sequence[Average], optimizers: Sequence[Optimizer]
 ) -> None:
-    """Weights, averages and AdamW's moments after `step` optimiser steps."""
+    """Weights, averages and the optimisers' moments after `step` steps."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     for i, average in enumerate(averages):
         state |= {f"average.{i}.{k}": v for k, v in average.state.items()}
+    steppers = owners(optimizers)
     for name, parameter in model.named_parameters():
-        held = optimizer.state.get(parameter, {})
-        state |= {f"optimizer.{moment}.{name}": held[moment] for moment in MOMENTS if moment in held}
+        held = steppers[parameter].state.get(parameter, {})
+        moments = MOMENTS[type(steppers[parameter])]
+        state |= {f"optimizer.{moment}.{name}": held[moment] for moment in moments if moment in held}
     write_state(folder / STATE, state, {"step": str(step), "averages": str(len(averages))})
 
 
 def load_state(
-    folder: Path, model: nn.Module, averages: Sequence[Average], optimizer: torch.optim.Optimizer
+    folder: Path, model: nn.Module, averages: Sequence[Average], optimizers: Sequence[Optimizer]
 ) -> int:
     """Restore what `save_state` wrote, in place; the number of steps done.
 
@@ -58,19 +61,29 @@ def load_state(
         for k, v in average.state.items():
             _check(held[k], v.shape, f"{path}: tensor 'average.{i}.{k}'")
         average.state = {k: held[k].to(v.device) for k, v in average.state.items()}
+    steppers = owners(optimizers)
     for name, parameter in model.named_parameters():
-        moments = {m: state[key] for m in MOMENTS if (key := f"optimizer.{m}.{name}") in state}
-        for m, v in moments.items():
-            shape = torch.Size() if m == "step" else parameter.shape
-            _check(v, shape, f"{path}: tensor 'optimizer.{m}.{name}'")
-        if 0 < len(moments) < len(MOMENTS):
-            lost = next(m for m in MOMENTS if m not in moments)
-            raise CheckpointError(f"{path}: missing tensor 'optimizer.{lost}.{name}'")
+        optimizer = steppers[parameter]
+        moments = _moments(state, name, parameter, MOMENTS[type(optimizer)], path)
         if moments:  # AdamW keeps its step count on the CPU
             optimizer.state[parameter] = {
                 m: v if m == "step" else v.to(parameter.device) for m, v in moments.items()
             }
     return int(about["step"])
+
+
+def _moments(
+    state: dict[str, Tensor], name: str, parameter: Tensor, expected: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    """All that its optimiser keeps of a weight, or nothing where no optimiser has stepped it."""
+    of_any = {m for kept in MOMENTS.values() for m in kept if f"optimizer.{m}.{name}" in state}
+    moments = {m: state[f"optimizer.{m}.{name}"] for m in expected if m in of_any}
+    for m, v in moments.items():
+        shape = torch.Size() if m == "step" else parameter.shape
+        _check(v, shape, f"{path}: tensor 'optimizer.{m}.{name}'")
+    if of_any and (lost := [m for m in expected if m not in of_any]):
+        raise CheckpointError(f"{path}: missing tensor 'optimizer.{lost[0]}.{name}'")
+    return moments
 
 
 def discard_drafts(folder: Path) -> None:
