@@ -1,4 +1,4 @@
-"""What attention patterns are measured against: blocks without a thought, and attention that is not computed at all."""
+"""What attention patterns are measured against: blocks without a thought, the best blocks, attention not computed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditkit.attention.dynamic import Dynamic
 from ditkit.attention.pattern import Pattern, with_others
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Claim, Key, Policy, Session
@@ -25,11 +26,9 @@ class Blocks(Pattern):
     each: int = 1
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
-        slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
-        blocks = len(slots) // self.block
+        blocks = -(-grid.length // self.block)
         kept = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, self.chosen(blocks), True)
-        order, kept = with_others(slots, kept, others, self.block)
-        return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
+        return raster_plan(grid, others, self.block, kept)
 
     @abstractmethod
     def chosen(self, blocks: int) -> Tensor:
@@ -52,6 +51,41 @@ class Diagonal(Blocks):
     def chosen(self, blocks: int) -> Tensor:
         first = (torch.arange(blocks) - self.each // 2).clamp(0, blocks - self.each)
         return first[:, None] + torch.arange(self.each)
+
+
+@dataclass(frozen=True)
+class BestBlocks(Dynamic):
+    """The `each` blocks to which a block's queries give most weight, sample by sample and head by head; of text too.
+
+    No pattern with as many blocks in this order of tokens can keep more of the softmax. It makes all scores to know
+    them: a bound, not a method.
+    """
+
+    each: int = 1
+
+    def plan(self, grid: Grid, others: int) -> BlockPlan:
+        blocks = -(-grid.length // self.block)
+        return raster_plan(grid, others, self.block, torch.ones(blocks, blocks, dtype=torch.bool))
+
+    def share(self, plan: BlockPlan) -> float:
+        return min(1.0, self.each / plan.blocks[1])
+
+    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
+        rows, columns = plan.blocks
+        hidden = ~(plan.mask() & plan.real.flatten()[: plan.queries, None])
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).float().masked_fill(hidden, -torch.inf)
+        spare = (0, columns * self.block - plan.keys, 0, rows * self.block - plan.queries)
+        weight = F.pad(scores.softmax(-1).nan_to_num(0), spare)
+        mass = weight.unflatten(-1, (columns, -1)).unflatten(2, (rows, -1)).sum((3, 5))
+        best = mass.topk(min(self.each, columns)).indices
+        return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def raster_plan(grid: Grid, others: int, block: int, kept: Tensor) -> BlockPlan:
+    """The plan of tokens in the model's order, the last block of the image filled with padding."""
+    slots = F.pad(torch.arange(grid.length), (0, -grid.length % block), value=-1)
+    order, kept = with_others(slots, kept, others, block)
+    return build_plan(len(slots) + others, block=block, order=order, kept=kept)
 
 
 @dataclass(frozen=True)

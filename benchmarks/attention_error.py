@@ -12,6 +12,8 @@ Each pattern draws the same seeds as dense attention does, with the weights of t
 - `dB`: PSNR of all samples to the dense run's. `limit`: to a dense run of many more steps.
 - `random`, `diagonal`: dB of blocks drawn at random, and of those nearest in raster order, of the pattern's size, as
   many as give the same `attention`.
+- `best`: dB of those blocks in raster order that have most of the softmax, chosen from q and k in every evaluation for
+  every head, as many: what no choice of blocks in that order beats, and no method, as it makes all scores.
 - `reuse`: dB where attention is dense in that share of the evaluations and its last output is taken over in the others.
 - `fewer`: dB of dense attention in as many steps as cost the same MACs.
 - `tuned`: dB of a student, fine-tuned under the pattern, to the dense run of the model that it was taught by.
@@ -29,7 +31,7 @@ import tyro
 from rich.progress import track
 
 import ditkit
-from attention_controls import Diagonal, RandomBlocks, Reuse
+from attention_controls import BestBlocks, Diagonal, RandomBlocks, Reuse
 from common import record, show
 from ditkit.attention.pattern import Pattern
 from ditkit.core.model import Denoiser
@@ -157,6 +159,7 @@ class Controls:
             "control_blocks_share": each / blocks,
             "random_psnr_db": self.psnr_db(RandomBlocks(**of_blocks)),
             "diagonal_psnr_db": self.psnr_db(Diagonal(**of_blocks)),
+            "best_psnr_db": self.psnr_db(BestBlocks(**of_blocks)),
             "reuse_dense_evaluations": calls,
             "reuse_psnr_db": self.psnr_db(Reuse(calls)),
             "fewer_steps": row.control_steps,
@@ -190,6 +193,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "limit": "psnr_limit_db",
         "random": "random_psnr_db",
         "diagonal": "diagonal_psnr_db",
+        "best": "best_psnr_db",
         "reuse": "reuse_psnr_db",
         "fewer": "fewer_steps_psnr_db",
     }

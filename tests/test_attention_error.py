@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from patterns_for_tests import planned_mask, tiny_clip_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from attention_controls import Diagonal, RandomBlocks, Reuse
+from attention_controls import BestBlocks, Diagonal, RandomBlocks, Reuse
 from attention_error import PATTERNS, Arguments, experiment, forced, shown
 
 STEPS = 6
@@ -45,6 +46,22 @@ def test_blocks_have_as_many_others_and_themselves(
 def test_a_diagonal_is_that_of_the_sequence() -> None:
     chosen = Diagonal(each=3).chosen(5)
     assert chosen.tolist() == [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
+
+
+def test_the_best_blocks_keep_most_of_the_softmax() -> None:
+    """Against every choice of two blocks of five, one query block and head at a time; the last block is padded."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (3 * torch.randn(2, 2, 40, 4, generator=generator) for _ in range(2))
+    control = BestBlocks(each=2, block=8)
+    plan = control.plan(Grid(1, 6, 6), 0)  # 36 tokens in 40 slots
+    kept = control.kept(plan, q, k)
+    assert kept.shape == (2, 2, 5, 5) and (kept.sum(-1) == 2).all()
+    mass = (q @ k[:, :, :36].mT / 2).softmax(-1)
+    parts = [range(8 * i, min(8 * i + 8, 36)) for i in range(5)]
+    for b, n, i in product(range(2), range(2), range(5)):
+        of_blocks = [float(mass[b, n][list(parts[i])][:, list(part)].sum()) for part in parts]
+        best = max(combinations(range(5), 2), key=lambda two: sum(of_blocks[j] for j in two))
+        assert tuple(kept[b, n, i].nonzero().flatten().tolist()) == best
 
 
 def drawn(model: VideoDiT, *policies: Policy) -> Tensor:

@@ -164,12 +164,12 @@ def test_padding_is_the_same_for_every_kernel() -> None:
 
 def test_plans_of_prompts_are_shared_and_bounded() -> None:
     plan, prompts = random_plan(), [random_valid() for _ in range(ours.PROMPTS + 3)]
-    planned = [ours.planned(plan, valid) for valid in prompts]
-    assert ours.planned(plan, prompts[-1].clone()) is planned[-1]
+    planned = [ours.for_valid(plan, valid) for valid in prompts]
+    assert ours.for_valid(plan, prompts[-1].clone()) is planned[-1]
     assert len(plan.padded) == ours.PROMPTS
-    assert torch.equal(ours.planned(plan, prompts[0]).mask(), planned[0].mask())
-    assert ours.planned(plan, torch.ones(2, 40, dtype=torch.bool)) is plan
-    assert ours.planned(plan, prompts[-1][:1]) is not ours.planned(plan, prompts[-1])
+    assert torch.equal(ours.for_valid(plan, prompts[0]).mask(), planned[0].mask())
+    assert ours.for_valid(plan, torch.ones(2, 40, dtype=torch.bool)) is plan
+    assert ours.for_valid(plan, prompts[-1][:1]) is not ours.for_valid(plan, prompts[-1])
 
 
 def test_a_dropped_plan_is_freed_and_its_handle_refused() -> None:

@@ -198,7 +198,7 @@ class Sparse(Session):
         if self.policy.kernel == "none":
             return {}
         layout = self.layout(call)
-        self.remarks = {"visited": round(max(seat.plan.density for seat in layout.seats.values()), 4)}
+        self.remarks = {"visited": round(max(self.density(seat.plan) for seat in layout.seats.values()), 4)}
         if (rows := max(seat.plan.rows_ratio for seat in layout.seats.values())) > 1:
             self.remarks["rows"] = round(rows, 4)
         if why_not := self.off(layout):
@@ -222,7 +222,12 @@ class Sparse(Session):
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
         if self.policy.kernel != "auto":
             return ""
-        return next(filter(None, (pays(seat.plan) for seat in layout.seats.values())), "")
+        plans = (seat.plan for seat in layout.seats.values())
+        return next(filter(None, (pays(plan, self.density(plan)) for plan in plans)), "")
+
+    def density(self, plan: BlockPlan) -> float:
+        """What will be visited of dense attention's blocks."""
+        return plan.density
 
     def is_dense(self, call: Call, name: str) -> bool:
         """Whether an attention sees all keys in this call."""

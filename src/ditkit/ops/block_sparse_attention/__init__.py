@@ -5,10 +5,12 @@ from ditkit.ops.block_sparse_attention.build import (
     block_map,
     build_plan,
     dense_plan,
+    narrowed,
     near_blocks,
     with_valid,
 )
 from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, choose, pays
+from ditkit.ops.block_sparse_attention.operation import for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference, merge
 
@@ -24,7 +26,9 @@ __all__ = [
     "build_plan",
     "choose",
     "dense_plan",
+    "for_valid",
     "merge",
+    "narrowed",
     "near_blocks",
     "pays",
     "with_valid",

@@ -68,7 +68,7 @@ def build_plan(
     for some in look.nonzero().squeeze(1).split(max(1, PAIRS // (sides[0] * sides[1]))):
         tile[some] = _look(plan, flat[some], allowed, bank)
     visited = tile >= 0
-    return refuse_blind(_listed(plan, flat[visited], tile[visited], bank))
+    return refuse_blind(_listed(plan, flat[visited], tile[visited], bank.tiles()))
 
 
 def dense_plan(plan: BlockPlan) -> BlockPlan:
@@ -78,6 +78,31 @@ def dense_plan(plan: BlockPlan) -> BlockPlan:
         dense = build_plan(plan.queries, plan.keys, plan.block, order=order, blind=plan.blind)
         plan.derived["dense"] = dense.to(plan.device)
     return plan.derived["dense"]
+
+
+def narrowed(plan: BlockPlan, kept: Tensor) -> BlockPlan:
+    """Of the plan's blocks those that are also `kept`, under the plan's own mask tiles, on the plan's device.
+
+    For what is decided from queries and keys, anew in each evaluation: no pair is looked at.
+
+    Args:
+        kept: bool [B, N, query blocks, key blocks]; B and N are the new plan's batches and heads.
+
+    Raises:
+        ShapeError: another shape than the plan's, or a query sees no key.
+    """
+    if kept.ndim != 4 or kept.shape[2:] != plan.blocks or kept.dtype != torch.bool:
+        raise ShapeError(
+            f"block plan: kept {kept.dtype} {list(kept.shape)}, expected torch.bool [B, N, "
+            f"{', '.join(map(str, plan.blocks))}]"
+        )
+    for what, own, given in (("batches", plan.batches, len(kept)), ("heads", plan.heads, kept.shape[1])):
+        if own not in (1, given):
+            raise ShapeError(f"block plan: kept {list(kept.shape)} for a plan of {own} {what}")
+    tile = torch.where(kept, plan.tile_map, -1).flatten()
+    flat = (tile >= 0).nonzero().squeeze(1)
+    wide = replace(plan, batches=len(kept), heads=kept.shape[1])
+    return refuse_blind(_listed(wide, flat, tile[flat], plan.tiles))
 
 
 def block_map(index: Tensor, count: Tensor, key_blocks: int) -> Tensor:
@@ -164,7 +189,7 @@ def with_valid(plan: BlockPlan, valid: Tensor) -> BlockPlan:
 
     keep = tile >= 0
     wide = replace(plan, batches=batch)
-    return refuse_blind(_listed(wide, (row * columns + index)[keep], tile[keep], bank))
+    return refuse_blind(_listed(wide, (row * columns + index)[keep], tile[keep], bank.tiles()))
 
 
 class _Bank:
@@ -253,11 +278,11 @@ def _with_padding(plan: BlockPlan, flat: Tensor) -> Tensor:
     return (keys < 0).any(1)[flat % columns] | (queries < 0).all(1)[flat // columns % rows]
 
 
-def _listed(plan: BlockPlan, flat: Tensor, tile: Tensor, bank: _Bank) -> BlockPlan:
+def _listed(plan: BlockPlan, flat: Tensor, tile: Tensor, tiles: Tensor) -> BlockPlan:
     """`plan` with the blocks `flat` [E] of [batches, heads, *blocks] and their mask tiles, in the order of kernels."""
     rows, columns = plan.blocks
     row, column = flat // columns, flat % columns
     at = ((2 * row + (tile == FULL)) * columns + column).argsort()
     count = torch.bincount(row, minlength=plan.batches * plan.heads * rows)
     start = torch.cat((count.new_zeros(1), count.cumsum(0)))
-    return replace(plan, start=start.int(), index=column[at].int(), tile=tile[at], tiles=bank.tiles())
+    return replace(plan, start=start.int(), index=column[at].int(), tile=tile[at], tiles=tiles)

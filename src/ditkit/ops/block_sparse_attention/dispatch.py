@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
-from ditkit.ops.block_sparse_attention.operation import block_sparse_attention, planned
+from ditkit.ops.block_sparse_attention.operation import block_sparse_attention, for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference
 
@@ -47,19 +47,24 @@ def choose(q: Tensor, plan: BlockPlan, kernel: Kernel = "auto") -> Choice:
     if chosen == "reference":
         return Choice(chosen, False, "the reference makes all scores")
     why_not = pays(plan)
-    return Choice(chosen, not why_not, why_not or f"{_visited(plan)} on {q.device.type}")
+    return Choice(chosen, not why_not, why_not or f"{_visited(plan.density)} on {q.device.type}")
 
 
-def pays(plan: BlockPlan) -> str:
-    """Why skipping does not pay with this plan, whatever the tensors; empty if it does."""
+def pays(plan: BlockPlan, density: float | None = None) -> str:
+    """Why skipping does not pay with this plan, whatever the tensors; empty if it does.
+
+    Args:
+        density: of what will be visited, where the plan is a bound; the plan's own unless said.
+    """
+    density = plan.density if density is None else density
     if plan.tokens < SHORTEST:
         return f"{plan.tokens} keys, dense attention is faster below {SHORTEST}"
     if plan.rows_ratio > MOST_ROWS:
         return (
             f"padding makes {plan.rows_ratio:.3g} times the rows, dense attention is faster above {MOST_ROWS}"
         )
-    if plan.density > PAYS_BELOW:
-        return f"{_visited(plan)}, dense attention is faster above {PAYS_BELOW}"
+    if density > PAYS_BELOW:
+        return f"{_visited(density)}, dense attention is faster above {PAYS_BELOW}"
     return ""
 
 
@@ -93,7 +98,7 @@ def attend(
     chosen = _kernel(q, plan, kernel)
     if chosen in ("cpu", "triton"):
         return Attended(*block_sparse_attention(q, k, v, valid, plan.handle, scale, chosen))
-    plan = planned(plan, valid).to(q.device)
+    plan = for_valid(plan, valid).to(q.device)
     if chosen == "flex":
         from ditkit.ops.block_sparse_attention.flex import attend_flex
 
@@ -112,8 +117,8 @@ def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:
     return chosen
 
 
-def _visited(plan: BlockPlan) -> str:
-    return f"{plan.density:.1%} of dense attention's blocks visited"
+def _visited(density: float) -> str:
+    return f"{density:.1%} of dense attention's blocks visited"
 
 
 def _automatic(q: Tensor, plan: BlockPlan) -> Kernel:

@@ -25,7 +25,7 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, handle: int, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, L, Kv] and log-sum-exp [B, N, L]; differentiable in both."""
-    plan = planned(plan_of(handle), valid).to(q.device)
+    plan = for_valid(plan_of(handle), valid).to(q.device)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own types
         out, lse = _module(kernel).forward(q, k, v, plan, scale)
     return out.contiguous(), lse.contiguous()
@@ -46,7 +46,7 @@ def block_sparse_attention_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    plan = planned(plan_of(handle), valid).to(q.device)
+    plan = for_valid(plan_of(handle), valid).to(q.device)
     with torch.autocast(q.device.type, enabled=False):
         d_q, d_k, d_v = _module(kernel).backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
@@ -80,7 +80,7 @@ def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
 block_sparse_attention.register_autograd(_backward, setup_context=_keep)
 
 
-def planned(plan: BlockPlan, valid: Tensor | None) -> BlockPlan:
+def for_valid(plan: BlockPlan, valid: Tensor | None) -> BlockPlan:
     """`with_valid`, kept by value: all layers and steps with the same prompts share one plan."""
     if valid is None:
         return plan
@@ -123,7 +123,7 @@ def backward_macs(
 
 def _pairs(q: Tensor, handle: int, valid: Tensor | None) -> int:
     """Pairs of all heads in blocks that are visited: kernels multiply whole blocks, the last of a row as well."""
-    plan = planned(plan_of(handle), valid)
+    plan = for_valid(plan_of(handle), valid)
     copies = q.shape[0] // plan.batches * (q.shape[1] // plan.heads)
     return plan.visited * plan.block[0] * plan.block[1] * copies
 

@@ -1,0 +1,56 @@
+"""Patterns that look at queries and keys: which blocks are visited differs by evaluation, sample and head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.attention.pattern import Pattern, Sparse
+from ditkit.core.run import Call, Handler, Site
+from ditkit.ops.block_sparse_attention import Attended, BlockPlan, for_valid, narrowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic(Pattern):
+    """A pattern whose `plan` is a bound, within which `kept` chooses for each attention of each evaluation."""
+
+    @abstractmethod
+    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
+        """Which blocks of the plan are visited, bool [B, N, query blocks, key blocks]; those beyond it do not count.
+
+        Args:
+            plan: with what is padding of these prompts left out. q, k: [B, N, slots, K], in the plan's order.
+        """
+
+    @abstractmethod
+    def share(self, plan: BlockPlan) -> float:
+        """What `kept` will leave of dense attention's blocks: by this it is judged whether skipping pays."""
+
+    def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Selecting:
+        self._check(sites, total)
+        return Selecting(self, sites)
+
+
+class Selecting(Sparse):
+    """Attention by a plan that is made anew at every attention; the receipt says what they visited on the average."""
+
+    policy: Dynamic
+
+    def enter(self, call: Call) -> Mapping[str, Handler]:
+        self.visited: list[float] = []
+        return super().enter(call)
+
+    def density(self, plan: BlockPlan) -> float:
+        return self.policy.share(plan)
+
+    @torch.compiler.disable  # how long the lists are is known from data only
+    def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:
+        bound = for_valid(plan, valid).to(q.device)
+        chosen = narrowed(bound, self.policy.kept(bound, q, k))
+        self.visited.append(chosen.density)
+        self.remarks["visited"] = round(sum(self.visited) / len(self.visited), 4)
+        return super().execute(chosen, q, k, v, None)
