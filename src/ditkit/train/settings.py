@@ -32,7 +32,7 @@ class Settings:
         steps: optimiser steps.
         batch: samples a step, over all processes and accumulated parts together.
         accumulate: parts into which each process cuts its share of the batch.
-        optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest (`optimizers_of`).
+        optimizer: "adamw", or "muon" (arXiv 2502.16982) for the matrices of the blocks and AdamW for the rest.
         learning_rate: of AdamW and Muon, reached after `warmup` steps.
         warmup: steps in which the learning rate rises.
         decay_after: from this step on the learning rate falls as the inverse square root of the step (EDM2,
