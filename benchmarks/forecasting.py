@@ -32,7 +32,6 @@ from ditkit.tasks.forecast_scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
 from ditkit.train.log import LOSSES
 from ditkit.train.record import RECIPE
-from ditkit.train.state import STATE
 
 RECIPES = {"predformer": predformer, "convlstm": convlstm}
 PACED = 6
@@ -68,7 +67,7 @@ def trained(name: str, minutes: float, batch: int, keep: Path) -> Trained:
     """The network after its training, which goes on where an earlier call of this script was stopped."""
     run, recipe = keep / name, RECIPES[name]()
     recipe = replace(recipe, settings=replace(recipe.settings, batch=batch, sheet_every=0))
-    begun = (run / STATE).exists()
+    begun = (run / RECIPE).exists()
     steps = read_json(run / RECIPE)["settings"]["steps"] if begun else steps_in(minutes, recipe)
     settings = replace(recipe.settings, steps=steps, warmup=min(200, steps // 10))
     model = train_recipe(replace(recipe, settings=settings), run, resume=begun)

@@ -60,3 +60,14 @@ def test_regions_on_emoji(monkeypatch):
     assert error["published"] < error["no resets"] < error["no keys kept"]
     fewer_steps = rows[0]["fewer_mse_to_reference"]
     assert fewer_steps < min(error["random rows"], error["in turns"]) < error["published"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+def test_masks_on_a_bouncing_ball(monkeypatch, tmp_path):
+    """The specification's five claims of VDT."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = runpy.run_path(str(BENCHMARKS / "video_masks.py"))
+    arguments = module["Arguments"](keep=tmp_path)
+    models = {name: module["trained"](name, arguments) for name in module["VARIANTS"]}
+    assert all(claim["holds"] for claim in module["judge"](module["rows"](models, arguments)))

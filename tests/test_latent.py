@@ -30,7 +30,7 @@ from ditkit.sample.workload import Workload
 from ditkit.tasks.class_image import ClassImageRecipe
 from ditkit.tasks.generate import generate
 from ditkit.tasks.latent import Encoded, coded, load_codec
-from ditkit.tasks.masks import KINDS
+from ditkit.tasks.masks import KINDS, MaskMixture
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.tasks.video import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
@@ -119,6 +119,15 @@ def latent_vdt() -> VDT:
         parameter.add_(0.1 * torch.randn_like(parameter))
     model.codec = small(channels=1)
     return model
+
+
+def test_clips_go_on_under_the_masks_that_they_were_begun_with(tmp_path: Path) -> None:
+    train_recipe(of_clips(""), tmp_path)
+    begun = json.loads((tmp_path / "recipe.json").read_text())
+    assert begun["task"]["masks"]["frames"] == list(MaskMixture().frames)
+    only = replace(of_clips(""), masks=MaskMixture(region=0, frames=("predict",)))
+    with pytest.raises(ConfigError, match=r"task.masks was .* now"):
+        train_recipe(only, tmp_path, resume=True)
 
 
 def equal(one: Codec, other: Codec) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -178,11 +178,18 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
             "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
             "init": {"folder": recipe.init, FINGERPRINT: fingerprint(model.state_dict() if start else {})},
             "policies": [spec(policy) for policy in recipe.policies],
+            "task": _own(recipe),
         },
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
         finish=lambda trained: recipe.finish(trained, samples),
     )
+
+
+def _own(recipe: Recipe) -> dict[str, Any]:
+    """What a task's recipe has beside what all have: masks, parts in time."""
+    whole = asdict(recipe)
+    return {name: whole[name] for name in whole if name not in Recipe.__dataclass_fields__}
 
 
 def describe(recipe: Recipe) -> str:
