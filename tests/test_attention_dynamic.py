@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ditkit.attention.dynamic import Dynamic
 from ditkit.attention.pattern import with_others
+from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, image_of, sequence
@@ -20,6 +21,7 @@ from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.ops.block_sparse_attention import BlockPlan, attend, attend_reference, build_plan, narrowed
+from ditkit.sample.workload import Workload
 from patterns_for_tests import predicted, prompt, tiny_clip_model
 
 BLOCK, EACH = 16, 2
@@ -129,6 +131,46 @@ def test_the_receipt_says_what_was_visited_and_a_share_that_does_not_pay_leaves_
             assert remarks["visited"] == round(42 / 64, 4) and "65.6%" in remarks["off"]
         else:
             assert 3 / 64 <= remarks["visited"] <= 4 / 64 and remarks["kernel"] == "cpu"
+
+
+@dataclass(frozen=True)
+class Alternating(Strongest):
+    """All blocks in the first two attentions that are asked, its own alone in the later ones."""
+
+    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
+        ASKED.append(len(ASKED))
+        own = torch.eye(plan.blocks[0], dtype=torch.bool) | (len(ASKED) <= 2)
+        return own.expand(*q.shape[:2], *plan.blocks)
+
+    def share(self, plan: BlockPlan) -> float:
+        return 0.25
+
+
+ASKED: list[int] = []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_receipt_tells_the_mean_over_the_trajectory_also_where_a_cache_forecasts_the_last(cached):
+    ASKED.clear()
+    model = tiny_clip_model(size=(16, 16))  # 16 blocks, two attentions
+    policies = [TaylorSeer(interval=3, order=1, warmup=2)] if cached else []
+    work = Workload.of(model.float(), None, [0], 6, "euler", 1.0, 1, None)
+    result = work.draw([*policies, Alternating(block=BLOCK, kernel="cpu")])
+    receipt = result.receipts[-1]
+    assert len(ASKED) == (6 if cached else 12)
+    assert receipt["visited"] == round((2 + (len(ASKED) - 2) / 16) / len(ASKED), 4)
+    assert receipt["kernel"] == "cpu"
+
+
+def test_a_compiler_breaks_its_graph_where_blocks_are_chosen_and_gets_them_right():
+    pattern = Strongest(block=BLOCK, kernel="cpu")
+    session = pattern.start(tiny_clip_model().sites(), 2)
+    plan = pattern.plan(Grid(4, 8, 8), 0)
+    compiled = torch.compile(lambda *x: session.attend(plan, *x, None) + 1, backend="aot_eager")
+    for seed in (1, 2):  # other queries, other lists
+        q, k, v = torch.randn(3, 1, 2, 256, 8, generator=torch.Generator().manual_seed(seed)).double()
+        wanted = attend(q, k, v, narrowed(plan, pattern.kept(plan, q, k)), kernel="cpu").out + 1
+        assert (compiled(q, k, v) - wanted).abs().max() < 1e-12
 
 
 def test_compiled_blocks_choose_as_eager_ones_do():

@@ -244,3 +244,15 @@ def test_two_patterns_or_rows_are_refused_by_name() -> None:
         Trajectory(sites, [Grouped(dense=(0, 1))], 4)
     with pytest.raises(ConfigError, match="warmup=4, expected fewer than total=4"):
         Trajectory(sites, [Grouped(warmup=4)], 4)
+
+
+def test_a_kernel_that_is_not_here_is_refused_before_the_first_block():
+    """Also where the first evaluations are dense."""
+    model = tiny_clip_model()
+    blocks: list[int] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: blocks.append(1))
+    x = torch.zeros(1, *model.sample_shape).double()
+    with pytest.raises(ConfigError, match=r"kernel flex: queries are on cpu, expected cuda"):
+        predicted(model, Grouped(group=(2, 2, 4), block=16, warmup=2, kernel="flex"), x, Cond())
+    assert not blocks

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.attention.pattern import Pattern, Sparse
-from ditkit.core.run import Call, Handler, Site
+from ditkit.attention.pattern import Layout, Pattern, Sparse
+from ditkit.core.run import Site
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, for_valid, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(Pattern):
-    """A pattern whose `plan` is a bound, within which `kept` chooses for each attention of each evaluation."""
+    """A pattern whose `plan` is a bound, within which `kept` chooses for each attention of each evaluation.
+
+    How many blocks that are only data say, so a compiler has to break its graph at each of these attentions.
+    """
 
     @abstractmethod
     def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
@@ -40,9 +43,14 @@ class Selecting(Sparse):
 
     policy: Dynamic
 
-    def enter(self, call: Call) -> Mapping[str, Handler]:
+    def __init__(self, policy: Dynamic, sites: Sequence[Site]) -> None:
+        super().__init__(policy, sites)
         self.visited: list[float] = []
-        return super().enter(call)
+
+    def remark(self, layout: Layout) -> None:
+        super().remark(layout)
+        if self.visited:
+            self.remarks["visited"] = round(sum(self.visited) / len(self.visited), 4)
 
     def density(self, plan: BlockPlan) -> float:
         return self.policy.share(plan)

@@ -198,16 +198,30 @@ class Sparse(Session):
         if self.policy.kernel == "none":
             return {}
         layout = self.layout(call)
-        self.remarks = {"visited": round(max(self.density(seat.plan) for seat in layout.seats.values()), 4)}
-        if (rows := max(seat.plan.rows_ratio for seat in layout.seats.values())) > 1:
-            self.remarks["rows"] = round(rows, 4)
-        if why_not := self.off(layout):
-            self.remarks["off"] = why_not
+        self.remark(layout)
+        if "off" in self.remarks:
             return {}
         cores = {name: self.handler(call, name, layout.seats[at]) for name, at in self.streams.items()}
-        if layout.order is None:
-            return cores
-        return cores | dict.fromkeys(self.tokens, layout.tokens) | dict.fromkeys(self.heads, layout.head)
+        cores |= dict.fromkeys(self.tokens, partial(self.accept, layout))
+        return cores if layout.order is None else cores | dict.fromkeys(self.heads, layout.head)
+
+    def remark(self, layout: Layout) -> None:
+        """What the receipt says of this layout; the kernel stays, which a call that a cache forecasts does not meet."""
+        plans = [seat.plan for seat in layout.seats.values()]
+        rows = max(plan.rows_ratio for plan in plans)
+        said = {"visited": round(max(map(self.density, plans)), 4), "rows": round(rows, 4) if rows > 1 else 0}
+        kept = {name: self.remarks[name] for name in ("kernel",) if name in self.remarks}
+        self.remarks = {
+            name: value for name, value in {**said, "off": self.off(layout)}.items() if value
+        } | kept
+
+    def accept(self, layout: Layout, fn: Handler, *args: Any) -> Any:
+        """The embedded tokens in their slots, if their device and type have the kernel: known before any block."""
+        out = fn(*args) if layout.order is None else layout.tokens(fn, *args)
+        features = tree_leaves(out.x)[0]
+        for seat in layout.seats.values():
+            choose(features.new_empty(0, 1), seat.plan, self.kernel)  # the width of heads is not known yet
+        return out
 
     def rows(self, call: Call) -> Mapping[str, Tensor]:
         layout = self.layout(call)
