@@ -57,8 +57,8 @@ class Diagonal(Blocks):
 class BestBlocks(Dynamic):
     """The `each` blocks to which a block's queries give most weight, sample by sample and head by head; of text too.
 
-    No pattern with as many blocks in this order of tokens can keep more of the softmax. It makes all scores to know
-    them: a bound, not a method.
+    No pattern with as many for each block of queries in this order of tokens can keep more of the softmax. It makes all
+    scores to know them: a bound, not a method.
     """
 
     each: int = 1

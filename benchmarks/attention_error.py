@@ -12,8 +12,8 @@ Each pattern draws the same seeds as dense attention does, with the weights of t
 - `dB`: PSNR of all samples to the dense run's. `limit`: to a dense run of many more steps.
 - `random`, `diagonal`: dB of blocks drawn at random, and of those nearest in raster order, of the pattern's size, as
   many as give the same `attention`.
-- `best`: dB of those blocks in raster order that have most of the softmax, chosen from q and k in every evaluation for
-  every head, as many: what no choice of blocks in that order beats, and no method, as it makes all scores.
+- `best`: dB of as many blocks, for each block of queries those that have most of the softmax, chosen from q and k in
+  every evaluation for every head: no method, as it makes all scores, and most of the softmax is not least in dB.
 - `reuse`: dB where attention is dense in that share of the evaluations and its last output is taken over in the others.
 - `fewer`: dB of dense attention in as many steps as cost the same MACs.
 - `tuned`: dB of a student, fine-tuned under the pattern, to the dense run of the model that it was taught by.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ditkit.cli.main import main
 from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
+from ditkit.recipes.predformer import predformer
 from ditkit.train.loop import train
 from ditkit.train.optimizers import matrices, optimizers_of
 from ditkit.train.settings import Settings
@@ -84,6 +87,43 @@ def test_moments_of_the_other_optimiser_are_refused_by_their_name(tmp_path):
     save_file(state, path, {"step": "4", "averages": "2"})
     with pytest.raises(CheckpointError, match=rf"missing tensor 'optimizer.momentum_buffer.{name}'"):
         toy_run(tmp_path, steps=6, resume=True, optimizer="muon")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_weight_that_lost_all_its_moments_is_noticed(tmp_path, optimizer):
+    toy_run(tmp_path, steps=4, optimizer=optimizer)
+    path, name = tmp_path / "state.safetensors", "blocks.1.attn.qkv.weight"
+    with safe_open(path, "pt") as opened:
+        about = opened.metadata()
+    state = load_file(path)
+    gone = [key for key in state if key.startswith("optimizer.") and key.endswith(name)]
+    save_file({key: value for key, value in state.items() if key not in gone}, path, about)
+    left = int(about["moments"]) - len(gone)
+    with pytest.raises(CheckpointError, match=rf"holds {left} moments of {about['moments']}"):
+        toy_run(tmp_path, steps=6, resume=True, optimizer=optimizer)
+
+
+def test_moments_of_another_type_are_refused(tmp_path):
+    toy_run(tmp_path, steps=4, optimizer="muon")
+    path, name = tmp_path / "state.safetensors", "optimizer.momentum_buffer.blocks.1.attn.qkv.weight"
+    state = load_file(path)
+    save_file({**state, name: state[name].half()}, path, {"step": "4", "averages": "2"})
+    with pytest.raises(CheckpointError, match=rf"'{name}' is torch.float16, expected torch.float32"):
+        toy_run(tmp_path, steps=6, resume=True, optimizer="muon")
+
+
+def test_a_dry_run_knows_what_muon_keeps_and_refuses(capsys):
+    """One number of a matrix instead of two."""
+    kept = {}
+    for optimizer in ("adamw", "muon"):
+        main(["train", "predformer", "--optimizer", optimizer, "--dry-run"])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("state"))
+        kept[optimizer] = float(line.split()[1])
+    with torch.device("meta"):
+        spared = 4 * sum(weight.numel() for weight in matrices(predformer().network())) / 1e6
+    assert kept["adamw"] - kept["muon"] == pytest.approx(spared, abs=0.11)
+    assert main(["train", "convlstm", "--optimizer", "muon", "--dry-run"]) == 2
+    assert "a ConvLSTM has none" in capsys.readouterr().err
 
 
 def test_frozen_matrices_are_left_alone(tmp_path):

@@ -55,6 +55,15 @@ COLUMNS = {
         "reuse_psnr_db": "reuse",
         "fewer_steps_psnr_db": "fewer steps",
     },
+    "block_sparse_attention": {
+        "type": "type",
+        "block": "block",
+        "density": "density",
+        "speedup": "forward, times dense",
+        "flex_speedup": "FlexAttention",
+        "backward_speedup": "backward",
+        "deviation": "deviation",
+    },
     "forecasting": {
         "forecast": "forecast",
         "parameters": "parameters",

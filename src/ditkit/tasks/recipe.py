@@ -21,6 +21,7 @@ from ditkit.evaluate.macs import count_macs
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
 from ditkit.train.objective import Objective
+from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.settings import Settings
 
@@ -226,7 +227,9 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     teachers = int(any(term.compares for term in recipe.objective.active))
     # backward takes two; checkpointing repeats the forward, and a teacher runs one of its own
     passes = 3 + run.gradient_checkpointing + teachers
-    kept = 4 * ((1 + len(run.averages)) * parameters + 2 * trained)  # float32: averages, two moments
+    kept = 4 * (
+        (1 + len(run.averages)) * parameters + moments_of(optimizers_of(model, run))
+    )  # all in float32
     memory = kept + 4 * (trained + teachers * parameters)
     counted = ", without policies" if recipe.policies else ""
     return {

@@ -24,7 +24,8 @@ def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
 
     Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) gives a matrix's momentum singular values near 1.
     Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982, eq. 4), so that one learning rate serves
-    both; embeddings, heads, norms and biases are AdamW's, as in both sources.
+    both; embeddings, heads, norms and biases are AdamW's, as in both sources. Queries, keys and values that are one
+    layer are one matrix here.
 
     Raises:
         ConfigError: Muon is asked for and the model has no matrix in a stack of blocks.
@@ -58,6 +59,16 @@ def matrices(model: Model) -> list[Tensor]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = (layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear))
     return list(dict.fromkeys(layer.weight for layer in layers))
+
+
+def moments_of(optimizers: Sequence[Optimizer]) -> int:
+    """Numbers that are kept of the weights that are trained: two of each for AdamW, one for Muon."""
+    each = {kind: sum(name != "step" for name in names) for kind, names in MOMENTS.items()}
+    return sum(
+        each[type(optimizer)] * weight.numel()
+        for weight, optimizer in owners(optimizers).items()
+        if weight.requires_grad
+    )
 
 
 def owners(optimizers: Sequence[Optimizer]) -> dict[Tensor, Optimizer]:

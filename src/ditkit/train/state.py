@@ -34,7 +34,8 @@ def save_state(
         held = steppers[parameter].state.get(parameter, {})
         moments = MOMENTS[type(steppers[parameter])]
         state |= {f"optimizer.{moment}.{name}": held[moment] for moment in moments if moment in held}
-    write_state(folder / STATE, state, {"step": str(step), "averages": str(len(averages))})
+    about = {"step": step, "averages": len(averages), "moments": _moments_in(state)}
+    write_state(folder / STATE, state, {name: str(count) for name, count in about.items()})
 
 
 def load_state(
@@ -52,6 +53,10 @@ def load_state(
     if about.get("averages") != str(len(averages)):
         raise CheckpointError(
             f"{path} holds {about.get('averages')} averages, this run keeps {len(averages)}"
+        )
+    if about.get("moments", str(_moments_in(state))) != str(_moments_in(state)):  # older states do not say
+        raise CheckpointError(
+            f"{path} holds {_moments_in(state)} moments of {about['moments']} that were written"
         )
     fill(model, _part(state, "model."), path)
     for i, average in enumerate(averages):
@@ -72,6 +77,10 @@ def load_state(
     return int(about["step"])
 
 
+def _moments_in(state: dict[str, Tensor]) -> int:
+    return sum(name.startswith("optimizer.") for name in state)
+
+
 def _moments(
     state: dict[str, Tensor], name: str, parameter: Tensor, expected: Sequence[str], path: Path
 ) -> dict[str, Tensor]:
@@ -81,6 +90,10 @@ def _moments(
     for m, v in moments.items():
         shape = torch.Size() if m == "step" else parameter.shape
         _check(v, shape, f"{path}: tensor 'optimizer.{m}.{name}'")
+        if v.dtype not in (parameter.dtype, torch.float32):
+            raise CheckpointError(
+                f"{path}: tensor 'optimizer.{m}.{name}' is {v.dtype}, expected {parameter.dtype}"
+            )
     if of_any and (lost := [m for m in expected if m not in of_any]):
         raise CheckpointError(f"{path}: missing tensor 'optimizer.{lost[0]}.{name}'")
     return moments

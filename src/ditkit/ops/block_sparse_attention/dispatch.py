@@ -18,8 +18,9 @@ KERNELS = get_args(Kernel)
 HAS_TRITON = find_spec("triton") is not None
 
 PAYS_BELOW = 0.4
-"""Density up to which a kernel beats dense attention: on two cores, d = 64, 2.4 times at 0.25 and 0.9 to
-1.1 at 0.5 (`benchmarks/block_sparse_attention.py`). Not measured on a GPU."""
+"""Density up to which a kernel beats dense attention, forward and backward: on two cores, d = 64, at 0.25 by 2.4 to 3
+times forward; at 0.5 by 1.3 to 1.4 in float32, and not in bf16 (`benchmarks/block_sparse_attention.py`). Not measured
+on a GPU."""
 
 SHORTEST = 256
 """Keys below which dense attention takes so little that lists cannot pay."""
