@@ -34,6 +34,7 @@ import ditkit
 from attention_controls import BestBlocks, Diagonal, RandomBlocks, Reuse
 from common import record, show
 from ditkit.attention.pattern import Pattern
+from ditkit.core.codec import fingerprint
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component, spec
@@ -116,7 +117,11 @@ def experiment(model: Denoiser, arguments: Arguments) -> list[dict[str, Any]]:
         if title.name in measured
     ]
     return [
-        controls.row(pattern, report.rows[0], row) | {"tuned_psnr_db": controls.tuned(pattern, students)}
+        controls.row(pattern, report.rows[0], row)
+        | {
+            "tuned_psnr_db": controls.tuned(pattern, students),
+            "weights_sha256": fingerprint(model.state_dict()),
+        }
         for pattern, row in track(found, description="controls")
     ]
 

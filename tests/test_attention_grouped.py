@@ -256,3 +256,15 @@ def test_a_kernel_that_is_not_here_is_refused_before_the_first_block():
     with pytest.raises(ConfigError, match=r"kernel flex: queries are on cpu, expected cuda"):
         predicted(model, Grouped(group=(2, 2, 4), block=16, warmup=2, kernel="flex"), x, Cond())
     assert not blocks
+
+
+def test_a_mask_that_differs_from_query_to_query_is_refused():
+    model = tiny_clip_model()
+    pattern = Grouped(group=(2, 2, 4), block=16, kernel="cpu")
+    call = Call(0, 2, 0.5, layout=model.layout(model.sample_shape))
+    (core, *_), rows = pattern.start(model.sites(), 2).streams, Grid(4, 6, 10).length
+    run = Trajectory(model.sites(), [pattern], 2).run(call)
+    slots = pattern.plan(Grid(4, 6, 10), 0).queries
+    q = k = v = torch.zeros(1, 2, slots, 12).double()
+    with pytest.raises(ShapeError, match=rf"a mask of \[1, 1, {rows}, {rows}\], expected \[B, 1, 1, keys\]"):
+        run.site(core, lambda *x: x[0], q, k, v, torch.ones(1, 1, rows, rows, dtype=torch.bool))
