@@ -121,15 +121,6 @@ def test_what_covers_the_grid_is_dense() -> None:
         assert torch.allclose(predicted(model, pattern, x, cond), dense, atol=1e-10)
 
 
-def test_padded_text_and_padded_tokens_influence_nothing() -> None:
-    model, pattern = tiny_clip_model(7), SETTINGS[0]
-    x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 3))
-    out = predicted(model, pattern, x, cond)
-    assert cond.text is not None
-    cond.text[1, 3:] = 1e3
-    assert torch.equal(predicted(model, pattern, x, cond), out)
-
-
 def test_dense_evaluations_and_layers_are_dense() -> None:
     """Also where slots are padded: their keys must not enter a dense softmax."""
     model = tiny_clip_model(7)

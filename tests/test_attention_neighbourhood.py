@@ -265,16 +265,6 @@ def test_a_radius_beyond_the_grid_is_dense() -> None:
         assert torch.allclose(predicted(model, pattern, x, cond), dense, atol=1e-10)
 
 
-def test_padding_influences_nothing_also_under_pooled_keys() -> None:
-    model = tiny_clip_model(7)
-    pattern = Neighbourhood(radius=3, span=2, pooled=2, block=8, kernel="cpu")
-    x, cond = torch.randn(2, 2, 4, 12, 20).double(), prompt(2, (7, 3))
-    out = predicted(model, pattern, x, cond)
-    assert cond.text is not None
-    cond.text[1, 3:] = 1e3
-    assert torch.equal(predicted(model, pattern, x, cond), out)
-
-
 def test_a_block_holds_as_many_frames_as_a_token_sees() -> None:
     for block, span, shape, tile in (
         (128, 0, (1, 64, 64), [1, 8, 16]),

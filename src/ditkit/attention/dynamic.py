@@ -55,8 +55,9 @@ class Selecting(Sparse):
     def density(self, plan: BlockPlan) -> float:
         return self.policy.share(plan)
 
-    @torch.compiler.disable  # how long the lists are is known from data only
     def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # how long the lists are is known from data only
         bound = for_valid(plan, valid).to(q.device)
         chosen = narrowed(bound, self.policy.kept(bound, q, k))
         self.visited.append(chosen.density)
