@@ -13,7 +13,8 @@ from ditkit.tasks.video import FullVideoRecipe
 def video_dit() -> FullVideoRecipe:
     """1.9 M parameters, 16 frames of 32 x 32 in 1,024 tokens that all see each other; as `vdt` in most else.
 
-    By Muon: after 3,000 steps of AdamW its strokes ignored the given frames, after 2,000 of Muon from there they follow.
+    By Muon: after 3,000 steps of AdamW its strokes ignored the given frames; after 2,000 of Muon from there they
+    follow.
     """
     like = vdt()
     return FullVideoRecipe(
