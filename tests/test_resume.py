@@ -25,12 +25,7 @@ from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_mod
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """A shell starts its background jobs with Ctrl-C ignored, and CI may be one."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 def same_tensors(a: Path, b: Path) -> bool:

@@ -251,6 +251,7 @@ def test_networks_can_be_trained_one_by_one(
     assert results.exists() and trained_on == [2] * 4  # only the first was left to do
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("killed", "batches"), [(False, 4), (True, 7)])
 def test_a_stopped_training_goes_on(
     killed: bool, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
