@@ -52,6 +52,7 @@ COLUMNS = {
         "tuned_psnr_db": "tuned",
         "random_psnr_db": "random blocks",
         "diagonal_psnr_db": "diagonal",
+        "best_psnr_db": "best blocks",
         "reuse_psnr_db": "reuse",
         "fewer_steps_psnr_db": "fewer steps",
     },
