@@ -4,7 +4,8 @@
     python benchmarks/forecasting.py --minutes 1 --clips 32 --keep /tmp/short
 
 Time is the processor's, of all threads, so that a machine with other work gives the same networks. Stopped at any
-moment, the same command goes on.
+moment, the same command goes on; where both trainings ended in clearly less time than `--minutes`, they go on to fill
+it, at the learning rate that the longer half cosine has there.
 """
 
 from __future__ import annotations
@@ -59,8 +60,20 @@ def steps_in(minutes: float, recipe: ClipForecastRecipe) -> int:
 
 def spent(run: Path) -> float:
     """The processor's seconds of all steps of a run, over all its resumes."""
-    lines = (run / LOSSES).read_text().splitlines()
-    return sum(json.loads(line)["processor_seconds"] for line in lines)
+    return sum(line["processor_seconds"] for line in losses(run))
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """What a run wrote of its steps, a line each; none yet where it was stopped before the first."""
+    written = run / LOSSES
+    return [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+
+
+def steps_of(run: Path, minutes: float) -> int:
+    """What a begun run was to have; one that ended with a tenth of the time left or more, what fills the time."""
+    steps, seconds = int(read_json(run / RECIPE)["settings"]["steps"]), 60 * minutes
+    ended = any(line["step"] == steps for line in losses(run))
+    return int(steps * seconds / spent(run)) if ended and spent(run) < 0.9 * seconds else steps
 
 
 def trained(name: str, minutes: float, batch: int, keep: Path) -> Trained:
@@ -68,7 +81,7 @@ def trained(name: str, minutes: float, batch: int, keep: Path) -> Trained:
     run, recipe = keep / name, RECIPES[name]()
     recipe = replace(recipe, settings=replace(recipe.settings, batch=batch, sheet_every=0))
     begun = (run / RECIPE).exists()
-    steps = read_json(run / RECIPE)["settings"]["steps"] if begun else steps_in(minutes, recipe)
+    steps = steps_of(run, minutes) if begun else steps_in(minutes, recipe)
     settings = replace(recipe.settings, steps=steps, warmup=min(200, steps // 10))
     model = train_recipe(replace(recipe, settings=settings), run, resume=begun)
     return Trained(model, spent(run), steps)

@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 
 from bouncing_ball import BouncingBall, Exam
+from claims import Claim, judged, shown
 from common import device, record, show
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
@@ -28,7 +29,6 @@ from ditkit.core.model import parameter_count
 from ditkit.evaluate.blending import blended
 from ditkit.evaluate.features import load_efficientnet_lite0
 from ditkit.evaluate.perceptual import ClipDistance
-from ditkit.evaluate.words import NOTHING
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.tasks.generate import generate
 from ditkit.tasks.masks import MaskMixture
@@ -87,14 +87,6 @@ WITHOUT_NETWORK: Mapping[str, Callable[[Cond], Tensor]] = {
     "nearest or blended frame": held,
     "black frames": black,
 }
-
-
-class Claim(NamedTuple):
-    """In words, and as (row, other row, column): the figure of the first is more than `factor` times the other's."""
-
-    words: str
-    pairs: tuple[tuple[str, str, str], ...]
-    factor: float = 1.0
 
 
 CLAIMS = (
@@ -283,23 +275,8 @@ def distances(models: Mapping[str, Trained], arguments: Arguments) -> dict[str, 
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-    """`CLAIMS` with their figures; one of which a figure was not measured neither holds nor fails."""
-    by_name = {row["made_by"]: row for row in rows}
-    verdicts: list[dict[str, object]] = []
-    for claim in CLAIMS:
-        found = [(by_name[one][column], by_name[other][column]) for one, other, column in claim.pairs]
-        measured = all(figure is not None for pair in found for figure in pair)
-        said = [
-            f"{column}: {one} {shown(x)}, {other} {shown(y)}"
-            for (one, other, column), (x, y) in zip(claim.pairs, found, strict=True)
-        ]
-        holds = all(x > claim.factor * y for x, y in found) if measured else None
-        verdicts.append({"claim": claim.words, "holds": holds, "figures": "; ".join(said)})
-    return verdicts
-
-
-def shown(value: object) -> object:
-    return NOTHING if value is None else f"{value:.3g}" if isinstance(value, float) else value
+    """`CLAIMS` with their figures."""
+    return judged(CLAIMS, rows, named="made_by")
 
 
 def main(arguments: Arguments) -> None:

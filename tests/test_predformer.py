@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import patchify, unpatchify
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.run import DIRECT, Run
+from ditkit.core.run import Run
 from ditkit.evaluate.macs import count_macs
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
-from ditkit.nn.axes import Axis, AxisAttention, Clip, Layer, Stage, layers_of
+from ditkit.nn.axes import Clip, Layer, Stage, layers_of
 from ditkit.sample.forecast import forecast
 
 TINY = PredFormerConfig(
@@ -33,7 +34,7 @@ LAYOUTS = {
     "Quadruplet-TSST": "TSST",
     "Quadruplet-STTS": "STTS",
 }
-FRAMES, PLACES, WIDTH = 3, 4, 16
+FRAMES, PLACES = 3, 4
 CLIP = Clip(FRAMES, PLACES)
 
 
@@ -44,15 +45,6 @@ def tiny(layout: str = TINY.layout, **changes: Any) -> PredFormer:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-def attention_along(axis: Axis) -> AxisAttention:
-    torch.manual_seed(0)
-    return AxisAttention(axis, WIDTH, 2).double()
-
-
-def along(layer: AxisAttention, x: Tensor, clip: Clip = CLIP, run: Run = DIRECT) -> Tensor:
-    return layer(x, clip, run, "attn")
 
 
 # Parameters, and multiply-accumulates of one sample: those of the specification, to the unit.
@@ -153,6 +145,7 @@ def test_a_malformed_layout_is_refused_in_one_line(text, says):
         ({"heads": 0}, "heads=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"mlp_dropout": float("nan")}, "mlp_dropout=nan"),
+        ({"open_gates": True, "gated": False}, "open_gates=True"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(change, says):
@@ -171,48 +164,6 @@ def test_unknown_presets_and_wrong_inputs_are_refused():
     with pytest.raises(ShapeError, match="height=9"):
         tiny()(torch.zeros(1, 2, 4, 9, 12))
     assert replace(TINY, size=8).size == (8, 8)
-
-
-@pytest.mark.parametrize("axis", ["T", "S", "F"])
-def test_jacobian_between_tokens_of_different_lines_is_exactly_zero(axis):
-    layer, L = attention_along(axis), FRAMES * PLACES
-    x = torch.randn(1, L, WIDTH, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: along(layer, x), x)
-    touched = jacobian[0, :, :, 0].abs().amax((1, 3))  # [L out, L in]
-    frame, place = torch.arange(L) // PLACES, torch.arange(L) % PLACES
-    line = {"T": place, "S": frame, "F": torch.zeros(L)}[axis]
-    assert torch.equal(touched != 0, line[:, None] == line)
-
-
-def test_without_positions_frames_commute_with_space_and_tokens_with_time():
-    torch.manual_seed(0)
-    x = torch.randn(2, FRAMES, PLACES, WIDTH, dtype=torch.float64)
-    frames, places = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
-
-    def apply(axis: Axis, x: Tensor) -> Tensor:
-        return along(attention_along(axis), x.flatten(1, 2)).unflatten(1, (FRAMES, PLACES))
-
-    space, time, full = (apply(axis, x) for axis in ("S", "T", "F"))
-    assert torch.allclose(apply("S", x[:, frames]), space[:, frames], atol=1e-14)
-    assert torch.allclose(apply("T", x[:, :, places]), time[:, :, places], atol=1e-14)
-    both = torch.stack([x[:, :, places][:, t] for t in frames], 1)
-    assert torch.allclose(apply("F", both), full[:, frames][:, :, places], atol=1e-14)
-    scrambled = torch.stack([x[:, t, torch.randperm(PLACES)] for t in range(FRAMES)], 1)
-    assert not torch.allclose(apply("T", scrambled).sum((1, 2)), time.sum((1, 2)), atol=1e-6)
-
-
-def test_of_one_frame_time_attention_is_the_path_of_the_values():
-    layer = attention_along("T")
-    x = torch.randn(2, PLACES, WIDTH, dtype=torch.float64)
-    cores = []
-
-    def core(fn: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cores.append(torch.equal(fn(q, k, v), v))
-        return fn(q, k, v)
-
-    out = along(layer, x, Clip(1, PLACES), Run({"attn.core": core}))
-    assert cores == [True]
-    assert torch.allclose(out, layer.out(layer.qkv(x).chunk(3, -1)[2]), atol=1e-14)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -260,18 +211,6 @@ def test_folded_attention_equals_attention_under_a_mask_of_its_lines(layout):
         return fn(x).rows("image", every)
 
     assert torch.allclose(model(x, run=Run({"tokens": masked})), model(x), atol=1e-11)
-
-
-@pytest.mark.parametrize("axis", ["T", "S", "F"])
-def test_a_branch_runs_on_some_rows_as_if_the_others_were_not_there(axis):
-    layer = attention_along(axis)
-    x = torch.randn(2, FRAMES * PLACES, WIDTH, dtype=torch.float64)
-    whole = torch.arange(2 * PLACES)  # the first two frames
-    expected = along(layer, x[:, whole], Clip(2, PLACES))
-    clip = CLIP.rows("image", torch.arange(FRAMES * PLACES)).rows("image", whole)
-    assert torch.allclose(along(layer, x[:, whole], clip), expected, atol=1e-14)
-    with pytest.raises(ShapeError, match="8 tokens, expected 12"):
-        along(layer, x[:, whole])
 
 
 def test_positions_are_one_sequence_over_all_frames():
@@ -356,6 +295,21 @@ def test_initial_weights_are_the_papers():
     opened = PredFormer(replace(TINY, open_gates=True)).blocks[0].mlp
     assert opened.gate.bias.eq(1).all() and opened.gate.weight.abs().max() < 1e-5
     assert opened.value.weight.std() > 0.01
+
+
+def test_without_gates_a_block_feeds_through_two_layers():
+    """The paper's ablation (Table 7), and the hidden width at which it has as many weights."""
+    plain = tiny("T", gated=False, hidden=48).blocks[0]
+    x = torch.randn(2, 6, TINY.width)
+    inner, out = plain.mlp.inner, plain.mlp.out
+    by_hand = gelu(plain.mlp_norm(x) @ inner.weight.T + inner.bias) @ out.weight.T + out.bias
+    torch.testing.assert_close(plain.feed(x), by_hand)
+    gated = tiny("T", hidden=32).blocks[0]
+    counts = [
+        sum(weight.numel() for weight in mlp.parameters() if weight.ndim == 2)
+        for mlp in (plain.mlp, gated.mlp)
+    ]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", ["attn_dropout", "mlp_dropout", "drop_path"])

@@ -20,7 +20,7 @@ from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.axes import Axis, AxisAttention, Clip, ClipTokens, Layer, drop_lines, layers_of, spans
 from ditkit.nn.blocks import Stack
-from ditkit.nn.mlp import SwiGLU
+from ditkit.nn.mlp import PlainMLP, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class PredFormerConfig:
             that divide into patches run too: positions are computed, not learned.
         patch: side of a token, in pixels of one frame.
         width, heads: of the transformer. hidden: of the SwiGLU.
+        gated: a SwiGLU, or else two layers with GELU (the paper's ablation; 1.5 times `hidden` has its parameters).
         layout: the axis of each block (`ditkit.nn.axes.layers_of`): "F24", "S12T12", "TSST*6", "+STS*4" ...
         attn_dropout, mlp_dropout: after attention's output layer; within and after the SwiGLU.
         drop_path: chance that a block's branch is left out for a frame or a place, the same in every block.
@@ -45,6 +46,7 @@ class PredFormerConfig:
     width: int = 256
     heads: int = 8
     hidden: int = 1024
+    gated: bool = True
     layout: str = "TSST*6"
     attn_dropout: float = 0.0
     mlp_dropout: float = 0.0
@@ -62,6 +64,8 @@ class PredFormerConfig:
             )
         divides_into_heads(self)
         shares(self, "attn_dropout", "mlp_dropout", "drop_path")
+        if self.open_gates and not self.gated:
+            raise ConfigError("PredFormer: open_gates=True has no gates to open, expected gated=True")
         layers_of(self.layout)
 
 
@@ -167,7 +171,7 @@ class GatedBlock(nn.Module):
         self.attn_dropout, self.mlp_dropout = c.attn_dropout, c.mlp_dropout
         self.attn_norm, self.mlp_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         self.attn = AxisAttention(axis, c.width, c.heads)
-        self.mlp = SwiGLU(c.width, c.hidden, c.mlp_dropout)
+        self.mlp = (SwiGLU if c.gated else PlainMLP)(c.width, c.hidden, c.mlp_dropout)
         self.close = nn.LayerNorm(c.width) if closing else nn.Identity()
 
     def attend(self, run: Run, at: str, x_BLD: Tensor, clip: Clip) -> Tensor:
@@ -176,7 +180,7 @@ class GatedBlock(nn.Module):
         return F.dropout(out, self.attn_dropout, self.training)
 
     def feed(self, x_BLD: Tensor) -> Tensor:
-        """The SwiGLU branch; row-wise."""
+        """The feed-forward branch; row-wise."""
         return F.dropout(self.mlp(self.mlp_norm(x_BLD)), self.mlp_dropout, self.training)
 
     def forward(self, x_BLD: Tensor, clip: Clip, run: Run = DIRECT, at: str = "blocks.0") -> Tensor:

@@ -19,3 +19,16 @@ class SwiGLU(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         gated = F.silu(self.gate(u)) * self.value(u)
         return self.out(F.dropout(gated, self.dropout, self.training))
+
+
+class PlainMLP(nn.Module):
+    """W2 drop(GELU(W1 u)), both with bias: what a SwiGLU is measured against."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.inner = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.out(F.dropout(F.gelu(self.inner(u)), self.dropout, self.training))
