@@ -249,7 +249,7 @@ def test_a_kernel_that_is_not_here_is_refused_before_the_first_block():
     assert not blocks
 
 
-def test_a_mask_that_differs_from_query_to_query_is_refused():
+def test_a_mask_that_differs_from_query_to_query_or_weighs_keys_is_refused():
     model = tiny_clip_model()
     pattern = Grouped(group=(2, 2, 4), block=16, kernel="cpu")
     call = Call(0, 2, 0.5, layout=model.layout(model.sample_shape))
@@ -259,3 +259,9 @@ def test_a_mask_that_differs_from_query_to_query_is_refused():
     q = k = v = torch.zeros(1, 2, slots, 12).double()
     with pytest.raises(ShapeError, match=rf"a mask of \[1, 1, {rows}, {rows}\], expected \[B, 1, 1, keys\]"):
         run.site(core, lambda *x: x[0], q, k, v, torch.ones(1, 1, rows, rows, dtype=torch.bool))
+    for added in (-0.5, 1.0, float("nan")):
+        weights = torch.zeros(1, 1, 1, rows).index_fill(3, torch.tensor([3]), added)
+        with pytest.raises(
+            ShapeError, match=f"a mask that adds {added:g} to scores, expected 0 or at most -10000"
+        ):
+            run.site(core, lambda *x: x[0], q, k, v, weights)

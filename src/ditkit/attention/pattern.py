@@ -24,6 +24,8 @@ from ditkit.core.run import Call, Handler, Site, attended, named
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
 
 Execution = Literal["auto", "cpu", "triton", "flex", "reference", "none"]
+HIDES = -1e4
+"""What an additive mask adds to hide a key, or less: exp(-10000) is 0 in every type, and float16 has no -1e5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,14 +309,28 @@ def _valid(seat: Seat, keys: int, *masks: Tensor) -> Tensor | None:
     Masks are [B, 1, 1, M]: bool, true for what is seen, or added to scores; for the first M rows of the sequence.
 
     Raises:
-        ShapeError: a mask that differs from query to query.
+        ShapeError: a mask that differs from query to query, or weighs keys instead of hiding them.
     """
     if not masks:
         return None
     (mask,) = masks
     if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
         raise ShapeError(f"attention pattern: a mask of {list(mask.shape)}, expected [B, 1, 1, keys]")
-    seen = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] >= 0
+    seen = mask[:, 0, 0] if mask.dtype == torch.bool else _kept(mask[:, 0, 0])
     seen = F.pad(seen, (0, keys - seen.shape[1]), value=True)
     before, image, after = seen.tensor_split((seat.before, seat.before + seat.slots), 1)
     return torch.cat((image[:, seat.image.to(image.device)], after, before), 1)
+
+
+def _kept(added: Tensor) -> Tensor:
+    """Where a mask that is added to scores hides nothing.
+
+    Raises:
+        ShapeError: it weighs keys, which no kernel does.
+    """
+    kept = added == 0
+    if not torch.compiler.is_compiling() and (weighing := added[~(kept | (added <= HIDES))]).numel():
+        raise ShapeError(
+            f"attention pattern: a mask that adds {weighing[0].item():g} to scores, expected 0 or at most {HIDES:g}"
+        )
+    return kept
