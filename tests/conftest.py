@@ -21,6 +21,20 @@ def repeatable() -> Iterator[None]:
 
 
 @pytest.fixture
+def nothing_installed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No set of this machine is visible, except to the tests on the real packages."""
+    if request.node.name.startswith("test_real_"):
+        return
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("HOME", str(elsewhere))
+    monkeypatch.delenv("DITKIT_DATA", raising=False)
+    monkeypatch.setattr("ditkit.data.sets.fashion.DEBIAN_FOLDER", elsewhere / "absent")
+
+
+@pytest.fixture
 def interruptible() -> Iterator[None]:
     """A shell starts its background jobs with Ctrl-C ignored, and CI may be one."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

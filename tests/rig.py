@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
+from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
@@ -41,7 +42,7 @@ def evaluate(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tenso
     return trajectory.leave(call, model(x, t, cond, run=trajectory.run(call)))
 
 
-def call_at(model: DiT, index: int, lane: str = "cond", total: int = STEPS, net: str = "main") -> Call:
+def call_at(model: Denoiser, index: int, lane: str = "cond", total: int = STEPS, net: str = "main") -> Call:
     return Call(index, total, 1 - index / total, lane, net, model.layout(model.sample_shape))
 
 

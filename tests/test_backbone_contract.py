@@ -18,6 +18,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import DitkitError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.run import DIRECT, Run
+from models_for_tests import perturbed
 
 SHRUNK = {
     "size": 8,
@@ -45,12 +46,7 @@ def config_of(kind: type[Model]) -> Any:
 
 
 def awake(kind: type[Model]) -> Model:
-    """In eval mode, with no parameter left at zero: a zero gate would hide what lies behind it."""
-    model = kind(config_of(kind)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(kind(config_of(kind)), 0.1)
 
 
 def inputs(model: Model, size: int = BATCH) -> tuple[Any, ...]:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import ditkit
+from cli_for_tests import Capture, exit_code, output, save_photos
 from ditkit.cli import compare as compare_command
-from ditkit.cli import evaluate as evaluate_command
 from ditkit.cli import generate as generate_command
 from ditkit.cli.generate import file_stems, slug
 from ditkit.cli.guiding import Guiding
@@ -24,15 +24,15 @@ from ditkit.cli.parsing import one_line
 from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
-from ditkit.evaluate.features import HEAD_TAP, POOLED_TAP
 from ditkit.evaluate.pictures import grid
 from ditkit.sample import Autoguidance, ClassifierFree, Unguided
 from ditkit.tasks.class_image import write_sheet
 from ditkit.tasks.generate import Generated
 from models_for_tests import CLASSES, save_tiny, tiny_model
 
-Capture = pytest.CaptureFixture[str]
 COLUMNS = 80
+SMALL = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2", "--warmup", "0"]
+SMALL += ["--precision", "float32", "--snapshot-every", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of class folders, three noisy pictures in each."""
-    generator = torch.Generator().manual_seed(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name / f"{i}.png")
-    return tmp_path / "photos"
-
-
-def output(capsys: Capture, *words: object) -> str:
-    """What `ditkit WORDS` prints on stdout; it must succeed, and be silent on stderr."""
-    code = main([str(word) for word in words])
-    said = capsys.readouterr()
-    assert code == 0 and said.err == "", said
-    return said.out
+    return save_photos(tmp_path / "photos")
 
 
 HELPS = [(), ("train",), *((command,) for command in COMMANDS), *(("train", name) for name in found())]
@@ -184,22 +169,17 @@ def test_the_demo_is_what_it_says(
 
 def test_train_from_a_folder_then_generate(photos: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
-    size = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2"]
-    cadence = ["--warmup", "0", "--sheet-every", "2", "--save-every", "1", "--snapshot-every", "0"]
-    words = ["train", "emoji", "--data", photos, "--batch", "4", "--precision", "float32", *size, *cadence]
-    assert main([str(word) for word in [*words, "--steps", "2", "--out", run]]) == 0
+    words = ["train", "emoji", "--data", photos, *SMALL, "--batch", "4", "--sheet-every", "2"]
+    words += ["--save-every", "1", "--out", run]
+    assert exit_code(*words, "--steps", "2") == 0
     assert f"ditkit generate {run / 'model'}" in capsys.readouterr().out
     assert Image.open(run / "samples" / "000002.png").size[0] > 16
     assert len((run / "losses.jsonl").read_text().splitlines()) == 2
 
-    assert main([str(word) for word in [*words, "--steps", "3", "--out", run, "--resume"]]) == 0
+    assert exit_code(*words, "--steps", "3", "--resume") == 0
     capsys.readouterr()
     assert len((run / "losses.jsonl").read_text().splitlines()) == 3
     assert output(capsys, "generate", run / "model", "--list-labels") == "cat\ndog\n"
-
-
-SMALL = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2", "--warmup", "0", "--steps", "1"]
-SMALL += ["--batch", "2", "--precision", "float32", "--sheet-every", "0", "--snapshot-every", "0"]
 
 
 def test_captions_train_as_one_class_and_only_what_exists_is_named(
@@ -209,8 +189,9 @@ def test_captions_train_as_one_class_and_only_what_exists_is_named(
     lines = [json.dumps({"file_name": name, "text": f"picture {name}"}) for name in names]
     (photos / "metadata.jsonl").write_text("\n".join(lines))
     run = tmp_path / "run"
-    words = ["train", "emoji", "--data", photos, *SMALL, "--save-every", "0", "--out", run]
-    assert main([str(word) for word in words]) == 0
+    words = ["train", "emoji", "--data", photos, *SMALL, "--steps", "1", "--batch", "2", "--sheet-every", "0"]
+    words += ["--save-every", "0", "--out", run]
+    assert exit_code(*words) == 0
     said = capsys.readouterr().out
     assert f"wrote {run}: model, losses.jsonl, tensorboard; go on with: " in said
     assert not (run / "samples").exists() and not (run / "state.safetensors").exists()
@@ -243,66 +224,6 @@ def test_the_training_sheet_shows_every_class_in_its_row(tmp_path: Path) -> None
     write_sheet(tmp_path, tiny_model(), 123)
     width, height = Image.open(tmp_path / "000123.png").size
     assert height == pytest.approx(2 * width, rel=0.05)  # 8 classes down, 4 samples across
-
-
-class Features:
-    """Stands for the pretrained network: per-channel statistics of a picture."""
-
-    def taps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        pooled = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-        return {POOLED_TAP: pooled, HEAD_TAP: torch.cat([pooled, pooled.square()], 1)}
-
-
-def test_evaluate_measures_and_shows_neighbours(
-    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, out = tmp_path / "m", tmp_path / "out"
-    tiny_model(classes=2, class_names=("cat", "dog")).save(folder)
-    monkeypatch.setattr(evaluate_command, "load_efficientnet_lite0", Features)
-    monkeypatch.setattr(
-        evaluate_command, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
-    )
-    (photos / "dog" / "bad.png").write_bytes(b"no image")
-    flags = ["--data", photos, "--max-bad", "1", "--count", "6", "--steps", "4", "--batch-size", "4"]
-    flags += ["--guidance-interval", "0.2", "0.8", "--real-count", "4"]
-    text = output(capsys, "evaluate", folder, *flags, "--policy", "taylorseer:interval=2", "--out", out)
-    assert "KID" in text and "n = 6 drawn, 4 real" in text and "efficientnet" in text
-
-    result = json.loads((out / "evaluation.json").read_text())
-    assert (result["n_fake"], result["n_real"]) == (6, 4) and result["fid"] is None
-    assert result["settings"]["policies"] == ["taylorseer:interval=2"] and result["macs_each"] > 0
-    assert result["command"].startswith(
-        f"ditkit evaluate {folder} --data {photos} --max-bad 1 --real-count 4 --count 6 --steps 4"
-    )
-    assert "--guidance 2.0 --guidance-interval 0.2 0.8 --solver euler" in result["command"]
-    assert result["command"].endswith("--policy taylorseer:interval=2 --batch-size 4")
-    assert len(result["nearest"]) == 6
-    ids = {f"{name}/{i}.png" for name, i in (("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1))}
-    assert all(entry["pixels"]["id"] in ids and entry["features"]["id"] in ids for entry in result["nearest"])
-    assert Image.open(out / "neighbours.png").size[0] > 3 * 96
-
-
-def test_evaluate_refuses_other_classes(photos: Path, model: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert main(["evaluate", str(model), "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "photos has 2 classes, the model has 4" in line
-
-
-def test_evaluate_refuses_too_few_real_pictures_before_drawing(
-    photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_model(classes=2, class_names=("cat", "dog")).save(tmp_path / "m")
-    for name in ("cat/0", "cat/1", "dog/2"):
-        (photos / f"{name}.png").unlink()
-    monkeypatch.setattr(evaluate_command, "generate", lambda *_, **__: pytest.fail("work has started"))
-    words = ["evaluate", tmp_path / "m", "--data", photos, "--out", tmp_path / "out"]
-    assert main([str(word) for word in words]) == 2
-    assert "photos has 3 pictures, expected at least 4" in capsys.readouterr().err
-    words += ["--real-count", 5]
-    (photos / "dog" / "3.png").write_bytes((photos / "dog" / "0.png").read_bytes())
-    assert main([str(word) for word in words]) == 2
-    assert "--real-count=5, expected 4 to 4, as photos has" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_flags_of_guidance_become_a_guidance(model: Path, tmp_path: Path, capsys: Capture) -> None:

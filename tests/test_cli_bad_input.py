@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli_for_tests import Capture, complaint
 from ditkit.cli.main import main
 from models_for_tests import save_tiny, tiny_model
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-def complaint(capsys: Capture, *words: object) -> str:
-    """The one line that `ditkit WORDS` prints on stderr."""
-    code = main([str(word) for word in words])
-    said = capsys.readouterr()
-    assert code == 2, said
-    assert said.out == ""
-    (line,) = said.err.splitlines()
-    assert line.startswith("ditkit: error: ")
-    return line
 
 
 def files(folder: Path) -> list[Path]:

@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 
 import ditkit
-from ditkit.cli.main import main
+from cli_for_tests import Capture, complaint, exit_code
 from ditkit.cli.train import found
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
 from ditkit.evaluate.pictures import write_png
 
-Capture = pytest.CaptureFixture[str]
 QUICK = [
     "--batch",
     "4",
@@ -51,18 +50,10 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def said(capsys: Capture, *words: object) -> str:
     """What `ditkit WORDS` prints; it must succeed."""
-    code = main([str(word) for word in words])
+    code = exit_code(*words)
     captured = capsys.readouterr()
     assert code == 0, captured
     return captured.out
-
-
-def complaint(capsys: Capture, *words: object) -> str:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == "", captured
-    (line,) = captured.err.splitlines()
-    return line
 
 
 def told(text: str) -> dict[str, str]:

@@ -11,17 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cli_for_tests import Capture, complaint, output
 from ditkit.cli import video as video_command
-from ditkit.cli.main import main
 from ditkit.cli.video import TOLD
 from ditkit.core.convention import Convention
 from ditkit.data.sets import moving_digits
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.tasks import video_pictures
-from models_for_tests import save_tiny
+from models_for_tests import perturbed, save_tiny
 
-Capture = pytest.CaptureFixture[str]
 FRAMES, SIDE = 8, 16
 EVERY = (*TOLD, "unconditional")
 
@@ -35,10 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = VDTConfig(1, FRAMES, SIDE, patch=4, width=8, depth=2, heads=1, convention=Convention())
-    network = VDT(config).requires_grad_(False)
-    for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return network.save(folder / "vdt")
+    return perturbed(VDT(config), 0.1).save(folder / "vdt")
 
 
 @pytest.fixture(autouse=True)
@@ -53,28 +49,13 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving_digits, "read_digits", squares)
 
 
-def said(capsys: Capture, *words: object) -> str:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert code == 0 and captured.err == "", captured
-    return captured.out
-
-
-def complaint(capsys: Capture, *words: object) -> str:
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == "", captured
-    (line,) = captured.err.splitlines()
-    return line
-
-
 def test_every_mask_is_drawn_scored_and_shown(
     model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     flags = ["--data", "moving-digits", "--count", "2", "--seeds", "7", "9", "--steps", "6"]
     flags += ["--policy", "taylorseer:interval=2,order=1", "--out", str(tmp_path)]
-    text = said(capsys, "video", model, *flags)
+    text = output(capsys, "video", model, *flags)
     films = {f"{mask}.{suffix}" for mask in EVERY for suffix in ("mp4", "gif", "png")}
     assert {path.name for path in tmp_path.iterdir()} == films | {"leadtime.png", "video.json"}
     assert all(name in text for name in films) and str(tmp_path) in text and "14 clips in" in text
@@ -94,11 +75,11 @@ def test_every_mask_is_drawn_scored_and_shown(
 def test_the_command_that_is_noted_gives_the_same_again(model: Path, tmp_path: Path, capsys: Capture) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     flags = ["--data", "moving-digits", "--mask", "region", "--mask", "first-last", "--count", "2"]
-    said(capsys, "video", model, *flags, "--frames", "4", "--size", "20", "--steps", "2", "--out", first)
+    output(capsys, "video", model, *flags, "--frames", "4", "--size", "20", "--steps", "2", "--out", first)
     assert not (first / "leadtime.png").exists()
     noted = json.loads((first / "video.json").read_text())
     assert noted["settings"]["size"] == [20, 20] and noted["settings"]["frames"] == 4
-    said(capsys, *shlex.split(noted["command"])[1:], "--out", again)
+    output(capsys, *shlex.split(noted["command"])[1:], "--out", again)
     found = json.loads((again / "video.json").read_text())
     for scores in noted["masks"] + found["masks"]:
         del scores["seconds"]
@@ -107,7 +88,7 @@ def test_the_command_that_is_noted_gives_the_same_again(model: Path, tmp_path: P
 
 
 def test_without_data_only_what_needs_none(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    text = said(capsys, "video", model, "--count", "3", "--steps", "1", "--frames", "5", "--out", tmp_path)
+    text = output(capsys, "video", model, "--count", "3", "--steps", "1", "--frames", "5", "--out", tmp_path)
     assert "no --data" in text
     assert {path.stem for path in tmp_path.iterdir()} == {"unconditional", "video"}
     with Image.open(tmp_path / "unconditional.gif") as film:
@@ -119,7 +100,7 @@ def test_without_pyav_there_are_gifs_and_a_line_that_says_so(
 ) -> None:
     for module in (video_command, video_pictures):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-    text = said(capsys, "video", model, "--count", "1", "--steps", "1", "--out", tmp_path)
+    text = output(capsys, "video", model, "--count", "1", "--steps", "1", "--out", tmp_path)
     assert "no MP4" in text and "ditkit[video]" in text
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gif", ".json", ".png"]
 

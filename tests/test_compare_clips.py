@@ -32,7 +32,7 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.sample.loop import sample
 from ditkit.tasks.video import conditioned
-from models_for_tests import save_tiny
+from models_for_tests import perturbed, save_tiny
 
 STEPS, CONVERGED, SEEDS, FRAMES, SIZE = 8, 20, (0, 1, 2), 4, 16
 POLICIES = (TaylorSeer(interval=1), TaylorSeer(interval=4, order=0))
@@ -43,27 +43,16 @@ REQUIRED = OF_CLIPS | {
 }  # fmt: skip
 
 
-def awake(model: Denoiser) -> Denoiser:
-    """In eval mode with no parameter left at zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def tiny_vdt(**changes: object) -> VDT:
     options = {"channels": 1, "frames": FRAMES, "size": SIZE, "patch": 4, "width": 16, "depth": 2, "heads": 2}
     torch.manual_seed(0)
-    return awake(VDT(VDTConfig(**{**options, "convention": Convention(), **changes})))
+    return perturbed(VDT(VDTConfig(**{**options, "convention": Convention(), **changes})), 0.1)
 
 
 def tiny_video_dit() -> VideoDiT:
     torch.manual_seed(0)
-    return awake(
-        VideoDiT(
-            VideoDiTConfig(channels=1, frames=FRAMES, size=SIZE, patch=(1, 4, 4), width=24, depth=2, heads=2)
-        )
-    )
+    config = VideoDiTConfig(channels=1, frames=FRAMES, size=SIZE, patch=(1, 4, 4), width=24, depth=2, heads=2)
+    return perturbed(VideoDiT(config), 0.1)
 
 
 def told(kind: str = "predict", frames: int = FRAMES) -> Cond:

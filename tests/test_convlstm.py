@@ -10,6 +10,7 @@ from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import Run
 from ditkit.models.convlstm import Cell, ConvLSTM, ConvLSTMConfig
 from ditkit.sample.forecast import forecast
+from models_for_tests import perturbed
 
 TINY = ConvLSTMConfig(
     channels=2, frames=4, size=(8, 12), patch=2, states=(6, 5), input_kernel=3, state_kernel=3
@@ -18,11 +19,7 @@ TINY = ConvLSTMConfig(
 
 def tiny(**changes: object) -> ConvLSTM:
     torch.manual_seed(0)
-    model = ConvLSTM(replace(TINY, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(ConvLSTM(replace(TINY, **changes)), 0.1)
 
 
 @pytest.mark.parametrize(

@@ -19,23 +19,12 @@ from ditkit.core.errors import ConfigError, DataError
 from ditkit.data import ImageSet, load, names
 from ditkit.data.sets import emoji, fashion
 
+pytestmark = pytest.mark.usefixtures("nothing_installed")
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def nothing_installed(request, tmp_path_factory, monkeypatch):
-    """No set of this machine is visible, except to the tests on the real packages."""
-    if request.node.name.startswith("test_real_"):
-        return
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("HOME", str(elsewhere))
-    monkeypatch.delenv("DITKIT_DATA", raising=False)
-    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", elsewhere / "absent")
 
 
 # -- the set itself

@@ -1,4 +1,4 @@
-"""Fields and series: parts and windows without leakage, scaling, calendars, and what each bad file says."""
+"""Fields: parts and windows without leakage, scaling, named sets, and what each bad netCDF file says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.data import fields, series
-from ditkit.data.calendar import Step, month_of_year, slot_of_day, step_of
+from ditkit.data import fields
+from ditkit.data.calendar import Step
 from ditkit.data.fields import FieldSet
 from ditkit.data.sets import rain, winds
 
@@ -30,44 +30,6 @@ def tiny(**changes) -> FieldSet:
         "units": ("m", "K"),
     }
     return FieldSet(**(given | changes))
-
-
-# -- calendar
-
-
-def times(*stamps: str) -> np.ndarray:
-    return np.array(stamps, dtype="M8[us]")
-
-
-@pytest.mark.parametrize(
-    ("stamps", "step"),
-    [
-        (["2024-01-31", "2024-02-29", "2024-03-31"], "month"),
-        (["2022-01-01", "2023-01-01", "2024-01-01"], "12 months"),
-        (["2024-01-01", "2024-01-08", "2024-01-15"], "7 days"),
-        (["2024-02-28T23:30", "2024-02-29T00:00", "2024-02-29T00:30"], "30 minutes"),
-        (["2024-01-01T00:00:00", "2024-01-01T00:00:00.1"], "100 milliseconds"),
-        (["2024-01-01T00", "2024-01-01T01", "2024-01-01T02", "2024-01-01T05"], "hour"),
-        (["1982-01-16T20:00", "1982-02-16T06:30", "1982-03-18T17:00"], "month"),
-    ],
-)
-def test_step_of_a_calendar(stamps, step):
-    found = step_of(times(*stamps))
-    assert str(found) == step
-    assert found.index(times(*stamps)).tolist()[:2] == [0, 1]
-
-
-def test_a_month_keeps_its_day_or_ends_on_its_last():
-    after = Step(1, "month").after(times("2024-01-31T12:00")[0], np.arange(4))
-    expected = ["2024-01-31T12:00", "2024-02-29T12:00", "2024-03-31T12:00", "2024-04-30T12:00"]
-    assert after.tolist() == times(*expected).tolist()
-
-
-def test_phases_of_year_and_day():
-    stamps = times("1969-12-31T23:59", "2024-03-01T06:00")
-    assert month_of_year(stamps).tolist() == [11, 2]
-    assert slot_of_day(stamps, 24).tolist() == [23, 6]
-    assert [Step(1, "hour").per_day, Step(5, "hour").per_day, Step(1, "day").per_day] == [24, 0, 0]
 
 
 # -- the set itself
@@ -340,124 +302,3 @@ def test_what_is_no_netcdf_with_fields(tmp_path):
     (tmp_path / "text.nc").write_text("no")
     with pytest.raises(DataError, match=r"cannot read .*text.nc as netCDF"):
         fields.load(tmp_path / "text.nc")
-
-
-# -- a CSV of several series
-
-
-@pytest.fixture
-def csv(tmp_path):
-    pytest.importorskip("pandas")
-
-    def write(*rows: str, header: str = "time,load,heat") -> Path:
-        path = tmp_path / "s.csv"
-        path.write_text("\n".join([header, *rows]) + "\n")
-        return path
-
-    return write
-
-
-def test_series_become_a_field_of_one_cell(csv):
-    path = csv("2024-01-31,1,2e3", "2024-02-29, 3 ,4", "", "2024-03-31,5,6")
-    found = series.load(path)
-    assert found.values.shape == (3, 2, 1, 1) and found.values.flatten().tolist() == [1, 2000, 3, 4, 5, 6]
-    assert (found.name, found.variables, str(found.step), found.valid) == (
-        "s",
-        ("load", "heat"),
-        "month",
-        None,
-    )
-    assert series.load(path, columns=["heat"]).values.flatten().tolist() == [2000, 4, 6]
-
-
-def test_time_column_format_separator_and_offsets(csv):
-    path = csv("1;31.03.2024 01:00+01:00", "2;31.03.2024 03:00+02:00", header="load;when")
-    found = series.load(path, time="when", time_format="%d.%m.%Y %H:%M%z", separator=";")
-    assert [str(t) for t in found.times.astype("M8[h]")] == ["2024-03-31T00", "2024-03-31T01"]
-
-
-DAYS = ("2024-01-01,1,2", "2024-01-02,3,4", "2024-01-03,5,6")
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ((), "holds no lines of data, expected a header and at least 2"),
-        (DAYS[:1], "lines with data: 1, expected at least 2"),
-        ((*DAYS, "2024-01-04,x,4"), "line 5: column 'load' is 'x', expected a number"),
-        ((*DAYS, "2024-01-04,True,4"), "line 5: column 'load' is 'True', expected a number"),
-        (
-            (*DAYS, "2024-01-04,,4"),
-            r"line 5: column 'load' has no finite value \(1 missing.*repair='interpolate'",
-        ),
-        ((*DAYS, "2024-01-04,inf,4"), "line 5: column 'load' has no finite value"),
-        ((*DAYS, "2024-01-04,1e300,4"), "line 5: column 'load' has no finite value"),
-        ((*DAYS, "2024-01-04,7"), "line 5: column 'heat' has no finite value"),
-        ((*DAYS, "2024-01-04,7,8,9"), "Expected 3 fields in line 5, saw 4"),
-        (
-            (*DAYS, "soon,7,8"),
-            "line 5: time column 'time' is 'soon', expected a time stamp like '2024-01-01'",
-        ),
-        ((*DAYS, "2024-01-32,7,8"), "line 5: time column 'time' is '2024-01-32'"),
-        ((*DAYS, ",7,8"), "line 5: time column 'time' is empty"),
-        (
-            ("0,7,8", "1,7,8"),
-            "line 2: time column 'time' is '0', expected a time stamp like 2024-01-31 18:00",
-        ),
-        (("2024-01-01,7,8,9",), "line 2: 4 values, expected 3 as in the header, separated by ','"),
-        (DAYS[::-1], "line 3: time 2024-01-02T00:00 comes after 2024-01-03T00:00.*repair='sort'"),
-        ((*DAYS, DAYS[2]), "line 5: time 2024-01-03T00:00 again, first on line 4.*repair='first'"),
-        (
-            (*DAYS, "", "2024-01-06,7,8"),
-            r"line 6: time 2024-01-06T00:00 follows 2024-01-03T00:00, expected one step \(day\).*\(2 steps in all\)",
-        ),
-        (("2024-01-01,1,", "2024-01-02,1,"), "column 'heat' holds no number at all"),
-    ],
-)
-def test_bad_rows_are_named(csv, rows, message):
-    with pytest.raises(DataError, match=message) as caught:
-        series.load(csv(*rows))
-    assert "\n" not in str(caught.value) and "s.csv" in str(caught.value)
-
-
-def test_a_time_between_two_steps_has_no_repair(csv):
-    rows = [f"2024-01-01 0{i}:00,1,2" for i in range(4)]
-    with pytest.raises(
-        DataError, match=r"line 6: time 2024-01-01T04:20 is no whole number of steps \(hour\)"
-    ):
-        series.load(csv(*rows, "2024-01-01 04:20,1,2"), repair="interpolate")
-
-
-def test_bad_headers_and_columns(csv):
-    with pytest.raises(DataError, match="line 1: column 'a' appears 2 times"):
-        series.load(csv("2024-01-01,1,2", header="time,a,a"))
-    with pytest.raises(ConfigError, match="unknown column 'laod'; did you mean 'load'"):
-        series.load(csv(*DAYS), columns=["laod"])
-    with pytest.raises(ConfigError, match="at least one series, each column once"):
-        series.load(csv(*DAYS), columns=["time"])
-    with pytest.raises(DataError, match="No such file"):
-        series.load("absent.csv")
-
-
-def test_every_repair_at_once(csv, caplog):
-    path = csv("2024-01-05,1,2", "2024-01-01,1,2", "2024-01-01,9,9", "2024-01-02,,3", "2024-01-04,7,5")
-    found = series.load(path, repair=("sort", "first", "interpolate"))
-    assert [str(t) for t in found.times.astype("M8[D]")] == [f"2024-01-0{i}" for i in range(1, 6)]
-    assert found.values[:, :, 0, 0].tolist() == [[1, 2], [3, 3], [5, 4], [7, 5], [1, 2]]
-    assert "1 of 5 steps are missing and interpolated" in caplog.text
-
-
-def test_a_gap_of_a_month_is_filled_on_its_last_day(csv):
-    found = series.load(csv("2024-01-31,1,2", "2024-03-31,3,2", "2024-04-30,4,1"), repair="interpolate")
-    assert [str(t) for t in found.times.astype("M8[D]")] == [
-        "2024-01-31",
-        "2024-02-29",
-        "2024-03-31",
-        "2024-04-30",
-    ]
-    assert found.values[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
-
-
-def test_a_wrong_century_is_not_filled(csv):
-    with pytest.raises(DataError, match=r"line 5: gaps need 36521 steps \(day\) made up from 4 given ones"):
-        series.load(csv(*DAYS, "2124-01-01,1,2"), repair="interpolate")

@@ -17,7 +17,7 @@ from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
 from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import SIZES, DiT, DiTConfig
-from ditkit.nn.embeddings import sincos_table, sinusoid
+from models_for_tests import perturbed
 
 SMALL = DiTConfig(size=8, patch=2, channels=4, width=32, depth=3, heads=4, classes=5)
 TOLD = Cond(label=torch.tensor([0]))
@@ -95,12 +95,7 @@ def batch(config: DiTConfig = SMALL, size: int = 3) -> tuple[torch.Tensor, torch
 
 
 def awake(config: DiTConfig = SMALL) -> DiT:
-    """A model in eval mode with no parameter left at zero."""
-    model = DiT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(DiT(config), 0.1)
 
 
 @pytest.mark.parametrize("convention", [DDPM, SIT, Convention()])
@@ -127,33 +122,6 @@ def test_initialisation_is_the_papers():
         assert table.std().item() == pytest.approx(0.02, rel=0.05)
     for zero in (block.modulation, model.head.modulation, model.head.out):
         assert not zero.weight.any() and not zero.bias.any()
-
-
-def test_positions_encode_the_column_first_then_the_row_each_sin_then_cos():
-    grid, width = Grid(1, 3, 5), 16
-    table = sincos_table(grid, width)
-    for row in range(3):
-        for column in range(5):
-            for channel in range(width):
-                half, place = divmod(channel, width // 2)
-                wave, i = divmod(place, width // 4)
-                angle = (column, row)[half] * 10000 ** (-2 * i / (width // 2))
-                expected = (math.sin, math.cos)[wave](angle)
-                assert table[row * 5 + column, channel].item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_every_frame_has_the_same_positions():
-    assert torch.equal(sincos_table(Grid(3, 2, 4), 8), sincos_table(Grid(1, 2, 4), 8).repeat(3, 1))
-
-
-def test_times_are_embedded_cosine_first():
-    t = torch.tensor([0.0, 0.37, 17.0, 999.0])
-    wave = sinusoid(t, 256)
-    for row, time in enumerate(t.tolist()):
-        for i in range(128):
-            angle = time * math.exp(-math.log(1e4) * i / 128)
-            assert wave[row, i].item() == pytest.approx(math.cos(angle), abs=1e-4)
-            assert wave[row, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
 
 
 def original_state(config: DiTConfig, scale: float = 0.1) -> dict[str, torch.Tensor]:
@@ -337,12 +305,8 @@ def test_a_given_drop_is_honoured_in_any_mode(training):
 def test_without_dropout_training_draws_no_random_numbers():
     model = awake(replace(SMALL, label_dropout=0.0)).train()
     before = torch.get_rng_state()
-    model(*batch_of_zeros())
+    model(torch.zeros(2, 4, 8, 8), torch.zeros(2), Cond(label=torch.zeros(2, dtype=torch.long)))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def batch_of_zeros() -> tuple[torch.Tensor, torch.Tensor, Cond]:
-    return torch.zeros(2, 4, 8, 8), torch.zeros(2), Cond(label=torch.zeros(2, dtype=torch.long))
 
 
 def test_another_size_than_the_configs_is_placed_by_its_own_grid():

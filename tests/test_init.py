@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import ditkit
+from cli_for_tests import Capture, complaint, exit_code
 from ditkit.attention.neighbourhood import Neighbourhood
-from ditkit.cli.main import main
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.data.sets import moving_digits
@@ -24,9 +24,8 @@ from ditkit.recipes.image_vae import image_vae
 from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
-from test_cli_latent import QUICK, TINY, complaint, said
+from test_cli_latent import QUICK, TINY, said
 
-Capture = pytest.CaptureFixture[str]
 CLIP = VideoDiTConfig(
     frames=4,
     size=(16, 16),
@@ -54,7 +53,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a small DiT that has learned these pictures for two steps."""
     run = tmp_path_factory.mktemp("run")
     words = ["emoji", "--data", pictures, "--size", "16", "--patch", "2", "--steps", "2", *TINY]
-    assert main([str(word) for word in ("train", *words, "--out", run)]) == 0
+    assert exit_code("train", *words, "--out", run) == 0
     return run / "model"
 
 

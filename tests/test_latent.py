@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import ditkit
+from codecs_for_tests import equal
 from ditkit.codecs import ImageVae, ImageVaeConfig
 from ditkit.core.checkpoint import read_state
-from ditkit.core.codec import IDENTITY, Codec, encode_given, fingerprint
+from ditkit.core.codec import IDENTITY, Codec, encode_given
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
@@ -36,6 +37,7 @@ from ditkit.tasks.video import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
 from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
+from models_for_tests import perturbed
 from scripts.toy_run import losses
 
 SIDE, FRAMES = 16, 4
@@ -114,9 +116,7 @@ def latent_vdt() -> VDT:
     """Random everywhere: at initialisation the output is zero."""
     torch.manual_seed(1)
     config = VDTConfig(4, FRAMES, SIDE // 2, patch=2, width=16, depth=1, heads=2, convention=PLAIN)
-    model = VDT(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
+    model = perturbed(VDT(config), 0.1).requires_grad_(False)
     model.codec = small(channels=1)
     return model
 
@@ -128,10 +128,6 @@ def test_clips_go_on_under_the_masks_that_they_were_begun_with(tmp_path: Path) -
     only = replace(of_clips(""), masks=MaskMixture(region=0, frames=("predict",)))
     with pytest.raises(ConfigError, match=r"task.masks was .* now"):
         train_recipe(only, tmp_path, resume=True)
-
-
-def equal(one: Codec, other: Codec) -> bool:
-    return type(one) is type(other) and fingerprint(one.state_dict()) == fingerprint(other.state_dict())
 
 
 def told(kind: str, count: int = 2, seed: int = 0) -> Cond:

@@ -19,6 +19,7 @@ from ditkit.evaluate.macs import count_macs
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip, Layer, Stage, layers_of
 from ditkit.sample.forecast import forecast
+from models_for_tests import perturbed
 
 TINY = PredFormerConfig(
     channels=2, frames=4, size=(8, 12), patch=4, width=32, heads=4, hidden=48, layout="TS*2"
@@ -40,11 +41,7 @@ CLIP = Clip(FRAMES, PLACES)
 
 def tiny(layout: str = TINY.layout, **changes: Any) -> PredFormer:
     torch.manual_seed(0)
-    model = PredFormer(replace(TINY, layout=layout, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(PredFormer(replace(TINY, layout=layout, **changes)), 0.1)
 
 
 # Parameters, and multiply-accumulates of one sample: those of the specification, to the unit.

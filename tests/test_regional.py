@@ -29,6 +29,7 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import attention
 from ditkit.sample import Ancestral, ClassifierFree, Heun, sample
+from models_for_tests import perturbed
 from policies_for_tests import BandReuse
 from rig import STEPS, TINY, call_at, evaluate, noise, tiny_dit
 
@@ -52,9 +53,7 @@ def our_dit() -> Subject:
 def our_video_dit(text: int) -> Subject:
     torch.manual_seed(0)
     config = VideoDiTConfig(channels=2, frames=4, size=(8, 12), patch=(2, 2, 2), width=32, depth=3, heads=4)
-    model = VideoDiT(replace(config, text_width=7 * bool(text), text_tokens=text)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.15 * torch.randn_like(parameter))
+    model = perturbed(VideoDiT(replace(config, text_width=7 * bool(text), text_tokens=text)), 0.15)
     x, valid = torch.randn(2, 2, 4, 8, 12), torch.tensor([[True] * text, [True] * 3 + [False] * (text - 3)])
     cond = Cond(text=torch.randn(2, text, 7), text_mask=valid) if text else Cond()
     t = torch.tensor([0.7, 0.4])

@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, DitkitError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
-from ditkit.core.run import DIRECT, Call, Run
+from ditkit.core.run import DIRECT, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.evaluate.macs import count_macs
 from ditkit.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
@@ -27,7 +27,9 @@ from ditkit.nn.modulation import modulate
 from ditkit.nn.rotary import axial_angles, rotary_table
 from ditkit.sample import ClassifierFree
 from ditkit.sample import sample as draw
+from models_for_tests import perturbed
 from policies_for_tests import BandReuse, Gate, Gated, RowSelector, SelectedRows, by_row
+from rig import call_at
 
 B, S = 2, 5
 PLAIN = VideoDiTConfig(frames=4, size=(8, 12), patch=(2, 2, 2), channels=2, width=32, depth=3, heads=4)
@@ -36,12 +38,8 @@ TOLD = replace(PLAIN, classes=3, text_width=7, text_tokens=S)
 
 @cache
 def awake(config: VideoDiTConfig) -> VideoDiT:
-    """In eval mode, random everywhere: at initialisation the output is zero."""
     torch.manual_seed(0)
-    model = VideoDiT(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
+    return perturbed(VideoDiT(config), 0.15).requires_grad_(False)
 
 
 def clip(model: VideoDiT, frames: int = 4, height: int = 8, width: int = 12) -> tuple[Tensor, Tensor]:
@@ -100,10 +98,7 @@ def obvious_attention(model: VideoDiT, h_BLD: Tensor, grid: Grid) -> Tensor:
 
 
 def test_attention_equals_its_obvious_twin() -> None:
-    model = VideoDiT(PLAIN).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
+    model = perturbed(VideoDiT(PLAIN).double(), 0.15)
     block, grid, seen = model.blocks[0], Grid(2, 4, 6), {}
 
     def tap(fn: Callable[..., Tensor], x: Tensor, c: Tensor, *rest: Any) -> Tensor:
@@ -139,8 +134,7 @@ def test_only_differences_of_places_count() -> None:
 
 
 def test_every_token_sees_every_other() -> None:
-    config = replace(PLAIN, depth=1)
-    model = awake(config)
+    model = awake(replace(PLAIN, depth=1))
     x, t = clip(model)
     x = x[:1].requires_grad_()
     out = model(x, t[:1], Cond())
@@ -251,10 +245,6 @@ def told(model: VideoDiT) -> Cond:
     return prompt(2, 4) if model.config.text_width else Cond()
 
 
-def call_at(model: VideoDiT, index: int, total: int) -> Call:
-    return Call(index, total, 1 - index / total, layout=model.layout((2, 4, 8, 12)))
-
-
 @pytest.mark.parametrize("config", [PLAIN, TOLD], ids=["plain", "text"])
 def test_selected_rows_equal_the_dense_run(config: VideoDiTConfig) -> None:
     """The same input twice: with the keys of all rows kept, those computed come out as in the dense run."""
@@ -263,7 +253,7 @@ def test_selected_rows_equal_the_dense_run(config: VideoDiTConfig) -> None:
     differences = []
     for keep_keys in (True, False):
         trajectory = Trajectory(model.sites(), [RowSelector(0.5, 1, keep_keys=keep_keys)], 2)
-        first, second = (call_at(model, i, 2) for i in range(2))
+        first, second = (call_at(model, i, total=2) for i in range(2))
         dense = trajectory.leave(first, model(x, t, told(model), trajectory.run(first)))
         trajectory.guided(first, dense)
         sparse = model(x, t, told(model), trajectory.run(second))
@@ -281,10 +271,9 @@ def test_selected_rows_equal_the_dense_run(config: VideoDiTConfig) -> None:
 STEPS = 8
 
 
-def sampled(policies: Sequence[Policy] = (), config: VideoDiTConfig = PLAIN, **options: Any) -> Any:
+def sampled(policies: Sequence[Policy] = (), config: VideoDiTConfig = PLAIN) -> Any:
     model = awake(config)
-    cond = told(model) if config.text_width else Cond()
-    return draw(model, cond, [3, 5], steps=STEPS, policies=policies, **options)
+    return draw(model, told(model), [3, 5], steps=STEPS, policies=policies)
 
 
 @cache
@@ -313,7 +302,7 @@ def test_a_gate_cuts_the_stack_and_attention_can_be_replaced() -> None:
     trajectory = Trajectory(model.sites(), [Gate(10.0)], STEPS)
     x, t = clip(model)
     for i in range(STEPS):
-        call = call_at(model, i, STEPS)
+        call = call_at(model, i, total=STEPS)
         trajectory.leave(call, model(x, t, Cond(), trajectory.run(call)))
     (session,) = trajectory.sessions
     assert isinstance(session, Gated)
@@ -334,16 +323,14 @@ def test_one_number_or_a_tuple_comes_back_from_a_folder(tmp_path: Any) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_with_text_it_compiles_without_a_break(training: bool) -> None:
     torch.compiler.reset()
-    model = VideoDiT(TOLD).train(training)
-    model.load_state_dict(awake(TOLD).state_dict())
+    model = perturbed(VideoDiT(TOLD), 0.15).train(training)
     cond = replace(prompt(2, 4), drop=torch.tensor([False, True]))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*clip(model), cond, run=DIRECT), model(*clip(model), cond))
 
 
 def test_with_text_gradients_reach_everything_also_with_checkpointing_and_in_half() -> None:
-    model = VideoDiT(TOLD).train()
-    model.load_state_dict(awake(TOLD).state_dict())
+    model = perturbed(VideoDiT(TOLD), 0.15).train()
     cond = replace(prompt(2, 4), drop=torch.tensor([False, True]))
     gradients = []
     for model.gradient_checkpointing in (False, True):

@@ -29,6 +29,7 @@ from ditkit.models.vdt import VDT
 from ditkit.sample.noise import initial_noise
 from ditkit.tasks.video import Masked, conditioned
 from ditkit.train.log import LOSSES
+from models_for_tests import perturbed
 from replacement import Replacement
 from video_masks import CLAIMS, COLUMNS, REPLACED, TASKS, TRUTH, VARIANTS, WITHOUT_NETWORK, Arguments
 
@@ -43,12 +44,8 @@ def balls() -> BouncingBall:
 
 @pytest.fixture(scope="module")
 def model() -> VDT:
-    """Random everywhere: at initialisation the output is zero."""
     torch.manual_seed(0)
-    model = VDT(TINY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return perturbed(VDT(TINY), 0.3).requires_grad_(False)
 
 
 def test_a_ball_turns_round_where_it_touches_a_wall(balls: BouncingBall) -> None:

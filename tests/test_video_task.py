@@ -36,6 +36,7 @@ from ditkit.tasks.video_scores import (
     complete,
     imagine,
 )
+from models_for_tests import perturbed
 
 T, SIDE = 8, 8
 TINY = VDTConfig(channels=1, frames=T, size=SIDE, patch=4, width=8, depth=1, heads=1, convention=Convention())
@@ -43,12 +44,8 @@ TINY = VDTConfig(channels=1, frames=T, size=SIDE, patch=4, width=8, depth=1, hea
 
 @pytest.fixture(scope="module")
 def model() -> VDT:
-    """Random everywhere: at initialisation the output is zero."""
     torch.manual_seed(0)
-    model = VDT(TINY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return perturbed(VDT(TINY), 0.3).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
