@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 DEMO ?= ditkit compare emoji --demo --out outputs/demo $(addprefix --label ,face-smiling country-flag heart \
 	animal-bird food-fruit time place-building person)
-BENCHMARKS ?= $(sort $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?= $(shell grep -l __main__ benchmarks/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test parity experiments bench

@@ -22,7 +22,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
 from ditkit.evaluate.compare import compare
-from ditkit.evaluate.deviation import errors, made_of, pooled_psnr_db
+from ditkit.evaluate.deviation import errors, pooled_psnr_db
 from ditkit.evaluate.html import page
 from ditkit.evaluate.metrics import ssim
 from ditkit.evaluate.report import Report
@@ -272,14 +272,15 @@ def test_pages_of_pictures_have_no_word_of_clips(report):
 def test_what_cannot_be_compared_is_refused_in_one_line():
     cond = told()
     whole = replace(cond, mask=cond.mask & torch.tensor([True, False, True]).view(3, 1, 1, 1, 1))
+    odd = replace(cond, context=cond.context * torch.nan)
     for settings, message in (
-        ({"cond": whole}, "row 1 gives the whole sample"),
+        ({"cond": whole}, "Cond.mask: sample 1 is all 0, which leaves nothing to be made"),
+        ({"cond": odd}, "Cond.context: nan in sample 0, frame 0, expected finite numbers"),
         ({"real": torch.zeros(5, 3, 8, 8)}, r"real: pictures are held against pictures.*\[1, 4, 16, 16\]"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             compared(tiny_vdt(), **settings)
         assert "\n" not in str(caught.value)
-    assert made_of(Cond()) is None
 
 
 @pytest.fixture

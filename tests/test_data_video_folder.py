@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data import video_folder
 from ditkit.data.clips import ClipSet, MemoryClips
-from ditkit.data.video_decode import cover, nearest_in_time
+from ditkit.data.video_decode import Film, cover, nearest_in_time
 
 av = pytest.importorskip("av", reason="pip install 'av>=18'")
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-PIXELS = {"ffv1": "bgr0", "png": "rgb24", "mpeg4": "yuv420p", "mjpeg": "yuvj420p"}
+PIXELS = {"ffv1": "bgr0", "png": "rgb24", "mpeg4": "yuv420p", "mjpeg": "yuvj420p", "libx264": "yuv420p"}
 
 
 def solid(value: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
@@ -30,7 +30,7 @@ def solid(value: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
 
 def write(
     path: Path, pictures: Sequence[np.ndarray], fps: float = 10, times_ms: Sequence[int] | None = None,
-    codec: str = "ffv1", rotation: int = 0,
+    codec: str = "ffv1", rotation: int = 0, aspect: int = 1,
 ) -> Path:  # fmt: skip
     """A video, without loss unless told otherwise, of frames at `times_ms` or at the constant rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +38,7 @@ def write(
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = PIXELS[codec]
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if rotation:
             stream.set_display_rotation(rotation)
         for number, picture in enumerate(pictures):
@@ -103,6 +104,36 @@ def test_a_turned_video_is_upright(tmp_path):
     assert clip[0, 0, 0, 28, 8] == -1
 
 
+@pytest.mark.parametrize("codec", ["libx264", "png"])
+@pytest.mark.parametrize(
+    ("rotation", "size", "ends"),
+    [
+        (0, (24, 64), (2, 233)),  # twice as wide as stored: 48 x 128, nothing is cut
+        (0, (24, 24), (2, 233)),
+        (0, (12, 64), (60, 175)),
+        (90, (64, 24), (2, 233)),  # turned as shown, 128 x 48
+        (90, (64, 12), (60, 175)),
+        (180, (24, 64), (233, 2)),
+    ],
+)
+def test_pixels_twice_as_wide_as_high_are_shown_so(codec, rotation, size, ends, tmp_path):
+    """48 rows of 64 pixels, brighter by 5 from row to row."""
+    ramp = np.broadcast_to(5 * np.arange(48, dtype=np.uint8)[:, None, None], (48, 64, 3))
+    write(tmp_path / "a.mov", [np.ascontiguousarray(ramp)] * 2, codec=codec, rotation=rotation, aspect=2)
+    frame = video_folder.load(tmp_path, size=size, frames=1).clips(torch.tensor([0]))[0, 0, 0]
+    lines = (frame.mean(0 if rotation == 90 else 1) + 1) * 127.5
+    assert lines[[0, -1]].tolist() == pytest.approx(ends, abs=4)
+
+
+def test_a_wide_pixel_is_cut_to_half_the_columns_of_a_square(tmp_path):
+    """Columns brighter by 4 each: of 64 the middle 24 make a square of 48 rows."""
+    ramp = np.broadcast_to(4 * np.arange(64, dtype=np.uint8)[:, None], (48, 64, 3))
+    write(tmp_path / "a.mov", [np.ascontiguousarray(ramp)] * 2, codec="png", aspect=2)
+    square = video_folder.load(tmp_path, size=48, frames=1).clips(torch.tensor([0]))[0, 0, 0]
+    columns = (square.mean(0) + 1) * 127.5
+    assert columns[[0, -1]].tolist() == pytest.approx((80, 172), abs=2)
+
+
 def test_a_constant_rate_in_whole_milliseconds_is_constant(tmp_path):
     write(tmp_path / "a.mkv", counting(20), times_ms=[round(i * 1000 / 30) for i in range(20)], fps=30)
     assert video_folder.load(tmp_path, size=4, frames=2).fps == 30
@@ -111,11 +142,32 @@ def test_a_constant_rate_in_whole_milliseconds_is_constant(tmp_path):
 def test_a_variable_rate_is_refused_unless_resampled(tmp_path):
     """Frames at 0, 100, 200, 500 and 600 ms; at 10 a second 300 ms is nearest to 200, 400 to 500."""
     path = write(tmp_path / "a.mkv", counting(5), times_ms=[0, 100, 200, 500, 600])
-    with pytest.raises(DataError, match=rf"{path}: variable frame rate: frame 1 is at 0\.1000 s.*give fps="):
+    with pytest.raises(
+        DataError,
+        match=rf"{path}: variable frame rate: frame 3 is at 0\.5000 s, expected 0\.3000 s for 10 frames.*give fps=",
+    ):
         video_folder.load(tmp_path, size=4, frames=2)
     found = video_folder.load(tmp_path, size=4, frames=7, fps=10)
     assert shown(found, [0]) == [[0, 1, 2, 2, 3, 3, 4]]
     assert shown(video_folder.load(tmp_path, size=4, frames=3, fps=4), [0]) == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "message"),
+    [
+        ([0, 100, 200, 300, 450, 500, 600], "frame 4 is at 0.4500 s, expected 0.4000 s for 10 frames"),
+        ([0, 40, 80, 120, 130, 160], "frame 4 is at 0.1300 s, expected 0.1600 s for 25 frames"),
+        ([0, 20, 40, 60, 160, 180, 1180, 1200], "frame 6 is at 1.1800 s, expected 0.2000 s for 50 frames"),
+        ([0, 50, 100, 150, 250, 350, 450], "frame 4 is at 0.2500 s, expected 0.2000 s for 20 frames"),
+        ([0, 300, 400], "frame 1 is at 0.3000 s, expected 0.1000 s for 10 frames"),
+    ],
+)
+def test_the_frame_that_is_off_is_named(times_ms, message):
+    """One that comes late or early, the longest of two gaps, and where a second rate begins."""
+    film = Film(Path("a.mkv"), np.zeros((0, 1, 1, 3), np.uint8), np.array(times_ms) / 1000, 0.001, 10)
+    with pytest.raises(DataError) as caught:
+        film.rate()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @given(

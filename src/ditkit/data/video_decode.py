@@ -51,13 +51,20 @@ class Film:
         # each time is a multiple of a tick, and so are the two that give the interval
         allowed = min(max(1.5 * self.tick, 0.02 * interval), 0.4 * interval)
         if off.max() > allowed:
-            i = int(np.argmax(off > allowed))
-            raise DataError(
-                f"{self.path}: variable frame rate: frame {i} is at {self.seconds[i]:.4f} s, expected "
-                f"{even[i]:.4f} s for {1 / interval:.4g} frames a second; give fps= to resample it"
-            )
+            raise DataError(f"{self.path}: variable frame rate: {self._oddest()}; give fps= to resample it")
         measured = float(1 / interval)
         return self.nominal_fps if math.isclose(measured, self.nominal_fps, rel_tol=0.01) else measured
+
+    def _oddest(self) -> str:
+        """The first frame whose distance from the one before is least like the usual one, and where it should be."""
+        intervals = np.diff(self.seconds)
+        usual = np.quantile(intervals, 0.5, method="lower")  # one that occurs, also of an even number
+        ticks_off = np.rint(np.abs(intervals - usual) / self.tick)
+        i = int(np.argmax(ticks_off)) + 1
+        return (
+            f"frame {i} is at {self.seconds[i]:.4f} s, expected {self.seconds[i - 1] + usual:.4f} s "
+            f"for {1 / usual:.4g} frames a second"
+        )
 
 
 def read_film(path: Path, size: tuple[int, int], fps: float | None, max_frames: int) -> Film:
@@ -85,7 +92,7 @@ def read_film(path: Path, size: tuple[int, int], fps: float | None, max_frames: 
                         f"{path}: from frame {max_frames} on, the frames read at {size[0]} x {size[1]} need more "
                         "memory than max_bytes; give a smaller size or raise max_bytes"
                     )
-                pictures.append(cover(_upright(frame), size))
+                pictures.append(cover(_upright(frame), size, _pixel_aspect(frame, stream)))
                 seconds.append(second)
             tick = _seconds(1, stream)
             nominal_fps = fps or float(stream.average_rate or 1 / tick)
@@ -110,16 +117,20 @@ def nearest_in_time(frames: Iterable[tuple[T, float]], fps: float) -> Iterator[t
         number += 1
 
 
-def cover(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The largest centred part with the proportions of `size` (height, width), scaled to it (bicubic)."""
+def cover(picture: NDArray[np.uint8], size: tuple[int, int], aspect: float = 1.0) -> NDArray[np.uint8]:
+    """The largest centred part with the proportions of `size` (height, width), scaled to it (bicubic).
+
+    Args:
+        aspect: width of a pixel of the picture over its height.
+    """
     from PIL import Image
 
-    (tall, wide), (height, width) = picture.shape[:2], size
+    (tall, wide), (height, width) = picture.shape[:2], (size[0], size[1] / aspect)
     scale = min(tall / height, wide / width)
     left, top = (wide - width * scale) / 2, (tall - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)
     image = Image.fromarray(picture)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
 def _sound_frames(
@@ -157,8 +168,14 @@ def _seconds(ticks: int, stream: VideoStream) -> float:
 
 
 def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """The pixels as a player shows them: RGB [height, width, 3]; phones store portraits lying down."""
+    """The pixels as a player turns them: RGB [height, width, 3]; phones store portraits lying down."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+
+
+def _pixel_aspect(frame: VideoFrame, stream: VideoStream) -> float:
+    """Width over height of the pixels of `_upright`, as a player shows them; 1 where the file does not say."""
+    stored = float(stream.sample_aspect_ratio or 1)
+    return 1 / stored if frame.rotation // 90 % 2 else stored
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float | None:

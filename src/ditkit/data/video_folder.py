@@ -31,9 +31,10 @@ def load(
 ) -> MemoryClips:
     """Decode every video below `root` into memory at `size`, a number (square) or (height, width), as RGB.
 
-    A clip is `frames` frames, `stride` apart; the next begins `step` frames later. With `fps` each file is
-    resampled: at each k / fps the frame whose time stamp is nearest. Without it all files must have one, constant rate.
-    Damaged files are logged by name and skipped.
+    Frames are turned, and their pixels widened, as a player does; what goes beyond `size` is cut off. A clip is
+    `frames` frames, `stride` apart; the next begins `step` frames later. With `fps` each file is resampled: at each
+    k / fps the frame whose time stamp is nearest. Without it all files must have one, constant rate. Damaged files
+    are logged by name and skipped.
 
     Raises:
         ConfigError: no size given, or a number out of range.

@@ -261,7 +261,7 @@ class VDT(Denoiser):
         if self.config.mode == "video":
             over_time = sincos_axis(grid.frames, width, x.device)
             table = table + over_time.repeat_interleave(grid.height * grid.width, 0)
-        return h_BLD + table.to(h_BLD.dtype)
+        return (h_BLD + table).to(h_BLD.dtype)  # summed in float32 or more
 
     def _grid(self, x: Tensor) -> Grid:
         return Grid.of(tuple(x.shape[2:]), self.config.patch)

@@ -19,6 +19,7 @@ from ditkit.core.policy import Policy, as_policies
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import component
 from ditkit.core.trajectory import Trajectory
+from ditkit.sample.given import check_given
 from ditkit.sample.guidance import Guidance, guided
 from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.noise import distinct
@@ -94,6 +95,7 @@ class Workload:
 
         Raises:
             ConfigError: one of them is nothing of the kind, or out of range.
+            ConfigError, ShapeError: those of `check_given`.
         """
         if not isinstance(model, Denoiser):
             raise ConfigError(f"model={model!r} should be a denoiser, such as ditkit.load gives")
@@ -107,6 +109,7 @@ class Workload:
             cond = replace(cond, label=torch.tensor(labels))
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
+        check_given(cond, len(seeds), shape)
         return cls(model, cond, seeds, shape, steps, solver, guided(guidance), batch_size, max_bytes)
 
     @property

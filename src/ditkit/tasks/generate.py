@@ -64,12 +64,14 @@ def generate(
         guidance: a classifier-free scale (1 is none), or any guidance.
         solver, policies: objects, or texts as the command line takes them ("heun", "taylorseer:interval=4").
         batch_size: samples drawn at once. max_bytes: memory that the policies may hold meanwhile.
-        cond: what else each sample is told, in the order of the seeds, such as given frames and their mask.
+        cond: what else each sample is told, in the order of the seeds, such as given frames and their mask, which
+            gives some of each sample; without one, all is made.
         shape: of one sample (C, H, W) or (C, T, H, W); by default that of the given content, or the model's.
         progress: called after each evaluation with (done, total).
 
     Raises:
         ConfigError: an unknown class, a seed given twice, a number out of range, a policy that does not fit.
+        ConfigError, ShapeError: those of `ditkit.sample.given.check_given`, before anything is drawn.
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
     work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.errors import ConfigError, unknown
 
 Size = tuple[int, int, int]
 """Frames, height and width."""
@@ -198,31 +198,3 @@ class MaskMixture:
     def masks(self, size: Size, generators: Sequence[Generator]) -> Tensor:
         """One mask a generator, bool [B, 1, T, H, W], whatever else is in the batch."""
         return torch.stack([self.kind(size, g)(size, g) for g in generators])
-
-
-def checked(mask: Tensor, size: Size, source: object = "mask") -> Tensor:
-    """A user's masks [B, 1, T, H, W] as bool, each of which gives something and leaves something to be made.
-
-    Args:
-        source: what the errors name, such as the file that the mask was read from.
-
-    Raises:
-        ShapeError: the masks are not of `size`.
-        ConfigError: a value is neither 0 nor 1, or a mask hides everything or nothing.
-    """
-    if mask.ndim != 5 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != tuple(size):
-        raise ShapeError(f"{source}: {list(mask.shape)} should be {['B', 1, *size]}".replace("'", ""))
-    other = mask[(mask != 0) & (mask != 1)]
-    if other.numel():
-        raise ConfigError(f"{source}: value {other[0].item():g} should be 0 (given) or 1 (to be made)")
-    made = mask.bool()
-    for row, cells in enumerate(made.flatten(1)):
-        if cells.all():
-            raise ConfigError(
-                f"{source}: row {row} hides everything, expected some 0; 'unconditional' needs no mask"
-            )
-        if not cells.any():
-            raise ConfigError(
-                f"{source}: row {row} hides nothing, expected some 1 where content is to be made"
-            )
-    return made

@@ -21,6 +21,7 @@ from ditkit.evaluate.strips import strip
 from ditkit.models.vdt import VDTConfig
 from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.sample.noise import distinct
+from ditkit.sample.workload import TOLD_NOTHING
 from ditkit.tasks.generate import generate
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.masks import MaskMixture, mask_kind
@@ -154,11 +155,17 @@ def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None
     size = clip.shape[2], clip.shape[3], clip.shape[4]
     for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
         cond = conditioned(clip, kind, [0])
-        rows[kind] = generate(
-            model, seeds=[0], steps=SHEET_STEPS, guidance=1.0, cond=cond, policies=model.policies
-        ).images[0]
         assert cond.mask is not None
         masks[kind] = cond.mask[0]
+        rows[kind] = generate(
+            model,
+            seeds=[0],
+            steps=SHEET_STEPS,
+            guidance=1.0,
+            cond=TOLD_NOTHING if cond.mask.all() else cond,
+            shape=clip.shape[1:],
+            policies=model.policies,
+        ).images[0]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:
         draft.write_bytes(png(strip(rows, masks=masks)))

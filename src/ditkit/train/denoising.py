@@ -109,7 +109,7 @@ class Denoising(Objective):
         """The losses at noise [B, ...] and times [B], which are moved to where the prediction can be trained.
 
         A loss is the mean over all elements, given ones counted as 0 (VDT); beside it stands the mean over
-        those that were made, as NAME_made.
+        those that were made, as NAME_made, unless the term counts others as well.
         """
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
@@ -139,7 +139,7 @@ class Denoising(Objective):
         return losses | {
             f"{type(term).__name__}_made": losses[type(term).__name__].detach() / share
             for term in self.active
-            if not term.reads(model.sites())  # a loss at sites is a mean over all rows
+            if not (term.on_given or term.reads(model.sites()))  # a loss at sites is a mean over all rows
         }
 
 

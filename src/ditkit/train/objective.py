@@ -52,6 +52,8 @@ class Term(ABC):
     homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)
     compares: ClassVar[bool] = False
     """Whether it needs a teacher: the model as it was before the first step, without its policies."""
+    on_given: bool = False
+    """Whether its mean is over given content, too, where others count 0."""
     weight: float
 
     def reads(self, sites: Sequence[Site]) -> Sequence[str]:
