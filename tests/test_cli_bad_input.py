@@ -132,7 +132,7 @@ def test_compare_refuses(
     [
         (["--count", "2"], ["--count=2", "at least 4"]),
         (["--neighbours", "0"], ["--neighbours=0", "at least 1"]),
-        (["--max-bad", "3"], ["'emoji'", "'max_bad'"]),
+        (["--max-bad", "3"], ["--max-bad 3 with --data emoji", "a folder"]),
         (["--data", "emojy"], ["'emojy'", "did you mean 'emoji'?"]),
     ],
 )

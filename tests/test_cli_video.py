@@ -16,9 +16,9 @@ from ditkit.cli import video as video_command
 from ditkit.cli.video import TOLD
 from ditkit.core.convention import Convention
 from ditkit.data.sets import moving_digits
+from ditkit.evaluate import film as films
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.tasks import video_pictures
 from models_for_tests import perturbed, save_tiny
 
 FRAMES, SIDE = 8, 16
@@ -98,7 +98,7 @@ def test_without_data_only_what_needs_none(model: Path, tmp_path: Path, capsys: 
 def test_without_pyav_there_are_gifs_and_a_line_that_says_so(
     model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (video_command, video_pictures):
+    for module in (video_command, films):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     text = output(capsys, "video", model, "--count", "1", "--steps", "1", "--out", tmp_path)
     assert "no MP4" in text and "ditkit[video]" in text
@@ -121,7 +121,7 @@ REFUSED = [
     (["--count", "3", "--seeds", "0..3"], ["4 seeds", "--count=3"]),
     (["--count", "20000", *DIGITS], ["10000 clips", "20000"]),
     (["--steps", "0"], ["steps=0"]),
-    (["--data", "emoji"], ["unknown option", "'frames'"]),
+    (["--data", "emoji"], ["emoji holds images, expected clips"]),
     (["--data", "moving-digts"], ["'moving-digts'", "did you mean 'moving-digits'?"]),
     (["--policy", "taylorser"], ["'taylorser'", "did you mean 'taylorseer'?"]),
     (["--solver", "ancestral"], ["Ancestral", "discrete path"]),
@@ -140,13 +140,13 @@ def test_one_line_and_nothing_written(
 
 def test_a_film_shorter_than_the_clip_is_named(model: Path, tmp_path: Path, capsys: Capture) -> None:
     film = torch.randint(256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
-    video_pictures.write_mp4(tmp_path / "short.mp4", film, 10.0)
+    films.write_mp4(tmp_path / "short.mp4", film, 10.0)
     line = complaint(capsys, "video", model, "--data", tmp_path, "--out", tmp_path / "out")
     assert "short.mp4" in line and "4" in line and "8" in line
 
 
 def test_other_channels_than_the_models(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    video_pictures.write_mp4(tmp_path / "rgb.mp4", torch.zeros(9, 3, SIDE, SIDE, dtype=torch.uint8), 10.0)
+    films.write_mp4(tmp_path / "rgb.mp4", torch.zeros(9, 3, SIDE, SIDE, dtype=torch.uint8), 10.0)
     line = complaint(capsys, "video", model, "--data", tmp_path, "--count", 2, "--out", tmp_path / "out")
     assert "3 channels, the model makes 1" in line
 
@@ -166,3 +166,6 @@ def test_each_command_names_the_one_for_another_kind_of_model(
         ("video", forecasts, f"ditkit forecast {forecasts}"),
     ):
         assert named in complaint(capsys, command, given)
+    assert "makes pictures" in complaint(
+        capsys, "video", pictures, "--mask", "predict"
+    )  # not that it needs --data

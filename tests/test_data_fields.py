@@ -280,6 +280,12 @@ def test_a_hole_is_an_error_or_interpolated_in_time(tmp_path, caplog):
             "units 'moons since.*not readable",
         ),
         (
+            {"units": "hours"},
+            {},
+            DataError,
+            "the times of 'heat' are 'time' in units 'hours', expected units such as 'hours since 2000-01-01'",
+        ),
+        (
             {"stamps": (0, 2, 1, 3)},
             {"variables": ["heat"]},
             DataError,

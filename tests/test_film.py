@@ -15,8 +15,9 @@ from torch import Tensor
 from ditkit.core.errors import ConfigError, DataError, ShapeError
 from ditkit.evaluate.film import BETWEEN_PX, side_by_side, write_gif, write_mp4
 from ditkit.evaluate.leadtime import LINE_PX, LeadTimePlot, spread
+from ditkit.evaluate.legend import GIVEN_RGB, OUTLINE_PX, coloured
 from ditkit.evaluate.sheet import GAP, LABEL_WIDTH, LINE, MARGIN
-from ditkit.evaluate.strips import GIVEN_RGB, OUTLINE_PX, chosen, coloured, fitting, strip
+from ditkit.evaluate.strips import chosen, fitting, strip
 from ditkit.evaluate.style import LIGHT, STYLE
 
 
@@ -176,7 +177,7 @@ def test_error_maps_share_one_scale_that_ends_at_the_largest():
     real = stepping(3)
     near, far = real + 0.1, real.clone()
     far[:, 2] -= 0.4
-    page = strip({"real": real, "near": near, "far": far}, errors_to="real", unit="m/s")
+    page = strip({"real": real, "near": near, "far": far}, errors_to="real")
     cell = fitting(16, 24)
     ramp = coloured(torch.tensor([[[0, 0.25, 1]]]))[0, :, 0]  # [3, 3]
     assert torch.equal(cells(page, 2, 0, cell), ramp[:, 1].view(3, 1, 1).expand(3, 64, 96))
@@ -209,13 +210,6 @@ def test_a_strip_of_many_frames_is_as_wide_as_one_of_some():
         )
 
 
-def test_fields_are_shown_over_their_own_span():
-    field = torch.tensor([10.0, 15, 20]).view(1, 1, 1, 3).expand(1, 2, 16, 3)
-    page = strip({"wind": field}, span=(10, 20))
-    cell = fitting(16, 3)
-    assert cells(page, 0, 0, cell)[0, 0, :: cell[0] // 3].tolist() == [0, 128, 255]
-
-
 def test_strips_refuse_what_does_not_belong_together():
     clip = stepping(3)
     with pytest.raises(ShapeError, match="of one shape, got"):
@@ -224,8 +218,6 @@ def test_strips_refuse_what_does_not_belong_together():
         strip({"a": clip}, masks={"a": torch.ones(3, 16, 24)})
     with pytest.raises(ConfigError, match="unknown clip 'reel'; did you mean 'real'"):
         strip({"real": clip, "a": clip}, errors_to="reel")
-    with pytest.raises(ConfigError, match=r"span=\(1, 1\)"):
-        strip({"a": clip}, span=(1, 1))
     with pytest.raises(DataError, match="'b' holds NaN"):
         strip({"a": clip, "b": clip * math.nan})
 
@@ -255,6 +247,19 @@ def test_the_plot_names_every_curve_its_unit_and_the_horizon():
     picture = Image.open(io.BytesIO(plot().png()))
     assert (picture.format, picture.size) == ("PNG", (1280, 760))
     assert plot().png() == plot().png() and svg == plot().svg()
+
+
+def test_baselines_have_dashes_of_their_own_beside_their_names():
+    curves = {"model": [1.0, 2, 3], "persistence": [3.0, 2, 1], "climatology": [2.0, 2, 2]}
+    svg = plot(curves=curves, lead=[1, 2, 3], baselines=("persistence", "climatology")).svg()
+    dashes = re.findall(r"stroke-dasharray: ([\d., ]+); stroke-dashoffset[^\"]*stroke: var\(--control\)", svg)
+    assert len(set(dashes)) == 2
+    assert [dashes.count(of) for of in set(dashes)] == [2, 2]  # the curve, and the sample before its name
+
+
+def test_marks_of_large_numbers_differ():
+    svg = plot(curves={"a": [100_000.1, 100_000.3, 100_000.8, 100_000.9]}, baselines=()).svg()
+    assert {"100000", "100000.2", "100000.8"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
 
 
 def test_the_plot_takes_its_colours_and_font_from_the_page():

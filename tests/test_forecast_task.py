@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from ditkit.cli.main import main
 from ditkit.codecs.standardised import Standardised
@@ -82,6 +84,23 @@ def test_persistence_is_scored_by_hand(bars):
     assert found.psnr_db == pytest.approx([10 * np.log10(1 / (k * 2 / SIDE)) for k in (1, 2, 3)], abs=1e-4)
 
 
+class Overshooting(nn.Module):
+    """Says where the bars of `sliding` will be, half of their height too far at both ends: -0.5 and 1.5."""
+
+    config = TINY
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.roll(FRAMES, -1) * 2 - 0.5
+
+
+def test_similarity_is_of_what_a_screen_shows_and_the_squared_error_is_not(bars):
+    """PSNR and SSIM clip to [0, 1] first, MSE does not (PredFormer's code)."""
+    found = score_clips({"far": Overshooting()}, bars, FRAMES)["far"]
+    assert found.psnr_db == (float("inf"),) * FRAMES
+    assert found.ssim == pytest.approx((1.0,) * FRAMES)
+    assert found.error.mse_all == pytest.approx((0.25 * SIDE**2,) * FRAMES)
+
+
 def test_fields_are_standardised_by_their_training_part_and_it_is_saved(tmp_path):
     data = csv_of(tmp_path / "load.csv")
     recipe = replace(
@@ -130,21 +149,26 @@ def test_the_command_on_clips(bars, tmp_path, capsys):
     ]
     out = tmp_path / "out"
     assert main(["forecast", *models, "--data", "bars", "--count", "2", "--out", str(out)]) == 0
-    names = {path.name for path in out.iterdir()}
-    assert {"forecast.json", "leadtime.png"} < names and len(names) == 4
+    pictures = {f"{name}.{suffix}" for name in "ab" for suffix in ("png", "gif", "mp4")}
+    assert {path.name for path in out.iterdir()} == {"forecast.json", "leadtime.png", *pictures}
     written = json.loads((out / "forecast.json").read_text())
     assert list(written["scores"]) == ["a", "b", PERSISTENCE]
     assert written["settings"] == {"data": "bars", "clips": 2, "observed": FRAMES}
     assert "--count 2" in written["command"] and "--max-bad" not in written["command"]
     assert len(written["scores"]["a"]["psnr_db"]) == FRAMES
     shown = capsys.readouterr().out
-    assert "persistence" in shown and "100.0%" in shown and max(map(len, shown.splitlines()[:-1])) <= 80
+    assert "persistence" in shown and "100.0%" in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("wrote")) <= 80
+    assert shown.splitlines()[-2:] == ["  a.png, a.mp4, a.gif", "  b.png, b.mp4, b.gif"]
 
 
 def test_the_command_on_series(tmp_path, capsys):
     data = csv_of(tmp_path / "load.csv")
     recipe = replace(
-        predformer_winds(), data=str(data), model=replace(TINY, patch=1), settings=replace(QUICK, steps=4)
+        predformer_winds(),
+        data=str(data),
+        model=replace(TINY, patch=1),
+        settings=replace(QUICK, steps=4, sheet_every=4),
     )
     train_recipe(recipe, tmp_path / "run")
     model = str(tmp_path / "run" / "model")
@@ -159,12 +183,16 @@ def test_the_command_on_series(tmp_path, capsys):
         "run-price.png",
     ]
     assert "persistence" in capsys.readouterr().out
+    with Image.open(out / "run-load.png") as lines, Image.open(tmp_path / "run/samples/000004.png") as sheet:
+        assert sheet.height == 2 * lines.height  # of load and of price
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--data", "bars"], "got no model, expected a folder"),
+        (["{d}", "--data", "{csv}", "--show", "999"], "--show=999 should be at most 16"),
+        (["{d}", "--data", "{csv}", "--show", "-1"], "--show=-1 should be at least 0"),
         (["{a}", "{a}", "--data", "bars"], "is given twice, expected different models"),
         (["{a}", "{b}", "--data", "bars"], "frames=3 and b has frames=4, expected the same"),
         (["{a}", "{c}", "--data", "bars"], "c forecasts fields and a clips"),
@@ -174,13 +202,17 @@ def test_the_command_on_series(tmp_path, capsys):
         (["{c}", "--data", "{csv}"], "('load', 'price'), the model was trained on ('x',)"),
     ],
 )
-def test_the_command_refuses_in_one_line(bars, tmp_path, capsys, words, said):
-    field_model = PredFormer(TINY)
+def test_the_command_refuses_in_one_line_before_it_scores(bars, tmp_path, capsys, monkeypatch, words, said):
+    field_model, series_model = PredFormer(TINY), PredFormer(replace(TINY, channels=2, size=(1, 1), patch=1))
     field_model.codec = Standardised.of(["x"], ["m"], torch.zeros(1), torch.ones(1))
+    series_model.codec = Standardised.of(["load", "price"], ["", ""], torch.zeros(2), torch.ones(2))
+    for scoring in ("score_clips", "compare_forecasts"):
+        monkeypatch.setattr(f"ditkit.tasks.forecast_scores.{scoring}", lambda *args, **options: pytest.fail())
     places = {
         "a": saved(tmp_path / "a", PredFormer(TINY)),
         "b": saved(tmp_path / "b", PredFormer(replace(TINY, frames=4))),
         "c": saved(tmp_path / "c", field_model),
+        "d": saved(tmp_path / "d", series_model),
         "csv": str(csv_of(tmp_path / "load.csv")),
     }
     command = ["forecast", *(word.format(**places) for word in words), "--out", str(tmp_path / "out")]

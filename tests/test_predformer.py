@@ -319,6 +319,26 @@ def test_dropout_is_in_training_only_and_differs_between_samples(name):
     assert not torch.allclose(drawn[0], drawn[1])
 
 
+def test_attention_dropout_is_of_the_output_and_not_of_the_probabilities():
+    """What attention gives is the same in training; of the branch a share is 0 and the rest scaled."""
+    model, share = tiny("T", attn_dropout=0.25), 0.25
+    x, seen = torch.randn(4, *model.sample_shape), {}
+
+    def note(name: str) -> Callable[..., Any]:
+        return lambda fn, *args: seen.setdefault(name, fn(*args))
+
+    for name in ("eval", "train"):
+        model.train(name == "train")
+        model(x, run=Run({at: note(f"{name} {at}") for at in ("blocks.0.attn", "blocks.0.attn.core")}))
+    assert torch.equal(seen["train blocks.0.attn.core"], seen["eval blocks.0.attn.core"])
+    drawn, whole = seen["train blocks.0.attn"], seen["eval blocks.0.attn"]
+    kept = drawn != 0
+    torch.testing.assert_close(drawn[kept], whole[kept] / (1 - share))
+    assert kept.float().mean().item() == pytest.approx(
+        1 - share, abs=5 * (share * (1 - share) / kept.numel()) ** 0.5
+    )
+
+
 @pytest.mark.parametrize(("axis", "lines"), [("T", PLACES), ("S", FRAMES), ("F", 1)])
 def test_drop_path_drops_whole_lines_of_each_sample(axis, lines):
     model = PredFormer(replace(TINY, layout=axis, drop_path=0.25)).train()

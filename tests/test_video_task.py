@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -21,14 +23,17 @@ from ditkit.data.loading import load_held_out, takes
 from ditkit.data.sets import moving_digits
 from ditkit.evaluate.deviation import pooled_psnr_db
 from ditkit.evaluate.features import EfficientNetLite0
+from ditkit.evaluate.film import BETWEEN_PX
+from ditkit.evaluate.legend import GIVEN_RGB
 from ditkit.evaluate.metrics import psnr_db
 from ditkit.evaluate.perceptual import ClipFeature
+from ditkit.evaluate.sheet import LINE
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.tasks import video_scores
 from ditkit.tasks.generate import Generated, generate
 from ditkit.tasks.masks import KINDS
 from ditkit.tasks.video import conditioned
-from ditkit.tasks.video_pictures import leadtime
+from ditkit.tasks.video_pictures import leadtime, write_films
 from ditkit.tasks.video_scores import (
     UNCONDITIONAL,
     Scores,
@@ -178,6 +183,26 @@ def test_the_table_and_the_json_say_the_same(model: VDT, clips: Tensor) -> None:
     for mask in back["masks"][:2]:
         assert f"{mask['model']['psnr_db']:.2f}" in text and f"{mask['baseline']['ssim']:.3f}" in text
     assert back["masks"][2]["model"] is None and back["masks"][2]["baseline"] is None
+
+
+@pytest.mark.parametrize("kind", ["predict", "region"])
+def test_a_film_is_black_where_nothing_was_given_and_outlines_what_was(
+    kind: str, model: VDT, clips: Tensor, tmp_path: Path
+) -> None:
+    done = complete(model, clips[:1], kind, [0], steps=1)
+    assert done.mask is not None
+    write_films(tmp_path, done, 8.0)
+    scale = 256 // SIDE
+    left, right = scale * SIDE + BETWEEN_PX, 2 * scale * SIDE + BETWEEN_PX
+    amber = torch.tensor(GIVEN_RGB, dtype=torch.uint8)
+    with Image.open(tmp_path / f"{kind}.gif") as film:
+        for t in range(T):
+            film.seek(t)
+            given = torch.from_numpy(np.array(film.convert("RGB").crop((left, LINE + 2, right, film.height))))
+            made = done.mask[0, 0, t].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            outline = (given == amber).all(-1)
+            assert (given[made] == 0).all()
+            assert not outline[made].any() and outline.any() == (~made).any()
 
 
 def test_lead_time_runs_over_predicted_frames(model: VDT, clips: Tensor) -> None:

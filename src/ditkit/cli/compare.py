@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -19,8 +19,10 @@ from ditkit.cli.options import (
     Labels,
     ModelName,
     Number,
+    Options,
     Policies,
     Seeds,
+    options_of,
     policies_of,
     progress,
     seeds_of,
@@ -62,6 +64,7 @@ def compare(
     max_bytes: Number = None,
     no_memory: bool = False,
     data: DataName = None,
+    option: Options = (),
     mask: MaskName = None,
     out: Path = Path("outputs/compare"),
 ) -> None:
@@ -95,6 +98,7 @@ def compare(
         no_memory: Do not measure peak memory, which takes a process for each row.
         data: A named set or a folder. Images (emoji): to report FID and KID against. Clips (moving-digits):
             given in part, out of the test split if there is one.
+        option: Of the loader of --data, such as split=test or fps=10. Repeat it for several.
         mask: What the clips of --data leave to be made: predict (the last half, the default), backward,
             interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
@@ -108,7 +112,7 @@ def compare(
         raise ConfigError(
             f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
         )
-    real, cond = told(network, data, mask, numbers)
+    real, cond = told(network, data, mask, numbers, **options_of(data, option))
     with writable(out), progress() as advance:
         report = compared(
             network,
@@ -146,9 +150,11 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
 
 
 def told(
-    network: Denoiser, data: str | None, mask: str | None, seeds: Sequence[int]
+    network: Denoiser, data: str | None, mask: str | None, seeds: Sequence[int], **options: Any
 ) -> tuple[Tensor | None, Cond]:
     """What `--data` and `--mask` ask for: pictures to measure against, or clips that are given in part.
+
+    `options` are those of the data's loader.
 
     Raises:
         ConfigError: they contradict each other or the model. Those of the loaders.
@@ -158,7 +164,7 @@ def told(
     if len(network.signal_shape) != CLIP_AXES:
         if mask is not None:
             raise ConfigError(f"--mask {mask} with a model of pictures, expected one of clips")
-        real = None if data is None else load_images(data, network.signal_shape[-1]).images_float()
+        real = None if data is None else load_images(data, network.signal_shape[-1], **options).images_float()
         return real, TOLD_NOTHING
     if data is None:
         if mask not in (None, UNCONDITIONAL):
@@ -166,17 +172,17 @@ def told(
         return None, TOLD_NOTHING
     if mask == UNCONDITIONAL:
         raise ConfigError(f"--mask {mask} gives nothing of --data {data}, expected one of the two")
-    return None, conditioned(given_clips(network, data, len(seeds)), mask or PREDICT, seeds)
+    return None, conditioned(given_clips(network, data, len(seeds), **options), mask or PREDICT, seeds)
 
 
-def given_clips(network: Denoiser, data: str, count: int) -> Tensor:
+def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Tensor:
     """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
 
     Raises:
         ConfigError: the set has other channels. Those of the loader.
     """
     channels, frames, height, width = network.signal_shape
-    clips = spread(load_held_out(data, (height, width), frames), count)
+    clips = spread(load_held_out(data, (height, width), frames, **options), count)
     if clips.channels != channels:
         raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
     return clips.clips(torch.arange(count))

@@ -18,8 +18,10 @@ from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     ModelName,
     Number,
+    Options,
     Policies,
     load_maker,
+    options_of,
     policies_of,
     progress,
     solver_of,
@@ -50,6 +52,7 @@ def evaluate(
     model: ModelName,
     *,
     data: str = "emoji",
+    option: Options = (),
     count: int = 1000,
     steps: int = 50,
     guiding: GuidingFlags = GUIDED,
@@ -77,6 +80,7 @@ def evaluate(
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         data: A named set (emoji, fashion), or a folder with a folder of images for each class, or with a
             metadata.jsonl of captions; those images are all of one class.
+        option: Of the loader of --data, such as split=test of fashion. Repeat it for several.
         count: Pictures to draw, with classes as often as in the data; seeds 0, 1, 2 ...
         steps: Steps of the solver.
         policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
@@ -93,7 +97,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
-    real = load_images(data, network.signal_shape[-1], **({} if max_bad is None else {"max_bad": max_bad}))
+    real = load_images(data, network.signal_shape[-1], **options_of(data, option, max_bad))
     check_real(network, real)
     real = real if real_count is None else thinned(real, real_count)
     extractor = load_efficientnet_lite0()
@@ -111,6 +115,7 @@ def evaluate(
             near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
         given = {
             "data": data,
+            "option": list(option),
             "max_bad": max_bad,
             "real_count": real_count,
             "count": count,

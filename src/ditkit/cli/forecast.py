@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 
 from ditkit.cli.evaluate import flags
-from ditkit.cli.options import Number, load_maker, progress, staged, writable
+from ditkit.cli.options import Number, Options, load_maker, options_of, progress, staged, writable
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.numbers import integer
-from ditkit.evaluate.sheet import png
-from ditkit.evaluate.strips import strip
+from ditkit.tasks.forecast_pictures import write_pictures
 from ditkit.tasks.forecast_scores import (
     ClipForecasts,
     FieldForecasts,
-    Picture,
     called,
     clip_forecasts,
     field_forecasts,
@@ -34,6 +32,7 @@ def forecast(
     models: Models,
     *,
     data: str,
+    option: Options = (),
     horizon: Number = None,
     count: int = 64,
     validation: float = 0.1,
@@ -49,17 +48,21 @@ def forecast(
         ditkit forecast runs/predformer/model runs/convlstm/model --data moving-digits --horizon 20
         ditkit forecast runs/predformer-winds/model --data winds
         ditkit forecast runs/mine/model --data load.csv --horizon 24
+        ditkit forecast runs/mine/model --data load.csv --option repair=interpolate
 
     Writes into the folder of --out:
         forecast.json    every number, and the settings
         leadtime.png     the error against lead time, beside the baselines
-        MODEL.png        one forecast, what followed, and the error as colours;
-                         of fields one for each variable
+        MODEL.png        one forecast: what was seen, what followed, and the error;
+                         of fields and series one for each variable
+        MODEL.mp4, .gif  the same as a film, not of series
 
     Args:
         models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.
         data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
             of video files, a netCDF file, or a CSV file of series.
+        option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
+            several.
         horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
         count: Clips to forecast, at most. Of fields, every window of the test part is.
         validation: Of fields, the share or number of steps before the test part, as in training.
@@ -76,37 +79,33 @@ def forecast(
     named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
     first = next(iter(named.values()))
     horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
-    options = {} if max_bad is None else {"max_bad": max_bad}
-    given = {"data": data, "horizon": horizon, "count": count, "validation": validation, "test": test}
-    given |= {"show": show, "max_bad": max_bad}
+    options = options_of(data, option, max_bad)
+    given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
+    given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}
     command = shlex.join(["ditkit", "forecast", *models, *flags(given)])
     with writable(out), progress() as advance:
         found: ClipForecasts | FieldForecasts
         if forecasts_fields(named):
-            found = field_forecasts(named, data, horizon, validation, test, options)
+            found = field_forecasts(named, data, horizon, validation, test, show, options)
         else:
             found = clip_forecasts(
                 named,
                 data,
                 horizon,
                 integer("--count", count, least=1),
+                show,
                 options,
                 staged(advance, "forecasting"),
             )
-        pictures = found.pictures(show)
         write_json(out / "forecast.json", {"command": command, **found.as_dict()})
-        files = ["forecast.json", *draw(found, pictures, out)]
+        files = [["forecast.json", "leadtime.png"], *draw(found, out)]
     Console().print(found.table())
-    print(f"wrote {out}: {', '.join(files)}")
+    print(f"wrote {out}:", *map(", ".join, files), sep="\n  ")
 
 
-def draw(found: ClipForecasts | FieldForecasts, pictures: Sequence[Picture], out: Path) -> list[str]:
-    """The plot, and one forecast of each model; the names of the files."""
+@torch.no_grad()
+def draw(found: ClipForecasts | FieldForecasts, out: Path) -> list[list[str]]:
+    """The plot, and one forecast of each model; the names of the files of each forecast."""
     with replacing(out / "leadtime.png") as draft:
         draft.write_bytes(found.plot().png())
-    files = ["leadtime.png"]
-    for name, rows, span, unit in pictures:
-        files.append(f"{name}.png")
-        with replacing(out / files[-1]) as draft:
-            draft.write_bytes(png(strip(rows, errors_to=found.truth, span=span, unit=unit)))
-    return files
+    return [write_pictures(out, name, example) for name, example in found.examples()]

@@ -20,6 +20,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component
+from ditkit.data.loading import read_options, takes
 from ditkit.sample import Solver
 from ditkit.sample.noise import distinct
 
@@ -29,11 +30,14 @@ Seeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SEED ...")]
 Policies = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="POLICY")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 DataName = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 
 EXACT = "exact"
 COMMAND_OF = {"pictures": "generate", "clips": "video", "forecasts": "forecast"}
 """The command for what a model makes."""
 CLIP_AXES = 4  # channels, frames, height, width
+OF_THE_MODEL = ("size", "frames")
+"""What loaders are asked for as the model has it."""
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
 Advance = Callable[[str, int, int], None]
@@ -55,6 +59,27 @@ def load_maker(name: str, of: str) -> Any:
             f"{name} makes {made}, expected a model of {of}; try: ditkit {COMMAND_OF[made]} {name}"
         )
     return model
+
+
+def options_of(data: str | None, words: Sequence[str], max_bad: int | None = None) -> dict[str, Any]:
+    """What `--option` and `--max-bad` ask of the loader of `--data`.
+
+    Raises:
+        ConfigError: there are no data, or their loader has no such option; one that the model decides, one given
+            twice, or a value of another type.
+        DataError: no such data.
+    """
+    texts = [*words, *([] if max_bad is None else [f"max_bad={max_bad}"])]
+    if not texts:
+        return {}
+    if data is None:
+        raise ConfigError(f"got {texts[0]} for the loader of --data, but no --data")
+    if max_bad is not None and not takes(data, "max_bad"):
+        raise ConfigError(f"--max-bad {max_bad} with --data {data}, expected a folder of images or videos")
+    for word in words:
+        if word.partition("=")[0] in OF_THE_MODEL:
+            raise ConfigError(f"--option {word}: size and frames are the model's, expected another option")
+    return read_options(data, texts)
 
 
 def seeds_of(words: Sequence[str]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit import recipes
-from ditkit.cli.options import Number, Policies, leads, policies_of, writable
+from ditkit.cli.options import Number, Options, Policies, leads, options_of, policies_of, writable
 from ditkit.cli.parsing import Command, Group
 from ditkit.core.errors import ConfigError
 from ditkit.core.spec import spec
@@ -48,6 +48,7 @@ def command_of(name: str, build: Build) -> Command:
         *,
         out: Path = Path("runs") / name,
         data: str = recipe.data,
+        option: Options = (),
         max_bad: Number = recipe.max_bad,
         codec: str = recipe.codec,
         init: str = recipe.init,
@@ -62,11 +63,14 @@ def command_of(name: str, build: Build) -> Command:
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
+        asked = options_of(data, option, max_bad)
+        bad = asked.pop("max_bad", None)
         under = tuple(policies_of(policy)) if policy else recipe.policies
         chosen = replace(
             with_network(recipe, network),
             data=data,
-            max_bad=max_bad,
+            options={**(recipe.options if data == recipe.data else {}), **asked},
+            max_bad=bad,
             codec=codec,
             init=init,
             policies=under,
@@ -94,7 +98,7 @@ def command_of(name: str, build: Build) -> Command:
         ditkit train {words} --dry-run
         ditkit train {words} --out runs/mine
         ditkit train {words} --out runs/mine --resume
-        ditkit train {words} --data photos --steps 5000 --batch 32
+        ditkit train {words} --data my-data --steps 5000 --batch 32
 
     Writes into the folder of --out:
         model/               the averaged weights, which {recipe.then} takes
@@ -105,6 +109,8 @@ def command_of(name: str, build: Build) -> Command:
     Args:
         out: Folder of the run.
         data: {recipe.sources}
+        option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
+            several.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         codec: Folder of a codec that ditkit train image-vae made; its latents are learned instead of pixels.
         init: Go on from a trained model: a folder, a shipped model or an id of the hub; its sizes are taken.

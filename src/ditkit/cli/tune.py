@@ -16,8 +16,10 @@ from ditkit.cli.options import (
     Labels,
     ModelName,
     Number,
+    Options,
     Policies,
     Seeds,
+    options_of,
     progress,
     seeds_of,
     solver_of,
@@ -50,6 +52,7 @@ def tune(
     batch_size: int = 8,
     max_bytes: Number = None,
     data: DataName = None,
+    option: Options = (),
     mask: MaskName = None,
     out: Path = Path("outputs/tune"),
 ) -> None:
@@ -77,6 +80,7 @@ def tune(
         batch_size: Samples drawn at once.
         max_bytes: Memory that a policy may hold; more is refused.
         data: Clips given in part, such as moving-digits.
+        option: Of the loader of --data, such as split=train or fps=10. Repeat it for several.
         mask: What the clips of --data leave to be made, as in compare.
         out: Folder to write to.
     """
@@ -87,7 +91,7 @@ def tune(
     network = load(model)
     if not isinstance(network, Denoiser):
         raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
-    _, cond = told(network, data, mask, numbers)
+    _, cond = told(network, data, mask, numbers, **options_of(data, option))
     with writable(out), progress() as advance:
         result = tuned(
             network,

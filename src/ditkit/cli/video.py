@@ -18,8 +18,10 @@ from ditkit.cli.options import (
     DataName,
     ModelName,
     Number,
+    Options,
     Policies,
     load_maker,
+    options_of,
     policies_of,
     progress,
     seeds_of,
@@ -51,6 +53,8 @@ OwnSeeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SEED ...]")]
 
 TOLD = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
 """Masks that are drawn unless others are asked for; `unconditional` as well."""
+COUNT = 8
+"""Clips unless others are asked for."""
 FPS = 10.0
 """Of films without data, whose rate nothing says."""
 
@@ -60,7 +64,8 @@ def video(
     *,
     mask: Masks = (),
     data: DataName = None,
-    count: int = 8,
+    option: Options = (),
+    count: Number = None,
     frames: Number = None,
     size: Sides = (),
     seeds: OwnSeeds = (),
@@ -105,7 +110,8 @@ def video(
             first-last.
         data: A named set of clips (moving-digits, vizdoom), of which the test split is taken, or a folder of video
             files.
-        count: Clips, spread over the whole set.
+        option: Of the loader of --data, such as fps=10 or split=train. Repeat it for several.
+        count: Clips, spread over the whole set. Default: one a seed; without --seeds 8, or all if there are fewer.
         frames: Of a clip. Default: the model's own.
         size: Of a frame: height and width, or one number for a square. Default: the model's own.
         seeds: Of what is made, one a clip: whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
@@ -118,19 +124,23 @@ def video(
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         out: Folder to write to.
     """
+    network = load_maker(model, "clips")
     masks, numbers = masks_of(mask, data), clip_seeds(seeds, count)
     policies, way = policies_of(policy), solver_of(solver)
-    network = load_maker(model, "clips")
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
-    limits = {} if max_bad is None else {"max_bad": max_bad}
+    loading = options_of(data, option, max_bad)
     clips = None
     if data is not None:
-        clips = spread(load_held_out(data, (shape[2], shape[3]), shape[1], **limits), count)
+        whole = load_held_out(data, (shape[2], shape[3]), shape[1], **loading)
+        numbers = numbers if count is not None or seeds else numbers[: len(whole)]
+        clips = spread(whole, len(numbers))
+    count = len(numbers)
     truth = None if clips is None else clips_of(clips, shape[0])
     given = {
         "mask": list(masks),
         "data": data,
+        "option": list(option),
         "count": count,
         "frames": shape[1],
         "size": shape[2:],
@@ -180,15 +190,16 @@ def masks_of(names: Sequence[str], data: str | None) -> tuple[str, ...]:
     return tuple(names) or (*(TOLD if data else ()), UNCONDITIONAL)
 
 
-def clip_seeds(words: Sequence[str], count: int) -> tuple[int, ...]:
-    """One seed a clip.
+def clip_seeds(words: Sequence[str], count: int | None) -> tuple[int, ...]:
+    """One seed a clip; unless told otherwise `COUNT` of them.
 
     Raises:
         ConfigError: words that are no seeds, or another number of them than clips.
     """
-    count = integer("--count", count, least=1)
-    seeds = seeds_of(words) if words else tuple(range(count))
-    if len(seeds) != count:
+    if count is not None:
+        integer("--count", count, least=1)
+    seeds = seeds_of(words) if words else tuple(range(COUNT if count is None else count))
+    if count is not None and len(seeds) != count:
         raise ConfigError(f"--seeds names {len(seeds)} seeds for --count={count}, expected one a clip")
     return seeds
 

@@ -6,16 +6,20 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ditkit.core.errors import ConfigError, DataError, unknown
+from ditkit.core.spec import SCALARS
 from ditkit.data.clips import ClipSet
+from ditkit.data.decode import SUFFIXES
 from ditkit.data.fields import FieldSet
 from ditkit.data.fields import load as load_netcdf
 from ditkit.data.folder import load as load_folder
+from ditkit.data.folder import walk
 from ditkit.data.images import ImageSet
 from ditkit.data.series import load as load_csv
 from ditkit.data.video_folder import holds_videos
@@ -23,7 +27,7 @@ from ditkit.data.video_folder import load as load_video_folder
 
 SETS = "ditkit.data.sets"
 Data = ImageSet | ClipSet | FieldSet
-KINDS = {ImageSet: "images", ClipSet: "clips", FieldSet: "fields"}
+KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", ClipSet: "clips"}
 FILES: dict[str, Callable[..., FieldSet]] = {".csv": load_csv, ".nc": load_netcdf, ".nc4": load_netcdf}
 """What reads a file of this suffix."""
 
@@ -48,37 +52,50 @@ def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **
             what its checksum says.
         ConfigError: an unknown option, or a size that the set cannot give.
     """
-    for side in size if isinstance(size, tuple) else (size,):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
-            raise ConfigError(f"size={size!r} is not a positive whole number of pixels")
-    loader = _loader(name_or_path)
-    known = list(inspect.signature(loader).parameters)
-    for option in options:
-        if option not in known or option == "size":
-            raise ConfigError(unknown(f"option of data set {str(name_or_path)!r}:", option, known))
-    if "size" in known:
-        options["size"] = size
-    elif size is not None:
-        raise ConfigError(f"{name_or_path}: size={size}, expected none: fields keep their grid")
-    found: Data = loader(**options)
+    found: Data = _load(_loader(name_or_path), name_or_path, size, options)
     return found
+
+
+def read_options(name_or_path: str | Path, texts: Sequence[str]) -> dict[str, Any]:
+    """Options for `load` of these data out of texts such as `fps=10`, each read as its loader declares it.
+
+    Several values of one option stand between commas: `repair=sort,interpolate`.
+
+    Raises:
+        DataError: no such data, as `load` says.
+        ConfigError: an unknown option, one given twice, or a value of another type.
+    """
+    known = _options(_loader(name_or_path))
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"option {text!r}, expected NAME=VALUE such as fps=10")
+        if name not in known:
+            raise _unknown_option(name_or_path, name, known)
+        if name in given:
+            raise ConfigError(f"option {text!r}: {name} is given twice, expected once")
+        given[name] = _read(known[name], value, f"option {text!r}")
+    return given
 
 
 def takes(name_or_path: str | Path, option: str) -> bool:
     """Whether `load` of these data has an option of that name, such as `split`. Raises `DataError` as it does."""
-    return option in inspect.signature(_loader(name_or_path)).parameters
+    return option in _options(_loader(name_or_path))
 
 
 def load_images(name_or_path: str | Path, size: int | None = None, **options: Any) -> ImageSet:
     """`load` of images. Raises `ConfigError` where the data are something else."""
-    return _of(ImageSet, name_or_path, load(name_or_path, size, **options))
+    found: ImageSet = _load(_loader_of(ImageSet, name_or_path), name_or_path, size, options)
+    return found
 
 
 def load_clips(
     name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any
 ) -> ClipSet:
     """`load` of clips. Raises `ConfigError` where the data are something else."""
-    return _of(ClipSet, name_or_path, load(name_or_path, size, **options))
+    found: ClipSet = _load(_loader_of(ClipSet, name_or_path), name_or_path, size, options)
+    return found
 
 
 def load_held_out(
@@ -92,20 +109,83 @@ def load_held_out(
 
 def load_fields(name_or_path: str | Path, **options: Any) -> FieldSet:
     """`load` of fields or series. Raises `ConfigError` where the data are something else."""
-    return _of(FieldSet, name_or_path, load(name_or_path, **options))
+    found: FieldSet = _load(_loader_of(FieldSet, name_or_path), name_or_path, None, options)
+    return found
 
 
-def _of(kind: Any, name: str | Path, data: Data) -> Any:
-    if not isinstance(data, kind):
-        held = next(text for other, text in KINDS.items() if isinstance(data, other))
-        raise ConfigError(f"{name} holds {held}, expected {KINDS[kind]}")
-    return data
+def _load(
+    loader: partial[Any],
+    name_or_path: str | Path,
+    size: int | tuple[int, int] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    for side in size if isinstance(size, tuple) else (size,):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+            raise ConfigError(f"size={size!r} is not a positive whole number of pixels")
+    known = _options(loader)
+    for option in options:
+        if option not in known:
+            raise _unknown_option(name_or_path, option, known)
+    if "size" in inspect.signature(loader).parameters:
+        return loader(**options, size=size)
+    if size is not None:
+        raise ConfigError(f"{name_or_path}: size={size}, expected none: fields keep their grid")
+    return loader(**options)
 
 
-def _loader(name_or_path: str | Path) -> Callable[..., Data]:
-    if isinstance(name_or_path, str) and name_or_path in names():
-        loader: Callable[..., Data] = importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load
+def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
+    """The loader of these data, which are of this kind.
+
+    Raises:
+        ConfigError: they are of another.
+        DataError: a folder that holds nothing of any kind; what `_loader` raises.
+    """
+    loader = _loader(name_or_path)
+    path = Path(name_or_path)
+    if kind is ImageSet and loader.func is load_video_folder and _holds_images(path):
+        return partial(load_folder, path)  # a GIF among pictures does not make them films
+    made = get_type_hints(loader.func)["return"]
+    # ClipSet is a protocol with attributes, about which issubclass cannot be asked
+    held = next((k for k in (ImageSet, FieldSet) if issubclass(made, k)), ClipSet)
+    if held is kind:
         return loader
+    if loader.func is load_folder and not _holds_images(path):
+        raise DataError(f"{name_or_path} holds no videos and no images, expected {KINDS[kind]}")
+    raise ConfigError(f"{name_or_path} holds {KINDS[held]}, expected {KINDS[kind]}")
+
+
+def _holds_images(root: Path) -> bool:
+    return any(f.suffix.lower() in SUFFIXES for f in walk(root)[1])
+
+
+def _options(loader: partial[Any]) -> dict[str, Any]:
+    """The annotations of a loader's options by name: of all parameters but the path and the size."""
+    hints = get_type_hints(loader.func)
+    return {name: hints[name] for name in inspect.signature(loader).parameters if name != "size"}
+
+
+def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(unknown(f"option of data set {str(name_or_path)!r}:", option, known or ("none",)))
+
+
+def _read(kind: Any, text: str, where: str) -> Any:
+    """`text` as a value of the annotation `kind`: a scalar, or several of them between commas."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    several = [get_args(member)[0] for member in members if get_origin(member) in (tuple, Sequence)]
+    scalars = [member for member in members if member in SCALARS and member is not NoneType]
+    if several and ("," in text or not scalars):
+        return tuple(_read(several[0], part, where) for part in text.split(","))
+    read, expected = SCALARS[scalars[0]]
+    try:
+        return read(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{where}, expected {expected}") from error
+
+
+def _loader(name_or_path: str | Path) -> partial[Any]:
+    """What reads these data; its function's annotation says what kind they are."""
+    if isinstance(name_or_path, str) and name_or_path in names():
+        return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)
     if path.suffix.lower() in FILES and path.is_file():
         return partial(FILES[path.suffix.lower()], path)

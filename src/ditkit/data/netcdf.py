@@ -77,13 +77,14 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
         times=times,
         values=values[:, :, ::-1].copy() if _rises(dataset.variables.get(dimensions[-2])) else values,
         variables=tuple(names),
-        units=tuple(str(getattr(variable, "units", "")) for variable in chosen),
+        units=tuple(map(_units, chosen)),
     )
 
 
 def _names(dataset: Any, source: str, variables: Sequence[str] | None) -> list[str]:
     fields = [name for name, variable in dataset.variables.items() if _is_field(dataset, variable)]
     if not fields:
+        _check_units(dataset, source)
         found = ", ".join(f"{name}{v.dimensions}" for name, v in dataset.variables.items())
         raise DataError(
             f"{source} has no variable over (time, y, x) with a time coordinate; found {found:.300}"
@@ -101,12 +102,32 @@ def _names(dataset: Any, source: str, variables: Sequence[str] | None) -> list[s
 
 def _is_field(dataset: Any, variable: Any) -> bool:
     """Numbers over (time, y, x) or one level of them, where time has a coordinate in CF time units."""
+    time = _time_of(dataset, variable)
+    return time is not None and " since " in _units(time)
+
+
+def _time_of(dataset: Any, variable: Any) -> Any:
+    """The coordinate of the first of three axes, or of four with one level; None unless there is one."""
     if not np.issubdtype(variable.dtype, np.number):
-        return False
+        return None
     if variable.ndim != 3 and (variable.ndim != 4 or variable.shape[1] != 1):
-        return False
-    time = dataset.variables.get(variable.dimensions[0])
-    return time is not None and " since " in str(getattr(time, "units", ""))
+        return None
+    return dataset.variables.get(variable.dimensions[0])
+
+
+def _check_units(dataset: Any, source: str) -> None:
+    """Refuse the first axis that lacks nothing of a time but a date in its units to count from."""
+    for name, variable in dataset.variables.items():
+        time = _time_of(dataset, variable)
+        if time is not None:
+            raise DataError(
+                f"{source}: the times of {name!r} are {time.name!r} in units {_units(time)!r}, expected units such as "
+                "'hours since 2000-01-01'"
+            )
+
+
+def _units(variable: Any) -> str:
+    return str(getattr(variable, "units", ""))
 
 
 def _rises(coordinate: Any) -> bool:

@@ -82,9 +82,9 @@ def compare(
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: a seed or policy given twice, an unknown label, a number out of range, a sample that is
-            given whole, a policy that does not fit the model or `max_bytes`, or (with `memory`) something that
-            another process cannot be told.
+        ConfigError: a seed or policy given twice, an unknown label, a number out of range, a policy that does not
+            fit the model or `max_bytes`, or (with `memory`) something that another process cannot be told.
+        ConfigError, ShapeError: those of `ditkit.sample.given.check_given`.
         NoEffectError: no policy saved anything; where only some did not, they have no row, and `left_out` of the
             report's settings says why.
         ConflictError: as the sampler raises it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -42,10 +43,18 @@ def side_by_side(clips: Sequence[Tensor] | Tensor, names: Sequence[str] = (), *,
         raise ShapeError(f"a film needs clips of one shape, got {len(clips)} of {sorted(map(list, shapes))}")
     if names and len(names) != len(clips):
         raise ConfigError(f"a film of {len(clips)} clips needs as many names, got {len(names)}")
-    tiles = [as_frames(clip).expand(-1, 3, -1, -1) for clip in clips]
+    return tiled([as_frames(clip).expand(-1, 3, -1, -1) for clip in clips], names, columns=columns)
+
+
+def tiled(tiles: Sequence[Tensor], names: Sequence[str] = (), *, columns: int = 4) -> Tensor:
+    """The same of tiles that are frames already: uint8 [T, 3, H, W] of one shape.
+
+    Raises:
+        ConfigError: columns below 1.
+    """
     columns = min(integer("columns", columns, least=1), len(tiles))
     frames, _, height, width = tiles[0].shape
-    scale = max(1, min(SEEN_PX // max(height, width), WIDEST_PX // (columns * width)))
+    scale = scale_of(height, width, columns)
     height, width = scale * height, scale * width
     head = LINE + 2 if names else 0
     places = [
@@ -57,6 +66,18 @@ def side_by_side(clips: Sequence[Tensor] | Tensor, names: Sequence[str] = (), *,
     for tile, (y, x) in zip(tiles, places, strict=True):
         film[:, :, y : y + height, x : x + width] = enlarged(tile, scale)
     return film
+
+
+def scale_of(height: int, width: int, columns: int) -> int:
+    """How many times clips are enlarged, so that they can be seen and all `columns` fit."""
+    return max(1, min(SEEN_PX // max(height, width), WIDEST_PX // (columns * width)))
+
+
+def headed(film: Tensor, heads: Sequence[str]) -> Tensor:
+    """A film with a line of text over each of its frames."""
+    width = film.shape[-1]
+    lines = [_page(LINE + 2, width, width, [(LINE + 2, 0)], [head]) for head in heads]
+    return torch.cat([torch.stack(lines), film], 2)
 
 
 def enlarged(pictures: Tensor, scale: int) -> Tensor:
@@ -118,6 +139,17 @@ def write_gif(path: Path, film: Tensor, fps: float) -> Path:
     with replacing(path) as draft:
         first.save(draft, "GIF", save_all=True, append_images=rest, duration=durations_ms, loop=0)
     return path
+
+
+def write_film(folder: Path, name: str, film: Tensor, fps: float) -> list[str]:
+    """NAME.mp4 where PyAV is installed, and NAME.gif, slowed down to 50 frames a second; the file names.
+
+    Raises:
+        ConfigError: a file cannot be written, or there is no such `fps`.
+        ShapeError: no such film.
+    """
+    gif = write_gif(folder / f"{name}.gif", film, min(fps, GIF_FASTEST)).name
+    return [write_mp4(folder / f"{name}.mp4", film, fps).name, gif] if find_spec("av") else [gif]
 
 
 def _page(

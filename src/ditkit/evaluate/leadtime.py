@@ -10,6 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
+from ditkit.evaluate.axes import (
+    BOTTOM,
+    GAP_PX,
+    LEFT,
+    MOST_MARKS,
+    PIXELS_PER_INCH,
+    SHARPNESS,
+    TOP,
+    field,
+    head,
+    line_look,
+    points,
+    rise,
+    width_px,
+)
 from ditkit.evaluate.plots import ticks
 from ditkit.evaluate.style import LIGHT
 
@@ -17,27 +32,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, PIXELS_PER_INCH = 640, 380, 96
-LEFT, TOP, BOTTOM = 58, 58, 50
-SHARPNESS = 2  # pixels of a PNG for one of the plot
-LINE_PX, LABEL_PX, GAP_PX = 16.0, 12.5, 12.0  # from label to label; its letters; between it and the plot
+WIDTH, HEIGHT = 640, 380
+LINE_PX, LABEL_PX = 16.0, 12.5  # from label to label; its letters
+SAMPLE_PX, SAMPLE_GAP_PX = 26.0, 6.0  # of its line, before a label
 MOST_LETTERS = 34
 COLOURS = ("c0", "c1", "c3", "c2")  # those of the page that the colour-blind can tell apart
 MARKERS = ("o", "s", "^", "D", "v")  # five to four colours: twenty curves before two look alike
-MOST_MARKS = 13
+DASHES = (
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (9, 2)),
+)  # of baselines, in widths of the line
 
 
 @dataclass(frozen=True)
 class LeadTimePlot:
     """Errors [T] of several methods over lead times [T].
 
-    Methods differ in colour, in marker and by a label at the end of the curve, so that colour is never needed.
+    Methods differ in colour and marker, baselines in their dashes. At the end of a curve stands its label, behind a
+    sample of its line, so that colour is never needed.
 
     Args:
         curves: by method; NaN where there is no error, as at given frames.
         lead: rising, in `unit` ("frames", "hours").
         error: what is measured, in what, and which way is better: "MAE, m/s (lower is better)".
-        baselines: curves in grey, dashed, such as persistence and climatology.
+        baselines: curves in grey, such as persistence and climatology.
 
     Raises:
         ShapeError: no curve, or one of another length than `lead`.
@@ -92,79 +112,72 @@ class LeadTimePlot:
         return drawn
 
     def _figure(self) -> Figure:
-        from matplotlib.figure import Figure
-
-        width = WIDTH - LEFT - 2 * GAP_PX - max(_width_px(name) for name in self.curves)
+        room = (
+            2 * GAP_PX
+            + SAMPLE_PX
+            + SAMPLE_GAP_PX
+            + max(width_px(_short(name), LABEL_PX) for name in self.curves)
+        )
+        width = WIDTH - LEFT - room
         height = max(HEIGHT - TOP - BOTTOM, LINE_PX * len(self.curves))
-        size = (WIDTH / PIXELS_PER_INCH, (height + TOP + BOTTOM) / PIXELS_PER_INCH)
-        figure = Figure(size, dpi=PIXELS_PER_INCH, facecolor=LIGHT["panel"])
-        share = height / (height + TOP + BOTTOM)
-        place = (LEFT / WIDTH, share * BOTTOM / height, width / WIDTH, share)
-        axes = figure.add_axes(place, facecolor=LIGHT["panel"])
+        figure, axes = field(width, height, room)
         self._scale(axes)
-        self._draw(axes)
+        for name, look in self._looks().items():
+            axes.plot(self.lead, self.curves[name], markevery=-(-len(self.lead) // MOST_MARKS), **look)
         self._label(axes, width, height)
-        _head(axes, self.title, 34, color=LIGHT["ink"], size=_points(15), fontweight="bold")
-        _head(axes, self.error, 13, color=LIGHT["pale"], size=_points(12))
-        axes.set_xlabel(f"lead time, {self.unit}", color=LIGHT["pale"], size=_points(12), labelpad=_points(6))
+        head(axes, self.title, self.error, f"lead time, {self.unit}")
         return figure
 
     def _scale(self, axes: Axes) -> None:
-        """Round marks that enclose all values, a rule at each, and no frame."""
+        """Round marks that enclose all values, and few enough lead times to be read."""
         values = [v for curve in self.curves.values() for v in curve if not math.isnan(v)]
-        up, across = ticks(min(values), max(values)), list(self.lead)
+        across = list(self.lead)
         if len(across) > MOST_MARKS:
             across = [mark for mark in ticks(across[0], across[-1]) if across[0] <= mark <= across[-1]]
-        axes.set_yticks(up, [f"{mark:g}" for mark in up])
+        rise(axes, ticks(min(values), max(values)))
         axes.set_xticks(across, [f"{mark:g}" for mark in across])
-        axes.set_ylim(up[0], up[-1])
-        axes.margins(x=0.03)
-        axes.grid(color=LIGHT["edge"], linewidth=_points(1))
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelcolor=LIGHT["pale"], labelsize=_points(12), pad=_points(7))
-        axes.spines[:].set_visible(False)
 
     def _looks(self) -> dict[str, dict[str, Any]]:
         methods = [name for name in self.curves if name not in self.baselines]
-        return {name: {"color": LIGHT["control"], "linestyle": "--"} for name in self.baselines} | {
+        own = {
+            name: {"color": LIGHT["control"], "linestyle": DASHES[i % len(DASHES)], "dash_capstyle": "butt"}
+            for i, name in enumerate(self.baselines)
+        } | {
             name: {"color": LIGHT[COLOURS[i % len(COLOURS)]], "marker": MARKERS[i % len(MARKERS)]}
             for i, name in enumerate(methods)
         }
-
-    def _draw(self, axes: Axes) -> None:
-        for name, look in self._looks().items():
-            axes.plot(
-                self.lead,
-                self.curves[name],
-                linewidth=_points(2),
-                markersize=_points(7),
-                markeredgecolor=LIGHT["panel"],
-                markeredgewidth=_points(1),
-                markevery=-(-len(self.lead) // MOST_MARKS),
-                clip_on=False,
-                **look,
-            )
+        return {name: line_look() | look for name, look in own.items()}
 
     def _label(self, axes: Axes, width: float, height: float) -> None:
-        """The name of each curve beside its end, moved where it would cover another."""
+        """Beside the end of each curve a sample of its line and its name, moved where it would cover another."""
         low, high = axes.get_ylim()
         ends = {}
         for name, curve in self.curves.items():
             last = max(i for i, value in enumerate(curve) if not math.isnan(value))
             ends[name] = (self.lead[last], curve[last])
         heights = spread([(y - low) / (high - low) * height for _, y in ends.values()], LINE_PX, height)
-        leader = {"arrowstyle": "-", "color": LIGHT["edge"], "linewidth": _points(1), "relpos": (0, 0.5)}
+        leader = {"arrowstyle": "-", "color": LIGHT["edge"], "linewidth": points(1), "shrinkA": 0}
+        start, stop = 1 + GAP_PX / width, 1 + (GAP_PX + SAMPLE_PX) / width
         for (name, end), y in zip(ends.items(), heights, strict=True):
+            look, up = self._looks()[name], y / height
             axes.annotate(
-                _short(name),
+                "",
                 end,
-                (1 + GAP_PX / width, y / height),
+                (start, up),
                 textcoords="axes fraction",
-                color=self._looks()[name]["color"],
-                size=_points(LABEL_PX),
-                va="center_baseline",
                 annotation_clip=False,
                 arrowprops=leader,
+            )
+            sample = [start, (start + stop) / 2, stop]
+            axes.plot(sample, [up] * 3, transform=axes.transAxes, markevery=[1], **look)
+            axes.text(
+                stop + SAMPLE_GAP_PX / width,
+                up,
+                _short(name),
+                transform=axes.transAxes,
+                color=look["color"],
+                size=points(LABEL_PX),
+                va="center_baseline",
             )
 
 
@@ -194,27 +207,5 @@ def _bottom(group: Sequence[int], wanted: Sequence[float], apart: float, top: fl
     return max(0.0, min(middle - extent / 2, top - extent))
 
 
-def _head(axes: Axes, text: str, above_px: float, **look: Any) -> None:
-    """A line of text over the plot, from the left edge of the figure on."""
-    offset = (_points(GAP_PX - LEFT), _points(above_px))
-    axes.annotate(text, (0, 1), offset, xycoords="axes fraction", textcoords="offset points", **look)
-
-
 def _short(name: str) -> str:
     return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 3].rstrip() + "..."
-
-
-def _width_px(name: str) -> float:
-    """Of a label in matplotlib's own font, which is wider than most that a page takes."""
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
-
-    renderer = RendererAgg(1, 1, PIXELS_PER_INCH)
-    return renderer.get_text_width_height_descent(
-        _short(name), FontProperties(size=_points(LABEL_PX)), False
-    )[0]
-
-
-def _points(pixels: float) -> float:
-    """matplotlib counts in points."""
-    return pixels * 72 / PIXELS_PER_INCH

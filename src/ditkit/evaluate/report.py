@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.evaluate.html import page
+from ditkit.evaluate.legend import with_legend
 from ditkit.evaluate.rows import DEFINITIONS, Row
 from ditkit.evaluate.sheet import MARGIN, png, sheet
-from ditkit.evaluate.strips import chosen, side_by_side, with_legend
+from ditkit.evaluate.strips import chosen, side_by_side
 from ditkit.evaluate.words import NOTHING, caption, converged_caption, decibels, headline, megabytes, to_exact
 
 if TYPE_CHECKING:

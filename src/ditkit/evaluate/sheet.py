@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CELL, GAP, MARGIN = 96, 4, 12
-LABEL_WIDTH, LINE, CAPTION_TOP = 250, 18, 6
+LABEL_WIDTH, LINE, HEAD_LINE, CAPTION_TOP = 250, 18, 14, 6
 INK, PALE, PAPER = "#1b1f24", "#667085", "#ffffff"
 
 
@@ -61,7 +61,7 @@ def sheet(
     cell: tuple[int, int] = (CELL, CELL),
     gap: int = GAP,
 ) -> Image.Image:
-    """A row of pictures a method under column heads, each row with its caption's lines on the left.
+    """A row of pictures a method under column heads of one or more lines, each row with its caption's on the left.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method; the first `len(heads)` of each are shown.
@@ -72,12 +72,17 @@ def sheet(
 
     width, height = cell
     step = max(height + GAP, CAPTION_TOP + LINE * max(len(captions[name]) for name in pictures))
-    size = (2 * MARGIN + LABEL_WIDTH + len(heads) * (width + gap), 2 * MARGIN + LINE + len(pictures) * step)
+    left, top = (
+        MARGIN + LABEL_WIDTH,
+        MARGIN + LINE + HEAD_LINE * max((head.count("\n") for head in heads), default=0),
+    )
+    size = left + len(heads) * (width + gap) + MARGIN, top + len(pictures) * step + MARGIN
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
-    left, top = MARGIN + LABEL_WIDTH, MARGIN + LINE
     for column, head in enumerate(heads):
-        draw.text((left + column * (width + gap), MARGIN), clipped(head, width), PALE, font(11))
+        for line, text in enumerate(head.splitlines()):
+            at = left + column * (width + gap), MARGIN + line * HEAD_LINE
+            draw.text(at, clipped(text, width), PALE, font(11))
     for row, (name, of_method) in enumerate(pictures.items()):
         y = top + row * step
         for line, caption in enumerate(captions[name]):

@@ -11,19 +11,8 @@ from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
 from ditkit.evaluate.film import enlarged
-from ditkit.evaluate.sheet import (
-    GAP,
-    INK,
-    LABEL_WIDTH,
-    LINE,
-    MARGIN,
-    PALE,
-    PAPER,
-    as_frames,
-    font,
-    sheet,
-)
-from ditkit.evaluate.style import LIGHT
+from ditkit.evaluate.legend import GIVEN_RGB, OUTLINE_PX, difference, with_legend
+from ditkit.evaluate.sheet import GAP, LABEL_WIDTH, MARGIN, as_frames, sheet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,9 +22,6 @@ LEAST_PX, MOST_PX = 80, 160
 WIDEST_PX = 1600
 FEWEST_COLUMNS = 2
 BETWEEN_PX = 2  # of the frames of one clip
-GIVEN_RGB, OUTLINE_PX = tuple(bytes.fromhex(LIGHT["c1"].removeprefix("#"))), 3
-COLOUR_MAP = "inferno"  # of even steps in lightness, black where there is no error
-BAR_PX, BAR_HEIGHT_PX = 200, 12
 
 
 def strip(
@@ -44,43 +30,40 @@ def strip(
     masks: Mapping[str, Tensor] | None = None,
     errors_to: str | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
-    span: tuple[float, float] = (-1.0, 1.0),
-    unit: str = "",
 ) -> Image.Image:
-    """A row of frames for each clip [C, T, H, W], under frame numbers; of many frames, evenly chosen ones.
+    """A row of frames for each clip [C, T, H, W] in [-1, 1], under frame numbers; of many, evenly chosen ones.
 
     Args:
         masks: [1, T, H, W] by the name of a clip, as in `Cond`: what is 0 was given, and is outlined.
         errors_to: the clip from which all others are subtracted: |difference|, averaged over channels, in a row
             below each, all of one scale of colours that ends at the largest one shown.
-        notes: lines of text under a clip's name. unit: of the values, for the scale.
-        span: values that are shown black and white.
+        notes: lines of text under a clip's name.
 
     Raises:
         ShapeError: no clip, clips of several shapes, or masks of another.
-        ConfigError: a mask, note or reference of an unknown clip, or an empty span.
+        ConfigError: a mask, note or reference of an unknown clip.
         DataError: values that are not finite.
     """
     masks, notes = dict(masks or {}), dict(notes or {})
-    _check(clips, masks, notes, errors_to, span)
+    _check(clips, masks, notes, errors_to)
     _, frames, height, width = next(iter(clips.values())).shape
     cell = fitting(height, width)
-    shown = chosen(frames, (WIDEST_PX - 2 * MARGIN - LABEL_WIDTH) // (cell[0] + GAP))
+    shown = chosen(frames, columns(cell[0]))
     errors = {} if errors_to is None else _errors({n: c[:, shown] for n, c in clips.items()}, errors_to)
-    top = max((float(error.max()) for error in errors.values()), default=0.0)
+    scale = difference(max((float(error.max()) for error in errors.values()), default=0.0))
     rows: dict[str, Tensor] = {}
     captions: dict[str, Sequence[str]] = {}
     for name, clip in clips.items():
-        rows[name] = _frames(clip[:, shown], span, cell)
+        rows[name] = at_size(as_frames(clip[:, shown]).expand(-1, 3, -1, -1), cell)
         if name in masks:
             rows[name] = outlined(rows[name], masks[name][0, shown] == 0)
         captions[name] = [name, *notes.get(name, ())]
         if name in errors:
             below = f"{name}: error"
-            rows[below] = coloured(errors[name] / (top or 1.0))
+            rows[below] = scale.paint(errors[name])
             captions[below] = ["", f"|difference| to {errors_to}"]
     page = sheet(rows, captions, [f"frame {i}" for i in shown], cell)
-    return with_legend(page, bool(masks), top if errors else None, unit)
+    return with_legend(page, bool(masks), [scale] if errors else [])
 
 
 def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None) -> Tensor:
@@ -91,7 +74,7 @@ def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None
         made: bool [n, 1, T, H, W], false where content was given, which is outlined.
     """
     frames = clips[:, shown].expand(-1, -1, 3, -1, -1).flatten(0, 1)
-    frames = _at_size(frames, fitting(frames.shape[-2], frames.shape[-1]))
+    frames = at_size(frames, fitting(frames.shape[-2], frames.shape[-1]))
     if made is not None:
         frames = outlined(frames, ~made[:, 0, shown].flatten(0, 1))
     spaced = F.pad(frames, (0, BETWEEN_PX), value=255).unflatten(0, (len(clips), len(shown)))
@@ -105,6 +88,11 @@ def fitting(height: int, width: int) -> tuple[int, int]:
         return max(1, round(width * MOST_PX / longer)), max(1, round(height * MOST_PX / longer))
     scale = -(-LEAST_PX // longer)
     return scale * width, scale * height
+
+
+def columns(width: int) -> int:
+    """How many frames of this width a page takes."""
+    return (WIDEST_PX - 2 * MARGIN - LABEL_WIDTH) // (width + GAP)
 
 
 def chosen(frames: int, columns: int) -> list[int]:
@@ -124,21 +112,7 @@ def outlined(pictures: Tensor, given: Tensor) -> Tensor:
     return torch.where((area * beyond).bool(), colour, pictures)
 
 
-def coloured(shares: Tensor) -> Tensor:
-    """[T, H, W] in [0, 1] -> uint8 [T, 3, H, W] in the colours of errors."""
-    from matplotlib import colormaps
-
-    table = torch.from_numpy(colormaps[COLOUR_MAP](range(256), bytes=True)[:, :3].copy())
-    return table[(shares.clamp(0, 1) * 255).round().long()].permute(0, 3, 1, 2)
-
-
-def _frames(clip: Tensor, span: tuple[float, float], cell: tuple[int, int]) -> Tensor:
-    """[C, T, H, W] -> uint8 [T, 3, H', W'], at the size of the page, so that outlines are of one thickness."""
-    low, high = span
-    return _at_size(as_frames((clip - low) / (high - low) * 2 - 1).expand(-1, 3, -1, -1), cell)
-
-
-def _at_size(pictures: Tensor, cell: tuple[int, int]) -> Tensor:
+def at_size(pictures: Tensor, cell: tuple[int, int]) -> Tensor:
     """uint8 [T, 3, H, W] at the size of a cell: a whole number of times larger, or smaller."""
     width, height = cell
     if width < pictures.shape[-1]:
@@ -154,36 +128,11 @@ def _errors(clips: Mapping[str, Tensor], reference: str) -> dict[str, Tensor]:
     }
 
 
-def with_legend(page: Image.Image, given: bool, top: float | None = None, unit: str = "") -> Image.Image:
-    """The page, and below it what an outline and the colours of errors up to `top` mean."""
-    from PIL import Image, ImageDraw
-
-    if not given and top is None:
-        return page
-    whole = Image.new("RGB", (page.width, page.height + LINE + BAR_HEIGHT_PX), PAPER)
-    whole.paste(page)
-    draw, small = ImageDraw.Draw(whole), font(12)
-    x, y = MARGIN + LABEL_WIDTH, page.height
-    if given:
-        draw.rectangle((x, y, x + BAR_HEIGHT_PX + 2, y + BAR_HEIGHT_PX), PAPER, GIVEN_RGB, OUTLINE_PX)
-        draw.text((x + 22, y - 1), "given", PALE, small)
-        x += 80
-    if top is not None:
-        ramp = coloured(torch.linspace(0, 1, BAR_PX).expand(1, BAR_HEIGHT_PX, -1))[0]
-        whole.paste(Image.fromarray(ramp.permute(1, 2, 0).contiguous().numpy()), (x, y))
-        draw.text((x + BAR_PX + 8, y - 1), f"|difference|{f', {unit}' if unit else ''}", PALE, small)
-        for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
-            at = (x + share * (BAR_PX - 1), y + BAR_HEIGHT_PX + 3)
-            draw.text(at, f"{share * top:.3g}", INK, font(11), anchor=anchor)
-    return whole
-
-
 def _check(
     clips: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     notes: Mapping[str, Sequence[str]],
     errors_to: str | None,
-    span: tuple[float, float],
 ) -> None:
     shapes = {tuple(clip.shape) for clip in clips.values()}
     if len(shapes) != 1 or len(shape := next(iter(shapes))) != 4:
@@ -197,5 +146,3 @@ def _check(
     for name, clip in clips.items():
         if not clip.isfinite().all():
             raise DataError(f"strip: {name!r} holds NaN or infinite values, expected finite ones")
-    if not span[0] < span[1]:
-        raise ConfigError(f"span={span}, expected the lower value first")

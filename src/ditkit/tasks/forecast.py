@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,15 @@ import torch
 from torch import Tensor
 
 from ditkit.codecs.standardised import Standardised
-from ditkit.core.checkpoint import replacing
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.data.clips import ClipSet
 from ditkit.data.fields import FieldSet, Parts, Scaling
 from ditkit.data.loading import load_clips, load_fields
-from ditkit.evaluate.sheet import png
-from ditkit.evaluate.strips import strip
 from ditkit.models.convlstm import ConvLSTMConfig
 from ditkit.models.predformer import PredFormerConfig
+from ditkit.tasks.forecast_pictures import clip_examples, field_examples, write_sheet
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.forecasting import Forecasting
 from ditkit.train.loop import Samples, Sheet
@@ -118,7 +115,7 @@ class ClipForecastRecipe(ForecastRecipe):
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
         assert isinstance(samples, Continued)
-        return partial(write_sheet, folder, *samples.pair(torch.tensor([0])), (0.0, 1.0), "")
+        return partial(write_sheet, folder, partial(clip_examples, samples.clips, 0, self.model.frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +149,8 @@ class FieldForecastRecipe(ForecastRecipe):
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
         assert isinstance(samples, Windows)
-        given, target = samples.fields.batch([0], samples.frames, samples.frames)
-        return partial(write_sheet, folder, given, target, (-3.0, 3.0), "deviations")
+        frames = samples.frames
+        return partial(write_sheet, folder, partial(field_examples, samples.fields, 0, frames, frames))
 
 
 class Continued:
@@ -215,15 +212,3 @@ def held_out(model: Model, fields: FieldSet, validation: float, test: float, pat
         raise ConfigError(f"{fields.name} has {fields.variables}, the model was trained on {trained}")
     parts = fields.split(validation, test, lead_in=model.config.frames)
     return Parts(*(part.normalised(scaling).padded(patch) for part in parts))
-
-
-@torch.no_grad()
-def write_sheet(
-    folder: Path, given: Tensor, target: Tensor, span: tuple[float, float], unit: str, model: Model, step: int
-) -> None:
-    """What follows one training sample, what the model says of it, and the error, as `folder`/STEP.png."""
-    said = model(given)
-    rows: Mapping[str, Tensor] = {"observed": given[0], "what follows": target[0], "forecast": said[0]}
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{step:06d}.png") as draft:
-        draft.write_bytes(png(strip(rows, errors_to="what follows", span=span, unit=unit)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ditkit.data.clips import ClipSet, spread
 from ditkit.data.fields import Parts
 from ditkit.data.loading import load_fields, load_held_out
 from ditkit.evaluate.clips import frame_psnr_db, frame_ssim
+from ditkit.evaluate.example import Example, lead_unit
 from ditkit.evaluate.forecast import (
     PERSISTENCE,
     ForecastReport,
@@ -32,6 +33,7 @@ from ditkit.evaluate.forecast import (
 from ditkit.evaluate.leadtime import LeadTimePlot
 from ditkit.sample.forecast import forecast
 from ditkit.tasks.forecast import held_out
+from ditkit.tasks.forecast_pictures import clip_examples, field_examples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,16 +41,6 @@ if TYPE_CHECKING:
 Forecaster = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]  # (clips done, clips in all)
 BRIGHTNESS = Quantity("brightness")
-TRUTH = "what followed"
-
-
-class Picture(NamedTuple):
-    """One forecast as rows of frames: what was seen, what followed, what was said; values and their unit."""
-
-    name: str
-    rows: Mapping[str, Tensor]
-    span: tuple[float, float]
-    unit: str
 
 
 @dataclass(frozen=True)
@@ -120,13 +112,13 @@ def _score(
 
 @dataclass(frozen=True)
 class ClipForecasts:
-    """Models and persistence on the same clips."""
+    """Models and persistence on the same clips, of which number `show` is drawn."""
 
     models: Mapping[str, Model]
     clips: ClipSet
     observed: int
     scores: Mapping[str, ClipForecastScore]
-    truth: str = TRUTH
+    show: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -168,33 +160,24 @@ class ClipForecasts:
             baselines=[PERSISTENCE],
         )
 
-    @torch.no_grad()
-    def pictures(self, show: int) -> list[Picture]:
-        """Clip number `show` under each model."""
-        index = torch.tensor([integer("--show", show, least=0, most=len(self.clips) - 1)])
-        seen, truth = ((self.clips.clips(index) + 1) / 2).tensor_split([self.observed], dim=2)
-        horizon = truth.shape[2]
-        return [
-            Picture(
-                file_name(name),
-                {TRUTH: truth[0], "forecast": forecast(model, seen, horizon)[0]},
-                (0.0, 1.0),
-                "",
-            )
-            for name, model in self.models.items()
-        ]
+    def examples(self) -> Iterator[tuple[str, Example]]:
+        """The clip to show under each model, by the name of its files."""
+        for name, model in self.models.items():
+            make = partial(forecast, model, horizon=self.clips.frames - self.observed)
+            for example in clip_examples(self.clips, self.show, self.observed, make):
+                yield file_name(name), example
 
 
 @dataclass(frozen=True)
 class FieldForecasts:
-    """Models, persistence and climatology on the same windows of the test part."""
+    """Models, persistence and climatology on the same windows of the test part, of which number `show` is drawn."""
 
     models: Mapping[str, Model]
     parts: Parts
     observed: int
     horizon: int
     report: ForecastReport
-    truth: str = TRUTH
+    show: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -206,30 +189,22 @@ class FieldForecasts:
 
     def plot(self) -> LeadTimePlot:
         """Normalised MAE by lead time."""
+        count, unit = lead_unit(self.parts.test.step)
         return LeadTimePlot(
             {name: found.mae_all for name, found in self.report.scores.items()},
-            list(range(1, self.horizon + 1)),
+            [count * (lead + 1) for lead in range(self.horizon)],
             "normalised MAE (lower is better)",
-            f"{self.report.settings['step']}s",
+            unit,
             title=f"Forecasts of {self.parts.test.name}",
             baselines=list(self.report.baselines),
         )
 
-    @torch.no_grad()
-    def pictures(self, show: int) -> list[Picture]:
-        """Window number `show` under each model, a picture a variable, in its unit."""
-        test = self.parts.test
-        given, target = test.batch([show], self.observed, self.horizon)
-        found = []
+    def examples(self) -> Iterator[tuple[str, Example]]:
+        """The window to show under each model, one a variable, by the name of its files."""
         for name, model in self.models.items():
-            said = forecast(model, given, self.horizon)
-            truth, guess = (model.codec.decode(x)[0] for x in (target, said))
-            for i, (variable, unit) in enumerate(zip(test.variables, test.units, strict=True)):
-                low, high = truth[i].min().item(), truth[i].max().item()
-                rows = {TRUTH: truth[i : i + 1], "forecast": guess[i : i + 1]}
-                span = (low, high if high > low else low + 1)
-                found.append(Picture(f"{file_name(name)}-{variable}", rows, span, unit))
-        return found
+            make = partial(forecast, model, horizon=self.horizon)
+            for example in field_examples(self.parts.test, self.show, self.observed, self.horizon, make):
+                yield file_name(f"{name}-{example.variable}"), example
 
 
 def forecasts_fields(models: Mapping[str, Model]) -> bool:
@@ -250,21 +225,22 @@ def clip_forecasts(
     data: str,
     horizon: int,
     count: int,
+    show: int,
     options: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> ClipForecasts:
     """Models on at most `count` held-out clips of a set that has such a split, else of the whole set.
 
     Raises:
-        ConfigError: models of different sizes or lengths, or data that do not fit them.
+        ConfigError: models of different sizes or lengths, data that do not fit them, or no clip number `show`.
         DataError: the data are missing or damaged.
     """
     config = same(models, "frames", "size")
     clips = load_held_out(data, config.size, config.frames + horizon, **options)
     chosen = spread(clips, min(count, len(clips)))
-    return ClipForecasts(
-        models, chosen, config.frames, score_clips(models, chosen, config.frames, progress=progress)
-    )
+    integer("--show", show, least=0, most=len(chosen) - 1)
+    scores = score_clips(models, chosen, config.frames, progress=progress)
+    return ClipForecasts(models, chosen, config.frames, scores, show)
 
 
 def field_forecasts(
@@ -273,22 +249,24 @@ def field_forecasts(
     horizon: int,
     validation: float,
     test: float,
+    show: int,
     options: Mapping[str, Any],
 ) -> FieldForecasts:
     """Models on every window of the test part of a set.
 
     Raises:
-        ConfigError: models of different lengths, or other variables than the data's.
+        ConfigError: models of different lengths, other variables than the data's, or no window number `show`.
         DataError: the data are missing, damaged, or too short.
     """
     config = same(models, "frames", "patch")
     parts = held_out(
         next(iter(models.values())), load_fields(data, **options), validation, test, config.patch
     )
+    integer("--show", show, least=0, most=parts.test.count(config.frames, horizon) - 1)
     makers = {name: partial(forecast, model, horizon=horizon) for name, model in models.items()}
     with torch.no_grad():
         report = compare_forecasts(makers, parts.training, parts.test, config.frames, horizon)
-    return FieldForecasts(models, parts, config.frames, horizon, report)
+    return FieldForecasts(models, parts, config.frames, horizon, report, show)
 
 
 def same(models: Mapping[str, Model], *names: str) -> Any:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ditkit.core.checkpoint import replacing
 from ditkit.evaluate.deviation import pooled_psnr_db
-from ditkit.evaluate.film import GIF_FASTEST, side_by_side, write_gif, write_mp4
+from ditkit.evaluate.film import enlarged, scale_of, side_by_side, tiled, write_film
 from ditkit.evaluate.leadtime import LeadTimePlot
-from ditkit.evaluate.sheet import PAPER, png
-from ditkit.evaluate.strips import strip
+from ditkit.evaluate.legend import below_each_other
+from ditkit.evaluate.sheet import as_frames, png
+from ditkit.evaluate.strips import outlined, strip
 from ditkit.tasks.video_scores import Completed, MaskScores
 
 if TYPE_CHECKING:
     from PIL import Image
 
-REPEATED = "the last frame, repeated"
+REPEATED, GIVEN = "the last frame, repeated", "given"
 FILMED, ALONE, SHOWN = 4, 8, 2
 """Clips of a film, of one of unconditional clips, and of a strip."""
 
@@ -36,14 +37,8 @@ def write_films(folder: Path, done: Completed, fps: float) -> list[str]:
         tiles = list(done.made[:ALONE])
         film = side_by_side(tiles, [f"made {i + 1}" for i in range(len(tiles))])
     else:
-        assert done.truth is not None and done.baseline is not None
-        given = done.truth.masked_fill(done.mask, 0)
-        rows = {"truth": done.truth, "given": given, "made": done.made, "baseline": done.baseline}
-        count = min(FILMED, len(done.made))
-        film = side_by_side([x[i] for i in range(count) for x in rows.values()], [*rows] * count)
-    name = done.scores.mask
-    written = [write_gif(folder / f"{name}.gif", film, min(fps, GIF_FASTEST)).name]
-    return [write_mp4(folder / f"{name}.mp4", film, fps).name, *written] if find_spec("av") else written
+        film = _beside_the_truth(done)
+    return write_film(folder, done.scores.mask, film, fps)
 
 
 def write_strips(folder: Path, done: Completed) -> str:
@@ -57,7 +52,7 @@ def write_strips(folder: Path, done: Completed) -> str:
     else:
         pages = [_strip(done, i) for i in range(min(SHOWN, len(done.made)))]
     with replacing(folder / f"{done.scores.mask}.png") as draft:
-        draft.write_bytes(png(_below_each_other(pages)))
+        draft.write_bytes(png(below_each_other(pages)))
     return f"{done.scores.mask}.png"
 
 
@@ -82,6 +77,20 @@ def leadtime(scores: MaskScores) -> LeadTimePlot | None:
     )
 
 
+def _beside_the_truth(done: Completed) -> Tensor:
+    """Truth, given, made and baseline of the first clips; what was given is outlined, the rest of its tile black."""
+    assert done.truth is not None and done.baseline is not None and done.mask is not None
+    given = done.truth.masked_fill(done.mask, -1)
+    rows = {"truth": done.truth, GIVEN: given, "made": done.made, "baseline": done.baseline}
+    scale = scale_of(done.made.shape[-2], done.made.shape[-1], len(rows))
+    tiles = []
+    for i in range(min(FILMED, len(done.made))):
+        for name, clips in rows.items():
+            tile = enlarged(as_frames(clips[i]).expand(-1, 3, -1, -1), scale)
+            tiles.append(outlined(tile, ~done.mask[i, 0]) if name == GIVEN else tile)
+    return tiled(tiles, [*rows] * (len(tiles) // len(rows)), columns=len(rows))
+
+
 def _strip(done: Completed, i: int) -> Image.Image:
     assert done.truth is not None and done.baseline is not None and done.mask is not None
     one, mask = slice(i, i + 1), done.mask[i]
@@ -92,14 +101,3 @@ def _strip(done: Completed, i: int) -> Image.Image:
         notes[name] = ["equal to the truth" if psnr is None else f"{psnr:.2f} dB over what was made"]
     rows = {name: clips[i].clamp(-1, 1) for name, clips in {"truth": done.truth, **made}.items()}
     return strip(rows, masks=dict.fromkeys(made, mask), errors_to="truth", notes=notes)
-
-
-def _below_each_other(pages: Sequence[Image.Image]) -> Image.Image:
-    from PIL import Image
-
-    whole = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), PAPER)
-    top = 0
-    for page in pages:
-        whole.paste(page, (0, top))
-        top += page.height
-    return whole
