@@ -198,6 +198,10 @@ def test_real_rain():
     assert found.values.shape == (23, 1, 118, 87) and found.units == ("mm/h",) and str(found.step) == "hour"
     assert found.values.min() == 0 and found.values.max() == 163.75
     assert found.times[0] == np.datetime64("2018-09-13T19:00")
+    # north is up: the storm comes ashore and turns to the south-west
+    rain_by_row = found.values[:, 0].sum(2)
+    row = (rain_by_row * torch.arange(118)).sum(1) / rain_by_row.sum(1)
+    assert row[-6:].mean() > row[:6].mean() + 5
 
 
 # -- a user's netCDF file
@@ -233,6 +237,18 @@ def test_netcdf_scaled_values_and_a_cell_that_never_holds_data(tmp_path):
     assert (found.name, found.variables, found.units, str(found.step)) == ("heat", ("heat",), ("K",), "day")
     assert found.valid.sum() == 5 and not found.valid[0, 1, 1]
     assert found.values[2, 0].tolist() == [[120, 121, 122], [123, 0, 125]]
+
+
+@pytest.mark.parametrize(("units", "turned"), [("degrees_north", True), ("m", False)])
+def test_north_is_up_where_latitudes_lie_over_rows_and_columns(units, turned, tmp_path):
+    path = write_netcdf(tmp_path / "heat.nc", ramp())
+    with pytest.importorskip("netCDF4").Dataset(path, "a") as file:
+        latitude = file.createVariable("lat", "f4", ("y", "x"))
+        latitude.units = units
+        latitude[:] = [[50, 51, 52], [51, 52, 53]]
+        file["heat"].coordinates = "time lat lon"
+    first_row = fields.load(path, variables=["heat"]).values[0, 0, 0].tolist()
+    assert first_row == ([103, 104, 105] if turned else [100, 101, 102])
 
 
 def test_times_in_fractions_of_a_day_are_even(tmp_path):

@@ -16,6 +16,15 @@ from ditkit.data.repair import Raw
 
 # Others have days that no clock of NumPy knows, such as 30 February
 CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
+NORTHWARD = (
+    "degrees_north",
+    "degree_north",
+    "degree_N",
+    "degrees_N",
+    "degreeN",
+    "degreesN",
+)
+"""Units of a latitude (CF, section 4.1)."""
 
 
 def read(
@@ -75,7 +84,7 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
         column="variable",
         rows=np.arange(1, len(times) + 1),
         times=times,
-        values=values[:, :, ::-1].copy() if _rises(dataset.variables.get(dimensions[-2])) else values,
+        values=values[:, :, ::-1].copy() if _rises(_rows_of(dataset, chosen[0])) else values,
         variables=tuple(names),
         units=tuple(map(_units, chosen)),
     )
@@ -130,11 +139,21 @@ def _units(variable: Any) -> str:
     return str(getattr(variable, "units", ""))
 
 
+def _rows_of(dataset: Any, variable: Any) -> Any:
+    """The coordinate of the rows: of their dimension, or else the latitude over rows and columns (CF, section 5.2)."""
+    *_, y, x = variable.dimensions
+    if y in dataset.variables:
+        return dataset.variables[y]
+    named = [dataset.variables.get(name) for name in str(getattr(variable, "coordinates", "")).split()]
+    latitudes = (v for v in named if v is not None and _units(v) in NORTHWARD and v.dimensions == (y, x))
+    return next(latitudes, None)
+
+
 def _rises(coordinate: Any) -> bool:
-    """Whether a coordinate grows from one row to the next; False where the file gives none."""
-    if coordinate is None or coordinate.ndim != 1 or len(coordinate) < 2:
+    """Whether a coordinate grows from the first row to the last; False where the file gives none."""
+    if coordinate is None or coordinate.ndim == 0 or len(coordinate) < 2:
         return False
-    return bool(coordinate[-1] > coordinate[0])
+    return bool(np.mean(coordinate[-1]) > np.mean(coordinate[0]))
 
 
 def _values(variable: Any) -> NDArray[np.float32]:

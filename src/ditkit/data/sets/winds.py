@@ -1,6 +1,6 @@
 """Monthly mean surface winds of the globe, 1982-1992 (US Navy FNOC), as Debian's `ferret-datasets` ships them.
 
-2.5 degrees; rows from 90 S to 90 N, columns from 20 E eastward round the globe. Free to use (NOAA/PMEL).
+2.5 degrees; rows from 90 N to 90 S, columns from 20 E eastward round the globe. Free to use (NOAA/PMEL).
 """
 
 from __future__ import annotations
