@@ -28,6 +28,7 @@ from ditkit.data.loading import load_clips
 from ditkit.evaluate.clock import alternated, medians
 from ditkit.evaluate.forecast import mean
 from ditkit.recipes.predformer import convlstm, predformer
+from ditkit.sample.forecast import forecast
 from ditkit.tasks.forecast import ClipForecastRecipe
 from ditkit.tasks.forecast_scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
@@ -82,7 +83,9 @@ def trained(name: str, minutes: float, batch: int, keep: Path) -> Trained:
     recipe = replace(recipe, settings=replace(recipe.settings, batch=batch, sheet_every=0))
     begun = (run / RECIPE).exists()
     steps = steps_of(run, minutes) if begun else steps_in(minutes, recipe)
-    settings = replace(recipe.settings, steps=steps, warmup=min(200, steps // 10))
+    # a training that goes on has warmed up already, over the steps that it had then
+    warmup = read_json(run / RECIPE)["settings"]["warmup"] if begun else min(200, steps // 10)
+    settings = replace(recipe.settings, steps=steps, warmup=warmup)
     model = train_recipe(replace(recipe, settings=settings), run, resume=begun)
     return Trained(model, spent(run), steps)
 
@@ -94,7 +97,7 @@ def rows(models: Mapping[str, Trained], clips: int) -> list[dict[str, object]]:
     scores = score_clips({name: own.model for name, own in models.items()}, held_out, frames)
     seen = torch.rand(BATCH, 1, frames, 64, 64)
     with torch.no_grad():
-        forwards = {name: partial(own.model, seen) for name, own in models.items()}
+        forwards = {name: partial(forecast, own.model, seen, frames) for name, own in models.items()}
         timed = medians(alternated(forwards, ROUNDS, warmup=1))
     found: list[dict[str, object]] = []
     for name, score in scores.items():

@@ -1,7 +1,7 @@
 """PredFormer's small experiment: the paper's nine layouts, fewer layers and no gates, trained alike.
 
     python benchmarks/layouts.py
-    python benchmarks/layouts.py --size 64 --width 128 --steps 20000
+    python benchmarks/layouts.py --size 64 --width 128 --steps 20000 --keep runs/layouts64
     python benchmarks/layouts.py --seeds 1 --networks Full Quadruplet-TSST
 
 The second is of the specification's size and wants a GPU. Stopped at any moment, the same command goes on. Every

@@ -1,4 +1,4 @@
-"""Attention along one axis of a clip: which tokens mix, and which rows run alone."""
+"""Attention along one axis of a clip: which tokens mix, which rows run alone, and the text that orders blocks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ShapeError
+from ditkit.core.errors import ConfigError, ShapeError
+from ditkit.core.model import parameter_count
 from ditkit.core.run import DIRECT, Run
-from ditkit.nn.axes import Axis, AxisAttention, Clip
+from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.nn.axes import Axis, AxisAttention, Clip, Layer, Stage, layers_of
 
 FRAMES, PLACES, WIDTH = 3, 4, 16
 CLIP = Clip(FRAMES, PLACES)
@@ -77,3 +79,37 @@ def test_a_branch_runs_on_some_rows_as_if_the_others_were_not_there(axis):
     assert torch.allclose(along(layer, x[:, whole], clip), expected, atol=1e-14)
     with pytest.raises(ShapeError, match="8 tokens, expected 12"):
         along(layer, x[:, whole])
+
+
+def test_the_layout_text_says_axes_norms_counts_and_skips():
+    T, S = Stage("T", 1), Stage("S", 1)
+    assert layers_of("TSST*2") == (Layer((T, S, S, T), False),) * 2
+    assert layers_of("F24") == (Layer((Stage("F", 24),), False),)
+    assert layers_of("S12T12") == (Layer((Stage("S", 12), Stage("T", 12)), False),)
+    assert layers_of(" +STS*2  F3 ") == (Layer((S, T, S), True),) * 2 + (Layer((Stage("F", 3),), False),)
+    deep, flat = (
+        PredFormer(PredFormerConfig(width=WIDTH, heads=2, layout=layout)) for layout in ("F2", "FF")
+    )
+    assert parameter_count(flat) - parameter_count(deep) == 2 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tsst*6", "did you mean 'TSST*6'?"),
+        ("TSSTx6", "did you mean 'TSST*6'?"),
+        ("ST*12 TXT*8", "at 'TXT*8'"),
+        ("S0T12", "axes T, S or F"),
+        ("TSST*0", "'*' with a count"),
+        ("STS+*4", "did you mean '+STS*4'?"),
+        ("", "names no block"),
+        ("F1001", "at most 1000 blocks"),
+        ("TSST*251", "at most 1000 blocks"),
+        ("F" * 99999, "at most 1000 blocks"),
+        ("T" + "9" * 5000, "axes T, S or F"),
+    ],
+)
+def test_a_malformed_layout_is_refused_in_one_line(text, says):
+    with pytest.raises(ConfigError) as caught:
+        PredFormerConfig(layout=text)
+    assert "\n" not in str(caught.value) and says in str(caught.value)

@@ -136,7 +136,10 @@ def test_repairs_are_asked_for_in_training_and_in_a_forecast(
     assert "repair='interpolate'" in complaint(capsys, *train, "--option", "repair=sort")
     assert not (tmp_path / "run").exists()
     mended = ["--option", "repair=sort,interpolate", "--option", "columns=wind"]
+    capsys.readouterr()
     assert exit_code(*train, *mended) == 0
+    hint = shlex.join(["ditkit", "forecast", str(tmp_path / "run" / "model"), "--data", str(gap), *mended])
+    assert capsys.readouterr().out.endswith(f"go on with: {hint}\n")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["options"] == {
         "repair": ["sort", "interpolate"],
         "columns": ["wind"],

@@ -364,12 +364,17 @@ def test_labels_of_a_cluster_do_not_cover_each_other():
         assert all(box.overlap(other) == 0 for other in boxes[:i])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.9, 1.5), (1, 4.8), (25.4, 54.2), (30.0, 30.0), (-3.0, 120.0)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.9, 1.5), (1, 4.8), (25.4, 54.2), (30.0, 30.0), (-3.0, 120.0), (1e-9, 9e-9), (1e12, 1e12)],
+)
 def test_ticks_are_round_and_enclose(low, high):
     marks = ticks(low, high)
     assert marks[0] <= low <= high <= marks[-1]
     assert 2 <= len(marks) <= 9
-    assert len({round(b - a, 9) for a, b in pairwise(marks)}) == 1
+    steps = [b - a for a, b in pairwise(marks)]
+    assert steps == pytest.approx([steps[0]] * len(steps)) and steps[0] > 0
+    assert marks[-1] - marks[0] <= 2 * max(high - low, 1e-6 * abs(high))
 
 
 def test_peak_memory_is_that_of_another_process():

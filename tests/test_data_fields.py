@@ -251,6 +251,28 @@ def test_north_is_up_where_latitudes_lie_over_rows_and_columns(units, turned, tm
     assert first_row == ([103, 104, 105] if turned else [100, 101, 102])
 
 
+def test_latitudes_go_before_an_index_of_rows(tmp_path):
+    path = write_netcdf(tmp_path / "heat.nc", ramp())
+    with pytest.importorskip("netCDF4").Dataset(path, "a") as file:
+        file.createVariable("y", "i4", ("y",))[:] = [0, 1]
+        latitude = file.createVariable("lat", "f4", ("y", "x"))
+        latitude.units = "degrees_north"
+        latitude[:] = [[51, 52, 53], [50, 51, 52]]
+        file["heat"].coordinates = "lat lon"
+    assert fields.load(path, variables=["heat"]).values[0, 0, 0].tolist() == [100, 101, 102]
+
+
+def test_a_first_axis_that_is_no_time_is_not_called_one(tmp_path):
+    path = tmp_path / "salt.nc"
+    with pytest.importorskip("netCDF4").Dataset(path, "w") as file:
+        for name in ("depth", "y", "x"):
+            file.createDimension(name, 2)
+        file.createVariable("depth", "f4", ("depth",)).units = "m"
+        file.createVariable("salt", "f4", ("depth", "y", "x"))
+    with pytest.raises(DataError, match=r"has no variable over \(time, y, x\) with a time coordinate"):
+        fields.load(path)
+
+
 def test_times_in_fractions_of_a_day_are_even(tmp_path):
     stamps = 40_000 + np.arange(4) / 24
     found = fields.load(

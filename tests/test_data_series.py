@@ -100,6 +100,11 @@ def test_bad_headers_and_columns(csv):
         series.load(csv(*DAYS), columns=["laod"])
     with pytest.raises(ConfigError, match="at least one series, each column once"):
         series.load(csv(*DAYS), columns=["time"])
+    with pytest.raises(ConfigError, match="time_format='%Q': 'Q' is a bad directive"):
+        series.load(csv(*DAYS), time_format="%Q")
+    for separator in ("", r"\t"):
+        with pytest.raises(ConfigError, match="expected one character"):
+            series.load(csv(*DAYS), separator=separator)
     with pytest.raises(DataError, match="No such file"):
         series.load("absent.csv")
 

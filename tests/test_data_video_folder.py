@@ -94,6 +94,13 @@ def test_the_centre_is_cut_out(tmp_path):
     assert clip[0, :, 1, 5, 5].tolist() == [-1, 1, -1]
 
 
+@pytest.mark.parametrize("picture", [(288, 352), (576, 704), (480, 720), (1080, 1440)])
+@pytest.mark.parametrize("aspect", [12 / 11, 10 / 11, 404 / 405, 4 / 3, 64 / 45])
+def test_pixels_of_common_aspects_are_cut_to_any_size(picture, aspect):
+    for size in ((60, 80), (36, 64), (16, 16)):
+        assert cover(np.full((*picture, 3), 7, np.uint8), size, aspect).shape == (*size, 3)
+
+
 def test_a_turned_video_is_upright(tmp_path):
     """A player turns this file by 90 degrees counterclockwise: its right side is then the top."""
     sides = np.zeros((16, 32, 3), np.uint8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +132,28 @@ def test_fields_have_a_scale_of_values_and_no_difference_where_they_were_observe
     assert rowwise == ["observed", "what followed", "forecast", "|difference|"]
     assert {"eastward, m/s", "1", "9.19", "|difference|, m/s", "0", "1.5", "3"} <= set(written)
     assert {"-2 hours", "+1 hour", "2000-01-01", "02:00"} <= set(written) and "no data" not in written
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [(101_300, 101_340, {"101300", "101320", "101340"}), (287.2, 287.7, {"287.2", "287.45", "287.7"})],
+)
+def test_marks_of_a_narrow_scale_differ(low: float, high: float, marks: set[str], written: list[str]) -> None:
+    frames = torch.linspace(low, high, 4 * 64, dtype=torch.float64).view(1, 4, 8, 8)
+    forecast_strip(Example(frames[:, :2], frames[:, 2:], frames[:, 2:], variable="level"))
+    assert marks <= set(written)
+
+
+def test_a_dry_window_has_a_scale_for_the_rain_that_was_forecast(written: list[str]) -> None:
+    dry = torch.zeros(1, 2, 8, 8)
+    forecast_strip(Example(dry, dry, dry + 0.5, variable="rain", unit="mm/h"))
+    assert {"0", "0.5", "1"} <= set(written)
+
+
+def test_large_fields_are_made_smaller_in_films() -> None:
+    frames = torch.rand(1, 2, 721, 1440)
+    film = forecast_film(Example(frames[:, :1], frames[:, 1:], frames[:, 1:], variable="heat"))
+    assert film.shape[3] <= WIDEST_PX and film.shape[2] < 721
 
 
 def test_padding_is_not_drawn_and_is_in_no_scale() -> None:
@@ -283,7 +307,9 @@ def test_sheets_of_training_show_every_variable(side: int, pages: list, tmp_path
     of = fields(side, side)
     scaled = of.normalised(of.fit_scaling())
     drawn = [draw(example) for draw, example in zip(pages, examples(of), strict=True)]
-    write_sheet(tmp_path, partial(field_examples, scaled, 1, SEEN, SAID), later, 7)  # type: ignore[arg-type]
+    model: Any = torch.nn.Identity()
+    model.config = SimpleNamespace(frames=SAID)
+    write_sheet(tmp_path, partial(field_examples, scaled, 1, SEEN, SAID), model, 7)
     with Image.open(tmp_path / "000007.png") as sheet:
         assert sheet.size == (max(p.width for p in drawn), sum(p.height for p in drawn))
         assert sheet.crop((0, 0, *drawn[0].size)).tobytes() == drawn[0].tobytes()

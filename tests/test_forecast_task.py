@@ -199,6 +199,7 @@ def test_the_command_on_series(tmp_path, capsys):
         (["{a}", "--data", "bars", "--horizon", "0"], "--horizon=0"),
         (["{a}", "--data", "bars", "--count", "0"], "--count=0"),
         (["{a}", "--data", "bars", "--show", "99"], "--show=99"),
+        (["{d}", "{e}", "--data", "{csv}"], "d and e standardise by other means or deviations"),
         (["{c}", "--data", "{csv}"], "('load', 'price'), the model was trained on ('x',)"),
     ],
 )
@@ -206,6 +207,8 @@ def test_the_command_refuses_in_one_line_before_it_scores(bars, tmp_path, capsys
     field_model, series_model = PredFormer(TINY), PredFormer(replace(TINY, channels=2, size=(1, 1), patch=1))
     field_model.codec = Standardised.of(["x"], ["m"], torch.zeros(1), torch.ones(1))
     series_model.codec = Standardised.of(["load", "price"], ["", ""], torch.zeros(2), torch.ones(2))
+    other_model = PredFormer(series_model.config)
+    other_model.codec = Standardised.of(["load", "price"], ["", ""], torch.zeros(2), 2 * torch.ones(2))
     for scoring in ("score_clips", "compare_forecasts"):
         monkeypatch.setattr(f"ditkit.tasks.forecast_scores.{scoring}", lambda *args, **options: pytest.fail())
     places = {
@@ -213,6 +216,7 @@ def test_the_command_refuses_in_one_line_before_it_scores(bars, tmp_path, capsys
         "b": saved(tmp_path / "b", PredFormer(replace(TINY, frames=4))),
         "c": saved(tmp_path / "c", field_model),
         "d": saved(tmp_path / "d", series_model),
+        "e": saved(tmp_path / "e", other_model),
         "csv": str(csv_of(tmp_path / "load.csv")),
     }
     command = ["forecast", *(word.format(**places) for word in words), "--out", str(tmp_path / "out")]

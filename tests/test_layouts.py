@@ -13,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import forecasting
 import layouts
 from claims import Claim, judged
 from ditkit.core.errors import ConfigError
@@ -104,3 +105,12 @@ def test_a_training_that_ended_early_is_given_what_fills_the_time(tmp_path: Path
     assert steps_of(begun(steps=40, done=30), minutes=4) == 40  # was stopped: it goes on to its own end
     (tmp_path / LOSSES).unlink()
     assert steps_of(tmp_path, minutes=4) == 40
+
+
+def test_a_short_training_goes_on_with_more_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = layouts.recipe_of(FULL, 0, TINY)
+    monkeypatch.setattr(forecasting, "RECIPES", {"tiny": lambda: recipe})
+    for told, steps in (("steps_in", 10), ("steps_of", 30)):
+        monkeypatch.setattr(forecasting, told, lambda *_, steps=steps: steps)
+        assert forecasting.trained("tiny", 1, TINY.batch, tmp_path).steps == steps
+    assert len((tmp_path / "tiny" / LOSSES).read_text().splitlines()) == 30

@@ -17,7 +17,7 @@ from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import Run
 from ditkit.evaluate.macs import count_macs
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
-from ditkit.nn.axes import Clip, Layer, Stage, layers_of
+from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast
 from models_for_tests import perturbed
 
@@ -98,38 +98,6 @@ def test_presets_have_the_blocks_and_the_skips_of_the_paper(data):
         assert any(layer.skip for layer in model.layers) == (data == "human" and name.startswith("Triplet"))
         closings = sum(isinstance(block.close, nn.LayerNorm) for block in model.blocks)
         assert closings == {"Full": 1, "Fac-S-T": 2, "Fac-T-S": 2}.get(name, len(model.blocks))
-
-
-def test_the_layout_text_says_axes_norms_counts_and_skips():
-    T, S = Stage("T", 1), Stage("S", 1)
-    assert layers_of("TSST*2") == (Layer((T, S, S, T), False),) * 2
-    assert layers_of("F24") == (Layer((Stage("F", 24),), False),)
-    assert layers_of("S12T12") == (Layer((Stage("S", 12), Stage("T", 12)), False),)
-    assert layers_of(" +STS*2  F3 ") == (Layer((S, T, S), True),) * 2 + (Layer((Stage("F", 3),), False),)
-    deep, flat = (PredFormer(replace(TINY, layout=layout)) for layout in ("F2", "FF"))
-    assert parameter_count(flat) - parameter_count(deep) == 2 * TINY.width
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("tsst*6", "did you mean 'TSST*6'?"),
-        ("TSSTx6", "did you mean 'TSST*6'?"),
-        ("ST*12 TXT*8", "at 'TXT*8'"),
-        ("S0T12", "axes T, S or F"),
-        ("TSST*0", "'*' with a count"),
-        ("STS+*4", "did you mean '+STS*4'?"),
-        ("", "names no block"),
-        ("F1001", "at most 1000 blocks"),
-        ("TSST*251", "at most 1000 blocks"),
-        ("F" * 99999, "at most 1000 blocks"),
-        ("T" + "9" * 5000, "axes T, S or F"),
-    ],
-)
-def test_a_malformed_layout_is_refused_in_one_line(text, says):
-    with pytest.raises(ConfigError) as caught:
-        replace(TINY, layout=text)
-    assert "\n" not in str(caught.value) and says in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +246,21 @@ def test_horizons_longer_and_shorter_than_a_pass():
             forecast(model, x, horizon)
     with pytest.raises(ShapeError, match=r"\[2, 4, 8, 12\]"):
         forecast(model, x[:, 0], 4)
+
+
+def test_a_forecast_is_made_where_the_model_is():
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, x):
+            devices.append(x.device.type)
+            return torch.zeros(x.shape)
+
+    devices: list[str] = []
+    assert forecast(Elsewhere(), torch.ones(1, 1, 2, 4, 4), 2).device.type == "cpu"
+    assert devices == ["meta"]
 
 
 def test_initial_weights_are_the_papers():

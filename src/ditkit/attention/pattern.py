@@ -328,9 +328,11 @@ def _kept(added: Tensor) -> Tensor:
     Raises:
         ShapeError: it weighs keys, which no kernel does.
     """
-    kept = added == 0
-    if not torch.compiler.is_compiling() and (weighing := added[~(kept | (added <= HIDES))]).numel():
-        raise ShapeError(
-            f"attention pattern: a mask that adds {weighing[0].item():g} to scores, expected 0 or at most {HIDES:g}"
-        )
-    return kept
+    if not torch.compiler.is_compiling():
+        weighing = added[(added != 0) & ~(added <= HIDES)]
+        if weighing.numel():
+            raise ShapeError(
+                f"attention pattern: a mask that adds {weighing[0].item():g} to scores, "
+                f"expected 0 or at most {HIDES:g}"
+            )
+    return added > HIDES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pkgutil
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -85,8 +86,11 @@ def command_of(name: str, build: Build) -> Command:
             train_recipe(chosen, out, resume=resume)
         if leads():
             there = ", ".join(name for name in LEFT if (out / name).exists())
-            flags = "".join(f" --policy {spec(one)}" for one in under)
-            print(f"wrote {out}: {there}; go on with: {recipe.then} {out / 'model'}{flags}")
+            flags = [word for one in under for word in ("--policy", spec(one))]
+            if recipe.then_data:
+                flags += ["--data", data, *(word for text in option for word in ("--option", text))]
+            command = shlex.join([*recipe.then.split(), str(out / "model"), *flags])
+            print(f"wrote {out}: {there}; go on with: {command}")
 
     words = f"{name} --init MODEL" if any(term.compares for term in recipe.objective.active) else name
     run.__annotations__["network"] = Annotated[

@@ -25,6 +25,8 @@ NORTHWARD = (
     "degreesN",
 )
 """Units of a latitude (CF, section 4.1)."""
+LENGTHS = ("second", "minute", "hour", "day", "month", "year")
+"""What the units of a time begin with."""
 
 
 def read(
@@ -128,7 +130,7 @@ def _check_units(dataset: Any, source: str) -> None:
     """Refuse the first axis that lacks nothing of a time but a date in its units to count from."""
     for name, variable in dataset.variables.items():
         time = _time_of(dataset, variable)
-        if time is not None:
+        if time is not None and (time.name.lower() == "time" or _units(time).rstrip("s") in LENGTHS):
             raise DataError(
                 f"{source}: the times of {name!r} are {time.name!r} in units {_units(time)!r}, expected units such as "
                 "'hours since 2000-01-01'"
@@ -140,13 +142,11 @@ def _units(variable: Any) -> str:
 
 
 def _rows_of(dataset: Any, variable: Any) -> Any:
-    """The coordinate of the rows: of their dimension, or else the latitude over rows and columns (CF, section 5.2)."""
+    """The latitude over rows and columns (CF, section 5.2), or else the coordinate of the rows, often a mere index."""
     *_, y, x = variable.dimensions
-    if y in dataset.variables:
-        return dataset.variables[y]
     named = [dataset.variables.get(name) for name in str(getattr(variable, "coordinates", "")).split()]
     latitudes = (v for v in named if v is not None and _units(v) in NORTHWARD and v.dimensions == (y, x))
-    return next(latitudes, None)
+    return next(latitudes, dataset.variables.get(y))
 
 
 def _rises(coordinate: Any) -> bool:

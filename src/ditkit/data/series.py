@@ -42,9 +42,12 @@ def load(
 
     Raises:
         DataError: the first line that is not as expected and has no repair.
-        ConfigError: an unknown column or repair, or the package pandas is not installed.
+        ConfigError: an unknown column or repair, no such format or separator, or the package pandas is not
+            installed.
     """
     repairs, path = chosen_repairs(repair), Path(path)
+    if len(separator) != 1:
+        raise ConfigError(f"separator={separator!r}, expected one character, such as ';' or a tab")
     table = _read(path, separator)
     header = [str(name) for name in table.columns]
     time = header[0] if time is None else time
@@ -107,7 +110,12 @@ def _times(table: DataFrame, name: str, time_format: str | None, path: Path) -> 
     stamps = table[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it guesses; what it cannot read is refused below
-        found = pd.to_datetime(stamps, errors="coerce", utc=True, format=time_format)
+        try:
+            found = pd.to_datetime(stamps, errors="coerce", utc=True, format=time_format)
+        except ValueError as error:
+            raise ConfigError(
+                f"time_format={time_format!r}: {error}; expected one such as %d.%m.%Y"
+            ) from error
     unread = np.flatnonzero(found.isna())
     if unread.size:
         i = int(unread[0])

@@ -127,8 +127,9 @@ def cover(picture: NDArray[np.uint8], size: tuple[int, int], aspect: float = 1.0
 
     (tall, wide), (height, width) = picture.shape[:2], (size[0], size[1] / aspect)
     scale = min(tall / height, wide / width)
-    left, top = (wide - width * scale) / 2, (tall - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
+    kept_wide, kept_tall = min(width * scale, wide), min(height * scale, tall)  # rounding may go beyond
+    left, top = (wide - kept_wide) / 2, (tall - kept_tall) / 2
+    box = (left, top, left + kept_wide, top + kept_tall)
     image = Image.fromarray(picture)
     return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 

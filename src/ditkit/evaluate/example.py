@@ -71,10 +71,14 @@ class Example:
 
     @property
     def span(self) -> tuple[float, float]:
-        """The least and the largest value of what was observed and what followed, where there is data."""
+        """The least and the largest value of what was observed and what followed, where there is data.
+
+        Where these are one, the span ends 1 above: it is a scale of colours for the forecast, too.
+        """
         truth = torch.cat([self.observed, self.followed], 1)
         values = truth if self.valid is None else truth[..., self.valid]
-        return values.min().item(), values.max().item()
+        low, high = values.min().item(), values.max().item()
+        return low, high if high > low else low + 1
 
     def cropped(self) -> Example:
         """Without the outer rows and columns that hold no data, such as padding."""

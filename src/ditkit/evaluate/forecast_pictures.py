@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.evaluate.example import FOLLOWED, OBSERVED, SAID, Example
-from ditkit.evaluate.film import BETWEEN_PX, INDENT_PX, WIDEST_PX, enlarged, headed, scale_of, tiled
+from ditkit.evaluate.film import BETWEEN_PX, INDENT_PX, WIDEST_PX, headed, scale_of, tiled
 from ditkit.evaluate.legend import NO_DATA_RGB, Scale, below_each_other, difference, legend
 from ditkit.evaluate.sheet import LABEL_WIDTH, MARGIN, as_frames, sheet
 from ditkit.evaluate.strips import at_size, chosen, columns, fitting, outlined
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DIFFERENCE = "|difference|"
 WHITE = 255
+TILE_PX = (WIDEST_PX - BETWEEN_PX) // 2
+"""Larger fields are made smaller in films, which would else be of gigabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +82,10 @@ def forecast_film(example: Example) -> Tensor:
     painted = Painted.of(example)
     height, width = painted.said.shape[-2:]
     across = 3 if 3 * width + 2 * BETWEEN_PX <= WIDEST_PX else 2
-    scale = scale_of(height, width, across)
+    share = min(scale_of(height, width, across), TILE_PX / max(height, width))
+    cell = max(1, round(share * width)), max(1, round(share * height))
     observed, followed, said, errors = (
-        enlarged(x, scale) for x in (painted.observed, painted.followed, painted.said, painted.errors)
+        at_size(x, cell) for x in (painted.observed, painted.followed, painted.said, painted.errors)
     )
     everywhere = torch.ones_like(observed[:, 0], dtype=torch.bool)
     tiles = {

@@ -108,11 +108,11 @@ def _bar(scale: Scale) -> Image.Image:
     entry = _entry(BAR_PX, scale.text)
     entry.paste(image(coloured(torch.linspace(0, 1, BAR_PX).expand(1, HEIGHT_PX, -1), scale.colours)[0]))
     draw, middle = ImageDraw.Draw(entry), (scale.low + scale.high) / 2
-    places = 3 - math.floor(math.log10((scale.high - scale.low) or 1.0))  # beyond them lies rounding
+    places = 2 - math.floor(math.log10((scale.high - scale.low) or 1.0))  # of three digits of the span
     for x, anchor, value in ((0, "la", scale.low), (0.5, "ma", middle), (1, "ra", scale.high)):
         draw.text(
             (x * (BAR_PX - 1), HEIGHT_PX + 3),
-            f"{round(value, places) + 0.0:.3g}",
+            f"{round(value, places) + 0.0:.10g}",
             INK,
             font(11),
             anchor=anchor,

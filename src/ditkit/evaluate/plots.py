@@ -148,11 +148,12 @@ def paint(row: Row, rows: Sequence[Row]) -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers that enclose [low, high]."""
-    rough = max(high - low, 1e-6) / 5
+    rough = max(high - low, 1e-6 * max(abs(low), abs(high)) or 1e-6) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+    places = 3 - math.floor(math.log10(step))
+    return [round(i * step, places) for i in range(first, max(last, first + 1) + 1)]
 
 
 def place(points: Sequence[Box], texts: Sequence[str]) -> list[Box]:

@@ -14,10 +14,10 @@ def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
     """The `horizon` frames after `observed`: predicted frames are fed back, and the last pass is cut (PredFormer).
 
     Args:
-        observed: [B, C, T, H, W].
+        observed: [B, C, T, H, W], on any device.
 
     Returns:
-        [B, C, horizon, H, W].
+        [B, C, horizon, H, W], made on the model's device, on that of `observed`.
 
     Raises:
         ConfigError: the horizon is no positive integer, or the model needs noise.
@@ -28,7 +28,8 @@ def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
         raise ConfigError(f"forecast: a {type(model).__name__} makes frames from noise; use sample")
     if observed.ndim != 5 or not observed.shape[2]:
         raise ShapeError(f"forecast: observed {list(observed.shape)} should be [B, C, T, H, W]")
-    made: list[Tensor] = []
+    place = next((parameter.device for parameter in model.parameters()), observed.device)
+    seen, made = observed.to(place), list[Tensor]()
     for _ in range(0, horizon, observed.shape[2]):
-        made.append(model(made[-1] if made else observed))
-    return torch.cat(made, 2)[:, :, :horizon]
+        made.append(model(made[-1] if made else seen))
+    return torch.cat(made, 2)[:, :, :horizon].to(observed.device)

@@ -80,6 +80,7 @@ class ForecastRecipe(Recipe):
     """A network that says as many frames as it has seen, in one pass."""
 
     then: ClassVar[str] = "ditkit forecast"
+    then_data: ClassVar[bool] = True
     model: PredFormerConfig | ConvLSTMConfig
     objective: Objective = SQUARED_ERROR
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from ditkit.evaluate.forecast_pictures import forecast_film, forecast_strip
 from ditkit.evaluate.legend import below_each_other
 from ditkit.evaluate.series import series_plot
 from ditkit.evaluate.sheet import png
+from ditkit.sample.forecast import forecast
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +89,8 @@ def write_sheet(
     folder: Path, examples: Callable[[Forecaster], Iterator[Example]], model: Model, step: int
 ) -> None:
     """What the model says of one training sample, of the first variables, as `folder`/STEP.png."""
-    pages = [page(example) for example in islice(examples(model), MOST_VARIABLES)]
+    forecaster = partial(forecast, model, horizon=model.config.frames)
+    pages = [page(example) for example in islice(examples(forecaster), MOST_VARIABLES)]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:
         draft.write_bytes(png(below_each_other(pages)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkit.codecs.standardised import Standardised
+from ditkit.core.codec import fingerprint
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.numbers import integer
@@ -255,10 +256,12 @@ def field_forecasts(
     """Models on every window of the test part of a set.
 
     Raises:
-        ConfigError: models of different lengths, other variables than the data's, or no window number `show`.
+        ConfigError: models of different lengths or statistics, other variables than the data's, or no window number
+            `show`.
         DataError: the data are missing, damaged, or too short.
     """
     config = same(models, "frames", "patch")
+    standardised_alike(models)
     parts = held_out(
         next(iter(models.values())), load_fields(data, **options), validation, test, config.patch
     )
@@ -282,6 +285,16 @@ def same(models: Mapping[str, Model], *names: str) -> Any:
             if a != b:
                 raise ConfigError(f"{first} has {name}={a} and {other} has {name}={b}, expected the same")
     return one.config
+
+
+def standardised_alike(models: Mapping[str, Model]) -> None:
+    """Raise ConfigError unless the models learned numbers of one mean and one deviation: errors are in these."""
+    (first, one), *others = ((name, fingerprint(model.codec.state_dict())) for name, model in models.items())
+    for name, other in others:
+        if other != one:
+            raise ConfigError(
+                f"{first} and {name} standardise by other means or deviations, expected models of the same data"
+            )
 
 
 def called(folders: Sequence[str]) -> list[str]:

@@ -45,6 +45,8 @@ class Recipe(ABC):
     """What `data` may be, for a person who types it."""
     then: ClassVar[str] = "ditkit generate"
     """The command that takes the trained model."""
+    then_data: ClassVar[bool] = False
+    """Whether that command cannot do without data."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Hourly rain of hurricane Florence by radar and gauges (NCEP Stage IV), as Debian's `r-cran-stars` ships it.
 
 North Carolina and its coast, 13 September 2018 19:00 to 14 September 17:00 UTC; cells of about 4 km, rows from
-south to north, columns from west to east. Freely available.
+north to south, columns from west to east. Freely available.
 """
 
 from __future__ import annotations
