@@ -75,6 +75,29 @@ COLUMNS = {
         "ssim": "SSIM",
         "clips_per_second": "clips/s",
     },
+    "video": {
+        "network": "network",
+        "mask": "mask",
+        "clips": "clips",
+        "made_by": "made by",
+        "psnr_db": "PSNR dB",
+        "ssim": "SSIM",
+    },
+    "video_masks": {
+        "made_by": "made by",
+        "training_seconds": "training s",
+        "predict_psnr_db": "prediction dB",
+        "interpolate_psnr_db": "interpolation dB",
+        "after_bounce_px": "wrong after a bounce, px",
+        "frechet": "Frechet",
+    },
+    "layouts": {
+        "network": "network",
+        "layout": "layout",
+        "parameters": "parameters",
+        "mse": "MSE",
+        "mse_deviation": "of seeds",
+    },
     "fields": {
         "data": "data",
         "forecast": "forecast",
@@ -106,7 +129,10 @@ COLUMNS = {
     },
 }
 """For each table, the keys of its rows and their headings."""
-SHOWN = {"race_caching": lambda row: row["steps"] == 28 and not row["neutral"] and row["fewer_macs"] > 1.3}
+SHOWN = {
+    "race_caching": lambda row: row["steps"] == 28 and not row["neutral"] and row["fewer_macs"] > 1.3,
+    "video": lambda row: row["mask"] in ("predict", "interpolate"),
+}
 """Of a long table, the rows that are shown."""
 
 
