@@ -72,3 +72,16 @@ def test_masks_on_a_bouncing_ball(monkeypatch, tmp_path):
     models = {name: module["trained"](name, arguments) for name in module["VARIANTS"]}
     claims = module["judge"](module["rows"](models, arguments))
     assert all(claim["holds"] for claim in claims if "specialist" not in claim["claim"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
+def test_layouts_on_moving_digits(monkeypatch, tmp_path):
+    """Axes in turn beat attention over both, and more layers and gates help; two claims have not been seen so small."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = runpy.run_path(str(BENCHMARKS / "layouts.py"))
+    arguments = module["Arguments"](seeds=2, keep=tmp_path)
+    verdicts = module["judged"](arguments.claims, module["rows"](arguments), named="network")
+    assert [verdict["holds"] for verdict in verdicts if "full attention is" not in verdict["claim"]][1:] == [
+        True
+    ] * 3
