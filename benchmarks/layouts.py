@@ -5,7 +5,7 @@
     python benchmarks/layouts.py --seeds 1 --networks Full Quadruplet-TSST
 
 The second is of the specification's size and wants a GPU. Stopped at any moment, the same command goes on. Every
-network has the same data, order and number of steps, and, where layers are not counted, as many parameters. Errors
+network has the same data, order and number of steps, and, where layers are not counted, parameters to 0.2 %. Errors
 are of held-out clips, as in Table 2 of the paper: squared, summed over a frame, averaged over frames and clips.
 """
 

@@ -32,7 +32,7 @@ class PredFormerConfig:
             that divide into patches run too: positions are computed, not learned.
         patch: side of a token, in pixels of one frame.
         width, heads: of the transformer. hidden: of the SwiGLU.
-        gated: a SwiGLU, or else two layers with GELU (the paper's ablation; 1.5 times `hidden` has its parameters).
+        gated: a SwiGLU, or else two layers with GELU (the paper's ablation; 1.5 times `hidden` has its matrices' size).
         layout: the axis of each block (`ditkit.nn.axes.layers_of`): "F24", "S12T12", "TSST*6", "+STS*4" ...
         attn_dropout, mlp_dropout: after attention's output layer; within and after the SwiGLU.
         drop_path: chance that a block's branch is left out for a frame or a place, the same in every block.
