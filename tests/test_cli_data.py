@@ -267,3 +267,12 @@ def test_without_a_count_there_are_as_many_clips_as_the_data_hold(
         assert "5 clips of 8 frames, asked for 6" in complaint(
             capsys, *words, *flags, "--out", tmp_path / "no"
         )
+
+
+def test_comparing_with_fewer_clips_than_seeds_says_how_many_seeds_there_can_be(
+    films: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = VDTConfig(3, 8, SIDE, patch=4, width=8, depth=1, heads=1, convention=Convention())
+    model = VDT(config).save(tmp_path / "vdt")
+    words = ["compare", model, "--policy", "taylorseer", "--data", films, "--out", tmp_path / "no"]
+    assert "has 5 clips of 8 frames for 8 seeds, try: --seeds 0..4" in complaint(capsys, *words)

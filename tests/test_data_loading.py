@@ -103,6 +103,11 @@ def test_texts_that_do_not_read(name, texts, said, places):
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_that_is_decided_elsewhere_is_not_offered(places):
+    with pytest.raises(ConfigError, match=r"'rate'.*choose from: stride, step, fps"):
+        read_options(places["films"], ["rate=1"], decided=("size", "frames"))
+
+
 def test_every_option_of_every_loader_has_a_text(places):
     loaders = {name: import_module(f"ditkit.data.sets.{name.replace('-', '_')}").load for name in names()}
     loaders |= {places["series"]: FILES[".csv"], places["fields"]: FILES[".nc"]}

@@ -179,10 +179,15 @@ def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Ten
     """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
 
     Raises:
-        ConfigError: the set has other channels. Those of the loader.
+        ConfigError: the set has other channels, or fewer clips. Those of the loader.
     """
     channels, frames, height, width = network.signal_shape
-    clips = spread(load_held_out(data, (height, width), frames, **options), count)
+    whole = load_held_out(data, (height, width), frames, **options)
+    if len(whole) < count:
+        raise ConfigError(
+            f"{data} has {len(whole)} clips of {frames} frames for {count} seeds, try: --seeds 0..{len(whole) - 1}"
+        )
+    clips = spread(whole, count)
     if clips.channels != channels:
         raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
     return clips.clips(torch.arange(count))

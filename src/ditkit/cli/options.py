@@ -79,7 +79,7 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
     for word in words:
         if word.partition("=")[0] in OF_THE_MODEL:
             raise ConfigError(f"--option {word}: size and frames are the model's, expected another option")
-    return read_options(data, texts)
+    return read_options(data, texts, OF_THE_MODEL)
 
 
 def seeds_of(words: Sequence[str]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,16 +56,19 @@ def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **
     return found
 
 
-def read_options(name_or_path: str | Path, texts: Sequence[str]) -> dict[str, Any]:
+def read_options(
+    name_or_path: str | Path, texts: Sequence[str], decided: Collection[str] = ()
+) -> dict[str, Any]:
     """Options for `load` of these data out of texts such as `fps=10`, each read as its loader declares it.
 
-    Several values of one option stand between commas: `repair=sort,interpolate`.
+    Several values of one option stand between commas: `repair=sort,interpolate`. Those `decided` elsewhere are
+    unknown here.
 
     Raises:
         DataError: no such data, as `load` says.
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
-    known = _options(_loader(name_or_path))
+    known = {name: kind for name, kind in _options(_loader(name_or_path)).items() if name not in decided}
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
