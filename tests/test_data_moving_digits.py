@@ -90,6 +90,17 @@ def test_size_scales_the_whole_scene(digits):
     assert 3 < steps.quantile(0.5) < 5
 
 
+def test_speed_is_in_pixels_of_the_usual_size(digits):
+    still = moving_digits.load(digits=1, speed=(0, 0)).clips(torch.arange(5))
+    assert torch.equal(still, still[:, :, :1].expand_as(still))
+    usual = moving_digits.load(digits=1, frames=4).clips(torch.arange(5))
+    assert torch.equal(moving_digits.load(digits=1, frames=4, speed=[3, 5]).clips(torch.arange(5)), usual)
+    half = moving_digits.load(32, digits=1, speed=(2, 2)).clips(torch.arange(20))[:, 0] > 0
+    rows, columns = (half.any(axis).float().argmax(-1) for axis in (-1, -2))
+    steps = torch.hypot((rows[:, 4] - rows[:, 0]).float(), (columns[:, 4] - columns[:, 0]).float())
+    assert steps.quantile(0.5) == pytest.approx(4, abs=1)  # a pixel a frame, apart from bounces
+
+
 def test_splits_share_no_pictures(digits):
     train, test = (moving_digits.load(split=split).pictures for split in ("train", "test"))
     marks = [set(pictures[:, 14, 14].tolist()) for pictures in (train, test)]
@@ -105,6 +116,10 @@ def test_splits_share_no_pictures(digits):
         ({"size": 8}, ConfigError, "size=8 should be at least 16"),
         ({"frames": 0}, ConfigError, "frames=0 should be at least 1"),
         ({"seed": -1}, ConfigError, "seed=-1 should be at least 0"),
+        ({"speed": (5, 3)}, ConfigError, r"speed=\(5, 3\), expected the slowest and the fastest"),
+        ({"speed": (-1, 3)}, ConfigError, r"speed=\(-1, 3\)"),
+        ({"speed": (float("nan"), 3)}, ConfigError, r"speed=\(nan, 3\)"),
+        ({"speed": (3,)}, ConfigError, r"speed=\(3,\)"),
     ],
 )
 def test_moving_digits_refuses(options, error, message):

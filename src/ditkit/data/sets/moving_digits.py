@@ -30,7 +30,7 @@ SPLITS = ("train", "test")
 TEST_SHARE = 5  # the last fifth of each digit's pictures is for the test split
 # The scene of the paper; another size scales all of it
 CANVAS_PX = 64
-SPEED_PX = (3.0, 5.0)  # a frame
+SPEED_PX = (3.0, 5.0)  # a frame, of the slowest and the fastest digit
 FPS = 10.0  # the paper gives none; the rate at which the set is usually shown
 
 
@@ -41,10 +41,14 @@ def load(
     split: str = "train",
     seed: int = 0,
     length: int = 10_000,
+    speed: Sequence[float] = SPEED_PX,
 ) -> MovingDigits:
     """Digits that bounce in a square of `size` pixels (64 unless given), grey on black; `length` clips.
 
     The splits share neither pictures of digits nor random numbers. A longer clip begins as the shorter one.
+
+    Args:
+        speed: pixels a frame of the slowest and the fastest digit, where the square has 64; the paper's is 3 to 5.
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
@@ -60,8 +64,14 @@ def load(
     integer("length", length, least=1)
     if split not in SPLITS:
         raise ConfigError(unknown("split of moving_digits", split, SPLITS))
+    if len(speed) != 2 or not 0 <= speed[0] <= speed[1] < float("inf"):
+        raise ConfigError(
+            f"speed={tuple(speed)}, expected the slowest and the fastest in pixels a frame, as 3,5"
+        )
     pictures = _scaled(read_digits(split), round(PICTURE_PX * size / CANVAS_PX))
-    return MovingDigits(pictures.numpy(), frames, (size, size), digits, split, seed, length)
+    return MovingDigits(
+        pictures.numpy(), frames, (size, size), digits, split, seed, length, (speed[0], speed[1])
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +85,7 @@ class MovingDigits:
     split: str
     seed: int
     length: int
+    speed: tuple[float, float]  # pixels a frame on a canvas of 64
     name: str = "moving_digits"
     channels: int = 1
     fps: float = FPS
@@ -100,7 +111,7 @@ class MovingDigits:
         random = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         for choice, top, left, pace, turn in random.random((self.digits, 5)):
             picture = self.pictures[int(choice * len(self.pictures))]
-            low, high = SPEED_PX
+            low, high = self.speed
             speed = (low + pace * (high - low)) * height / CANVAS_PX
             angle = 2 * np.pi * turn
             rows = bounce(top * (height - side), speed * np.sin(angle), height - side, self.frames)
