@@ -164,7 +164,7 @@ def test_length_size_and_patch_of_a_clip_are_one_flag_each(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--size", "60"], "size=60 does not divide into patches of 8"),
+        (["--size", "62"], "size=62 does not divide into patches of 4"),
         (["--patch", "5"], "does not divide into patches of 5"),
         (["--frames", "0"], "frames=0 should be at least 1"),
     ],

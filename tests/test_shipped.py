@@ -108,10 +108,10 @@ def test_the_video_model_is_small_enough_to_ship() -> None:
 def test_its_clips_are_strokes_on_black_that_move() -> None:
     made = clips()
     assert made.shape == (2, 1, 16, 32, 32)
-    assert (made < -0.9).float().mean() > 0.6
-    assert 0.01 < (made > 0.5).float().mean() < 0.2
+    assert (made < -0.9).float().mean() > 0.9
+    assert 0.004 < (made > 0).float().mean() < 0.05, "a digit of the data covers 0.024"
     moved = made.diff(dim=2).square().mean((1, 3, 4))
-    assert (moved > 0.005).all(), "every frame differs from the one before"
+    assert (moved.mean(1) > 0.003).all(), "standing still would be 0, a digit of the data is at 0.024"
 
 
 def test_given_frames_come_out_as_they_went_in() -> None:

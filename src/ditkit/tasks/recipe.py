@@ -208,6 +208,7 @@ def describe(recipe: Recipe) -> str:
     run = recipe.settings
     lines = {
         "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
+        **{f"data.{k}": v for k, v in recipe.loading.items()},
         **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
         **({"init": recipe.init} if recipe.init else {}),
         **({"policies": " ".join(map(spec, recipe.policies))} if recipe.policies else {}),
