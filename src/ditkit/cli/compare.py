@@ -75,7 +75,7 @@ def compare(
         ditkit compare emoji --policy taylorseer --policy taylorseer:order=1 --seeds 0..15
         ditkit compare emoji --demo --out outputs/demo
         ditkit compare runs/vdt/model --policy taylorseer:interval=4 --guidance 1
-        ditkit compare runs/vdt/model --policy taylorseer --data moving-digits --mask interpolate
+        ditkit compare runs/video-dit/model --policy taylorseer --data moving-digits --mask interpolate
 
     Writes into the folder of --out:
         report.html    pictures or clips, plots, table in one file, for a browser

@@ -81,11 +81,11 @@ def video(
     """Predict, complete or invent clips with a trained model, and measure how well.
 
     Examples:
-        ditkit video runs/vdt/model --data moving-digits
-        ditkit video runs/vdt/model --data moving-digits --mask predict --steps 25
+        ditkit video digits --data moving-digits --option digits=1 --option speed=1,2
+        ditkit video runs/video-dit/model --data moving-digits --mask predict --steps 25
         ditkit video runs/mine/model --data my-films --frames 24 --size 48 64
         ditkit video runs/vdt/model --mask unconditional --frames 32
-        ditkit video runs/vdt/model --data moving-digits --policy taylorseer
+        ditkit video runs/video-dit/model --data moving-digits --policy taylorseer
 
     A mask leaves something of each clip, of which the model makes the rest:
         predict          the first half of the frames is given

@@ -15,9 +15,9 @@ def vdt() -> VideoRecipe:
     """3.1 M parameters, 16 frames of 32 x 32 in 1,024 tokens, a slow digit; data prediction on the linear path.
 
     Of the usual two digits at 3 to 5 pixels a frame (--option digits=2 --option speed=3,5) it learns where they go,
-    and in hours of a CPU not what they look like. Noise-times lie high because there it is decided whether a shape
-    is carried over or made up. The paper's models are VDT.preset("S/2") and ("L/2"), under DDPM's objective on
-    latents.
+    and in hours of a CPU not what they look like. Noise-times lie high because there it is decided whether a shape is
+    carried over or made up. Not yet run from fresh weights (see the card of `digits`). The paper's models are
+    VDT.preset("S/2") and ("L/2"), under DDPM's objective on latents.
     """
     return VideoRecipe(
         data="moving-digits",
