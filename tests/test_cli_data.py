@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ditkit
 from cli_for_tests import Capture, complaint, exit_code, output, save_photos
 from ditkit.cli.compare import told
 from ditkit.cli.train import found
@@ -138,7 +140,7 @@ def test_repairs_are_asked_for_in_training_and_in_a_forecast(
     mended = ["--option", "repair=sort,interpolate", "--option", "columns=wind"]
     capsys.readouterr()
     assert exit_code(*train, *mended) == 0
-    hint = shlex.join(["ditkit", "forecast", str(tmp_path / "run" / "model"), "--data", str(gap), *mended])
+    hint = shlex.join(["ditkit", "forecast", str(tmp_path / "run" / "model"), "--data", str(gap)])
     assert capsys.readouterr().out.endswith(f"go on with: {hint}\n")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["options"] == {
         "repair": ["sort", "interpolate"],
@@ -147,19 +149,63 @@ def test_repairs_are_asked_for_in_training_and_in_a_forecast(
     assert exit_code(*train, *mended, "--resume") == 0
     capsys.readouterr()
 
-    forecast = ["forecast", tmp_path / "run" / "model", "--data", gap]
-    out = tmp_path / "out"
-    assert "repair='sort'" in complaint(capsys, *forecast, "--out", out)
+    forecast, other, out = (
+        ["forecast", tmp_path / "run" / "model", "--data"],
+        tmp_path / "b.csv",
+        tmp_path / "out",
+    )
+    shutil.copy(gap, other)
+    assert "repair='sort'" in complaint(capsys, *forecast, other, "--out", out)
     assert "('load', 'wind'), the model was trained on ('wind',)" in complaint(
-        capsys, *forecast, *mended[:2], "--out", out
+        capsys, *forecast, other, *mended[:2], "--out", out
     )
     assert not out.exists()
-    assert exit_code(*forecast, *mended, "--out", out) == 0
+    assert exit_code(*forecast, other, *mended, "--out", out) == 0
+    said = f"{gap} as the model was trained on it: --option repair=sort,interpolate --option columns=wind\n"
+    assert said in output(capsys, *forecast, gap, "--out", out)
     noted = json.loads((out / "forecast.json").read_text())
     assert "--option repair=sort,interpolate --option columns=wind" in noted["command"]
     assert exit_code(*shlex.split(noted["command"])[1:], "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "forecast.json").read_text())
     assert again["scores"] == noted["scores"]
+
+
+def test_clips_are_made_of_the_data_as_the_model_was_trained_on_them(
+    squares: None, tmp_path: Path, capsys: Capture
+) -> None:
+    network = [*small("vdt", tmp_path), "--width", "8", "--depth", "1", "--heads", "1"]
+    asked = ["--option", "speed=0.5,1", "--option", "length=70"]
+    train = ["train", "vdt", *network, *QUICK, "--optimizer", "adamw", "--sheet-every", "0", *asked]
+    assert exit_code(*train, "--out", tmp_path / "run") == 0
+    model = tmp_path / "run" / "model"
+    assert ditkit.load(model).history == (
+        {"trained": "moving-digits", "options": {"digits": 1, "speed": [0.5, 1.0]}, "steps": 2, "batch": 2},
+    )
+    words = [
+        "--data",
+        "moving-digits",
+        "--mask",
+        "predict",
+        "--count",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path,
+    ]
+    capsys.readouterr()
+    text = output(capsys, "video", model, *words)
+    assert "moving-digits as the model was trained on it: --option digits=1 --option speed=0.5,1.0\n" in text
+    noted = json.loads((tmp_path / "video.json").read_text())
+    assert noted["settings"]["option"] == ["digits=1", "speed=0.5,1.0"]
+    assert "trained on it: --option speed=0.5,1.0\n" in output(
+        capsys, "video", model, *words, "--option", "digits=2"
+    )
+    compare = ["compare", model, "--policy", "taylorseer", "--steps", "6", "--no-memory", "--rounds", "1"]
+    compare += ["--data", "moving-digits", "--seeds", "0", "--guidance", "1", "--converged-steps", "9"]
+    assert "as the model was trained on it" in output(capsys, *compare, "--out", tmp_path)
+    tune = ["tune", model, "--policy", "taylorseer", "--at-most", "0.9", *compare[4:6], *compare[7:]]
+    assert "as the model was trained on it" in output(capsys, *tune, "--out", tmp_path)
 
 
 def test_films_of_a_variable_rate_are_resampled_where_a_rate_is_given(

@@ -59,14 +59,9 @@ def main(arguments: Arguments) -> None:
     model, steps = averaged(arguments, recipe)
     lines = (json.loads(line) for line in (arguments.run / "losses.jsonl").read_text().splitlines())
     losses = [line for line in lines if line["step"] <= steps]
-    history = {
-        "trained": recipe["data"],
-        "steps": steps,
-        "batch": recipe["settings"]["batch"],
-        "average": arguments.std or recipe["settings"]["averages"][0]["std"],
-    }
+    batch = recipe["settings"]["batch"]
     folder = ROOT / "src" / "ditkit" / "weights" / arguments.name
-    model.save(folder, torch.float16, history=(history,))
+    model.save(folder, torch.float16)
     size = sum(p.stat().st_size for p in folder.iterdir()) / 1e6
     print(f"{folder.relative_to(ROOT)}: {parameter_count(model):,} parameters, {size:.1f} MB")
     if arguments.evaluation is None:
@@ -79,9 +74,12 @@ def main(arguments: Arguments) -> None:
     with replacing(folder / "README.md") as draft:
         text = told.format(
             **facts,
-            **history,
-            seen=history["batch"] * steps,
-            epochs=history["batch"] * steps / recipe["samples"],
+            trained=recipe["data"],
+            steps=steps,
+            batch=batch,
+            average=arguments.std or recipe["settings"]["averages"][0]["std"],
+            seen=batch * steps,
+            epochs=batch * steps / recipe["samples"],
             curve=curve(losses),
             measured=measured(arguments.evaluation, docs),
         )
@@ -98,7 +96,17 @@ def averaged(arguments: Arguments, recipe: dict[str, Any]) -> tuple[Model, int]:
     kind: type[Model] = find(Model, arguments.kind)  # type: ignore[type-abstract]
     config = config_of(kind.Config, recipe["model"], arguments.run / "recipe.json")
     state = reconstruct(snapshots, snapshots[-1].step, arguments.std)
-    return kind.holding(config, state, "reconstructed average"), snapshots[-1].step
+    model, last = kind.holding(config, state, "reconstructed average"), snapshots[-1].step
+    model.history = (
+        {
+            "trained": recipe["data"],
+            "options": recipe["options"],
+            "steps": last,
+            "batch": recipe["settings"]["batch"],
+            "average": arguments.std,
+        },
+    )
+    return model, last
 
 
 def smoothed(losses: list[dict[str, Any]], window: int = 100) -> tuple[list[int], list[float]]:

@@ -22,6 +22,7 @@ from ditkit.cli.options import (
     Options,
     Policies,
     Seeds,
+    as_trained,
     options_of,
     policies_of,
     progress,
@@ -98,7 +99,8 @@ def compare(
         no_memory: Do not measure peak memory, which takes a process for each row.
         data: A named set or a folder. Images (emoji): to report FID and KID against. Clips (moving-digits):
             given in part, out of the test split if there is one.
-        option: Of the loader of --data, such as split=test or fps=10. Repeat it for several.
+        option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
+            where the model was trained on these data: as it was.
         mask: What the clips of --data leave to be made: predict (the last half, the default), backward,
             interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
@@ -112,7 +114,8 @@ def compare(
         raise ConfigError(
             f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
         )
-    real, cond = told(network, data, mask, numbers, **options_of(data, option))
+    loading = options_of(data, as_trained(network, data, option))
+    real, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         report = compared(
             network,

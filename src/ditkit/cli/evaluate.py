@@ -20,6 +20,7 @@ from ditkit.cli.options import (
     Number,
     Options,
     Policies,
+    as_trained,
     load_maker,
     options_of,
     policies_of,
@@ -80,7 +81,8 @@ def evaluate(
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         data: A named set (emoji, fashion), or a folder with a folder of images for each class, or with a
             metadata.jsonl of captions; those images are all of one class.
-        option: Of the loader of --data, such as split=test of fashion. Repeat it for several.
+        option: Of the loader of --data, such as split=test of fashion. Repeat it for several. Default,
+            where the model was trained on these data: as it was.
         count: Pictures to draw, with classes as often as in the data; seeds 0, 1, 2 ...
         steps: Steps of the solver.
         policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
@@ -97,6 +99,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
+    option = as_trained(network, data, option)
     real = load_images(data, network.signal_shape[-1], **options_of(data, option, max_bad))
     check_real(network, real)
     real = real if real_count is None else thinned(real, real_count)

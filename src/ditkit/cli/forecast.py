@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from ditkit.cli.evaluate import flags
-from ditkit.cli.options import Number, Options, load_maker, options_of, progress, staged, writable
+from ditkit.cli.options import Number, Options, as_trained, load_maker, options_of, progress, staged, writable
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.numbers import integer
@@ -62,7 +62,7 @@ def forecast(
         data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
             of video files, a netCDF file, or a CSV file of series.
         option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
-            several.
+            several. Default, where the first model was trained on these data: as it was.
         horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
         count: Clips to forecast, at most. Of fields, every window of the test part is.
         validation: Of fields, the share or number of steps before the test part, as in training.
@@ -79,6 +79,7 @@ def forecast(
     named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
     first = next(iter(named.values()))
     horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    option = as_trained(first, data, option)
     options = options_of(data, option, max_bad)
     given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
     given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}

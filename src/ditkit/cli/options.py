@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
-from ditkit.core.model import Denoiser
+from ditkit.core.model import Denoiser, Model
 from ditkit.core.policy import Policy
-from ditkit.core.spec import component
-from ditkit.data.loading import read_options, takes
+from ditkit.core.spec import as_text, component
+from ditkit.data.loading import called, read_options, takes
 from ditkit.sample import Solver
 from ditkit.sample.noise import distinct
 
@@ -80,6 +80,25 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
         if word.partition("=")[0] in OF_THE_MODEL:
             raise ConfigError(f"--option {word}: size and frames are the model's, expected another option")
     return read_options(data, texts, OF_THE_MODEL)
+
+
+def as_trained(model: Model, data: str | None, words: Sequence[str]) -> tuple[str, ...]:
+    """The words of `--option`, and before them those under which the model was trained on the same data last.
+
+    Says on the screen what it adds: a model that learned slow digits makes nothing of fast ones.
+    """
+    runs = [run for run in model.history if isinstance(run, dict) and run.get("trained") is not None]
+    if data is None or not runs or runs[-1]["trained"] != called(data):
+        return tuple(words)
+    given = {text.partition("=")[0] for text in words}
+    learned = {name: value for name, value in runs[-1].get("options", {}).items() if name not in given}
+    texts = {
+        name: ",".join(map(as_text, v if isinstance(v, list | tuple) else [v])) for name, v in learned.items()
+    }
+    added = [f"{name}={text}" for name, text in texts.items() if takes(data, name)]
+    if added:
+        print(f"{data} as the model was trained on it:", *(f"--option {text}" for text in added))
+    return (*added, *words)
 
 
 def seeds_of(words: Sequence[str]) -> tuple[int, ...]:

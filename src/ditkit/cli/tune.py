@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     Options,
     Policies,
     Seeds,
+    as_trained,
     options_of,
     progress,
     seeds_of,
@@ -80,7 +81,8 @@ def tune(
         batch_size: Samples drawn at once.
         max_bytes: Memory that a policy may hold; more is refused.
         data: Clips given in part, such as moving-digits.
-        option: Of the loader of --data, such as split=train or fps=10. Repeat it for several.
+        option: Of the loader of --data, such as split=train or fps=10. Repeat it for several. Default,
+            where the model was trained on these data: as it was.
         mask: What the clips of --data leave to be made, as in compare.
         out: Folder to write to.
     """
@@ -91,7 +93,8 @@ def tune(
     network = load(model)
     if not isinstance(network, Denoiser):
         raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
-    _, cond = told(network, data, mask, numbers, **options_of(data, option))
+    loading = options_of(data, as_trained(network, data, option))
+    _, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         result = tuned(
             network,

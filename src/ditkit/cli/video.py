@@ -20,6 +20,7 @@ from ditkit.cli.options import (
     Number,
     Options,
     Policies,
+    as_trained,
     load_maker,
     options_of,
     policies_of,
@@ -81,7 +82,7 @@ def video(
     """Predict, complete or invent clips with a trained model, and measure how well.
 
     Examples:
-        ditkit video digits --data moving-digits --option digits=1 --option speed=1,2
+        ditkit video digits --data moving-digits
         ditkit video runs/video-dit/model --data moving-digits --mask predict --steps 25
         ditkit video runs/mine/model --data my-films --frames 24 --size 48 64
         ditkit video runs/vdt/model --mask unconditional --frames 32
@@ -110,7 +111,8 @@ def video(
             first-last.
         data: A named set of clips (moving-digits, vizdoom), of which the test split is taken, or a folder of video
             files.
-        option: Of the loader of --data, such as fps=10 or split=train. Repeat it for several.
+        option: Of the loader of --data, such as fps=10 or split=train. Repeat it for several. Default,
+            where the model was trained on these data: as it was.
         count: Clips, spread over the whole set. Default: one a seed; without --seeds 8, or all if there are fewer.
         frames: Of a clip. Default: the model's own.
         size: Of a frame: height and width, or one number for a square. Default: the model's own.
@@ -129,6 +131,7 @@ def video(
     policies, way = policies_of(policy), solver_of(solver)
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
+    option = as_trained(network, data, option)
     loading = options_of(data, option, max_bad)
     clips = None
     if data is not None:

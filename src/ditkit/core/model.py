@@ -54,7 +54,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
     Config: ClassVar[type]
     config: Any
     history: tuple[Any, ...] = ()
-    """What was done to the weights since training; saved with them."""
+    """What was done to the weights, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
     codec: Codec = IDENTITY

@@ -92,11 +92,12 @@ def _read(kind: Any, text: str, where: str) -> Any:
 
 
 def _written(kind: type, name: str, given: Any) -> str:
-    text = "+".join(map(_word, given)) if isinstance(given, tuple) else _word(given)
+    text = "+".join(map(as_text, given)) if isinstance(given, tuple) else as_text(given)
     if "," in text or _read(get_type_hints(kind)[name], text, f"{kind.__name__}: {name}") != given:
         raise ConfigError(f"{kind.__name__}: {name}={given!r} has no text that reads back as the same")
     return text
 
 
-def _word(given: Any) -> str:
+def as_text(given: Any) -> str:
+    """A scalar as `SCALARS` reads it."""
     return str(given).lower() if isinstance(given, bool | None) else str(given)

@@ -30,6 +30,8 @@ Data = ImageSet | ClipSet | FieldSet
 KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", ClipSet: "clips"}
 FILES: dict[str, Callable[..., FieldSet]] = {".csv": load_csv, ".nc": load_netcdf, ".nc4": load_netcdf}
 """What reads a file of this suffix."""
+PART = ("split", "length", "episodes", "max_bad", "max_bytes")
+"""Options of loaders that say how much of the data is taken, not what they look like."""
 
 
 def names() -> tuple[str, ...]:
@@ -80,6 +82,11 @@ def read_options(
             raise ConfigError(f"option {text!r}: {name} is given twice, expected once")
         given[name] = _read(known[name], value, f"option {text!r}")
     return given
+
+
+def called(name_or_path: str | Path) -> str:
+    """What a model remembers data by: the name of a set, or of a folder or file without the way there."""
+    return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else str(name_or_path)
 
 
 def takes(name_or_path: str | Path, option: str) -> bool:

@@ -17,6 +17,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
+from ditkit.data.loading import PART, called
 from ditkit.evaluate.macs import count_macs
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
@@ -169,6 +170,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
     model.codec = codec
+    model.history += (trained_on(recipe),)
     return train(
         model,
         samples,
@@ -187,6 +189,16 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         sheet=recipe.sheet(folder / "samples", signals(samples)),
         finish=lambda trained: recipe.finish(trained, samples),
     )
+
+
+def trained_on(recipe: Recipe) -> dict[str, Any]:
+    """The entry of this run in a model's history; of the loader's options, those of how the data look."""
+    return {
+        "trained": called(recipe.data),
+        "options": {name: value for name, value in recipe.options.items() if name not in PART},
+        "steps": recipe.settings.steps,
+        "batch": recipe.settings.batch,
+    }
 
 
 def _own(recipe: Recipe) -> dict[str, Any]:
