@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import ditkit
 from cli_for_tests import Capture, complaint, output
 from ditkit.cli import video as video_command
 from ditkit.cli.video import TOLD
@@ -19,6 +21,7 @@ from ditkit.data.sets import moving_digits
 from ditkit.evaluate import film as films
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
+from ditkit.tasks.video_scores import complete
 from models_for_tests import perturbed, save_tiny
 
 FRAMES, SIDE = 8, 16
@@ -70,6 +73,23 @@ def test_every_mask_is_drawn_scored_and_shown(
     for mask in ("predict", "unconditional"):
         with Image.open(tmp_path / f"{mask}.gif") as film:
             assert film.n_frames == FRAMES  # type: ignore[attr-defined]
+
+
+def test_what_is_given_can_be_favoured(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    words = ["--data", "moving-digits", "--mask", "predict", "--mask", "unconditional", "--count", "2"]
+    clips = moving_digits.load(SIDE, FRAMES, split="test").clips(torch.tensor([0, 5000]))
+    scores = {}
+    for scale in ("1", "3"):
+        flags = [*words, "--steps", "3", "--guidance", scale, "--out", tmp_path / scale]
+        output(capsys, "video", model, *flags)
+        noted = json.loads((tmp_path / scale / "video.json").read_text())
+        scores[scale] = [found["model"] for found in noted["masks"]]
+        assert f"--guidance {float(scale)}" in noted["command"]
+        drawn = complete(ditkit.load(model), clips, "predict", (0, 1), steps=3, guidance=float(scale))
+        assert json.loads(json.dumps(asdict(drawn.scores)))["model"] == scores[scale][0]
+    assert scores["1"][0] != scores["3"][0]
+    strips = [(tmp_path / scale / "unconditional.png").read_bytes() for scale in scores]
+    assert strips[0] == strips[1]  # nothing is given that could be favoured
 
 
 def test_the_command_that_is_noted_gives_the_same_again(model: Path, tmp_path: Path, capsys: Capture) -> None:

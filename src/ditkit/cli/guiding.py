@@ -17,13 +17,13 @@ ALL_TIMES = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Guiding:
-    """How a class, or a better model, is favoured.
+    """How a class, what is given of a clip, or the better of two models is favoured.
 
     Args:
-        guidance: Scale of classifier-free guidance, or of --guide; 1 is none.
+        guidance: Scale of classifier-free guidance, or of --guide; 1 is none, which halves the time.
         guidance_interval: Lowest and highest noise-time that is guided; 1 is pure noise.
         guidance_channels: Guide only the first so many channels. Default: all.
-        guide: A weaker model to be guided away from, named as MODEL is, instead of the missing class.
+        guide: A weaker model to be guided away from, named as MODEL is, instead of the missing class or frames.
     """
 
     guidance: float = 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ditkit.cli.evaluate import flags
+from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     DataName,
     ModelName,
@@ -37,6 +39,7 @@ from ditkit.core.spec import spec
 from ditkit.data.clips import ClipSet, frame_size, spread
 from ditkit.data.loading import load_held_out, takes
 from ditkit.evaluate.features import load_efficientnet_lite0
+from ditkit.sample import Guidance
 from ditkit.tasks.masks import mask_kind
 from ditkit.tasks.video_pictures import leadtime, write_films, write_strips
 from ditkit.tasks.video_scores import (
@@ -71,6 +74,7 @@ def video(
     size: Sides = (),
     seeds: OwnSeeds = (),
     steps: int = 50,
+    guiding: GuidingFlags = GUIDED,
     policy: Policies = (),
     solver: str = "euler",
     features: bool = False,
@@ -128,7 +132,7 @@ def video(
     """
     network = load_maker(model, "clips")
     masks, numbers = masks_of(mask, data), clip_seeds(seeds, count)
-    policies, way = policies_of(policy), solver_of(solver)
+    policies, way, guidance = policies_of(policy), solver_of(solver), guiding.make()
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
     option = as_trained(network, data, option)
@@ -149,6 +153,7 @@ def video(
         "size": shape[2:],
         "seeds": numbers,
         "steps": steps,
+        **asdict(guiding),
         "policies": list(map(spec, policies)),
         "solver": spec(way),
         "batch_size": batch_size,
@@ -160,7 +165,7 @@ def video(
     scores, files = [], []
     with writable(out), progress() as advance:
         for name in masks:
-            done = made(network, name, truth, shape, numbers, progress=advance, **options)
+            done = made(network, name, truth, shape, numbers, guidance, progress=advance, **options)
             scores.append(done.scores)
             files.append(write(out, done, FPS if clips is None else clips.fps))
         command = ["ditkit", "video", model, *flags(given), *(["--features"] if features else [])]
@@ -243,13 +248,15 @@ def made(
     truth: Tensor | None,
     shape: Sequence[int],
     seeds: Sequence[int],
+    guidance: Guidance,
     **options: Any,
 ) -> Completed:
-    """What the model makes under one kind of mask."""
+    """What the model makes under one kind of mask; where nothing is given, only a guide can guide."""
     if mask == UNCONDITIONAL:
-        return imagine(model, shape, seeds, real=truth, **options)
+        own = guidance if guidance.networks() else 1.0
+        return imagine(model, shape, seeds, real=truth, guidance=own, **options)
     assert truth is not None  # `masks_of` has refused the others
-    return complete(model, truth, mask, seeds, **options)
+    return complete(model, truth, mask, seeds, guidance=guidance, **options)
 
 
 def write(out: Path, done: Completed, fps: float) -> list[str]:
