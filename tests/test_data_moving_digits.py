@@ -120,6 +120,7 @@ def test_splits_share_no_pictures(digits):
         ({"speed": (-1, 3)}, ConfigError, r"speed=\(-1, 3\)"),
         ({"speed": (float("nan"), 3)}, ConfigError, r"speed=\(nan, 3\)"),
         ({"speed": (3,)}, ConfigError, r"speed=\(3,\)"),
+        ({"speed": 3}, ConfigError, "speed=3, expected the slowest and the fastest"),
     ],
 )
 def test_moving_digits_refuses(options, error, message):

@@ -64,10 +64,9 @@ def load(
     integer("length", length, least=1)
     if split not in SPLITS:
         raise ConfigError(unknown("split of moving_digits", split, SPLITS))
-    if len(speed) != 2 or not 0 <= speed[0] <= speed[1] < float("inf"):
-        raise ConfigError(
-            f"speed={tuple(speed)}, expected the slowest and the fastest in pixels a frame, as 3,5"
-        )
+    pair = isinstance(speed, Sequence) and len(speed) == 2
+    if not pair or not 0 <= speed[0] <= speed[1] < float("inf"):
+        raise ConfigError(f"speed={speed}, expected the slowest and the fastest in pixels a frame, as 3,5")
     pictures = _scaled(read_digits(split), round(PICTURE_PX * size / CANVAS_PX))
     return MovingDigits(
         pictures.numpy(), frames, (size, size), digits, split, seed, length, (speed[0], speed[1])
