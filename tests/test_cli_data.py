@@ -112,7 +112,14 @@ def test_a_recipe_of_clips_takes_a_folder_of_films(
 def test_a_recipe_of_clips_takes_another_named_set(
     name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def episode(size: tuple[int, int] | int, frames: int = 16, split: str = "train") -> MemoryClips:
+    def episode(
+        size: tuple[int, int] | int,
+        frames: int = 16,
+        split: str = "train",
+        scenario: str = "",
+        episodes: int = 1,
+        frame_skip: int = 1,
+    ) -> MemoryClips:
         return MemoryClips(split, (torch.zeros(12, 3, SIDE, SIDE, dtype=torch.uint8),), ("a",), 10.0, frames)
 
     monkeypatch.setattr(vizdoom, "load", episode)

@@ -78,8 +78,8 @@ COLUMNS = {
     "video": {
         "network": "network",
         "mask": "mask",
-        "clips": "clips",
         "made_by": "made by",
+        "guidance": "guidance",
         "psnr_db": "PSNR dB",
         "ssim": "SSIM",
     },
@@ -131,7 +131,6 @@ COLUMNS = {
 """For each table, the keys of its rows and their headings."""
 SHOWN = {
     "race_caching": lambda row: row["steps"] == 28 and not row["neutral"] and row["fewer_macs"] > 1.3,
-    "video": lambda row: row["mask"] in ("predict", "interpolate"),
 }
 """Of a long table, the rows that are shown."""
 

@@ -1,6 +1,8 @@
-"""VDT on a moving digit: prediction, interpolation and completion by one network, at the scale of a CPU."""
+"""VDT on clips of a digit, or of a room: all of its masks by one network, at the scale of a CPU."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ditkit.core.convention import Convention
 from ditkit.models.vdt import VDTConfig
@@ -48,4 +50,15 @@ def vdt() -> VideoRecipe:
             snapshot_every=500,
         ),
         objective=Denoising(timesteps=LogitNormal(1.0, 1.3)),
+    )
+
+
+def vdt_vizdoom() -> VideoRecipe:
+    """The same of a walk through a room in colour, a frame at each tic of the game: `vizdoom`, which ships."""
+    recipe = vdt()
+    return replace(
+        recipe,
+        data="vizdoom",
+        options={"scenario": "health_gathering", "frame_skip": 1, "episodes": 100},
+        settings=replace(recipe.settings, steps=5_500, learning_rate=2e-3),
     )
