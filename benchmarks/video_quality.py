@@ -28,7 +28,7 @@ NO_HISTORY: dict[str, Any] = {"trained": "moving-digits", "options": {}}
 
 
 def main(
-    models: tuple[str, ...] = ("digits", "vizdoom"),
+    models: tuple[str, ...] = ("digits",),
     masks: tuple[str, ...] = ("predict", "interpolate"),
     guidance: tuple[float, ...] = (1.0, 2.0),
     count: int = 32,

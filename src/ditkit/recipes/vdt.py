@@ -54,7 +54,10 @@ def vdt() -> VideoRecipe:
 
 
 def vdt_vizdoom() -> VideoRecipe:
-    """The same of a walk through a room in colour, a frame at each tic of the game: `vizdoom`, which ships."""
+    """The same of a walk through a room in colour, a frame at each tic of the game.
+
+    After these steps, 1.2 hours of a core, open views move as they should, and walls seen from near are blocks.
+    """
     recipe = vdt()
     return replace(
         recipe,
