@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import tyro
@@ -24,7 +23,7 @@ from ditkit.data.clips import spread
 from ditkit.data.loading import load_held_out
 from ditkit.tasks.video_scores import Scores, complete
 
-NO_HISTORY: dict[str, Any] = {"trained": "moving-digits", "options": {}}
+NO_HISTORY = {"trained": "moving-digits"}
 
 
 def main(
@@ -66,9 +65,9 @@ def rows_of(
 
 def held_out(model: Denoiser, count: int) -> Tensor:
     """Clips [B, C, T, H, W] spread over the test split of what the model was trained on last."""
-    run = next((run for run in reversed(model.history) if "options" in run), NO_HISTORY)
+    run = model.last_training or NO_HISTORY
     _, frames, height, width = model.signal_shape
-    whole = load_held_out(run["trained"], (height, width), frames, **run["options"])
+    whole = load_held_out(run["trained"], (height, width), frames, **run.get("options", {}))
     return spread(whole, count).clips(torch.arange(count))
 
 

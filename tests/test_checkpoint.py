@@ -284,6 +284,15 @@ def test_weights_beside_a_config_that_they_were_not_saved_with_are_refused(folde
     assert Model.load(folder).history == ("again",)
 
 
+def test_the_last_training_is_that_which_names_its_data():
+    model, first, last = DiT(SMALL), {"trained": "fashion", "steps": 3}, {"trained": "emoji"}
+    assert model.last_training is None
+    model.history = (first, last, {"average": 0.1}, {"trained": None}, "pruned")
+    assert model.last_training == last
+    model.history = ("pruned",)
+    assert model.last_training is None
+
+
 def killed_after_the_config(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
     def renamed(self: Path, target: Path) -> Path:
         if target.name == WEIGHTS:

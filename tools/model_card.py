@@ -25,6 +25,7 @@ from ditkit.core.catalog import find
 from ditkit.core.checkpoint import read_json, replacing
 from ditkit.core.config import config_of
 from ditkit.core.model import Model, parameter_count
+from ditkit.tasks.recipe import training_of
 from ditkit.train.posthoc import read_snapshots, reconstruct
 
 ROOT = Path(__file__).parents[1]
@@ -97,15 +98,8 @@ def averaged(arguments: Arguments, recipe: dict[str, Any]) -> tuple[Model, int]:
     config = config_of(kind.Config, recipe["model"], arguments.run / "recipe.json")
     state = reconstruct(snapshots, snapshots[-1].step, arguments.std)
     model, last = kind.holding(config, state, "reconstructed average"), snapshots[-1].step
-    model.history = (
-        {
-            "trained": recipe["data"],
-            "options": recipe["options"],
-            "steps": last,
-            "batch": recipe["settings"]["batch"],
-            "average": arguments.std,
-        },
-    )
+    run = training_of(recipe["data"], recipe["options"], last, recipe["settings"]["batch"])
+    model.history = ({**run, "average": arguments.std},)
     return model, last
 
 

@@ -87,11 +87,11 @@ def as_trained(model: Model, data: str | None, words: Sequence[str]) -> tuple[st
 
     Says on the screen what it adds: a model that learned slow digits makes nothing of fast ones.
     """
-    runs = [run for run in model.history if isinstance(run, dict) and run.get("trained") is not None]
-    if data is None or not runs or runs[-1]["trained"] != called(data):
+    run = model.last_training
+    if data is None or run is None or run["trained"] != called(data):
         return tuple(words)
     given = {text.partition("=")[0] for text in words}
-    learned = {name: value for name, value in runs[-1].get("options", {}).items() if name not in given}
+    learned = {name: value for name, value in run.get("options", {}).items() if name not in given}
     texts = {
         name: ",".join(map(as_text, v if isinstance(v, list | tuple) else [v])) for name, v in learned.items()
     }

@@ -99,6 +99,12 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """The shape of one sample, without the batch axis."""
 
     @property
+    def last_training(self) -> Mapping[str, Any] | None:
+        """The last entry of `history` that names what the weights were trained on; None if no entry does."""
+        runs = [run for run in self.history if isinstance(run, dict) and run.get("trained") is not None]
+        return runs[-1] if runs else None
+
+    @property
     def signal_shape(self) -> tuple[int, ...]:
         """The shape of what one sample decodes to, without the batch axis."""
         return self.codec.signal_shape(self.sample_shape)

@@ -170,7 +170,8 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
     model.codec = codec
-    model.history += (trained_on(recipe),)
+    run = recipe.settings
+    model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(
         model,
         samples,
@@ -191,14 +192,10 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
     )
 
 
-def trained_on(recipe: Recipe) -> dict[str, Any]:
-    """The entry of this run in a model's history; of the loader's options, those of how the data look."""
-    return {
-        "trained": called(recipe.data),
-        "options": {name: value for name, value in recipe.options.items() if name not in PART},
-        "steps": recipe.settings.steps,
-        "batch": recipe.settings.batch,
-    }
+def training_of(data: str, options: Mapping[str, Any], steps: int, batch: int) -> dict[str, Any]:
+    """A run's entry in a model's history; of the loader's options, those of how the data look."""
+    look = {name: value for name, value in options.items() if name not in PART}
+    return {"trained": called(data), "options": look, "steps": steps, "batch": batch}
 
 
 def _own(recipe: Recipe) -> dict[str, Any]:
