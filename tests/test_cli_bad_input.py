@@ -312,7 +312,7 @@ def test_an_unexpected_error_keeps_its_traceback(model: Path, monkeypatch: pytes
     "words", [["--steps", "x"], ["--policy", "taylorseer:order=-1"]], ids=["of tyro's", "of ours"]
 )
 def test_a_process_of_its_own_ends_with_one_line_and_code_2(words: list[str], model: Path, out: Path) -> None:
-    command = [sys.executable, "-m", "ditkit.cli.main", "generate", str(model), "--out", str(out), *words]
+    command = [sys.executable, "-m", "ditkit", "generate", str(model), "--out", str(out), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()

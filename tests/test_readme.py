@@ -42,7 +42,7 @@ def test_commands_parse() -> None:
     for command in commands:
         arguments = [a for a in shlex.split(command) if a != "--dry-run"]
         done = subprocess.run(
-            [sys.executable, "-m", "ditkit.cli.main", *arguments, "--help"],
+            [sys.executable, "-m", "ditkit", *arguments, "--help"],
             capture_output=True,
             text=True,
             check=False,

@@ -60,7 +60,3 @@ def ditkit_commands() -> Group:
 def _command(name: str) -> Command | Group:
     found: Command | Group = getattr(import_module(f"ditkit.cli.{name}"), name)
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())
