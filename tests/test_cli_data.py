@@ -177,6 +177,26 @@ def test_repairs_are_asked_for_in_training_and_in_a_forecast(
     assert again["scores"] == noted["scores"]
 
 
+def test_models_of_one_forecast_were_trained_on_the_same_data_or_a_word_decides(
+    gap: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    models = []
+    for repairs in ("sort,interpolate", "sort,first,interpolate"):
+        models.append(tmp_path / repairs[5:] / "model")
+        learned = ["--option", f"repair={repairs}", "--option", "columns=wind"]
+        train = ["train", "predformer-winds", "--data", gap, *TINY, *QUICK, *learned]
+        assert exit_code(*train, "--out", models[-1].parent) == 0
+    forecast = ["forecast", *models, "--data", gap, "--out", tmp_path / "out"]
+    capsys.readouterr()
+    line = complaint(capsys, *forecast)
+    assert (
+        "options, repair=sort,interpolate columns=wind and repair=sort,first,interpolate columns=wind" in line
+    )
+    assert not (tmp_path / "out").exists()
+    told = output(capsys, *forecast, "--option", "repair=sort,interpolate")
+    assert "trained on it: --option columns=wind\n" in told
+
+
 def test_clips_are_made_of_the_data_as_the_model_was_trained_on_them(
     squares: None, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -188,18 +208,7 @@ def test_clips_are_made_of_the_data_as_the_model_was_trained_on_them(
     assert ditkit.load(model).history == (
         {"trained": "moving-digits", "options": {"digits": 1, "speed": [0.5, 1.0]}, "steps": 2, "batch": 2},
     )
-    words = [
-        "--data",
-        "moving-digits",
-        "--mask",
-        "predict",
-        "--count",
-        "1",
-        "--steps",
-        "1",
-        "--out",
-        tmp_path,
-    ]
+    words = [*"--data moving-digits --mask predict --count 1 --steps 1 --out".split(), tmp_path]
     capsys.readouterr()
     text = output(capsys, "video", model, *words)
     assert "moving-digits as the model was trained on it: --option digits=1 --option speed=0.5,1.0\n" in text

@@ -114,7 +114,7 @@ def compare(
         raise ConfigError(
             f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
         )
-    loading = options_of(data, as_trained(network, data, option))
+    loading = options_of(data, as_trained(data, option, network))
     real, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         report = compared(

@@ -99,7 +99,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
-    option = as_trained(network, data, option)
+    option = as_trained(data, option, network)
     real = load_images(data, network.signal_shape[-1], **options_of(data, option, max_bad))
     check_real(network, real)
     real = real if real_count is None else thinned(real, real_count)

@@ -79,7 +79,7 @@ def forecast(
     named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
     first = next(iter(named.values()))
     horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
-    option = as_trained(first, data, option)
+    option = as_trained(data, option, *named.values())
     options = options_of(data, option, max_bad)
     given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
     given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,23 +82,35 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
     return read_options(data, texts, OF_THE_MODEL)
 
 
-def as_trained(model: Model, data: str | None, words: Sequence[str]) -> tuple[str, ...]:
-    """The words of `--option`, and before them those under which the model was trained on the same data last.
+def as_trained(data: str | None, words: Sequence[str], *models: Model) -> tuple[str, ...]:
+    """The words of `--option`, and before them those under which the models were trained on the same data last.
 
     Says on the screen what it adds: a model that learned slow digits makes nothing of fast ones.
+
+    Raises:
+        ConfigError: one model was trained on them under other options than another, and no word decides.
     """
-    run = model.last_training
-    if data is None or run is None or run["trained"] != called(data):
+    if data is None:
         return tuple(words)
-    given = {text.partition("=")[0] for text in words}
-    learned = {name: value for name, value in run.get("options", {}).items() if name not in given}
-    texts = {
-        name: ",".join(map(as_text, v if isinstance(v, list | tuple) else [v])) for name, v in learned.items()
-    }
-    added = [f"{name}={text}" for name, text in texts.items() if takes(data, name)]
+    runs = [run for model in models if (run := model.last_training) and run["trained"] == called(data)]
+    learned = [tuple(_learned(run.get("options", {}), data, words)) for run in runs]
+    if differing := [added for added in learned if added != learned[0]]:
+        ways = " and ".join(" ".join(way) or "none" for way in (learned[0], differing[0]))
+        raise ConfigError(
+            f"the models were trained on {data} under different options, {ways}; expected --option"
+        )
+    added = learned[0] if learned else ()
     if added:
         print(f"{data} as the model was trained on it:", *(f"--option {text}" for text in added))
     return (*added, *words)
+
+
+def _learned(options: Mapping[str, Any], data: str, words: Sequence[str]) -> Iterator[str]:
+    """Options of a training that the loader takes and no word gives, as words."""
+    given = {word.partition("=")[0] for word in words}
+    for name, value in options.items():
+        if name not in given and takes(data, name):
+            yield f"{name}=" + ",".join(map(as_text, value if isinstance(value, list | tuple) else [value]))
 
 
 def seeds_of(words: Sequence[str]) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ def tune(
     network = load(model)
     if not isinstance(network, Denoiser):
         raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
-    loading = options_of(data, as_trained(network, data, option))
+    loading = options_of(data, as_trained(data, option, network))
     _, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         result = tuned(

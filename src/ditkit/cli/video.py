@@ -135,7 +135,7 @@ def video(
     policies, way, guidance = policies_of(policy), solver_of(solver), guiding.make()
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
-    option = as_trained(network, data, option)
+    option = as_trained(data, option, network)
     loading = options_of(data, option, max_bad)
     clips = None
     if data is not None:
