@@ -208,7 +208,8 @@ def test_clips_are_made_of_the_data_as_the_model_was_trained_on_them(
     assert ditkit.load(model).history == (
         {"trained": "moving-digits", "options": {"digits": 1, "speed": [0.5, 1.0]}, "steps": 2, "batch": 2},
     )
-    words = [*"--data moving-digits --mask predict --count 1 --steps 1 --out".split(), tmp_path]
+    few = ["--count", "1", "--steps", "1"]
+    words = ["--data", "moving-digits", "--mask", "predict", *few, "--out", tmp_path]
     capsys.readouterr()
     text = output(capsys, "video", model, *words)
     assert "moving-digits as the model was trained on it: --option digits=1 --option speed=0.5,1.0\n" in text
