@@ -78,6 +78,14 @@ def test_the_same_seed_is_the_same_episode(monkeypatch, tmp_path):
 
 
 @needs_vizdoom
+def test_the_engine_needs_nothing_of_the_current_folder():
+    """It makes `_vizdoom` where it starts: where another run had just made it, this process ended by a signal."""
+    Path("_vizdoom").touch()
+    assert len(vizdoom.load(**TINY)) > 0
+    assert Path("_vizdoom").is_file()
+
+
+@needs_vizdoom
 def test_vizdoom_has_colour_actions_depth_and_labels():
     found = vizdoom.load((24, 32), frames=4, scenario="defend_the_center", episodes=1, episode_frames=40)
     assert isinstance(found, ClipSet)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -184,8 +184,6 @@ def _engine() -> ModuleType:
 def _running(game: Game) -> Iterator[DoomGame]:
     """The engine without window and sound, its folders and settings gone afterwards."""
     engine = _engine()
-    folder = Path("_vizdoom")  # the engine makes it in the current folder, whatever its settings
-    was_there = folder.exists()
     doom = engine.DoomGame()
     with TemporaryDirectory() as scratch:
         try:
@@ -200,15 +198,14 @@ def _running(game: Game) -> Iterator[DoomGame]:
             doom.set_screen_resolution(sizes.RES_160X120 if fits else sizes.RES_320X240)
             doom.set_depth_buffer_enabled(True)
             doom.set_labels_buffer_enabled(True)
-            doom.init()
+            # It makes a folder where it starts, and takes the process down where that is there or cannot be made
+            with chdir(scratch):
+                doom.init()
             yield doom
         except (engine.ViZDoomErrorException, engine.ViZDoomUnexpectedExitException) as error:
             raise DataError(f"vizdoom does not play {game.scenario}: {str(error).splitlines()[0]}") from error
         finally:
             doom.close()
-            if not was_there:
-                with suppress(OSError):
-                    folder.rmdir()
 
 
 def _play(doom: DoomGame, game: Game, seed: int) -> dict[str, Tensor]:
