@@ -27,7 +27,7 @@ NO_HISTORY = {"trained": "moving-digits"}
 
 
 def main(
-    models: tuple[str, ...] = ("digits",),
+    models: tuple[str, ...] = ("digits", "vizdoom"),
     masks: tuple[str, ...] = ("predict", "interpolate"),
     guidance: tuple[float, ...] = (1.0, 2.0),
     count: int = 32,

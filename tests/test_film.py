@@ -210,6 +210,22 @@ def test_a_strip_of_many_frames_is_as_wide_as_one_of_some():
         )
 
 
+def test_a_strip_shows_some_of_each_stretch_that_was_given():
+    evenly = [0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12, 14, 15]
+    assert chosen(16, 13) == chosen(16, 13, range(8)) == chosen(16, 13, {4, 15}) == evenly
+    assert chosen(16, 13, {7}) == [0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 14, 15]
+    assert chosen(16, 13, {2, 3, 7, 13}) == [0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 13, 14, 15]
+    found = chosen(100, 13, range(0, 100, 4))
+    assert len(set(found)) == 13 and (found[0], found[-1]) == (0, 99)
+    assert sum(t % 4 == 0 for t in found) < 8, "what was made stays to be seen"
+    mask = torch.ones(1, 16, 16, 16)
+    mask[:, 7] = 0
+    clip = torch.zeros(1, 16, 16, 16)
+    outline = torch.tensor(GIVEN_RGB)
+    page = torch.from_numpy(np.array(strip({"a": clip}, masks={"a": mask})))
+    assert (page == outline).all(2).sum() > 2 * 80 * OUTLINE_PX, "more than the legend's"
+
+
 def test_strips_refuse_what_does_not_belong_together():
     clip = stepping(3)
     with pytest.raises(ShapeError, match="of one shape, got"):

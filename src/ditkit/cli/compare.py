@@ -84,7 +84,7 @@ def compare(
         sheet.png      the pictures, or frames of the clips
 
     Args:
-        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
         policy: Such as taylorseer:interval=4,order=2. Repeat it, a row each; exact is always there.
         demo: Instead of --policy: TaylorSeer with intervals 3, 4, 6 and orders 0, 1, 2, and --fewer-steps.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.

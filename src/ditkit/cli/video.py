@@ -87,7 +87,7 @@ def video(
 
     Examples:
         ditkit video digits --data moving-digits
-        ditkit video runs/video-dit/model --data moving-digits --mask predict --steps 25
+        ditkit video vizdoom --data vizdoom --mask predict --steps 25
         ditkit video runs/mine/model --data my-films --frames 24 --size 48 64
         ditkit video runs/vdt/model --mask unconditional --frames 32
         ditkit video runs/video-dit/model --data moving-digits --policy taylorseer
@@ -110,7 +110,7 @@ def video(
         video.json        every number, settings, and what each policy did
 
     Args:
-        model: A folder that ditkit train wrote, or owner/name on the Hugging Face hub.
+        model: A shipped model (digits, vizdoom), a folder, or owner/name on the Hugging Face hub.
         mask: What is given, one of those above. Repeat it for several; default: all but first-frame and
             first-last.
         data: A named set of clips (moving-digits, vizdoom), of which the test split is taken, or a folder of video

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ def strip(
     errors_to: str | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
-    """A row of frames for each clip [C, T, H, W] in [-1, 1], under frame numbers; of many, evenly chosen ones.
+    """A row of frames for each clip [C, T, H, W] in [-1, 1], under frame numbers; of many, those `chosen`.
 
     Args:
         masks: [1, T, H, W] by the name of a clip, as in `Cond`: what is 0 was given, and is outlined.
@@ -48,7 +49,7 @@ def strip(
     _check(clips, masks, notes, errors_to)
     _, frames, height, width = next(iter(clips.values())).shape
     cell = fitting(height, width)
-    shown = chosen(frames, columns(cell[0]))
+    shown = chosen(frames, columns(cell[0]), _given(masks.values()))
     errors = {} if errors_to is None else _errors({n: c[:, shown] for n, c in clips.items()}, errors_to)
     scale = difference(max((float(error.max()) for error in errors.values()), default=0.0))
     rows: dict[str, Tensor] = {}
@@ -95,12 +96,33 @@ def columns(width: int) -> int:
     return (WIDEST_PX - 2 * MARGIN - LABEL_WIDTH) // (width + GAP)
 
 
-def chosen(frames: int, columns: int) -> list[int]:
-    """The frames to show: all that fit in `columns`, else evenly from the first to the last."""
+def chosen(frames: int, columns: int, given: Collection[int] = ()) -> list[int]:
+    """The frames to show: all that fit in `columns`, else evenly from the first to the last.
+
+    A stretch of `given` frames that would stay unseen takes the place of the frame next to it, as long as half of the
+    columns show others.
+    """
     columns = max(columns, FEWEST_COLUMNS)
     if frames <= columns:
         return list(range(frames))
-    return [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
+    shown = [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
+    for stretch in _stretches(given):
+        free = [place for place in range(1, columns - 1) if shown[place] not in given]
+        if len(free) > columns // 2 and not set(stretch) & set(shown):
+            shown[min(free, key=lambda place: abs(shown[place] - stretch[0]))] = stretch[0]
+            shown.sort()
+    return shown
+
+
+def _stretches(numbers: Collection[int]) -> Iterator[list[int]]:
+    """Numbers that follow each other, in order."""
+    for _, stretch in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+        yield [number for _, number in stretch]
+
+
+def _given(masks: Iterable[Tensor]) -> set[int]:
+    """The frames that some mask [1, T, H, W] leaves whole."""
+    return {t for mask in masks for t in (~mask[0].bool().flatten(1).any(1)).nonzero().flatten().tolist()}
 
 
 def outlined(pictures: Tensor, given: Tensor) -> Tensor:
