@@ -3,8 +3,9 @@
     python benchmarks/video_masks.py
     python benchmarks/video_masks.py --networks mixed predict
 
-Stopped at any moment, the same command goes on. Every network has the same size, data, order and number of steps;
-`mixed_early` has a quarter of them, and a learning rate that falls to 0 by then. PSNR is over what was made.
+Stopped at any moment, the same command goes on. Every network has the same size, data, order and number of steps,
+but for those that end early, with a learning rate that falls to 0 by then: `mixed_early` has a quarter of the steps,
+`predict_fewer` and `interpolate_fewer` have as many clips of their task as `mixed` has. PSNR is over what was made.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ REPLACED = {"replacement": False, "replacement, fresh noise": True}
 """Ways to fill in by the network `unconditional`, and whether noise is drawn anew at each step."""
 EQUAL, CLEARLY = 0.9, 2.0
 """Share of a specialist's PSNR that counts as equal, and the ratio of Frechet distances that counts as worse."""
+
+
+SHARE = (1 - EVERY_MASK.region) / len(EVERY_MASK.frames)
+"""Of the clips of a mixture, those of one task."""
 
 
 def held(cond: Cond) -> Tensor:
@@ -142,6 +147,7 @@ VARIANTS: Mapping[str, Variant] = {
     "adaln": Variant(network={"conditioning": "adaln"}),
     "unconditional": Variant(only("unconditional"), completes=()),
     **{kind: Variant(only(kind), completes=(kind,)) for kind in TASKS},
+    **{f"{kind}_fewer": Variant(only(kind), share=SHARE, completes=(kind,)) for kind in TASKS},
     "without_time": Variant(network={"mode": "image"}, imagines=True),
 }
 

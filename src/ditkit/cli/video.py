@@ -271,8 +271,9 @@ def write(out: Path, done: Completed, fps: float) -> list[str]:
 
 
 def tell(scores: VideoScores, files: Sequence[Sequence[str]], out: Path) -> None:
-    """The table, the time, and where everything lies."""
-    Console().print(scores.table())
+    """The table if there are figures, the time, and where everything lies."""
+    if scores.measured:
+        Console().print(scores.table())
     seconds, clips = sum(m.seconds for m in scores.masks), sum(m.clips for m in scores.masks)
     print(f"{clips} clips in {seconds:.1f} s, {seconds / clips:.2f} s each")
     print(f"wrote {out}:", *(", ".join(names) for names in files), sep="\n  ")

@@ -120,6 +120,11 @@ class VideoScores:
 
     masks: tuple[MaskScores, ...]
 
+    @property
+    def measured(self) -> bool:
+        """Whether there was anything to compare with."""
+        return any(scores.model or scores.frechet for scores in self.masks)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, with the name of what the feature distance is."""
         return {"feature_distance": FEATURE_DISTANCE, "masks": [asdict(scores) for scores in self.masks]}
