@@ -85,7 +85,7 @@ COLUMNS = {
     },
     "video_masks": {
         "made_by": "made by",
-        "training_seconds": "training s",
+        "steps": "steps",
         "predict_psnr_db": "prediction dB",
         "interpolate_psnr_db": "interpolation dB",
         "after_bounce_px": "wrong after a bounce, px",
