@@ -33,16 +33,16 @@ from rich.progress import track
 import ditkit
 from attention_controls import BestBlocks, Diagonal, RandomBlocks, Reuse
 from common import record, show
+from ditkit.api.compare import compare
 from ditkit.attention.pattern import Pattern
+from ditkit.bench.macs import count_macs
+from ditkit.bench.plans import Planned, rows_of
+from ditkit.bench.rows import Row, titles
 from ditkit.core.codec import fingerprint
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component, spec
-from ditkit.evaluate.compare import compare
-from ditkit.evaluate.deviation import pooled_psnr_db
-from ditkit.evaluate.macs import count_macs
-from ditkit.evaluate.plans import Planned, rows_of
-from ditkit.evaluate.rows import Row, titles
+from ditkit.metrics.error import pooled_psnr_db
 from ditkit.sample.workload import Workload
 
 UNGUIDED = 1.0

@@ -14,10 +14,10 @@ import tyro
 from torch import Tensor
 
 from common import record, show
+from ditkit.bench.macs import count_macs
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.model import Model
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.sample import ClassifierFree, sample
 from ditkit.train.denoising import Denoising

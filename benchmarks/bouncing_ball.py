@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.numbers import integer
-from ditkit.evaluate.deviation import finite, pooled_psnr_db
-from ditkit.tasks.video import conditioned
+from ditkit.metrics.error import finite, pooled_psnr_db
+from ditkit.tasks.video.recipe import conditioned
 
 FAINT = 0.1
 """Share of full brightness that counts as black when the ball is looked for."""

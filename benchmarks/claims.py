@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ditkit.evaluate.words import NOTHING
+from ditkit.bench.rows import NOTHING
 
 
 class Claim(NamedTuple):

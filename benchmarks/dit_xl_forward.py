@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from common import record, show
+from ditkit.bench.macs import count_macs
+from ditkit.bench.timing import alternated, medians
 from ditkit.core.cond import Cond
-from ditkit.evaluate.clock import alternated, medians
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import DiT
 
 

@@ -22,15 +22,15 @@ import torch
 import tyro
 
 from common import device, record, show
+from ditkit.bench.timing import alternated, medians
 from ditkit.core.checkpoint import read_json
 from ditkit.core.model import Model, parameter_count
 from ditkit.data.loading import load_clips
-from ditkit.evaluate.clock import alternated, medians
-from ditkit.evaluate.forecast import mean
+from ditkit.metrics.forecast import mean
 from ditkit.recipes.predformer import convlstm, predformer
 from ditkit.sample.forecast import forecast
-from ditkit.tasks.forecast import ClipForecastRecipe
-from ditkit.tasks.forecast_scores import score_clips
+from ditkit.tasks.forecast.recipe import ClipForecastRecipe
+from ditkit.tasks.forecast.scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
 from ditkit.train.log import LOSSES
 from ditkit.train.record import RECIPE

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import ditkit
 from common import record, show
+from ditkit.bench.timing import alternated
 from ditkit.caching import RAS, TaylorSeer
-from ditkit.evaluate.clock import alternated
 from skipped_step import ratio
 
 WIDTH, HEADS, ROWS = 512, 8, 32

@@ -24,11 +24,11 @@ from common import device, record, show
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model, parameter_count
 from ditkit.data.loading import load_clips
-from ditkit.evaluate.forecast import PERSISTENCE
+from ditkit.metrics.forecast import PERSISTENCE
 from ditkit.models.predformer import VARIANTS, PredFormerConfig, published_layout
 from ditkit.recipes.predformer import predformer
-from ditkit.tasks.forecast import ClipForecastRecipe
-from ditkit.tasks.forecast_scores import score_clips
+from ditkit.tasks.forecast.recipe import ClipForecastRecipe
+from ditkit.tasks.forecast.scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
 from ditkit.train.record import RECIPE
 from forecasting import spent

@@ -22,9 +22,9 @@ import torch
 import tyro
 
 from common import device, record, show
+from ditkit.bench.memory import measure_peak
 from ditkit.core.cond import Cond
 from ditkit.core.model import Denoiser
-from ditkit.evaluate.memory import measure_peak
 from ditkit.models.video_dit import VideoDiT
 from ditkit.recipes.vdt import vdt
 from ditkit.sample import sample

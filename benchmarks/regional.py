@@ -32,7 +32,7 @@ from ditkit.core.grid import image_of, patchify
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site
-from ditkit.sample.field import Field
+from ditkit.sample.denoiser import Field
 from ditkit.sample.guidance import ClassifierFree
 from ditkit.sample.loop import sample
 from ditkit.sample.noise import SampleNoise

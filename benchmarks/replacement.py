@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.path import Path
-from ditkit.sample.field import Field
+from ditkit.sample.denoiser import Field
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Euler, Solver
 

@@ -17,9 +17,9 @@ import torch
 import tyro
 
 from common import record, show
+from ditkit.bench.timing import alternated
 from ditkit.core.cond import Cond
 from ditkit.core.run import DIRECT
-from ditkit.evaluate.clock import alternated
 from skipped_step import random_model
 
 

@@ -23,13 +23,13 @@ from rich.progress import track
 from torch import Tensor
 
 from common import record, show
+from ditkit.bench.macs import count_macs
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import DiT, DiTConfig
 
 SHAPE = DiTConfig(

@@ -22,7 +22,7 @@ from ditkit.core.cond import Cond
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
 from ditkit.recipes.fashion import fashion
-from ditkit.tasks.class_image import ClassImageRecipe
+from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.tasks.recipe import forward_macs
 from ditkit.train.loop import train
 from ditkit.train.randomness import Chance

@@ -23,18 +23,18 @@ from torch import Tensor
 from bouncing_ball import BouncingBall, Exam
 from claims import Claim, judged, shown
 from common import device, record, show
+from ditkit.api.generate import generate
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import parameter_count
-from ditkit.evaluate.blending import blended
-from ditkit.evaluate.features import load_efficientnet_lite0
-from ditkit.evaluate.perceptual import ClipDistance
+from ditkit.metrics.baselines import blended
+from ditkit.metrics.features import load_efficientnet_lite0
+from ditkit.metrics.perceptual import ClipDistance
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.tasks.generate import generate
-from ditkit.tasks.masks import MaskMixture
-from ditkit.tasks.video import EVERY_MASK, Masked
-from ditkit.tasks.video_scores import CLIP_FEATURE
+from ditkit.tasks.video.masks import MaskMixture
+from ditkit.tasks.video.recipe import EVERY_MASK, Masked
+from ditkit.tasks.video.scores import CLIP_FEATURE
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.loop import train

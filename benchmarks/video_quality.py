@@ -21,7 +21,7 @@ from common import Row, record, show
 from ditkit.core.model import Denoiser
 from ditkit.data.clips import spread
 from ditkit.data.loading import load_held_out
-from ditkit.tasks.video_scores import Scores, complete
+from ditkit.tasks.video.scores import Scores, complete
 
 NO_HISTORY = {"trained": "moving-digits"}
 

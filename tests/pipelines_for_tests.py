@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.tasks.accelerate import Accelerated
+from ditkit.pipelines.accelerate import Accelerated
 from flux_for_tests import S, transformer
 from hosts_for_tests import COGVIDEOX, PIXART
 

@@ -24,7 +24,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
-from ditkit.tasks.accelerate import DEFAULT
+from ditkit.pipelines.accelerate import DEFAULT
 from flux_for_tests import transformer
 from pipelines_for_tests import (
     IMAGE_TO_IMAGE,

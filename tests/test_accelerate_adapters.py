@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import ditkit
-from ditkit.hosts.adapters import Adapters
+from ditkit.pipelines.adapters import Adapters
 from flux_for_tests import LORA, transformer
 from pipelines_for_tests import POLICY, asked, computed, latents, pipeline, prompt
 

@@ -20,9 +20,9 @@ from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.core.policy import Policy
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
-from ditkit.hosts.passage import Passage
 from ditkit.hosts.view import view
-from ditkit.tasks.replay import Asked
+from ditkit.pipelines.call import Passage
+from ditkit.pipelines.replay import Asked
 from flux_for_tests import at, call, call_inputs, transformer
 from pipelines_for_tests import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 

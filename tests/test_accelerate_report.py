@@ -24,7 +24,7 @@ from diffusers.hooks import FirstBlockCacheConfig
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.tasks.accelerate import Accelerated
+from ditkit.pipelines.accelerate import Accelerated
 from flux_for_tests import transformer
 from pipelines_for_tests import IMAGE_TO_IMAGE, POLICY, STEPS, asked, computed, latents, pipeline
 from policies_for_tests import Tap

@@ -13,17 +13,16 @@ from codecs_for_tests import LATENT, PICTURES, SMALL, small
 from ditkit.core.codec import Codec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
-from ditkit.evaluate.pictures import write_png
 from ditkit.models.dit import DiT
-from ditkit.tasks.image_vae import ImageVaeRecipe
+from ditkit.report.sheet import write_png
+from ditkit.tasks.image.vae import ImageVaeRecipe
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.train.autoencoding import Autoencoding, CodedBatch
 from ditkit.train.ema import Constant
 from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
-from ditkit.train.terms.absolute_error import AbsoluteError
 from ditkit.train.terms.latent_kl import LatentKL
-from ditkit.train.terms.regression import Regression
+from ditkit.train.terms.regression import AbsoluteError, Regression
 
 
 def test_autoencoding_weighs_the_error_and_the_divergence():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditkit.core.errors import ShapeError
-from ditkit.evaluate.blending import blended
+from ditkit.metrics.baselines import blended
 
 
 def clip(*values: float) -> torch.Tensor:

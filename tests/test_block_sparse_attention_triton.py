@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditkit.bench.macs import count_macs
 from ditkit.core.errors import ShapeError
-from ditkit.evaluate.macs import count_macs
 from ditkit.ops.block_sparse_attention import attend, attend_reference, build_plan, choose
 
 pytest.importorskip("triton")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import ditkit
 from cli_for_tests import Capture, exit_code, output, save_photos
+from ditkit.api.generate import Generated
 from ditkit.cli import compare as compare_command
 from ditkit.cli import generate as generate_command
 from ditkit.cli.generate import file_stems, slug
@@ -24,10 +25,9 @@ from ditkit.cli.parsing import one_line
 from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
-from ditkit.evaluate.pictures import grid
+from ditkit.report.sheet import grid
 from ditkit.sample import Autoguidance, ClassifierFree, Unguided
-from ditkit.tasks.class_image import write_sheet
-from ditkit.tasks.generate import Generated
+from ditkit.tasks.image.recipe import write_sheet
 from models_for_tests import CLASSES, save_tiny, tiny_model
 
 COLUMNS = 80

@@ -24,8 +24,8 @@ from ditkit.data.sets import moving_digits, vizdoom
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
-from ditkit.tasks.forecast import ClipForecastRecipe
-from ditkit.tasks.video import VideoRecipe
+from ditkit.tasks.forecast.recipe import ClipForecastRecipe
+from ditkit.tasks.video.recipe import VideoRecipe
 from models_for_tests import perturbed, save_tiny
 
 FRAMES, SIDE = 4, 16

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cli_for_tests import Capture, complaint, output, save_photos
 from ditkit.cli import evaluate as evaluate_command
-from ditkit.evaluate.features import HEAD_TAP, POOLED_TAP
+from ditkit.metrics.features import HEAD_TAP, POOLED_TAP
 from models_for_tests import save_tiny, tiny_model
 
 

@@ -14,7 +14,7 @@ from cli_for_tests import Capture, complaint, exit_code
 from ditkit.cli.train import found
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate.pictures import write_png
+from ditkit.report.sheet import write_png
 
 QUICK = [
     "--batch",

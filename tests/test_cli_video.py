@@ -18,10 +18,10 @@ from ditkit.cli import video as video_command
 from ditkit.cli.video import TOLD
 from ditkit.core.convention import Convention
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate import film as films
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.tasks.video_scores import complete
+from ditkit.report import film as films
+from ditkit.tasks.video.scores import complete
 from models_for_tests import perturbed, save_tiny
 
 FRAMES, SIDE = 8, 16

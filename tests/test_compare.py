@@ -12,18 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from ditkit.api.compare import compare
+from ditkit.bench import bench
+from ditkit.bench.bench import pooled_psnr_db
+from ditkit.bench.rows import headline, titles
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.labels import resolve_labels
-from ditkit.evaluate import bench
-from ditkit.evaluate.bench import pooled_psnr_db
-from ditkit.evaluate.compare import compare
-from ditkit.evaluate.features import EfficientNetLite0
-from ditkit.evaluate.plots import Box, place, ticks
-from ditkit.evaluate.report import Report
-from ditkit.evaluate.rows import titles
-from ditkit.evaluate.words import headline
+from ditkit.metrics.features import EfficientNetLite0
+from ditkit.report.plots import Box, place, ticks
+from ditkit.report.report import Report
 from ditkit.sample import ClassifierFree, Euler, Heun, Unguided, sample
 from rig import TINY, tiny_dit
 
@@ -198,7 +197,7 @@ def test_saving_replaces_whole_files_and_leaves_no_others(report, tmp_path):
 def test_the_sheet_holds_every_picture_in_its_place(report, tmp_path):
     from PIL import Image
 
-    from ditkit.evaluate.sheet import CELL, GAP, LABEL_WIDTH, LINE, MARGIN
+    from ditkit.report.sheet import CELL, GAP, LABEL_WIDTH, LINE, MARGIN
 
     report.save(tmp_path)
     page = Image.open(tmp_path / "sheet.png")

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ditkit.api.compare import compare
+from ditkit.bench.rows import headline
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli import compare as compare_command
 from ditkit.cli.main import main
@@ -21,17 +23,15 @@ from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate.compare import compare
-from ditkit.evaluate.deviation import errors, pooled_psnr_db
-from ditkit.evaluate.html import page
-from ditkit.evaluate.metrics import ssim
-from ditkit.evaluate.report import Report
-from ditkit.evaluate.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
-from ditkit.evaluate.words import headline
+from ditkit.metrics.error import errors, pooled_psnr_db
+from ditkit.metrics.image import ssim
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
+from ditkit.report.html import page
+from ditkit.report.report import Report
+from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
 from ditkit.sample.loop import sample
-from ditkit.tasks.video import conditioned
+from ditkit.tasks.video.recipe import conditioned
 from models_for_tests import perturbed, save_tiny
 
 STEPS, CONVERGED, SEEDS, FRAMES, SIZE = 8, 20, (0, 1, 2), 4, 16
@@ -212,7 +212,7 @@ def test_memory_is_measured_in_a_process_that_is_told_what_is_given():
 def test_the_files_show_clips(report, tmp_path):
     from PIL import Image
 
-    from ditkit.evaluate.sheet import LABEL_WIDTH, LINE, MARGIN
+    from ditkit.report.sheet import LABEL_WIDTH, LINE, MARGIN
 
     assert [path.name for path in report.save(tmp_path)] == ["report.json", "report.html", "sheet.png"]
     text = (tmp_path / "report.html").read_text(encoding="utf8")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ditkit.api.generate import generate
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.core.cond import Cond
 from ditkit.core.errors import CheckpointError, ConfigError, NoEffectError
@@ -20,7 +21,6 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.video_dit import VideoDiT
-from ditkit.tasks.generate import generate
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
@@ -29,8 +29,7 @@ from ditkit.train.objective import Batch, Term
 from ditkit.train.parts import train_only
 from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings
-from ditkit.train.terms.attention_distillation import AttentionDistillation
-from ditkit.train.terms.prediction_distillation import PredictionDistillation
+from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
 from patterns_for_tests import Masked, circle_meets, prompt, tiny_clip_model
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from ditkit.bench.macs import count_macs
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, SIT, Convention
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.dit import SIZES, DiT, DiTConfig
 from models_for_tests import perturbed
 

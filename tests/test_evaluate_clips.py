@@ -5,23 +5,23 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.evaluate import features, perceptual
-from ditkit.evaluate.clips import (
-    clip_scores,
-    frame_psnr_db,
-    frame_ssim,
-    temporal_psnr_db,
-    temporal_relative_l2,
-)
-from ditkit.evaluate.features import EfficientNetLite0, load_efficientnet_lite0, normalised
-from ditkit.evaluate.metrics import psnr_db, ssim, ssim_map
-from ditkit.evaluate.perceptual import (
+from ditkit.metrics import features, perceptual
+from ditkit.metrics.features import EfficientNetLite0, load_efficientnet_lite0, normalised
+from ditkit.metrics.image import psnr_db, ssim, ssim_map
+from ditkit.metrics.perceptual import (
     COMPARED,
     FRAMES_AT_ONCE,
     WIDTHS,
     ClipFeature,
     feature_distance,
     frame_feature_distance,
+)
+from ditkit.metrics.video import (
+    clip_scores,
+    frame_psnr_db,
+    frame_ssim,
+    temporal_psnr_db,
+    temporal_relative_l2,
 )
 
 

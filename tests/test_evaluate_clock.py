@@ -2,8 +2,8 @@ import time
 
 import pytest
 
+from ditkit.bench.timing import alternated, medians, seconds_of
 from ditkit.core.errors import ConfigError
-from ditkit.evaluate.clock import alternated, medians, seconds_of
 
 
 def test_functions_take_turns_and_the_order_is_reversed_every_other_round():
@@ -16,7 +16,7 @@ def test_functions_take_turns_and_the_order_is_reversed_every_other_round():
 
 def test_a_steady_drift_cancels_over_two_rounds(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ditkit.evaluate.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ditkit.bench.timing.time.perf_counter", lambda: now[0])
     speed = [1.0]
 
     def work() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.evaluate.distribution import (
+from ditkit.metrics.distribution import (
     distribution,
     frechet_distance,
     kernel_distance,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ditkit.core.errors import DataError, ShapeError
-from ditkit.evaluate import features
-from ditkit.evaluate.features import EfficientNetLite0, SameConv2d, extract, find_weights, normalised
+from ditkit.metrics import features
+from ditkit.metrics.features import EfficientNetLite0, SameConv2d, extract, find_weights, normalised
 
 
 @pytest.fixture(scope="module")

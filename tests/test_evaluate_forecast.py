@@ -13,8 +13,8 @@ from rich.console import Console
 from ditkit.core.errors import ConfigError, DataError, ShapeError
 from ditkit.data.calendar import step_of
 from ditkit.data.fields import FieldSet, Scaling
-from ditkit.evaluate.climatology import Climatology
-from ditkit.evaluate.forecast import (
+from ditkit.metrics.baselines import Climatology
+from ditkit.metrics.forecast import (
     Quantity,
     compare_forecasts,
     persistence,

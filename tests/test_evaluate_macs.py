@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from block_sparse_for_tests import of_pairs, qkv, random_pairs
-from ditkit.evaluate.features import EfficientNetLite0
-from ditkit.evaluate.macs import MacCounter, count_macs
+from ditkit.bench.macs import MacCounter, count_macs
+from ditkit.metrics.features import EfficientNetLite0
 from ditkit.ops.block_sparse_attention import attend, build_plan, cpu, with_valid
 
 ones = torch.ones

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
+from ditkit.bench.memory import measure_peak
 from ditkit.core.errors import ConfigError, DitkitError
-from ditkit.evaluate.memory import measure_peak
 
 MEGABYTE = 10**6
 

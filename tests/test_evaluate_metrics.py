@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ditkit.core.errors import DataError, ShapeError
-from ditkit.evaluate.metrics import psnr_db, relative_l2, ssim
+from ditkit.metrics.image import psnr_db, relative_l2, ssim
 
 
 def pictures(seed: int, *shape: int) -> torch.Tensor:

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.evaluate.film import BETWEEN_PX, side_by_side, write_gif, write_mp4
-from ditkit.evaluate.leadtime import LINE_PX, LeadTimePlot, spread
-from ditkit.evaluate.legend import GIVEN_RGB, OUTLINE_PX, coloured
-from ditkit.evaluate.sheet import GAP, LABEL_WIDTH, LINE, MARGIN
-from ditkit.evaluate.strips import chosen, fitting, strip
-from ditkit.evaluate.style import LIGHT, STYLE
+from ditkit.report.film import BETWEEN_PX, side_by_side, write_gif, write_mp4
+from ditkit.report.leadtime import LINE_PX, LeadTimePlot, spread
+from ditkit.report.legend import GIVEN_RGB, OUTLINE_PX, coloured
+from ditkit.report.sheet import GAP, LABEL_WIDTH, LINE, MARGIN
+from ditkit.report.strips import chosen, fitting, strip
+from ditkit.report.theme import LIGHT, STYLE
 
 
 def stepping(frames: int, height: int = 16, width: int = 24, channels: int = 3) -> Tensor:

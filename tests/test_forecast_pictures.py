@@ -19,16 +19,15 @@ from ditkit.core.errors import DataError, ShapeError
 from ditkit.data.calendar import Step, step_of
 from ditkit.data.clips import MemoryClips
 from ditkit.data.fields import FieldSet
-from ditkit.evaluate import film as films
-from ditkit.evaluate.example import Example
-from ditkit.evaluate.film import BETWEEN_PX, LINE, WIDEST_PX
-from ditkit.evaluate.forecast_pictures import forecast_film, forecast_strip
-from ditkit.evaluate.legend import GIVEN_RGB, NO_DATA_RGB, OUTLINE_PX, coloured
-from ditkit.evaluate.series import NO_UNIT, series_figure, series_plot
-from ditkit.evaluate.sheet import GAP, HEAD_LINE, LABEL_WIDTH, MARGIN
-from ditkit.evaluate.sheet import LINE as HEAD
-from ditkit.evaluate.strips import fitting
-from ditkit.tasks.forecast_pictures import clip_examples, field_examples, page, write_pictures, write_sheet
+from ditkit.report import film as films
+from ditkit.report.example import Example
+from ditkit.report.film import BETWEEN_PX, LINE, WIDEST_PX
+from ditkit.report.forecast_pictures import NO_UNIT, forecast_film, forecast_strip, series_figure, series_plot
+from ditkit.report.legend import GIVEN_RGB, NO_DATA_RGB, OUTLINE_PX, coloured
+from ditkit.report.sheet import GAP, HEAD_LINE, LABEL_WIDTH, MARGIN
+from ditkit.report.sheet import LINE as HEAD
+from ditkit.report.strips import fitting
+from ditkit.tasks.forecast.figures import clip_examples, field_examples, page, write_pictures, write_sheet
 
 SEEN, SAID = 3, 2
 NAMES, UNITS = ("eastward", "northward"), ("m/s", "")

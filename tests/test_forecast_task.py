@@ -18,12 +18,12 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.data.clips import MemoryClips
 from ditkit.data.loading import load_fields
-from ditkit.evaluate.forecast import PERSISTENCE
+from ditkit.metrics.forecast import PERSISTENCE
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.recipes.predformer import convlstm, predformer, predformer_winds
-from ditkit.tasks import forecast as task
-from ditkit.tasks.forecast_scores import score_clips
+from ditkit.tasks.forecast import recipe as task
+from ditkit.tasks.forecast.scores import score_clips
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings
@@ -52,7 +52,7 @@ def sliding(films: int = 6, length: int = 12) -> MemoryClips:
 def bars(monkeypatch) -> MemoryClips:
     clips = sliding()
     monkeypatch.setattr(task, "load_clips", lambda *args, **options: clips)
-    monkeypatch.setattr("ditkit.tasks.forecast_scores.load_held_out", lambda *args, **options: clips)
+    monkeypatch.setattr("ditkit.tasks.forecast.scores.load_held_out", lambda *args, **options: clips)
     return clips
 
 
@@ -210,7 +210,7 @@ def test_the_command_refuses_in_one_line_before_it_scores(bars, tmp_path, capsys
     other_model = PredFormer(series_model.config)
     other_model.codec = Standardised.of(["load", "price"], ["", ""], torch.zeros(2), 2 * torch.ones(2))
     for scoring in ("score_clips", "compare_forecasts"):
-        monkeypatch.setattr(f"ditkit.tasks.forecast_scores.{scoring}", lambda *args, **options: pytest.fail())
+        monkeypatch.setattr(f"ditkit.tasks.forecast.scores.{scoring}", lambda *args, **options: pytest.fail())
     places = {
         "a": saved(tmp_path / "a", PredFormer(TINY)),
         "b": saved(tmp_path / "b", PredFormer(replace(TINY, frames=4))),

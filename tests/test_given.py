@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditkit.api.generate import Generated, generate
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
-from ditkit.tasks import video
-from ditkit.tasks.generate import Generated, generate
-from ditkit.tasks.video import SHEET_KINDS, conditioned, write_strips
+from ditkit.tasks.video import recipe as video
+from ditkit.tasks.video.recipe import SHEET_KINDS, conditioned, write_strips
 from models_for_tests import perturbed, tiny_model
 
 T, SIDE = 4, 8

@@ -23,7 +23,7 @@ from ditkit.sample import (
     Solver,
     initial_noise,
 )
-from ditkit.sample.field import Field
+from ditkit.sample.denoiser import Field
 from patterns_for_tests import predicted, tiny_clip_model
 from sampling_for_tests import COND, SEEDS, batches, draw, solvers, tiny
 

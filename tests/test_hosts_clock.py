@@ -14,8 +14,8 @@ from diffusers import (
 )
 
 from ditkit.core.errors import ConfigError
-from ditkit.hosts.clock import Clock, wound
 from ditkit.hosts.family import Family, families, transformers
+from ditkit.pipelines.scheduler_clock import Clock, wound
 
 
 def test_layouts_ask_for_what_a_call_tells() -> None:

@@ -17,7 +17,7 @@ from ditkit.caching import RAS, ConfidentTaylor
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.policy import Policy
-from ditkit.tasks.accelerate import DEFAULT
+from ditkit.pipelines.accelerate import DEFAULT
 from family_pipelines_for_tests import FIRST, Make, draw, ready
 from hosts_for_tests import ROTARY, SIZED
 from pipelines_for_tests import Options, cogvideox, computed, lanes, pixart, text

@@ -17,10 +17,10 @@ from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate.pictures import write_png
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.recipes.clear_video_dit import clear_video_dit
 from ditkit.recipes.image_vae import image_vae
+from ditkit.report.sheet import write_png
 from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ditkit.api.compare import compare
+from ditkit.bench.memory import describe, revive
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
-from ditkit.evaluate.compare import compare
-from ditkit.evaluate.isolated import describe, revive
 from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler
 from ditkit.sample.workload import Workload
 from rig import tiny_dit

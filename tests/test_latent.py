@@ -14,6 +14,9 @@ from torch import Tensor
 
 import ditkit
 from codecs_for_tests import equal
+from ditkit.api.generate import generate
+from ditkit.bench.memory import describe as described
+from ditkit.bench.memory import revive
 from ditkit.codecs import ImageVae, ImageVaeConfig
 from ditkit.core.checkpoint import read_state
 from ditkit.core.codec import IDENTITY, Codec, encode_given
@@ -21,19 +24,16 @@ from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate.isolated import describe as described
-from ditkit.evaluate.isolated import revive
-from ditkit.evaluate.pictures import write_png
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.vdt import VDT, VDTConfig
+from ditkit.report.sheet import write_png
 from ditkit.sample import Euler, sample
 from ditkit.sample.workload import Workload
-from ditkit.tasks.class_image import ClassImageRecipe
-from ditkit.tasks.generate import generate
+from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.tasks.latent import Encoded, coded, load_codec
-from ditkit.tasks.masks import KINDS, MaskMixture
 from ditkit.tasks.recipe import describe, train_recipe
-from ditkit.tasks.video import VideoRecipe, conditioned
+from ditkit.tasks.video.masks import KINDS, MaskMixture
+from ditkit.tasks.video.recipe import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
 from ditkit.train.randomness import Chance
 from ditkit.train.settings import Settings

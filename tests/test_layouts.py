@@ -18,7 +18,7 @@ import layouts
 from claims import Claim, judged
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import parameter_count
-from ditkit.evaluate.forecast import PERSISTENCE
+from ditkit.metrics.forecast import PERSISTENCE
 from ditkit.models.predformer import VARIANTS, PredFormer
 from ditkit.train.log import LOSSES
 from ditkit.train.record import RECIPE

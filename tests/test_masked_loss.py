@@ -16,9 +16,8 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.objective import Term
 from ditkit.train.taps import Said
-from ditkit.train.terms.absolute_error import AbsoluteError
-from ditkit.train.terms.prediction_distillation import PredictionDistillation
-from ditkit.train.terms.regression import Regression
+from ditkit.train.terms.distillation import PredictionDistillation
+from ditkit.train.terms.regression import AbsoluteError, Regression
 from ditkit.train.terms.variational_bound import VariationalBound
 from models_for_tests import perturbed
 

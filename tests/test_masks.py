@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from ditkit.core.errors import ConfigError
-from ditkit.tasks.masks import KINDS, TEMPORAL, MaskMixture, mask_kind
+from ditkit.tasks.video.masks import KINDS, TEMPORAL, MaskMixture, mask_kind
 
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12))
 seeds = st.integers(0, 2**32 - 1)

@@ -35,7 +35,7 @@ from ditkit.sample import (
     Solver,
     sample,
 )
-from ditkit.sample.field import Field
+from ditkit.sample.denoiser import Field
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 CONTINUOUS = ("linear", "cosine", "vp")

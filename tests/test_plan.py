@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from ditkit.attention.pattern import Pattern
+from ditkit.bench.plans import IN_FULL, IN_PART, Planned, places, rows_of
 from ditkit.cli.main import main
 from ditkit.core.catalog import every
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.spec import component
-from ditkit.evaluate.plan_picture import BLANK, PART, QUERY, SEEN, laid, plan_page
-from ditkit.evaluate.plans import IN_FULL, IN_PART, Planned, places, rows_of
 from ditkit.models.vdt import VDT, VDTConfig
+from ditkit.report.plan_picture import BLANK, PART, QUERY, SEEN, laid, plan_page
 from models_for_tests import save_tiny
 from patterns_for_tests import tiny_clip_model
 

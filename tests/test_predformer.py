@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ditkit.bench.macs import count_macs
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import patchify, unpatchify
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import Run
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ditkit
-from ditkit.evaluate.macs import count_macs
+from ditkit.bench.macs import count_macs
 from ditkit.models.small_flux import SmallFluxConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -13,8 +13,8 @@ import ditkit
 from ditkit.core.cond import Cond
 from ditkit.core.errors import DitkitError
 from ditkit.core.grid import Grid
-from ditkit.hosts.letters import LETTERS, pooled, spell
 from ditkit.models.small_flux import SmallFlux, SmallFluxConfig, pack, unpack
+from ditkit.nn.toy_text_encoder import LETTERS, pooled, spell
 from ditkit.sample.guidance import ClassifierFree
 from ditkit.sample.noise import initial_noise
 

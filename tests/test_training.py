@@ -23,7 +23,7 @@ from ditkit.data.images import ImageSet
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
 from ditkit.recipes.fashion import fashion
-from ditkit.tasks import class_image
+from ditkit.tasks.image import recipe as class_image
 from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.ema import Constant, Power
 from ditkit.train.loop import train

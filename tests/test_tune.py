@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import ditkit
+from ditkit.api.tune import Tuned, Wish, expanded, front_of, tune
+from ditkit.bench.rows import Row
 from ditkit.cli.main import main
 from ditkit.cli.tune import decibels
 from ditkit.core.errors import ConfigError
-from ditkit.evaluate.rows import Row
-from ditkit.tasks.tune import Tuned, Wish, expanded, front_of, tune
 from models_for_tests import save_tiny, tiny_model
 
 Capture = pytest.CaptureFixture[str]
@@ -166,7 +166,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: 
         function()
         return next(told)
 
-    monkeypatch.setattr("ditkit.evaluate.clock.seconds_of", clock)  # a busy machine may be as slow as exact
+    monkeypatch.setattr("ditkit.bench.timing.seconds_of", clock)  # a busy machine may be as slow as exact
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     out = tmp_path / "tune"
     flags = ["--seeds", "0..1", "--steps", "8", "--converged-steps", "9", "--rounds", "1", "--out", str(out)]

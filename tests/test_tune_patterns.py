@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ditkit.api.tune import Wish, error_db, tune
 from ditkit.cli.main import main
 from ditkit.core.errors import NoEffectError
-from ditkit.tasks.tune import Wish, error_db, tune
 from models_for_tests import save_tiny, tiny_model
 from test_tune import QUICK, Capture
 

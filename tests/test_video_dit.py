@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.bench.macs import count_macs
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError
@@ -20,7 +21,6 @@ from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.trajectory import Trajectory
-from ditkit.evaluate.macs import count_macs
 from ditkit.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import KV, Stack
 from ditkit.nn.modulation import modulate

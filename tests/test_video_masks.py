@@ -24,10 +24,10 @@ from bouncing_ball import BouncingBall, Exam, Track, centres, velocity_error
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.data.clips import ClipSet
-from ditkit.evaluate.perceptual import ClipFeature
+from ditkit.metrics.perceptual import ClipFeature
 from ditkit.models.vdt import VDT
 from ditkit.sample.noise import initial_noise
-from ditkit.tasks.video import Masked, conditioned
+from ditkit.tasks.video.recipe import Masked, conditioned
 from ditkit.train.log import LOSSES
 from models_for_tests import perturbed
 from replacement import Replacement

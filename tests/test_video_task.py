@@ -16,25 +16,25 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from ditkit.api.generate import Generated, generate
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.clips import MemoryClips, spread
 from ditkit.data.loading import load_held_out, takes
 from ditkit.data.sets import moving_digits
-from ditkit.evaluate.deviation import pooled_psnr_db
-from ditkit.evaluate.features import EfficientNetLite0
-from ditkit.evaluate.film import BETWEEN_PX
-from ditkit.evaluate.legend import GIVEN_RGB
-from ditkit.evaluate.metrics import psnr_db
-from ditkit.evaluate.perceptual import ClipFeature
-from ditkit.evaluate.sheet import LINE
+from ditkit.metrics.error import pooled_psnr_db
+from ditkit.metrics.features import EfficientNetLite0
+from ditkit.metrics.image import psnr_db
+from ditkit.metrics.perceptual import ClipFeature
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.tasks import video_scores
-from ditkit.tasks.generate import Generated, generate
-from ditkit.tasks.masks import KINDS
-from ditkit.tasks.video import conditioned
-from ditkit.tasks.video_pictures import leadtime, write_films
-from ditkit.tasks.video_scores import (
+from ditkit.report.film import BETWEEN_PX
+from ditkit.report.legend import GIVEN_RGB
+from ditkit.report.sheet import LINE
+from ditkit.tasks.video.figures import leadtime, write_films
+from ditkit.tasks.video.masks import KINDS
+from ditkit.tasks.video.recipe import conditioned
+from ditkit.tasks.video.recipe import scores as video_scores
+from ditkit.tasks.video.scores import (
     UNCONDITIONAL,
     Scores,
     VideoScores,

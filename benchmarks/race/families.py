@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from ditkit.evaluate.macs import count_macs
+from ditkit.bench.macs import count_macs
 from race.contestants import Contestant, Told
 from race.course import alone, reason
 

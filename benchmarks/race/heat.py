@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ditkit.evaluate.deviation import pooled_psnr_db
+from ditkit.metrics.error import pooled_psnr_db
 from race.contestants import EXACT, Contestant
 from race.course import Course, reason
 from race.measure import Counted, clocked, count, overhead_share, spared

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from ditkit.evaluate.macs import MacCounter
+from ditkit.bench.macs import MacCounter
 
 Told = dict[str, Any]
 OnStep = Callable[[Any, int, Any, Told], Told]

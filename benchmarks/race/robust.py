@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from torch import Tensor
 
-from ditkit.evaluate.deviation import pooled_psnr_db
+from ditkit.metrics.error import pooled_psnr_db
 from race.contestants import Contestant, Told
 from race.course import Course, reason
 from race.families import savings

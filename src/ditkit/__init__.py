@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditkit.api.compare import compare as compare
+    from ditkit.api.generate import generate as generate
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
-    from ditkit.evaluate.compare import compare as compare
-    from ditkit.tasks.accelerate import accelerate as accelerate
-    from ditkit.tasks.accelerate import restore as restore
-    from ditkit.tasks.generate import generate as generate
+    from ditkit.pipelines.accelerate import accelerate as accelerate
+    from ditkit.pipelines.accelerate import restore as restore
 
     __version__: str
 
 HOMES = {
-    "accelerate": "ditkit.tasks.accelerate",
-    "compare": "ditkit.evaluate.compare",
-    "generate": "ditkit.tasks.generate",
+    "accelerate": "ditkit.pipelines.accelerate",
+    "compare": "ditkit.api.compare",
+    "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
-    "restore": "ditkit.tasks.accelerate",
+    "restore": "ditkit.pipelines.accelerate",
 }
 """Where the public functions live; each module is imported when its name is first used."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ditkit.caching.ladder import (
+from ditkit.caching.taylorseer import (
     Branch,
     Coefficients,
     Geometry,

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from ditkit.api.compare import compare as compared
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
@@ -37,11 +38,10 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.data.clips import spread
 from ditkit.data.loading import load_held_out, load_images
-from ditkit.evaluate.compare import compare as compared
 from ditkit.sample.workload import TOLD_NOTHING
-from ditkit.tasks.masks import mask_kind
-from ditkit.tasks.video import conditioned
-from ditkit.tasks.video_scores import UNCONDITIONAL
+from ditkit.tasks.video.masks import mask_kind
+from ditkit.tasks.video.recipe import conditioned
+from ditkit.tasks.video.scores import UNCONDITIONAL
 
 MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ditkit.api.generate import Generated, generate
+from ditkit.bench.macs import count_macs
 from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     ModelName,
@@ -36,12 +38,9 @@ from ditkit.core.model import Model
 from ditkit.core.spec import spec
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
-from ditkit.evaluate.distribution import Distribution, distribution, nearest_neighbours
-from ditkit.evaluate.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
-from ditkit.evaluate.macs import count_macs
-from ditkit.evaluate.pictures import grid, write_png
-from ditkit.evaluate.sheet import as_pictures, png, sheet
-from ditkit.tasks.generate import Generated, generate
+from ditkit.metrics.distribution import Distribution, distribution, nearest_neighbours
+from ditkit.metrics.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
+from ditkit.report.sheet import as_pictures, grid, png, sheet, write_png
 
 FEWEST = 4
 """Pictures that KID, precision and recall need in each set."""

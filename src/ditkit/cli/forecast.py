@@ -15,8 +15,8 @@ from ditkit.cli.options import Number, Options, as_trained, load_maker, options_
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.numbers import integer
-from ditkit.tasks.forecast_pictures import write_pictures
-from ditkit.tasks.forecast_scores import (
+from ditkit.tasks.forecast.figures import write_pictures
+from ditkit.tasks.forecast.scores import (
     ClipForecasts,
     FieldForecasts,
     called,

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ditkit.api.generate import Generated
+from ditkit.api.generate import generate as draw
 from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     Labels,
@@ -31,9 +33,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
-from ditkit.evaluate.pictures import grid, write_png
-from ditkit.tasks.generate import Generated
-from ditkit.tasks.generate import generate as draw
+from ditkit.report.sheet import grid, write_png
 
 
 def generate(

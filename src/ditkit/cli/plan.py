@@ -12,7 +12,9 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from ditkit.api.generate import generate
 from ditkit.attention.pattern import Pattern
+from ditkit.bench.plans import Place, Planned, places, rows_of, table
 from ditkit.cli.options import Policies, policies_of, writable
 from ditkit.core.catalog import every
 from ditkit.core.checkpoint import replacing
@@ -21,10 +23,8 @@ from ditkit.core.grid import Grid
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser, Model
 from ditkit.data.decode import DamagedImage, read_square
-from ditkit.evaluate.plan_picture import plan_page
-from ditkit.evaluate.plans import Place, Planned, places, rows_of, table
-from ditkit.evaluate.sheet import as_pictures, png
-from ditkit.tasks.generate import generate
+from ditkit.report.plan_picture import plan_page
+from ditkit.report.sheet import as_pictures, png
 
 OptionalModel = Annotated[str | None, tyro.conf.Positional]
 Sides = Annotated[str | None, tyro.conf.arg(metavar="TxHxW")]

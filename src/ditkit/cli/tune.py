@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from ditkit.api.tune import Wish
+from ditkit.api.tune import tune as tuned
 from ditkit.cli.compare import MaskName, told
 from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
@@ -29,8 +31,6 @@ from ditkit.cli.options import (
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser
-from ditkit.tasks.tune import Wish
-from ditkit.tasks.tune import tune as tuned
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]
 Share = Annotated[float | None, tyro.conf.arg(metavar="SHARE")]

@@ -38,11 +38,11 @@ from ditkit.core.numbers import integer
 from ditkit.core.spec import spec
 from ditkit.data.clips import ClipSet, frame_size, spread
 from ditkit.data.loading import load_held_out, takes
-from ditkit.evaluate.features import load_efficientnet_lite0
+from ditkit.metrics.features import load_efficientnet_lite0
 from ditkit.sample import Guidance
-from ditkit.tasks.masks import mask_kind
-from ditkit.tasks.video_pictures import leadtime, write_films, write_strips
-from ditkit.tasks.video_scores import (
+from ditkit.tasks.video.figures import leadtime, write_films, write_strips
+from ditkit.tasks.video.masks import mask_kind
+from ditkit.tasks.video.scores import (
     CLIP_FEATURE,
     UNCONDITIONAL,
     Completed,

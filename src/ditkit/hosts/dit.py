@@ -1,26 +1,158 @@
-"""diffusers' `DiTTransformer2DModel` (DiT, Peebles and Xie 2023) with sites.
+"""diffusers' `BasicTransformerBlock`, of which DiT and PixArt are made, with sites.
 
-B batch, L tokens, D width.
+B batch, L image rows, S text rows, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models import attention as host_attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import dit_transformer_2d as host
 from torch import Tensor, nn
 
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
-from ditkit.core.run import Run, Site
-from ditkit.hosts.basic_block import call_basic_block
-from ditkit.hosts.blocks import attention_sites
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.hosts.blocks import attention_sites, call_block, feed_in_chunks, modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
+
+
+@stands_for(host_attention.BasicTransformerBlock)
+class BasicTransformerBlock(host_attention.BasicTransformerBlock):
+    """The block of DiT, and that of PixArt; what else diffusers makes of this class has no sites."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Any = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        run: Run = DIRECT,
+        at: str = "",
+    ) -> Tensor:
+        kwargs = cross_attention_kwargs or {}
+        if _is_dit(self) and attention_mask is None and "gligen" not in kwargs:
+            return self._under_zero(run, at, kwargs, hidden_states, timestep, class_labels)
+        if _is_pixart(self) and "gligen" not in kwargs:
+            text, known = encoder_hidden_states, encoder_attention_mask
+            return self._under_single(run, at, kwargs, hidden_states, timestep, attention_mask, text, known)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            timestep,
+            cross_attention_kwargs,
+            class_labels,
+            added_cond_kwargs,
+        )
+
+    def _under_zero(
+        self, run: Run, at: str, kwargs: Mapping[str, Any], x_BLD: Tensor, timestep: Any, label: Any
+    ) -> Tensor:
+        """adaLN-Zero (DiT, section 3.2): the block embeds time and class itself."""
+        c_BD = self.norm1.emb(timestep, label, hidden_dtype=x_BLD.dtype)
+        shift, scale, gate, *mlp = modulation(self.norm1, c_BD, 6)
+        attend = partial(self._attend, self.norm1.norm, run, at + ".attn", kwargs)
+        x_BLD = x_BLD + gate * run.site(at + ".attn", attend, x_BLD, shift, scale)
+        feed = partial(feed_in_chunks, self, self.norm3, self.ff)
+        return x_BLD + mlp[2] * run.site(at + ".mlp", feed, x_BLD, *mlp[:2])
+
+    def _under_single(
+        self,
+        run: Run,
+        at: str,
+        kwargs: Mapping[str, Any],
+        x_BLD: Tensor,
+        times: Tensor,
+        seen: Tensor | None,
+        text: Tensor | None,
+        known: Tensor | None,
+    ) -> Tensor:
+        """adaLN-single (PixArt-alpha, section 2.3): six parts of the time [B, 6 D] plus a table of the block.
+
+        Args:
+            seen, known: biases of the image's rows [B, 1, L] and of the text's [B, 1, S].
+        """
+        shift, scale, gate, *mlp = (self.scale_shift_table + times.unflatten(-1, (6, -1))).chunk(6, 1)
+        attend = partial(self._attend, self.norm1, run, at + ".attn", kwargs)
+        # a sum has the strides of its first term, and bf16 products of other strides other bits
+        x_BLD = gate * run.site(at + ".attn", attend, x_BLD, shift, scale, seen) + x_BLD
+        x_BLD = run.site(at + ".cross_attn", partial(self._look, kwargs), x_BLD, text, known) + x_BLD
+        feed = partial(feed_in_chunks, self, self.norm2, self.ff)
+        return mlp[2] * run.site(at + ".mlp", feed, x_BLD, *mlp[:2]) + x_BLD
+
+    def _attend(
+        self,
+        norm: nn.Module,
+        run: Run,
+        at: str,
+        kwargs: Mapping[str, Any],
+        x_BLD: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """The attention branch before its gate."""
+        h_BLD = modulate(norm(x_BLD), shift, scale)
+        return self.attn1(h_BLD, attention_mask=seen, run=run, at=at, **kwargs)
+
+    def _look(
+        self, kwargs: Mapping[str, Any], x_BLD: Tensor, text_BSD: Tensor | None, known: Tensor | None
+    ) -> Tensor:
+        return self.attn2(x_BLD, encoder_hidden_states=text_BSD, attention_mask=known, **kwargs)
+
+
+def call_basic_block(
+    model: Any,
+    block: nn.Module,
+    run: Run,
+    name: str,
+    kwargs: dict[str, Any] | None,
+    x_BLD: Tensor,
+    timestep: Any,
+    seen: Tensor | None = None,
+    text: Tensor | None = None,
+    known: Tensor | None = None,
+    label: Any = None,
+) -> Tensor:
+    """`call_block`, with all parameters of a basic block."""
+    return call_block(
+        model,
+        block,
+        run,
+        name,
+        x_BLD,
+        attention_mask=seen,
+        encoder_hidden_states=text,
+        encoder_attention_mask=known,
+        timestep=timestep,
+        cross_attention_kwargs=kwargs,
+        class_labels=label,
+        added_cond_kwargs=None,
+    )
+
+
+def _is_dit(block: Any) -> bool:
+    """Whether a block is self-attention and MLP under adaLN-Zero, and no more."""
+    return block.use_ada_layer_norm_zero and block.attn2 is None and block.pos_embed is None
+
+
+def _is_pixart(block: Any) -> bool:
+    """Whether a block is self-attention, cross-attention and MLP under adaLN-single, and no more."""
+    plain = block.pos_embed is None and not block.only_cross_attention
+    return block.use_ada_layer_norm_single and block.attn2 is not None and plain
+
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
-from ditkit.hosts.basic_block import call_basic_block
 from ditkit.hosts.blocks import attention_sites
+from ditkit.hosts.dit import call_basic_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
 

@@ -84,7 +84,7 @@ class SmallFlux(Denoiser):
         from diffusers import FluxTransformer2DModel
 
         from ditkit.hosts import flux
-        from ditkit.hosts.letters import LETTERS, spell
+        from ditkit.nn.toy_text_encoder import LETTERS, spell
 
         super().__init__()
         self.config = config
@@ -133,7 +133,7 @@ class SmallFlux(Denoiser):
             ShapeError: channels differ from the config's, or the sides do not divide by 4.
         """
         from ditkit.hosts import flux
-        from ditkit.hosts.letters import pooled
+        from ditkit.nn.toy_text_encoder import pooled
 
         if x.ndim != 4 or x.shape[1] != self.config.channels:
             raise ShapeError(f"SmallFlux: input {list(x.shape)} should be [B, {self.config.channels}, H, W]")
@@ -161,7 +161,7 @@ class SmallFlux(Denoiser):
         The prompt is spelled for the network, so one that is no class's name gives what its letters resemble.
         """
         from ditkit.hosts import flux
-        from ditkit.hosts.letters_flux import LettersFluxPipeline
+        from ditkit.hosts.toy_flux_pipeline import LettersFluxPipeline
 
         transformer = flux.restore(deepcopy(self.transformer)).eval()
         return LettersFluxPipeline.around(transformer, self.config.size, self.config.letters)

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.recipes.video_dit import video_dit
-from ditkit.tasks.video import FullVideoRecipe
+from ditkit.tasks.video.recipe import FullVideoRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings
-from ditkit.train.terms.attention_distillation import AttentionDistillation
-from ditkit.train.terms.prediction_distillation import PredictionDistillation
+from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
 
 

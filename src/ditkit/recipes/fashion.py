@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ditkit.core.convention import DDPM
 from ditkit.models.dit import DiTConfig
-from ditkit.tasks.class_image import ClassImageRecipe
+from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ditkit.models.small_flux import SmallFluxConfig
-from ditkit.tasks.class_image import FluxImageRecipe
+from ditkit.tasks.image.recipe import FluxImageRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.settings import Settings

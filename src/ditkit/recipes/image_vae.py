@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ditkit.codecs.image_vae import ImageVaeConfig
-from ditkit.tasks.image_vae import ImageVaeRecipe
+from ditkit.tasks.image.vae import ImageVaeRecipe
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings
 

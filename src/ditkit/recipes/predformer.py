@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ditkit.models.convlstm import ConvLSTMConfig
 from ditkit.models.predformer import PredFormerConfig
-from ditkit.tasks.forecast import ClipForecastRecipe, FieldForecastRecipe
+from ditkit.tasks.forecast.recipe import ClipForecastRecipe, FieldForecastRecipe
 from ditkit.train.ema import Power
 from ditkit.train.settings import Settings
 

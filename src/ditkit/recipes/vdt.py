@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ditkit.core.convention import Convention
 from ditkit.models.vdt import VDTConfig
-from ditkit.tasks.video import VideoRecipe
+from ditkit.tasks.video.recipe import VideoRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.settings import Settings

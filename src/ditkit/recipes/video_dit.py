@@ -7,7 +7,7 @@ from dataclasses import replace
 from ditkit.core.convention import Convention
 from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.recipes.vdt import vdt
-from ditkit.tasks.video import FullVideoRecipe
+from ditkit.tasks.video.recipe import FullVideoRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.timesteps import LogitNormal
 

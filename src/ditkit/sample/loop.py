@@ -14,7 +14,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
-from ditkit.sample.field import Field, Progress, placement
+from ditkit.sample.denoiser import Field, Progress, placement
 from ditkit.sample.guidance import Guidance, Unguided
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Euler, Solver

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import Linear, Path, Prediction
-from ditkit.sample.field import Estimate, Field
+from ditkit.sample.denoiser import Estimate, Field
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Solver
 

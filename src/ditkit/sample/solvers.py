@@ -18,7 +18,7 @@ from torch import Tensor
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import ContinuousPath, Path
-from ditkit.sample.field import LATEST, Field
+from ditkit.sample.denoiser import LATEST, Field
 from ditkit.sample.noise import SampleNoise
 
 Diffusion = Literal["sigma", "constant", "sbdm", "linear", "decreasing", "increasing-decreasing"]

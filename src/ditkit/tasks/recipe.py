@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ditkit.bench.macs import count_macs
 from ditkit.core.catalog import every
 from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
 from ditkit.core.errors import ConfigError
@@ -18,7 +19,6 @@ from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
 from ditkit.data.loading import PART, called
-from ditkit.evaluate.macs import count_macs
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
 from ditkit.train.objective import Objective

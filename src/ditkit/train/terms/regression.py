@@ -21,3 +21,14 @@ class Regression(Term):
 
     def loss(self, batch: Batch) -> Tensor:
         return batch.counted(batch.residual()).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class AbsoluteError(Term):
+    """mean |target - prediction| (arXiv 2112.10752, section G). The mean is over all elements, given ones counted
+    as 0."""
+
+    weight: float = 1.0
+
+    def loss(self, batch: Batch) -> Tensor:
+        return batch.counted(batch.residual()).abs().flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Wall clock, MACs, memory and the rows of a comparison."""

@@ -1,0 +1,208 @@
+"""The measurements behind a comparison: MACs, wall clock, memory and error of several ways to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ditkit.bench.macs import MacCount, MacCounter
+from ditkit.bench.memory import Isolated, PeakMemory
+from ditkit.bench.rows import Kind, Row
+from ditkit.bench.timing import alternated, medians
+from ditkit.core.errors import ConfigError, NoEffectError
+from ditkit.core.policy import Policy
+from ditkit.metrics.distribution import Distribution, distribution
+from ditkit.metrics.error import errors, made_of, pooled_psnr_db
+from ditkit.metrics.features import extract, load_efficientnet_lite0
+from ditkit.sample.workload import Drawn, Workload
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
+EXACT = "exact"
+FEWEST = 4  # pictures that KID needs in each set
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to draw the workload."""
+
+    name: str
+    kind: Kind
+    series: str
+    tag: str
+    policies: tuple[Policy, ...]
+    steps: int
+
+
+class Bench:
+    """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
+
+    def __init__(self, work: Workload, methods: Sequence[Method], progress: Progress | None) -> None:
+        self.work, self.methods, self.progress = work, list(methods), progress
+        self.made = made_of(work.cond)
+        self.drawn: dict[str, Drawn] = {}
+        self.macs: dict[str, MacCount] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.memory: dict[str, PeakMemory] = {}
+        self.controls: dict[str, Method] = {}
+        self.idle: dict[str, NoEffectError] = {}
+        self.converged: Tensor | None = None
+
+    def count(self) -> None:
+        """Draw once under the counter of MACs; policies that save nothing get no row.
+
+        Raises:
+            NoEffectError: none is left.
+        """
+        for method in self._told("counting MACs", tuple(self.methods)):
+            try:
+                self._count(method)
+            except NoEffectError as error:
+                self.idle[method.name] = error
+                self.methods.remove(method)
+        if self.idle and not self._policies():
+            raise next(iter(self.idle.values()))
+
+    def add_controls(self) -> None:
+        """For each policy, the exact sampler with as many steps as cost the same MACs."""
+        exact = self.macs[EXACT].total
+        for method in self._told("counting MACs of controls", self._policies()):
+            self.controls[method.name] = self._fewer(self.macs[method.name].total / exact)
+
+    def add_control_rows(self) -> None:
+        """The exact sampler with as many steps as a policy computed in full, once for each number."""
+        shares = {self.drawn[m.name].full / self.drawn[m.name].evaluations for m in self._policies()}
+        found = [self._fewer(share) for share in sorted(shares, reverse=True)]
+        self.methods += [m for i, m in enumerate(found) if m.kind == "control" and m not in found[:i]]
+
+    def converge(self, steps: int) -> None:
+        tell = None if self.progress is None else partial(self.progress, f"drawing in {steps} steps")
+        self.converged = self.work.draw(steps=steps, progress=tell).samples
+
+    def time(self, rounds: int) -> None:
+        """Wall clock of the rows, in turns; what they drew last is what is judged."""
+
+        def draw(method: Method) -> None:
+            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+
+        tell = None if self.progress is None else partial(self.progress, "timing")
+        functions = {method.name: partial(draw, method) for method in self.methods}
+        # counting has warmed every one of them up
+        self.seconds = alternated(functions, rounds, warmup=0, progress=tell)
+
+    def measure_memory(self, isolated: Isolated) -> None:
+        for method in self._told("measuring memory", self.methods):
+            self.memory[method.name] = isolated.peak(method.policies, method.steps)
+
+    def rows(self, judge: Judge | None) -> tuple[Row, ...]:
+        return tuple(self._row(method, judge) for method in self._told("comparing", self.methods))
+
+    def _row(self, method: Method, judge: Judge | None) -> Row:
+        drawn, memory = self.drawn[method.name], self.memory.get(method.name)
+        exact, seconds = self.drawn[EXACT].samples, medians(self.seconds)
+        count, whole = self.macs[method.name], self.macs[EXACT].total
+        return Row(
+            name=method.name,
+            kind=method.kind,
+            series=method.series,
+            tag=method.tag,
+            policy="; ".join(map(str, method.policies)),
+            steps=method.steps,
+            evaluations=drawn.evaluations,
+            full_evaluations=drawn.full,
+            seconds=seconds[method.name],
+            seconds_each=tuple(self.seconds[method.name]),
+            speedup=seconds[EXACT] / seconds[method.name],
+            macs=count.total,
+            macs_ratio=count.total / whole,
+            macs_uncounted=count.uncounted,
+            peak_bytes=None if memory is None else memory.peak_bytes,
+            peak_added_bytes=None if memory is None else memory.added_bytes,
+            policy_bytes=drawn.policy_bytes,
+            receipt=drawn.receipts,
+            distribution=None if judge is None else judge(drawn.samples),
+            psnr_converged_db=self._to_converged(drawn.samples),
+            **errors(drawn.samples, exact, self.made),
+            **self._control(method, exact, whole),
+        )
+
+    def samples(self) -> dict[str, Tensor]:
+        """The converged run's samples under "converged", after those of the rows."""
+        assert self.converged is not None
+        return {m.name: self.drawn[m.name].samples for m in self.methods} | {"converged": self.converged}
+
+    def _control(self, method: Method, exact: Tensor, whole: int) -> dict[str, Any]:
+        control = self.controls.get(method.name)
+        if control is None:
+            names = ("steps", "macs_ratio", "identical", "psnr_db", "psnr_converged_db")
+            return {f"control_{name}": None for name in names}
+        samples = self.drawn[control.name].samples
+        return {
+            "control_steps": control.steps,
+            "control_macs_ratio": self.macs[control.name].total / whole,
+            "control_identical": samples.equal(exact),
+            "control_psnr_db": pooled_psnr_db(samples, exact, self.made),
+            "control_psnr_converged_db": self._to_converged(samples),
+        }
+
+    def _to_converged(self, samples: Tensor) -> float | None:
+        assert self.converged is not None
+        return pooled_psnr_db(samples, self.converged, self.made)
+
+    def _policies(self) -> list[Method]:
+        return [method for method in self.methods if method.kind == "policy"]
+
+    def _fewer(self, share: float) -> Method:
+        """The exact sampler in nearest to `share` of the steps, drawn and counted if it has not been yet."""
+        steps = self.work.steps_like(share)
+        if steps == self.work.steps:
+            return self.methods[0]
+        name = f"exact, {steps} step{'s'[: steps > 1]}"
+        method = Method(name, "control", "fewer exact steps", str(steps), (), steps)
+        if name not in self.drawn:
+            self._count(method)
+        return method
+
+    def _count(self, method: Method) -> None:
+        with MacCounter() as counter:
+            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+        self.macs[method.name] = counter.count
+
+    def _told(self, stage: str, items: Sequence[T]) -> Iterator[T]:
+        for done, item in enumerate(items):
+            yield item
+            if self.progress is not None:
+                self.progress(stage, done + 1, len(items))
+
+
+class Judge:
+    """Distances between what a row drew and `real`, pictures [N, 1 or 3, H, W] in [-1, 1].
+
+    Args:
+        drawn, shape: how many samples will be judged, and of what shape; what does not fit is refused before
+            anything is drawn.
+
+    Raises:
+        ConfigError: too few pictures in either set, or samples that are no pictures.
+        DataError: the extractor's weights are missing.
+    """
+
+    def __init__(self, real: Tensor, drawn: int, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3:
+            raise ConfigError(f"real: pictures are held against pictures, the model draws {list(shape)}")
+        if shape[0] not in (1, 3):
+            raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {shape[0]}")
+        if min(len(real), drawn) < FEWEST:
+            raise ConfigError(
+                f"KID needs {FEWEST} pictures in each set, got {len(real)} real and {drawn} seeds"
+            )
+        self.network = load_efficientnet_lite0()
+        self.real = extract(self.network, real)
+
+    def __call__(self, samples: Tensor) -> Distribution:
+        fake = extract(self.network, samples)
+        return distribution(self.real, fake, extractor=self.network.name)

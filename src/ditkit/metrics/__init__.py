@@ -1,0 +1,1 @@
+"""Metrics of pictures, clips, distributions and forecasts, and the baselines beside them."""

@@ -1,0 +1,1 @@
+"""Acceleration of diffusers pipelines: the call, the scheduler's clock, replay and adapters."""

@@ -1,0 +1,1 @@
+"""Reports, sheets, strips, films and plots."""

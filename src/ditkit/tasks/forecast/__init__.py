@@ -1,0 +1,1 @@
+"""Forecasts: recipes, scores and figures."""

@@ -1,0 +1,215 @@
+"""What follows from what was seen: later frames of clips, later fields, later values of series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ditkit.codecs.standardised import Standardised
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
+from ditkit.data.clips import ClipSet
+from ditkit.data.fields import FieldSet, Parts, Scaling
+from ditkit.data.loading import load_clips, load_fields
+from ditkit.models.convlstm import ConvLSTMConfig
+from ditkit.models.predformer import PredFormerConfig
+from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_sheet
+from ditkit.tasks.recipe import Prepared, Recipe
+from ditkit.train.forecasting import Forecasting
+from ditkit.train.loop import Samples, Sheet
+from ditkit.train.objective import Objective
+from ditkit.train.randomness import Chance
+
+SQUARED_ERROR = Forecasting()
+
+
+@dataclass(frozen=True)
+class PredFormerNetwork:
+    """What of a PredFormer does not follow from the data.
+
+    Args:
+        frames: Observed, and said at once.
+        size: Height and width of a frame; fields keep their own grid, padded to whole patches.
+        patch: Side of a token.
+        width: Of a token's vector.
+        heads: Of attention.
+        hidden: Width of the gated MLP.
+        layout: Axis of each block, such as TSST*6, TS*12, S12T12 or F24.
+        attn_dropout: Of attention's output.
+        mlp_dropout: Of the gated MLP.
+        drop_path: Chance that a branch is left out in training.
+    """
+
+    frames: int
+    size: tuple[int, int]
+    patch: int
+    width: int
+    heads: int
+    hidden: int
+    layout: str
+    attn_dropout: float
+    mlp_dropout: float
+    drop_path: float
+
+
+@dataclass(frozen=True)
+class ConvLSTMNetwork:
+    """What of a ConvLSTM does not follow from the data.
+
+    Args:
+        frames: Observed, and said at once.
+        size: Height and width of a frame; fields keep their own grid, padded to whole patches.
+        patch: Side of the squares of pixels that become channels.
+        states: Channels of each layer.
+    """
+
+    frames: int
+    size: tuple[int, int]
+    patch: int
+    states: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastRecipe(Recipe):
+    """A network that says as many frames as it has seen, in one pass."""
+
+    then: ClassVar[str] = "ditkit forecast"
+    then_data: ClassVar[bool] = True
+    model: PredFormerConfig | ConvLSTMConfig
+    objective: Objective = SQUARED_ERROR
+
+    @property
+    def Network(self) -> type:  # type: ignore[override]
+        return PredFormerNetwork if isinstance(self.model, PredFormerConfig) else ConvLSTMNetwork
+
+    def example(self, model: Model) -> tuple[Any, ...]:
+        return (torch.empty(1, *model.sample_shape),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipForecastRecipe(ForecastRecipe):
+    """Later frames of clips.
+
+    Args:
+        data: a named set of clips, or a folder of video files.
+        model: its channels are taken from the data.
+    """
+
+    sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
+
+    def prepared(self) -> Prepared:
+        clips = load_clips(self.data, self.model.size, frames=2 * self.model.frames, **self.loading)
+        return Prepared(replace(self, model=replace(self.model, channels=clips.channels)), Continued(clips))
+
+    def facts(self, samples: Samples) -> str:
+        assert isinstance(samples, Continued)
+        clips, (height, width) = samples.clips, samples.clips.size
+        return (
+            f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}], half of each observed"
+        )
+
+    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+        assert isinstance(samples, Continued)
+        return partial(write_sheet, folder, partial(clip_examples, samples.clips, 0, self.model.frames))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldForecastRecipe(ForecastRecipe):
+    """Later fields or values of series; the mean and deviation of the training part go with the weights.
+
+    Args:
+        data: a named set of fields, a netCDF file, or a CSV file of series.
+        model: its channels and size are taken from the data.
+        validation, test: the last parts in time, which are not trained on; a share, or a number of steps.
+    """
+
+    sources: ClassVar[str] = "A named set of fields (winds, rain), a netCDF file, or a CSV file of series."
+    validation: float = 0.1
+    test: float = 0.2
+
+    def prepared(self) -> Prepared:
+        fields = load_fields(self.data, **self.loading)
+        training = fields.split(self.validation, self.test).training
+        scaling = training.fit_scaling()
+        codec = Standardised.of(fields.variables, fields.units, scaling.mean, scaling.std)
+        samples = Windows(training.normalised(scaling).padded(self.model.patch), self.model.frames)
+        _, channels, height, width = samples.fields.values.shape
+        model = replace(self.model, channels=channels, size=(height, width))
+        return Prepared(replace(self, model=model), samples, codec)
+
+    def facts(self, samples: Samples) -> str:
+        assert isinstance(samples, Windows)
+        fields = samples.fields
+        return f"{len(fields)} steps of {list(fields.values.shape[1:])} ({', '.join(fields.variables)}) to train on"
+
+    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+        assert isinstance(samples, Windows)
+        frames = samples.frames
+        return partial(write_sheet, folder, partial(field_examples, samples.fields, 0, frames, frames))
+
+
+class Continued:
+    """Clips as training samples of forecasting: the first half is observed, in [0, 1]."""
+
+    def __init__(self, clips: ClipSet) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def pair(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Observed frames and those that follow, [n, C, T, H, W] each, in [0, 1]."""
+        given, target = ((self.clips.clips(indices) + 1) / 2).chunk(2, dim=2)
+        return given.contiguous(), target.contiguous()
+
+    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+        given, target = self.pair(indices)
+        return target, Cond(context=given)
+
+
+class Windows:
+    """Every window of a set of fields as a training sample; cells that hold no data do not count."""
+
+    def __init__(self, fields: FieldSet, frames: int) -> None:
+        self.fields, self.frames = fields, frames
+        self.count = fields.count(frames, frames)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+        given, target = self.fields.batch(indices.tolist(), self.frames, self.frames)
+        valid = self.fields.valid
+        mask = None if valid is None else valid[None, :, None].expand(len(given), -1, -1, -1, -1)
+        return target, Cond(context=given, mask=mask)
+
+
+def scaling_with(model: Model) -> Scaling:
+    """The statistics that a forecaster of fields was trained with.
+
+    Raises:
+        ConfigError: it was trained on clips.
+    """
+    if not isinstance(model.codec, Standardised):
+        raise ConfigError("this forecaster was trained on clips, expected one of fields or series")
+    return Scaling(model.codec.mean, model.codec.std)
+
+
+def held_out(model: Model, fields: FieldSet, validation: float, test: float, patch: int) -> Parts:
+    """The parts of a set in time, as the model wants them.
+
+    Raises:
+        ConfigError: the model was trained on other variables.
+    """
+    scaling = scaling_with(model)
+    trained = model.codec.config.variables
+    if tuple(fields.variables) != trained:
+        raise ConfigError(f"{fields.name} has {fields.variables}, the model was trained on {trained}")
+    parts = fields.split(validation, test, lead_in=model.config.frames)
+    return Parts(*(part.normalised(scaling).padded(patch) for part in parts))

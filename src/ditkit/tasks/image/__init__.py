@@ -1,0 +1,1 @@
+"""Pictures: recipes of class-conditional models and of image codecs."""

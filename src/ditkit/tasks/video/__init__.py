@@ -1,0 +1,1 @@
+"""Clips: recipes, masks, scores and figures."""

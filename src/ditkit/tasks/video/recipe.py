@@ -1,0 +1,171 @@
+"""Clips: one network that makes what a mask leaves out, whatever that is (VDT, arXiv 2305.13311, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ditkit.api.generate import generate
+from ditkit.core.checkpoint import replacing
+from ditkit.core.cond import Cond
+from ditkit.core.model import Denoiser, Model
+from ditkit.data.clips import ClipSet
+from ditkit.data.loading import load_clips
+from ditkit.models.vdt import VDTConfig
+from ditkit.models.video_dit import VideoDiTConfig
+from ditkit.report.sheet import png
+from ditkit.report.strips import strip
+from ditkit.sample.noise import distinct
+from ditkit.sample.workload import TOLD_NOTHING
+from ditkit.tasks.latent import coded, load_codec
+from ditkit.tasks.recipe import Prepared, Recipe
+from ditkit.tasks.video.masks import MaskMixture, mask_kind
+from ditkit.train.denoising import Denoising
+from ditkit.train.loop import Samples, Sheet
+from ditkit.train.objective import Objective
+from ditkit.train.randomness import Chance
+
+FLOW_MATCHING = Denoising()
+EVERY_MASK = MaskMixture()
+SHEET_KINDS, SHEET_STEPS = ("predict", "backward", "interpolate", "region", "unconditional"), 25
+
+
+@dataclass(frozen=True)
+class VideoNetwork:
+    """What of a VDT does not follow from the data.
+
+    Args:
+        frames: Of a clip.
+        size: Height and width of a frame.
+        patch: Side of a token.
+        width: Of a token's vector.
+        depth: Number of blocks.
+        heads: Of attention.
+    """
+
+    frames: int
+    size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class FullVideoNetwork:
+    """What of a video DiT does not follow from the data.
+
+    Args:
+        frames: Of a clip.
+        size: Height and width of a frame.
+        patch: Frames, height and width of a token.
+        width: Of a token's vector.
+        depth: Number of blocks.
+        heads: Of attention.
+    """
+
+    frames: int
+    size: int
+    patch: tuple[int, int, int]
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRecipe(Recipe):
+    """A network that makes clips, or the missing part of them.
+
+    Args:
+        data: a named set of clips, or a folder of video files. options: of its loader, beside size and frames.
+        model: its channels are taken from the data.
+        masks: what of a training clip is given and what is to be made.
+    """
+
+    sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
+    then: ClassVar[str] = "ditkit video"
+    latent: ClassVar[bool] = True
+    Network: ClassVar[type] = VideoNetwork
+    model: VDTConfig | VideoDiTConfig
+    objective: Objective = FLOW_MATCHING
+    masks: MaskMixture = EVERY_MASK
+
+    def prepared(self) -> Prepared:
+        codec = load_codec(self.codec)
+        clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
+        channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
+        model = replace(self.model, channels=channels, size=(size[0], size[1]))
+        return Prepared(replace(self, model=model), coded(Masked(clips, self.masks), codec), codec)
+
+    def facts(self, samples: Samples) -> str:
+        assert isinstance(samples, Masked)
+        clips, (height, width) = samples.clips, samples.clips.size
+        return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
+
+    def example(self, model: Model) -> tuple[Any, ...]:
+        return torch.empty(1, *model.sample_shape), torch.empty(1), Cond()
+
+    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+        assert isinstance(samples, Masked)
+        return partial(write_strips, folder, samples.clips.clips(torch.tensor([0])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullVideoRecipe(VideoRecipe):
+    """The same for a video DiT, whose tokens may span several frames."""
+
+    Network: ClassVar[type] = FullVideoNetwork
+
+
+class Masked:
+    """Clips as training samples, each with a mask of its own."""
+
+    def __init__(self, clips: ClipSet, masks: MaskMixture) -> None:
+        self.clips, self.masks = clips, masks
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+        clips = self.clips.clips(indices)
+        size = clips.shape[2], clips.shape[3], clips.shape[4]
+        return clips, Cond(context=clips, mask=self.masks.masks(size, list(chance.of_data())))
+
+
+def conditioned(clips: Tensor, kind: str, seeds: Sequence[int]) -> Cond:
+    """Clips [B, C, T, H, W] told in part: what a mask of this kind leaves, drawn by one seed a clip.
+
+    Raises:
+        ConfigError: an unknown kind, a clip too short for it, or not one distinct seed a clip.
+    """
+    size = clips.shape[2], clips.shape[3], clips.shape[4]
+    task, generators = mask_kind(kind), [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
+    return Cond(context=clips, mask=torch.stack([task(size, g) for g in generators]))
+
+
+def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None:
+    """What the model makes of one clip [1, C, T, H, W] under the masks that fit it, as `folder`/STEP.png."""
+    rows, masks = {"the clip": clip[0]}, {}
+    size = clip.shape[2], clip.shape[3], clip.shape[4]
+    for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
+        cond = conditioned(clip, kind, [0])
+        assert cond.mask is not None
+        masks[kind] = cond.mask[0]
+        rows[kind] = generate(
+            model,
+            seeds=[0],
+            steps=SHEET_STEPS,
+            guidance=1.0,
+            cond=TOLD_NOTHING if cond.mask.all() else cond,
+            shape=clip.shape[1:],
+            policies=model.policies,
+        ).images[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{step:06d}.png") as draft:
+        draft.write_bytes(png(strip(rows, masks=masks)))

@@ -1,0 +1,71 @@
+"""Distance of the network's prediction from a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
+from ditkit.core.run import Site, attended
+from ditkit.train.objective import Batch, Term
+
+
+@dataclass(frozen=True)
+class PredictionDistillation(Term):
+    """mean (prediction - teacher's)^2, L_pred of CLEAR (arXiv 2412.16112, whose weight is the default).
+
+    The mean is over all elements, given ones counted as 0.
+    """
+
+    compares: ClassVar[bool] = True
+    weight: float = 0.5
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        return batch.counted(batch.prediction - batch.teacher.out).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class AttentionDistillation(Term):
+    """Mean over some attentions of mean (output - teacher's)^2, before the output's projection: L_attn of CLEAR
+    (arXiv 2412.16112, whose weight and `every` are the defaults).
+
+    Args:
+        every: attentions are compared whose place in the model divides by it.
+        first: the least place compared: for FLUX 19, as its blocks of two streams are not.
+    """
+
+    compares: ClassVar[bool] = True
+    weight: float = 0.5
+    every: int = 4
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("first", 0)):
+            if type(given := getattr(self, name)) is not int or given < least:
+                raise ConfigError(
+                    f"AttentionDistillation: {name}={given!r}, expected an integer of at least {least}"
+                )
+
+    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+        places = enumerate(attended(sites))
+        return [name for place, name in places if place >= self.first and place % self.every == 0]
+
+    def lacks(self, model: Model) -> str:
+        cores = len(attended(model.sites()))
+        return (
+            ""
+            if self.reads(model.sites())
+            else f"attention from place {self.first} on; the model has {cores}"
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        pairs = [(batch.taps[name], batch.teacher.taps[name]) for name in self.reads(batch.sites)]
+        errors = [(own.float() - taught.float()).square().flatten(1).mean(1) for own, taught in pairs]
+        return torch.stack(errors).mean(0)
