@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.dynamic import Dynamic
-from ditkit.attention.pattern import Pattern, with_others
+from ditkit.attention.pattern import Pattern, append_dense_rows
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Claim, Key, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
@@ -84,7 +84,7 @@ class BestBlocks(Dynamic):
 def raster_plan(grid: Grid, others: int, block: int, kept: Tensor) -> BlockPlan:
     """The plan of tokens in the model's order, the last block of the image filled with padding."""
     slots = F.pad(torch.arange(grid.length), (0, -grid.length % block), value=-1)
-    order, kept = with_others(slots, kept, others, block)
+    order, kept = append_dense_rows(slots, kept, others, block)
     return build_plan(len(slots) + others, block=block, order=order, kept=kept)
 
 

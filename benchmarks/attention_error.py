@@ -43,7 +43,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component, spec
 from ditkit.metrics.error import pooled_psnr_db
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import SamplingJob
 
 UNGUIDED = 1.0
 PATTERNS = (
@@ -136,7 +136,7 @@ class Controls:
     """What costs as much as a pattern, drawn once for each setting."""
 
     def __init__(self, model: Denoiser, seeds: Sequence[int], steps: int) -> None:
-        self.work = Workload.of(model, None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
+        self.work = SamplingJob.of(model, None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
         self.grid, self.others = rows_of(model, model.sample_shape)
         self.attention = count_macs(self.work.draw).by_kind["attention"]
         self.dense = self.work.draw()
@@ -176,7 +176,7 @@ class Controls:
         if pattern not in students:
             return None
         seeds, steps = self.drawing
-        work = Workload.of(students[pattern], None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
+        work = SamplingJob.of(students[pattern], None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
         return pooled_psnr_db(work.draw([pattern]).samples, self.dense.samples)
 
     def _psnr_db(self, policy: Policy) -> float | None:

@@ -23,7 +23,7 @@ from ditkit.sample import ClassifierFree, sample
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.loop import train
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 
 SIZE, CHANNELS, CLASSES = 16, 4, 4
@@ -49,7 +49,7 @@ class Waves:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, chance: Chance | None = None) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: SampleRNG | None = None) -> tuple[Tensor, Cond]:
         return self.data[indices], Cond(label=self.label[indices])
 
 

@@ -69,7 +69,7 @@ class Gated(NamedTuple):
     errors: dict[str, Tensor]
 
 
-class Asked(NamedTuple):
+class CallSnapshot(NamedTuple):
     """One evaluation whose gate was asked: how far from the latest full one it is, e, and the true error of h_L."""
 
     place: int
@@ -100,7 +100,7 @@ def experiment(arguments: Arguments) -> Results:
     model = ditkit.load(arguments.model)
     batches = list(torch.arange(arguments.count).split(arguments.batch))
     runs: dict[float, list[Gated]] = {threshold: [] for threshold in arguments.thresholds}
-    asked: dict[float, list[list[Asked]]] = {threshold: [] for threshold in arguments.thresholds}
+    asked: dict[float, list[list[CallSnapshot]]] = {threshold: [] for threshold in arguments.thresholds}
     for seeds in track(batches, description="batches"):
         with outputs(model, 0) as first, outputs(model, model.config.depth - 1) as last:
             exact = draw(model, seeds, arguments).samples
@@ -186,7 +186,7 @@ def taylorseer(count: int, steps: int) -> TaylorSeer:
     return min(fitting, key=lambda choice: abs(choice.warmup - PUBLISHED.warmup - 1))
 
 
-def questions(model: Model, threshold: float, first: list[Tensor], last: list[Tensor]) -> list[Asked]:
+def questions(model: Model, threshold: float, first: list[Tensor], last: list[Tensor]) -> list[CallSnapshot]:
     """The gate's questions over the states of an exact run, where the true h_L is known in each evaluation."""
     session = ConfidentTaylor(threshold).start(model.sites(), len(first))
     asked = []
@@ -195,7 +195,7 @@ def questions(model: Model, threshold: float, first: list[Tensor], last: list[Te
         if lane is not None and index > PUBLISHED.warmup:
             (one,), (other,) = lane.first, lane.last
             errors = (relative_error(series.at(index), h).item() for series, h in ((one, h_1), (other, h_L)))
-            asked.append(Asked(index, index - other.anchor, *errors))
+            asked.append(CallSnapshot(index, index - other.anchor, *errors))
         session.through(Call(index, len(first), 1.0), partial(after, (h_1, h_L)), h_1)
         session.commit()
     return asked
@@ -206,17 +206,17 @@ def after(states: tuple[Tensor, Tensor], _x: Tensor, start: int, _stop: int | No
     return states[start]
 
 
-def rank_correlation(asked: list[Asked]) -> float:
+def rank_correlation(asked: list[CallSnapshot]) -> float:
     """Spearman's, of e and the true error."""
     columns = torch.tensor([(one.gate, one.true) for one in asked]).T
     return torch.corrcoef(columns.argsort(-1).argsort(-1).double())[0, 1].item()
 
 
-def nearest_only(asked: list[Asked]) -> list[Asked]:
+def nearest_only(asked: list[CallSnapshot]) -> list[CallSnapshot]:
     return [one for one in asked if one.distance == 1]
 
 
-def row(threshold: float, runs: list[Gated], asked: list[list[Asked]]) -> dict[str, float]:
+def row(threshold: float, runs: list[Gated], asked: list[list[CallSnapshot]]) -> dict[str, float]:
     errors = {name: torch.cat([run.errors[name] for run in runs]) for name in ("gate", *RIVALS)}
     better = {name: (errors["gate"] <= errors[name]).double().mean().item() for name in RIVALS}
     return {
@@ -229,7 +229,9 @@ def row(threshold: float, runs: list[Gated], asked: list[list[Asked]]) -> dict[s
     }
 
 
-def histogram(threshold: float, runs: list[Gated], asked: list[list[Asked]], steps: int) -> dict[str, float]:
+def histogram(
+    threshold: float, runs: list[Gated], asked: list[list[CallSnapshot]], steps: int
+) -> dict[str, float]:
     """By fifth of the trajectory: full evaluations a batch, those the gate asked for, and how much e understates."""
     forced = {*range(PUBLISHED.warmup + 1), steps - 1}
     table: dict[str, float] = {"threshold": threshold}

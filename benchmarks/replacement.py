@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.path import Path
-from ditkit.sample.denoiser import Field
+from ditkit.sample.denoiser import GuidedDenoiser
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Euler, Solver
 
@@ -36,7 +36,7 @@ class Replacement(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         given, drawn = self.given.to(x.device), x
         assert given.context is not None
         for t, s in pairwise(self.times(field.path, steps).tolist()):

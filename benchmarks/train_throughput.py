@@ -25,7 +25,7 @@ from ditkit.recipes.fashion import fashion
 from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.tasks.recipe import forward_macs
 from ditkit.train.loop import train
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 
 
@@ -40,7 +40,7 @@ class Noise:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: SampleRNG) -> tuple[Tensor, Cond]:
         self.asked.append(time.perf_counter())
         return self.data[indices], Cond(label=self.label[indices])
 

@@ -33,7 +33,7 @@ from ditkit.metrics.features import load_efficientnet_lite0
 from ditkit.metrics.perceptual import ClipDistance
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.tasks.video.masks import MaskMixture
-from ditkit.tasks.video.recipe import EVERY_MASK, Masked
+from ditkit.tasks.video.recipe import EVERY_MASK, MaskedClipDataset
 from ditkit.tasks.video.scores import CLIP_FEATURE
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
@@ -217,7 +217,7 @@ def trained(name: str, arguments: Arguments, network: VDTConfig = NETWORK) -> Tr
     about = {"experiment": {"balls": asdict(balls), "masks": asdict(variant.masks), "steps": steps}}
     objective = Denoising(timesteps=LogitNormal(0.0, 1.0))
     begun = (run / RECIPE).exists()
-    data = Masked(balls, variant.masks)
+    data = MaskedClipDataset(balls, variant.masks)
     averaged = train(model, data, objective, settings, run, about=about, resume=begun)
     assert isinstance(averaged, VDT)
     return Trained(averaged, steps, round(spent(run)))

@@ -21,8 +21,8 @@ from ditkit.core.policy import Policy
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
-from ditkit.pipelines.call import Passage
-from ditkit.pipelines.replay import Asked
+from ditkit.pipelines.call import PipelineCall
+from ditkit.pipelines.replay import CallSnapshot
 from flux_for_tests import at, call, call_inputs, transformer
 from pipelines_for_tests import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 
@@ -175,7 +175,7 @@ def test_another_transformer_is_refused_before_the_first_step() -> None:
 def test_one_generator_may_serve_several_samples() -> None:
     """Drawn anew, they would otherwise all begin from the same noise."""
     shared, other = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    again = Asked(pipeline(), (), asked(batch=3, generator=[shared, other, shared]))
+    again = CallSnapshot(pipeline(), (), asked(batch=3, generator=[shared, other, shared]))
     expected = [torch.randn(3, generator=g) for g in (shared, other, shared)]
     with again.again() as given:
         drawn = [torch.randn(3, generator=g) for g in given["generator"]]
@@ -247,14 +247,14 @@ def test_a_call_that_draws_at_two_sizes_is_laid_out_anew(monkeypatch: pytest.Mon
             return super().__call__(*args, height=2 * height, width=2 * width, **kwargs)
 
     pipe.__class__, seen = Twice, set()
-    laid_out = Passage._layout
+    laid_out = PipelineCall._layout
 
-    def noted(self: Passage, key: Any, net: Any, arguments: Any) -> Any:
+    def noted(self: PipelineCall, key: Any, net: Any, arguments: Any) -> Any:
         layout = laid_out(self, key, net, arguments)
         seen.add((tuple(arguments["hidden_states"].shape[2:]), layout[-1].grid.shape))
         return layout
 
-    monkeypatch.setattr(Passage, "_layout", noted)
+    monkeypatch.setattr(PipelineCall, "_layout", noted)
     ditkit.accelerate(pipe, TaylorSeer(interval=2))(**told)
     assert len(seen) == 2
     assert all(grid == (1, rows // 2, columns // 2) for (rows, columns), grid in seen)

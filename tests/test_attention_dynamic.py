@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.dynamic import Dynamic
-from ditkit.attention.pattern import with_others
+from ditkit.attention.pattern import append_dense_rows
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ShapeError
@@ -21,7 +21,7 @@ from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.ops.block_sparse_attention import BlockPlan, attend, attend_reference, build_plan, narrowed
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import SamplingJob
 from patterns_for_tests import predicted, prompt, tiny_clip_model
 
 BLOCK, EACH = 16, 2
@@ -36,7 +36,9 @@ class Strongest(Dynamic):
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
         blocks = len(slots) // self.block
-        order, kept = with_others(slots, torch.ones(blocks, blocks, dtype=torch.bool), others, self.block)
+        order, kept = append_dense_rows(
+            slots, torch.ones(blocks, blocks, dtype=torch.bool), others, self.block
+        )
         return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
     def share(self, plan: BlockPlan) -> float:
@@ -154,7 +156,7 @@ def test_the_receipt_tells_the_mean_over_the_trajectory_also_where_a_cache_forec
     ASKED.clear()
     model = tiny_clip_model(size=(16, 16))  # 16 blocks, two attentions
     policies = [TaylorSeer(interval=3, order=1, warmup=2)] if cached else []
-    work = Workload.of(model.float(), None, [0], 6, "euler", 1.0, 1, None)
+    work = SamplingJob.of(model.float(), None, [0], 6, "euler", 1.0, 1, None)
     result = work.draw([*policies, Alternating(block=BLOCK, kernel="cpu")])
     receipt = result.receipts[-1]
     assert len(ASKED) == (6 if cached else 12)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.neighbourhood import Neighbourhood, Pooling, cells
-from ditkit.attention.pattern import planned
+from ditkit.attention.pattern import cached_plan
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call, Site
 from patterns_for_tests import (
-    Masked,
+    MaskedClipDataset,
     circle_meets,
     planned_mask,
     predicted,
@@ -123,7 +123,7 @@ def attended(
     layout = (Segment("text", Grid(text), text), Segment("image", grid, grid.length))
     session = pattern.start(CORE, 1, pooling)
     handler = session.enter(Call(0, 1, 0.5, layout=layout))["core"]
-    plan = planned(pattern, grid, text)
+    plan = cached_plan(pattern, grid, text)
     if plan.order is None:
         return handler(None, q, k, v)
     slots, back = plan.order[: plan.queries - text].clamp(min=0), plan.inverse[: grid.length]
@@ -238,7 +238,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, Masked(circle_meets(pattern)), x, cond)
+    expected = predicted(model, MaskedClipDataset(circle_meets(pattern)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 
@@ -246,7 +246,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd3.5"])
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
-    expected, _ = outcome(name, [Masked(circle_meets(pattern))])
+    expected, _ = outcome(name, [MaskedClipDataset(circle_meets(pattern))])
     found, dense = outcome(name, [pattern])[0], outcome(name, [])[0]
     error, effect = ((found - x).norm() / dense.norm() for x in (expected, dense))
     assert error < 1e-5 and effect > 1e-3

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ditkit.attention import Band, Grouped, Neighbourhood, Reshaped
-from ditkit.attention.pattern import Pattern, Sparse, planned, seated
+from ditkit.attention.pattern import Pattern, Sparse, cached_plan, place_plan
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
@@ -27,9 +27,13 @@ GRID, TOKENS = Grid(4, 6, 10), (("text", 7), ("image", 240))
 
 @patterns
 def test_equal_patterns_and_layouts_share_one_plan(pattern: Pattern, other: Pattern) -> None:
-    plan, again = planned(pattern, GRID, 7), replace(pattern)
-    assert again is not pattern and planned(again, Grid(4, 6, 10), 7) is plan
-    differing = (planned(other, GRID, 7), planned(pattern, Grid(4, 10, 6), 7), planned(pattern, GRID, 6))
+    plan, again = cached_plan(pattern, GRID, 7), replace(pattern)
+    assert again is not pattern and cached_plan(again, Grid(4, 6, 10), 7) is plan
+    differing = (
+        cached_plan(other, GRID, 7),
+        cached_plan(pattern, Grid(4, 10, 6), 7),
+        cached_plan(pattern, GRID, 6),
+    )
     assert len({id(one) for one in (plan, *differing)}) == 4
     assert len({one.handle for one in (plan, *differing)}) == 4, "a graph knows plans by their handles"
 
@@ -37,12 +41,12 @@ def test_equal_patterns_and_layouts_share_one_plan(pattern: Pattern, other: Patt
 @patterns
 def test_a_seat_is_shared_where_segments_are_as_long(pattern: Pattern, other: Pattern) -> None:
     """Text before the image, or behind it, is another seat of one plan."""
-    seat = seated(pattern, GRID, TOKENS)
-    assert seated(replace(pattern), Grid(4, 6, 10), (("text", 7), ("image", 240))) is seat
-    assert seated(other, GRID, TOKENS).plan is not seat.plan
-    behind = seated(pattern, GRID, TOKENS[::-1])
+    seat = place_plan(pattern, GRID, TOKENS)
+    assert place_plan(replace(pattern), Grid(4, 6, 10), (("text", 7), ("image", 240))) is seat
+    assert place_plan(other, GRID, TOKENS).plan is not seat.plan
+    behind = place_plan(pattern, GRID, TOKENS[::-1])
     assert behind is not seat and behind.plan is seat.plan and (seat.before, behind.before) == (7, 0)
-    assert seated(pattern, GRID, (("text", 6), ("image", 240))).plan is not seat.plan
+    assert place_plan(pattern, GRID, (("text", 6), ("image", 240))).plan is not seat.plan
 
 
 def test_trajectories_evaluations_and_lanes_share_one_plan() -> None:

@@ -22,14 +22,14 @@ from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.video_dit import VideoDiT
 from hosts_for_tests import LATER, run_steps
-from patterns_for_tests import Masked, MaskedSession, band_meets, tiny_clip_model
+from patterns_for_tests import MaskedClipDataset, MaskedSession, band_meets, tiny_clip_model
 
 GRID = Grid(4, 6, 10)
 POLICY = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")
 
 
 @dataclass(frozen=True)
-class Explicit(Masked):
+class Explicit(MaskedClipDataset):
     """The method by its equations: all weights, in the model's order, one state for each attention."""
 
     of: Reshape

@@ -19,7 +19,7 @@ from ditkit.tasks.image.vae import ImageVaeRecipe
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.train.autoencoding import Autoencoding, CodedBatch
 from ditkit.train.ema import Constant
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from ditkit.train.terms.latent_kl import LatentKL
 from ditkit.train.terms.regression import AbsoluteError, Regression
@@ -29,7 +29,7 @@ def test_autoencoding_weighs_the_error_and_the_divergence():
     objective = Autoencoding((AbsoluteError(), LatentKL(0.5)))
     vae, x = small().train(), torch.randn(PICTURES)
     objective.check(vae)
-    chance = Chance(seed=1, step=2, places=range(2))
+    chance = SampleRNG(seed=1, step=2, places=range(2))
     losses = objective(vae, vae, x, Cond(), chance)
     noise, _, _ = chance.draws(vae.latent_shape(PICTURES[1:]))
     again, mean, log_variance = vae(x, noise)

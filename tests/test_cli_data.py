@@ -82,7 +82,7 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(name: str, place: Path) -> list[object]:
     """Flags that make the recipe's clips 4 frames of 16 x 16, or a model of that size to go on from."""
     recipe = found()[name]()
-    if any(term.compares for term in recipe.objective.active):
+    if any(term.needs_teacher for term in recipe.objective.active):
         config = VideoDiTConfig(
             3, FRAMES, (SIDE, SIDE), (1, 4, 4), width=16, depth=1, heads=2, convention=Convention()
         )

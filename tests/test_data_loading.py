@@ -11,7 +11,15 @@ import pytest
 from cli_for_tests import save_photos
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data import folder, video_folder
-from ditkit.data.loading import FILES, load_clips, load_fields, load_images, names, read_options, takes
+from ditkit.data.loading import (
+    FILES,
+    accepts_option,
+    load_clips,
+    load_fields,
+    load_images,
+    names,
+    read_options,
+)
 from ditkit.data.sets import moving_digits
 
 
@@ -67,7 +75,7 @@ def test_a_moving_picture_among_pictures_is_one_of_them(places):
 def test_texts_are_read_as_the_loader_declares(places):
     def read(name: str, *texts: str) -> dict[str, object]:
         found = read_options(places.get(name, name), texts)
-        assert all(takes(places.get(name, name), option) for option in found)
+        assert all(accepts_option(places.get(name, name), option) for option in found)
         return found
 
     assert read("films", "fps=10", "step=2") == {"fps": 10.0, "step": 2}

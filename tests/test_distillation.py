@@ -27,11 +27,11 @@ from ditkit.train.forecasting import Forecasting
 from ditkit.train.loop import train
 from ditkit.train.objective import Batch, Term
 from ditkit.train.parts import train_only
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
-from patterns_for_tests import Masked, circle_meets, prompt, tiny_clip_model
+from patterns_for_tests import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
 
 CLEAR = Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1)))
 CYLINDER = Neighbourhood(radius=3, span=2, block=8, kernel="cpu")
@@ -70,7 +70,7 @@ def said(model: VideoDiT, masked: bool) -> tuple[Tensor, list[Tensor]]:
     data, noise = torch.randn(2, 2, 2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0.3, 0.7])
     x = model.config.convention.make_path().mix(data, noise, t)
-    trajectory = Trajectory(model.sites(), [Masked(circle_meets(CYLINDER))] if masked else [], 1)
+    trajectory = Trajectory(model.sites(), [MaskedClipDataset(circle_meets(CYLINDER))] if masked else [], 1)
     inside, outputs = trajectory.run(Call(0, 1, 0.5, layout=model.layout(tuple(x.shape[1:])))), []
 
     class Noting(Run):
@@ -109,7 +109,7 @@ def test_places_that_are_compared() -> None:
         ({"every": 3, "first": 2}, (3, 6)),
         ({"every": 1, "first": 8}, (8,)),
     ):
-        assert AttentionDistillation(**given).reads(sites) == [f"blocks.{i}.attn.core" for i in places]
+        assert AttentionDistillation(**given).taps(sites) == [f"blocks.{i}.attn.core" for i in places]
     with pytest.raises(ConfigError, match="needs attention from place 9 on; the model has 9"):
         Denoising((AttentionDistillation(first=9),)).check(small(depth=9))
     with pytest.raises(ConfigError, match="every=0, expected an integer of at least 1"):
@@ -176,7 +176,7 @@ class Clips:
     def __len__(self) -> int:
         return 8
 
-    def batch(self, indices: Tensor, chance: Chance | None = None) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: SampleRNG | None = None) -> tuple[Tensor, Cond]:
         drift = torch.linspace(-1, 1, 4)[:, None, None]
         made = [torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(int(i))) for i in indices]
         return torch.stack(made) / 3 + drift, Cond()
@@ -252,7 +252,7 @@ class Blocks(Term):
 
     weight = 1.0
 
-    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+    def taps(self, sites: Sequence[Site]) -> Sequence[str]:
         return ["blocks.1"]
 
     def loss(self, batch: Batch) -> Tensor:

@@ -23,7 +23,7 @@ from ditkit.sample import (
     Solver,
     initial_noise,
 )
-from ditkit.sample.denoiser import Field
+from ditkit.sample.denoiser import GuidedDenoiser
 from patterns_for_tests import predicted, tiny_clip_model
 from sampling_for_tests import COND, SEEDS, batches, draw, solvers, tiny
 
@@ -141,12 +141,12 @@ def test_each_network_samples_with_the_weights_that_its_policies_learned() -> No
     x = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0)).double()
     c, g = (predicted(n, pattern, x, Cond(), 1, learned=n.learned) for n in (model, guide))
     assert not torch.allclose(c, g)  # the pooling weights are all that differs
-    field = Field(model, Cond(), Autoguidance(3.0, guide), [pattern], 1)
+    field = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [pattern], 1)
     with torch.no_grad():
         torch.testing.assert_close(field(x, 0.5).value, g + 3 * (c - g))
     receipts = [receipt for trajectory in field.trajectories for receipt in trajectory.finish()]
     assert [list(receipt.rows) for receipt in receipts] == [["cond"], ["guide/cond"]]
-    cached = Field(model, Cond(), Autoguidance(3.0, guide), [TaylorSeer()], 8)
+    cached = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [TaylorSeer()], 8)
     assert cached.trajectories == [cached.trajectory]  # which has learned nothing
 
 

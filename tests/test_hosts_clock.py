@@ -15,7 +15,7 @@ from diffusers import (
 
 from ditkit.core.errors import ConfigError
 from ditkit.hosts.family import Family, families, transformers
-from ditkit.pipelines.scheduler_clock import Clock, wound
+from ditkit.pipelines.scheduler_clock import Clock, instrumented
 
 
 def test_layouts_ask_for_what_a_call_tells() -> None:
@@ -96,7 +96,7 @@ def test_a_scheduler_keeps_its_signatures_and_gets_its_class_back() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     own = type(scheduler)
     signatures = [inspect.signature(getattr(scheduler, name)) for name in ("set_timesteps", "step")]
-    with pytest.raises(KeyboardInterrupt), wound(scheduler):
+    with pytest.raises(KeyboardInterrupt), instrumented(scheduler):
         assert isinstance(scheduler, own) and type(scheduler).__name__ == own.__name__
         assert [inspect.signature(getattr(scheduler, n)) for n in ("set_timesteps", "step")] == signatures
         raise KeyboardInterrupt

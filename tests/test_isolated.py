@@ -14,7 +14,7 @@ from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import SamplingJob
 from rig import tiny_dit
 
 STEPS, SEEDS = 12, (0, 1, 2)
@@ -29,7 +29,7 @@ class Typed(TaylorSeer):
 
 def test_what_memory_cannot_be_measured_for_is_refused_before_anything_is_drawn(monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(Workload, "draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(SamplingJob, "draw", lambda *_, **__: pytest.fail("drawn"))
     scheduler = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     for policies, settings in (([Typed()], {}), ([], {"solver": scheduler})):
         with pytest.raises(ConfigError, match="or pass memory=False"):
@@ -40,7 +40,7 @@ def test_another_process_is_told_the_same_work(tmp_path):
     guide = tiny_dit(seed=1)
     guidance = Autoguidance(1.5, guide)
     model, cond = tiny_dit(), Cond(label=torch.tensor([0, 1, 2]))
-    work = Workload(model, cond, SEEDS, model.sample_shape, STEPS, Euler(), guidance, batch_size=2)
+    work = SamplingJob(model, cond, SEEDS, model.sample_shape, STEPS, Euler(), guidance, batch_size=2)
     told = json.loads(json.dumps(describe(work, tmp_path)))
     assert torch.equal(
         revive(told).draw([TaylorSeer(interval=4)]).samples, work.draw([TaylorSeer(interval=4)]).samples

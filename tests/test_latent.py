@@ -28,14 +28,14 @@ from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report.sheet import write_png
 from ditkit.sample import Euler, sample
-from ditkit.sample.workload import Workload
+from ditkit.sample.workload import SamplingJob
 from ditkit.tasks.image.recipe import ClassImageRecipe
-from ditkit.tasks.latent import Encoded, coded, load_codec
+from ditkit.tasks.latent import LatentDataset, coded, load_codec
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.tasks.video.masks import KINDS, MaskMixture
 from ditkit.tasks.video.recipe import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from models_for_tests import perturbed
 from scripts.toy_run import losses
@@ -167,7 +167,7 @@ def test_it_is_compared_as_pictures(run: Path) -> None:
 
 
 def test_another_process_is_told_the_codec_too(run: Path, tmp_path: Path) -> None:
-    work = Workload.of(ditkit.load(run / "model"), None, [0, 1], 2, Euler(), 1.0, 2, None)
+    work = SamplingJob.of(ditkit.load(run / "model"), None, [0, 1], 2, Euler(), 1.0, 2, None)
     again = revive(json.loads(json.dumps(described(work, tmp_path))))
     assert torch.equal(again.draw().samples, work.draw().samples)
 
@@ -195,14 +195,14 @@ def test_a_run_goes_on_with_its_own_codec_only(pictures: Path, tmp_path: Path) -
 def test_latents_are_drawn_anew_at_every_step(pictures: Path, codec: Path) -> None:
     prepared = of_pictures(pictures, codec).prepared()
     samples, vae = prepared.samples, Codec.load(codec)
-    assert isinstance(samples, Encoded) and len(samples) == 8
+    assert isinstance(samples, LatentDataset) and len(samples) == 8
     index = torch.tensor([5, 2])
-    first, again, later = (samples.batch(index, Chance(0, s, range(2)))[0] for s in (1, 1, 2))
+    first, again, later = (samples.batch(index, SampleRNG(0, s, range(2)))[0] for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, later)
-    chance, signal = Chance(0, 1, range(2)), samples.samples.batch(index, Chance(0, 1, range(2)))[0]
+    chance, signal = SampleRNG(0, 1, range(2)), samples.samples.batch(index, SampleRNG(0, 1, range(2)))[0]
     with torch.no_grad():
         assert torch.equal(first, vae.encode(signal, chance.of_codec(LATENTS)))
-    alone = samples.batch(index[1:], Chance(0, 1, range(1, 2)))[0]
+    alone = samples.batch(index[1:], SampleRNG(0, 1, range(1, 2)))[0]
     torch.testing.assert_close(alone, first[1:], atol=1e-5, rtol=0)
 
 
@@ -292,8 +292,8 @@ def test_a_video_model_learns_latents_and_fills_in_frames(grey: Path, tmp_path: 
 
 def test_training_is_told_given_content_as_sampling_is(grey: Path) -> None:
     prepared = of_clips(grey).prepared()
-    assert isinstance(prepared.samples, Encoded)
-    index, chance = torch.tensor([0, 3]), partial(Chance, 0, 7, range(2))
+    assert isinstance(prepared.samples, LatentDataset)
+    index, chance = torch.tensor([0, 3]), partial(SampleRNG, 0, 7, range(2))
     _, latent = prepared.samples.batch(index, chance())
     _, signal = prepared.samples.samples.batch(index, chance())
     expected = encode_given(prepared.codec, signal)

@@ -15,7 +15,7 @@ from ditkit.core.ddpm import DiscretePath
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.objective import Term
-from ditkit.train.taps import Said
+from ditkit.train.taps import Output
 from ditkit.train.terms.distillation import PredictionDistillation
 from ditkit.train.terms.regression import AbsoluteError, Regression
 from ditkit.train.terms.variational_bound import VariationalBound
@@ -95,7 +95,7 @@ def of_random(mask: Tensor | None, index: tuple[Tensor, ...] | None = None, samp
     t = TIMES
     if index is not None:
         fields, t = {name: v[sample][index][None, None] for name, v in fields.items()}, TIMES[[sample]]
-    teacher = Said(fields.pop("out"), {})
+    teacher = Output(fields.pop("out"), {})
     return NoisyBatch(path=path, convention=DDPM, t=t, mask=mask, taps={}, teacher=teacher, **fields)
 
 

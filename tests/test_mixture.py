@@ -35,7 +35,7 @@ from ditkit.sample import (
     Solver,
     sample,
 )
-from ditkit.sample.denoiser import Field
+from ditkit.sample.denoiser import GuidedDenoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 CONTINUOUS = ("linear", "cosine", "vp")
@@ -148,7 +148,7 @@ class Dopri5(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         def slope(t: float, flat: object) -> object:
             return field(torch.as_tensor(flat).reshape(x.shape), t).to("velocity").flatten().numpy()
 

@@ -251,7 +251,7 @@ class Kept(Term):
 
     weight = 1.0
 
-    def reads(self, sites):
+    def taps(self, sites):
         return [site.name for site in sites if site.kind == "block"]
 
     def loss(self, batch):

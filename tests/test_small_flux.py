@@ -14,7 +14,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import DitkitError
 from ditkit.core.grid import Grid
 from ditkit.models.small_flux import SmallFlux, SmallFluxConfig, pack, unpack
-from ditkit.nn.toy_text_encoder import LETTERS, pooled, spell
+from ditkit.nn.toy_text_encoder import LETTERS, encode_letters, pooled
 from ditkit.sample.guidance import ClassifierFree
 from ditkit.sample.noise import initial_noise
 
@@ -55,11 +55,11 @@ def test_packing_is_diffusers_own_of_the_unshuffled_pixels() -> None:
 
 
 def test_letters_are_one_hot_cut_and_counted() -> None:
-    letters = spell(["Bag", "", "a~a"], 2)
+    letters = encode_letters(["Bag", "", "a~a"], 2)
     assert letters.shape == (3, 2, LETTERS)
     assert letters[0].argmax(-1).tolist() == [1, 0] and letters[1].sum() == 0
     assert letters[2, 1].argmax() == LETTERS - 1  # what is no letter
-    assert pooled(spell(["aba"], 8))[0, :3].tolist() == [2, 1, 0]
+    assert pooled(encode_letters(["aba"], 8))[0, :3].tolist() == [2, 1, 0]
 
 
 def test_fresh_weights_predict_zero() -> None:

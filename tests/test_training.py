@@ -27,7 +27,7 @@ from ditkit.tasks.image import recipe as class_image
 from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.ema import Constant, Power
 from ditkit.train.loop import train
-from ditkit.train.randomness import Chance, batch_indices, epoch_order
+from ditkit.train.randomness import SampleRNG, batch_indices, epoch_order
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
 from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
@@ -103,7 +103,7 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
 
 def test_labels_are_dropped_once_at_the_model_s_rate():
     """What the model is told is drawn by the loop; the network draws nothing of its own on top."""
-    drop = torch.cat([Chance(0, step, range(64)).draws((1,))[2] for step in range(50)])
+    drop = torch.cat([SampleRNG(0, step, range(64)).draws((1,))[2] for step in range(50)])
     assert (drop < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.02)
     model, seen = toy_model(label_dropout=0.5).train(), []
     model.label.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -122,11 +122,11 @@ def test_every_sample_is_visited_once_an_epoch():
 
 
 def test_draws_belong_to_their_place():
-    whole = Chance(7, 11, range(6)).draws((2, 3))
-    parts = [Chance(7, 11, range(a, a + 2)).draws((2, 3)) for a in (0, 2, 4)]
+    whole = SampleRNG(7, 11, range(6)).draws((2, 3))
+    parts = [SampleRNG(7, 11, range(a, a + 2)).draws((2, 3)) for a in (0, 2, 4)]
     assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
-    assert not torch.equal(whole[0], Chance(7, 12, range(6)).draws((2, 3))[0])
-    assert not torch.equal(whole[0], Chance(8, 11, range(6)).draws((2, 3))[0])
+    assert not torch.equal(whole[0], SampleRNG(7, 12, range(6)).draws((2, 3))[0])
+    assert not torch.equal(whole[0], SampleRNG(8, 11, range(6)).draws((2, 3))[0])
 
 
 def test_learning_rate_rises_then_falls_as_the_inverse_root():

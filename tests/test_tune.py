@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import ditkit
-from ditkit.api.tune import Tuned, Wish, expanded, front_of, tune
+from ditkit.api.tune import Target, Tuned, expanded, front_of, tune
 from ditkit.bench.rows import Row
 from ditkit.cli.main import main
 from ditkit.cli.tune import decibels
@@ -55,16 +55,16 @@ def test_a_bar_has_values_on_both_sides() -> None:
 )
 def test_a_wish_is_one_number_in_range(given: dict[str, float], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        Wish(**given)
+        Target(**given)
 
 
 @pytest.fixture(scope="module")
 def tuned() -> Tuned:
     """Three settings of a tiny model; what they measured is replaced where a test says so."""
-    return tune(tiny_model(), ["taylorseer:interval=2|3|4,order=1"], [0, 1], Wish(at_least_db=20), **QUICK)
+    return tune(tiny_model(), ["taylorseer:interval=2|3|4,order=1"], [0, 1], Target(at_least_db=20), **QUICK)
 
 
-def with_figures(tuned: Tuned, wish: Wish, *figures: tuple[float, float | None]) -> Tuned:
+def with_figures(tuned: Tuned, wish: Target, *figures: tuple[float, float | None]) -> Tuned:
     """The exact run, and each setting with a speed-up and a PSNR; None for one that is identical."""
     exact, *rows = tuned.report.rows
     measured = [
@@ -95,38 +95,38 @@ def test_the_front_has_what_no_other_row_beats(tuned: Tuned) -> None:
 @pytest.mark.parametrize(
     ("wish", "best"),
     [
-        (Wish(at_least_db=25), THREE),
-        (Wish(at_least_db=30), THREE),
-        (Wish(at_least_db=31), TWO),
-        (Wish(at_most=0.7), TWO),
-        (Wish(at_most=0.6), THREE),
-        (Wish(at_least_db=41), None),
-        (Wish(at_most=0.4), None),
+        (Target(at_least_db=25), THREE),
+        (Target(at_least_db=30), THREE),
+        (Target(at_least_db=31), TWO),
+        (Target(at_most=0.7), TWO),
+        (Target(at_most=0.6), THREE),
+        (Target(at_least_db=41), None),
+        (Target(at_most=0.4), None),
     ],
     ids=str,
 )
-def test_the_best_setting(tuned: Tuned, wish: Wish, best: str | None) -> None:
+def test_the_best_setting(tuned: Tuned, wish: Target, best: str | None) -> None:
     assert with_figures(tuned, wish, *FIGURES).best == best
 
 
 def test_the_verdict_says_plainly_that_none_does(tuned: Tuned) -> None:
-    far = with_figures(tuned, Wish(at_least_db=41), *FIGURES).verdict
+    far = with_figures(tuned, Target(at_least_db=41), *FIGURES).verdict
     assert far.startswith(
         f"None of 3 settings meets the wish, at least 41 dB. The nearest: {TWO}, 1.50 times as fast, 40.0"
     )
-    slow = with_figures(tuned, Wish(at_most=0.25), *FIGURES).verdict
+    slow = with_figures(tuned, Target(at_most=0.25), *FIGURES).verdict
     assert slow.startswith(
         "None of 3 settings meets the wish, at most 0.25 of the exact run's time. The nearest: " + THREE
     )
 
 
 def test_what_is_slower_than_the_exact_run_is_never_best(tuned: Tuned) -> None:
-    slow = with_figures(tuned, Wish(at_least_db=20), (0.21, 50.0), (0.9, 40.0), (1.0, None))
+    slow = with_figures(tuned, Target(at_least_db=20), (0.21, 50.0), (0.9, 40.0), (1.0, None))
     assert slow.best is None
     assert slow.verdict.startswith(
         f"None of 3 settings is faster than the exact run. The nearest: {FOUR}, 1.00"
     )
-    some = with_figures(tuned, Wish(at_least_db=20), (0.21, 50.0), (1.1, 10.0), (1.2, 5.0))
+    some = with_figures(tuned, Target(at_least_db=20), (0.21, 50.0), (1.1, 10.0), (1.2, 5.0))
     assert some.best is None
     assert some.verdict.startswith(
         f"None of 3 settings meets the wish, at least 20 dB. The nearest: {THREE}, 1.1"
@@ -134,7 +134,7 @@ def test_what_is_slower_than_the_exact_run_is_never_best(tuned: Tuned) -> None:
 
 
 def test_an_identical_setting_is_near_enough(tuned: Tuned) -> None:
-    found = with_figures(tuned, Wish(at_least_db=90), (1.5, None), (2.0, 30.0), (3.0, 20.0))
+    found = with_figures(tuned, Target(at_least_db=90), (1.5, None), (2.0, 30.0), (3.0, 20.0))
     assert found.best == TWO and "identical to exact" in found.verdict
 
 
@@ -147,7 +147,7 @@ def test_rows_are_those_of_compare(tuned: Tuned) -> None:
 
 
 def test_what_is_saved(tuned: Tuned, tmp_path: Path) -> None:
-    found = with_figures(tuned, Wish(at_least_db=30), *FIGURES)
+    found = with_figures(tuned, Target(at_least_db=30), *FIGURES)
     saved = json.loads(found.save(tmp_path).read_text())
     assert saved["wish"] == "at least 30 dB" and saved["best"] == THREE and saved["verdict"] == found.verdict
     assert saved["front"] == [TWO, THREE] and len(saved["rows"]) == 4

@@ -27,7 +27,7 @@ from ditkit.data.clips import ClipSet
 from ditkit.metrics.perceptual import ClipFeature
 from ditkit.models.vdt import VDT
 from ditkit.sample.noise import initial_noise
-from ditkit.tasks.video.recipe import Masked, conditioned
+from ditkit.tasks.video.recipe import MaskedClipDataset, conditioned
 from ditkit.train.log import LOSSES
 from models_for_tests import perturbed
 from replacement import Replacement
@@ -242,8 +242,10 @@ def test_networks_can_be_trained_one_by_one(
     video_masks.main(tiny(tmp_path, networks=others))
     assert not results.exists()
     trained_on: list[int] = []
-    batch = Masked.batch
-    monkeypatch.setattr(Masked, "batch", lambda *given: trained_on.append(len(given[1])) or batch(*given))
+    batch = MaskedClipDataset.batch
+    monkeypatch.setattr(
+        MaskedClipDataset, "batch", lambda *given: trained_on.append(len(given[1])) or batch(*given)
+    )
     video_masks.main(tiny(tmp_path))
     assert results.exists() and trained_on == [2] * 4  # only the first was left to do
 

@@ -20,7 +20,7 @@ from ditkit.api.generate import Generated, generate
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.clips import MemoryClips, spread
-from ditkit.data.loading import load_held_out, takes
+from ditkit.data.loading import accepts_option, load_held_out
 from ditkit.data.sets import moving_digits
 from ditkit.metrics.error import pooled_psnr_db
 from ditkit.metrics.features import EfficientNetLite0
@@ -226,7 +226,11 @@ def test_held_out_clips_are_of_the_test_split(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(moving_digits, "read_digits", read)
     found = load_held_out("moving-digits", (16, 16), 5, length=7)
     assert asked == ["test"] and (len(found), found.frames, found.size) == (7, 5, (16, 16))
-    assert takes("moving-digits", "split") and not takes(tmp_path, "split") and takes(tmp_path, "max_bad")
+    assert (
+        accepts_option("moving-digits", "split")
+        and not accepts_option(tmp_path, "split")
+        and accepts_option(tmp_path, "max_bad")
+    )
     with pytest.raises(DataError, match="no-such-set"):
         load_held_out("no-such-set", (16, 16), 5)
 

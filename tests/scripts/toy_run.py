@@ -16,7 +16,7 @@ from ditkit.models.dit import DiT, DiTConfig
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant, Power
 from ditkit.train.loop import train
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import VariationalBound
@@ -36,7 +36,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, indices: Tensor, chance: Chance | None = None) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, chance: SampleRNG | None = None) -> tuple[Tensor, Cond]:
         return self.data[indices], Cond(label=self.label[indices])
 
 

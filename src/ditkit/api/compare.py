@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.bench.bench import EXACT, Bench, Judge, Method, Progress
+from ditkit.bench.bench import EXACT, Bench, DistributionMetric, Method, Progress
 from ditkit.bench.memory import Isolated
 from ditkit.bench.rows import titles
 from ditkit.core.cond import Cond
@@ -30,7 +30,7 @@ from ditkit.report.sheet import as_pictures
 from ditkit.sample.denoiser import placement
 from ditkit.sample.guidance import Guidance
 from ditkit.sample.solvers import Euler, Solver
-from ditkit.sample.workload import TOLD_NOTHING, Workload
+from ditkit.sample.workload import UNCONDITIONED, SamplingJob
 
 EULER = Euler()
 CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges
@@ -45,7 +45,7 @@ def compare(
     steps: int = 50,
     solver: Solver | str = EULER,
     guidance: float | Guidance = 2.0,
-    cond: Cond = TOLD_NOTHING,
+    cond: Cond = UNCONDITIONED,
     shape: Sequence[int] | None = None,
     converged_steps: int | None = None,
     rounds: int = 3,
@@ -89,7 +89,7 @@ def compare(
             report's settings says why.
         ConflictError: as the sampler raises it.
     """
-    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
+    work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
     policies = as_policies(policies)
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
     if integer("converged_steps", converged_steps, least=1) <= steps:
@@ -99,7 +99,7 @@ def compare(
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else Judge(real, len(work.seeds), work.shape)
+    judge = None if real is None else DistributionMetric(real, len(work.seeds), work.shape)
 
     with tempfile.TemporaryDirectory() as folder:
         isolated = Isolated(work, policies, Path(folder)) if memory else None  # refuses before any drawing
@@ -120,7 +120,7 @@ def compare(
     return Report(bench.rows(judge), settings, pictures, bench.made)
 
 
-def settings_of(work: Workload, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
+def settings_of(work: SamplingJob, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
     """Everything that the numbers depend on, JSON-able."""
     device, dtype = placement(work.model)
     config = asdict(work.model.config)

@@ -15,7 +15,7 @@ from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.sample import Euler, Guidance, Solver
 from ditkit.sample.denoiser import Progress
-from ditkit.sample.workload import TOLD_NOTHING, Workload
+from ditkit.sample.workload import UNCONDITIONED, SamplingJob
 
 EULER = Euler()
 
@@ -53,7 +53,7 @@ def generate(
     policies: Policy | str | Sequence[Policy | str] = (),
     batch_size: int = 8,
     max_bytes: int | None = None,
-    cond: Cond = TOLD_NOTHING,
+    cond: Cond = UNCONDITIONED,
     shape: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Generated:
@@ -74,7 +74,7 @@ def generate(
         ConfigError, ShapeError: those of `ditkit.sample.given.check_given`, before anything is drawn.
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
-    work = Workload.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
+    work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
     began = time.perf_counter()
     drawn = work.draw(policies, progress=progress)
     return Generated(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Target:
     """What a setting has to reach.
 
     Args:
@@ -50,14 +50,14 @@ class Wish:
             return f"at least {self.at_least_db:g} dB"
         return f"at most {self.at_most:g} of the exact run's time"
 
-    def grants(self, row: Row) -> bool:
+    def is_met_by(self, row: Row) -> bool:
         if self.at_least_db is not None:
             return is_faster(row) and error_db(row) >= self.at_least_db
         return self.at_most is not None and 1 / row.speedup <= self.at_most
 
     def best(self, rows: Sequence[Row]) -> Row | None:
         """Of those that it grants."""
-        return max(filter(self.grants, rows), key=self._worth, default=None)
+        return max(filter(self.is_met_by, rows), key=self._worth, default=None)
 
     def nearest(self, rows: Sequence[Row]) -> Row:
         """Where it grants none, the one that comes nearest to it: the fastest, where none beats the exact run."""
@@ -80,7 +80,7 @@ class Tuned:
     """
 
     report: Report
-    wish: Wish
+    wish: Target
     specs: dict[str, str]
 
     @property
@@ -162,7 +162,7 @@ class Tuned:
         return f"{told}; {steps}, as many MACs, would be at {decibels(row.control_psnr_db)} dB"
 
 
-def tune(model: Model, policies: Sequence[str], seeds: Sequence[int], wish: Wish, **how: Any) -> Tuned:
+def tune(model: Model, policies: Sequence[str], seeds: Sequence[int], wish: Target, **how: Any) -> Tuned:
     """Compare settings on few seeds, and find the best one.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.attention.pattern import Pattern, with_others
+from ditkit.attention.pattern import Pattern, append_dense_rows
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan, near_blocks
@@ -43,5 +43,5 @@ class Band(Pattern):
             return (apart <= reach) | (query >= length) | (key >= length)
 
         slots = F.pad(places, (0, -length % self.block), value=-1)
-        order, kept = with_others(slots, near, others, self.block)
+        order, kept = append_dense_rows(slots, near, others, self.block)
         return build_plan(len(slots) + others, block=self.block, order=order, kept=kept, allowed=allowed)

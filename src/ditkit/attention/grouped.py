@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.attention.pattern import Pattern, with_others
+from ditkit.attention.pattern import Pattern, append_dense_rows
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid
 from ditkit.core.numbers import integer
@@ -70,7 +70,7 @@ class Grouped(Pattern):
         kept = self.meets(Grid(frames, height, width), grid.frames > 1)
         each = prod(sides) // self.block
         kept = kept.repeat_interleave(each, 0).repeat_interleave(each, 1)
-        order, kept = with_others(slots, kept, others, self.block)
+        order, kept = append_dense_rows(slots, kept, others, self.block)
         return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
     def meets(self, groups: Grid, is_clip: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Pattern, Sparse, sparse_sites, with_others
+from ditkit.attention.pattern import Pattern, Sparse, append_dense_rows, sparse_sites
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, image_of
 from ditkit.core.numbers import integer
@@ -87,7 +87,7 @@ class Neighbourhood(Pattern):
         pooled = len(cells(grid, self.pooled)) if self.pooled else 0
         slots, places = self._slots(grid)
         kept = near_blocks(places, self.block, (max(self.span - 1, 0), self.radius - 1, self.radius - 1))
-        order, kept = with_others(slots, kept, others, self.block, pooled)
+        order, kept = append_dense_rows(slots, kept, others, self.block, pooled)
         rows = len(slots) + others
         return build_plan(
             rows,

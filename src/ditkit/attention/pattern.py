@@ -92,7 +92,7 @@ def sparse_sites(sites: Sequence[Site]) -> dict[str, str]:
 
 
 @lru_cache(maxsize=64)
-def planned(pattern: Pattern, grid: Grid, others: int) -> BlockPlan:
+def cached_plan(pattern: Pattern, grid: Grid, others: int) -> BlockPlan:
     """The plan of a layout, kept by value: all trajectories with this layout share it."""
     plan = pattern.plan(grid, others)
     if (plan.queries - others) % plan.block[0]:
@@ -102,7 +102,7 @@ def planned(pattern: Pattern, grid: Grid, others: int) -> BlockPlan:
     return plan
 
 
-class Seat(NamedTuple):
+class SequencePlan(NamedTuple):
     """A plan, and where the rows of its sequence stand: `before` others, the image's slots, more others."""
 
     plan: BlockPlan
@@ -115,19 +115,19 @@ class Seat(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def seated(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...]) -> Seat:
+def place_plan(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...]) -> SequencePlan:
     """The plan in a sequence of segments of these streams and lengths, kept by value as plans are."""
     place = [name for name, _ in lengths].index("image")
     before, others = sum(n for _, n in lengths[:place]), sum(n for name, n in lengths if name != "image")
-    plan = planned(pattern, grid, others)
+    plan = cached_plan(pattern, grid, others)
     real = None
     if plan.order is not None and bool((plan.order < 0).any()):
         rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
         real = (rows >= 0).nonzero().squeeze(1)
-    return Seat(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
+    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
 
 
-def with_others(
+def append_dense_rows(
     slots: Tensor, kept: Tensor, others: int, block: int, pooled: int = 0
 ) -> tuple[Tensor | None, Tensor]:
     """The image's slots [S] and blocks, with rows of others behind them that see all and are seen by all.
@@ -156,7 +156,7 @@ class Layout:
         self.length = sum(segment.length for segment in sequence(layout, "image"))
         """Rows of the image's stream: its own, and pictures that it refers to."""
         lengths = {s: tuple((part.stream, part.length) for part in sequence(layout, s)) for s in streams}
-        self.seats = {stream: seated(pattern, self.image.grid, lengths[stream]) for stream in streams}
+        self.seats = {stream: place_plan(pattern, self.image.grid, lengths[stream]) for stream in streams}
 
     @cached_property
     def order(self) -> Tensor | None:
@@ -249,7 +249,7 @@ class Sparse(Session):
         """Whether an attention sees all keys in this call."""
         return call.index < self.policy.warmup or self.places[name] in self.policy.dense
 
-    def handler(self, call: Call, name: str, seat: Seat) -> Handler:
+    def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
         """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
         if self.is_dense(call, name):
             return partial(_dense, seat)
@@ -277,7 +277,7 @@ class Sparse(Session):
         return self.policy.kernel
 
 
-def _dense(seat: Seat, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
     """The model's own attention, q, k, v [B, N, rows of the sequence, K], of the rows that are no padding."""
     if seat.real is None:
         return fn(q, k, v, *masks)
@@ -288,7 +288,7 @@ def _dense(seat: Seat, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Ten
 
 
 def _sparse(
-    seat: Seat,
+    seat: SequencePlan,
     attend: Callable[..., Tensor],
     fn: Handler,
     q: Tensor,
@@ -303,7 +303,7 @@ def _sparse(
     return out.roll(seat.before, 2) if seat.before else out
 
 
-def _valid(seat: Seat, keys: int, *masks: Tensor) -> Tensor | None:
+def _valid(seat: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
     """Which tokens of the keys no mask hides, bool [B, tokens], in the plan's numbers; None for all.
 
     Masks are [B, 1, 1, M]: bool, true for what is seen, or added to scores; for the first M rows of the sequence.

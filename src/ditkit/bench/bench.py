@@ -18,7 +18,7 @@ from ditkit.core.policy import Policy
 from ditkit.metrics.distribution import Distribution, distribution
 from ditkit.metrics.error import errors, made_of, pooled_psnr_db
 from ditkit.metrics.features import extract, load_efficientnet_lite0
-from ditkit.sample.workload import Drawn, Workload
+from ditkit.sample.workload import Drawn, SamplingJob
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
@@ -41,7 +41,7 @@ class Method:
 class Bench:
     """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
 
-    def __init__(self, work: Workload, methods: Sequence[Method], progress: Progress | None) -> None:
+    def __init__(self, work: SamplingJob, methods: Sequence[Method], progress: Progress | None) -> None:
         self.work, self.methods, self.progress = work, list(methods), progress
         self.made = made_of(work.cond)
         self.drawn: dict[str, Drawn] = {}
@@ -98,10 +98,10 @@ class Bench:
         for method in self._told("measuring memory", self.methods):
             self.memory[method.name] = isolated.peak(method.policies, method.steps)
 
-    def rows(self, judge: Judge | None) -> tuple[Row, ...]:
+    def rows(self, judge: DistributionMetric | None) -> tuple[Row, ...]:
         return tuple(self._row(method, judge) for method in self._told("comparing", self.methods))
 
-    def _row(self, method: Method, judge: Judge | None) -> Row:
+    def _row(self, method: Method, judge: DistributionMetric | None) -> Row:
         drawn, memory = self.drawn[method.name], self.memory.get(method.name)
         exact, seconds = self.drawn[EXACT].samples, medians(self.seconds)
         count, whole = self.macs[method.name], self.macs[EXACT].total
@@ -179,7 +179,7 @@ class Bench:
                 self.progress(stage, done + 1, len(items))
 
 
-class Judge:
+class DistributionMetric:
     """Distances between what a row drew and `real`, pictures [N, 1 or 3, H, W] in [-1, 1].
 
     Args:

@@ -26,7 +26,7 @@ from ditkit.core.errors import ConfigError, DitkitError, unknown
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.sample.denoiser import placement
-from ditkit.sample.workload import Drawn, Workload
+from ditkit.sample.workload import Drawn, SamplingJob
 
 CHILD = "from ditkit.bench.memory import child; child()"
 DEVICES = ("cpu", "cuda")
@@ -155,7 +155,7 @@ class Isolated:
         ConfigError: the workload or a policy holds something that JSON and model folders cannot describe.
     """
 
-    def __init__(self, work: Workload, policies: Sequence[Policy], folder: Path) -> None:
+    def __init__(self, work: SamplingJob, policies: Sequence[Policy], folder: Path) -> None:
         self.device = placement(work.model)[0].type
         self.folder = folder
         self.described = describe(work.first_batch(), folder)

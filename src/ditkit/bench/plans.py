@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from ditkit.attention.pattern import Pattern, planned
+from ditkit.attention.pattern import Pattern, cached_plan
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of, sequence
 from ditkit.core.model import Model
@@ -56,7 +56,7 @@ class Planned:
                 cannot be had on this grid.
         """
         start = time.perf_counter()
-        plan = planned(pattern, grid, others)
+        plan = cached_plan(pattern, grid, others)
         seconds = time.perf_counter() - start
         if pattern.kernel == "none":
             return cls(pattern, grid, others, plan, seconds, "none", "kernel=none never skips")

@@ -19,11 +19,11 @@ from ditkit.caching.taylorseer import (
     Branch,
     Coefficients,
     Geometry,
-    climbed,
     geometry_of,
     output_weights,
-    recorded,
-    renewed,
+    push,
+    replace_latest,
+    update_coefficients,
 )
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
@@ -146,7 +146,7 @@ class Series(NamedTuple):
         return sum(tensors[0].nbytes for tensors in self.branch.outputs) * factors
 
 
-class Lane(NamedTuple):
+class BranchState(NamedTuple):
     """What is known of one lane. With `per_sample_gate` there is one part a sample, else one for the batch."""
 
     start: int
@@ -164,7 +164,7 @@ class Lane(NamedTuple):
 class Evaluated(NamedTuple):
     """A lane as it was before, and what its ladders climb to, h_1 and h_L of each part; no h_L if all were trusted."""
 
-    lane: Lane
+    lane: BranchState
     seen: list[Tensor]
     parts: list[Any]
 
@@ -224,7 +224,7 @@ class GatedForecaster(Session):
             for one in series
         )
 
-    def _climbed(self, lane: Lane, seen: Sequence[Tensor], parts: Sequence[Any]) -> Lane:
+    def _climbed(self, lane: BranchState, seen: Sequence[Tensor], parts: Sequence[Any]) -> BranchState:
         if not parts:
             return lane
         return lane._replace(
@@ -232,14 +232,14 @@ class GatedForecaster(Session):
             last=_climbed(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
         )
 
-    def _lane(self, call: Call, x: Any) -> Lane:
+    def _lane(self, call: Call, x: Any) -> BranchState:
         tokens, geometry = [t.shape for t in tree_leaves(x)], geometry_of(call)
-        lane: Lane | None = self.state.get((call.net, call.lane))
+        lane: BranchState | None = self.state.get((call.net, call.lane))
         if lane is None or call.index < lane.latest or (lane.geometry, lane.tokens) != (geometry, tokens):
-            return Lane(call.index, call.index, geometry, tokens)
+            return BranchState(call.index, call.index, geometry, tokens)
         return lane
 
-    def _given(self, call: Call, lane: Lane) -> tuple[bool, ...] | None:
+    def _given(self, call: Call, lane: BranchState) -> tuple[bool, ...] | None:
         """What is trusted without a gate: as the schedule or another lane says; None where the gate is asked."""
         if self.listed:
             origin = self._origin(call, lane) if self.policy.interval else 0
@@ -248,11 +248,11 @@ class GatedForecaster(Session):
         leader = self._leader(call, lane)
         return None if leader is None else _followed(leader, lane)
 
-    def _origin(self, call: Call, lane: Lane) -> int:
+    def _origin(self, call: Call, lane: BranchState) -> int:
         """The first evaluation of a network: its lanes keep step, also one that joins late."""
         return min((lane.start, *(other.start for key, other in self.state.items() if key[0] == call.net)))
 
-    def _leader(self, call: Call, lane: Lane) -> Lane | None:
+    def _leader(self, call: Call, lane: BranchState) -> BranchState | None:
         """The lane of the same network that was gated in this evaluation already."""
         if self.policy.decider == "each":
             return None
@@ -260,7 +260,7 @@ class GatedForecaster(Session):
         gated = [other for other in others if other.first and other.latest == call.index]
         return next((other for other in gated if other.tokens == lane.tokens), None)
 
-    def _trusted(self, call: Call, lane: Lane, seen: Sequence[Tensor]) -> tuple[bool, ...]:
+    def _trusted(self, call: Call, lane: BranchState, seen: Sequence[Tensor]) -> tuple[bool, ...]:
         if not lane.first or not lane.start + self.policy.warmup < call.index < self.total - 1:
             return (False,) * len(seen)
         errors = [
@@ -298,7 +298,7 @@ def relative_error(forecast: Tensor, h: Tensor) -> Tensor:
     return (forecast - h).abs().mean() / h.abs().mean()
 
 
-def _followed(leader: Lane, lane: Lane) -> tuple[bool, ...]:
+def _followed(leader: BranchState, lane: BranchState) -> tuple[bool, ...]:
     """The leader's decisions, where what the lane keeps is not older than what the leader keeps."""
     if not lane.last:
         return (False,) * len(leader.trusted)
@@ -319,10 +319,10 @@ def _climbed(
 
 def _extended(old: Series | None, index: int, value: Any, order: int) -> Series:
     if old is not None and index == old.anchor:  # evaluated again
-        return old._replace(branch=renewed(value, old.branch))
+        return old._replace(branch=replace_latest(value, old.branch))
     known, spans = ((), []) if old is None else (old.differences, [index - old.anchor] * order)
-    differences = climbed(known, spans)
-    return Series(index, differences, recorded(value, old and old.branch, len(differences)))
+    differences = update_coefficients(known, spans)
+    return Series(index, differences, push(value, old and old.branch, len(differences)))
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -51,7 +51,7 @@ class Branch(NamedTuple):
         return sum(t.nbytes for kept in self.outputs for t in kept)
 
 
-def climbed(old: Coefficients, spans: Sequence[float]) -> Coefficients:
+def update_coefficients(old: Coefficients, spans: Sequence[float]) -> Coefficients:
     """The differences one full evaluation later: g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i."""
     rows: list[tuple[float, ...]] = [(1.0,)]
     for f, span in zip(old, spans, strict=False):
@@ -69,14 +69,14 @@ def output_weights(weights: Sequence[float], differences: Coefficients) -> list[
     return counts
 
 
-def recorded(out: Any, old: Branch | None, keep: int) -> Branch:
+def push(out: Any, old: Branch | None, keep: int) -> Branch:
     """The branch after a full evaluation that returned `out`, with at most `keep` outputs."""
     leaves, spec = tree_flatten(out)
     earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.outputs
     return Branch([[_kept(leaf), *kept][:keep] for leaf, kept in zip(leaves, earlier, strict=True)], spec)
 
 
-def renewed(out: Any, old: Branch) -> Branch:
+def replace_latest(out: Any, old: Branch) -> Branch:
     """The branch after the evaluation that it knows best was made again: a newer value in the place of the latest."""
     leaves, spec = tree_flatten(out)
     return Branch([[_kept(leaf), *kept[1:]] for leaf, kept in zip(leaves, old.outputs, strict=True)], spec)
@@ -327,11 +327,11 @@ def _climbed(policy: TaylorSeer, old: Ladder | None, evaluation: Evaluation) -> 
     earlier = {} if old is None else old.branches
     if anchors[:1] == (place,):  # Heun visits a noise-time twice
         known = {name: out for name, out in evaluation.outputs.items() if name in earlier}
-        branches = {name: renewed(out, earlier[name]) for name, out in known.items()}
+        branches = {name: replace_latest(out, earlier[name]) for name, out in known.items()}
     else:
-        differences = climbed(differences, policy.spans(place, anchors))
+        differences = update_coefficients(differences, policy.spans(place, anchors))
         anchors = (place, *anchors)[: len(differences)]
         keep = len(anchors)
-        branches = {name: recorded(out, earlier.get(name), keep) for name, out in evaluation.outputs.items()}
+        branches = {name: push(out, earlier.get(name), keep) for name, out in evaluation.outputs.items()}
     held = sum(branch.bytes for branch in branches.values())
     return Ladder(first, call.index, anchors, differences, geometry, evaluation.tokens, branches, held)

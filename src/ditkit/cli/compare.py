@@ -23,12 +23,12 @@ from ditkit.cli.options import (
     Options,
     Policies,
     Seeds,
-    as_trained,
     options_of,
     policies_of,
     progress,
     seeds_of,
     solver_of,
+    with_training_options,
     writable,
 )
 from ditkit.core.cond import Cond
@@ -38,7 +38,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.data.clips import spread
 from ditkit.data.loading import load_held_out, load_images
-from ditkit.sample.workload import TOLD_NOTHING
+from ditkit.sample.workload import UNCONDITIONED
 from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
 from ditkit.tasks.video.scores import UNCONDITIONAL
@@ -114,7 +114,7 @@ def compare(
         raise ConfigError(
             f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
         )
-    loading = options_of(data, as_trained(data, option, network))
+    loading = options_of(data, with_training_options(data, option, network))
     real, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         report = compared(
@@ -168,11 +168,11 @@ def told(
         if mask is not None:
             raise ConfigError(f"--mask {mask} with a model of pictures, expected one of clips")
         real = None if data is None else load_images(data, network.signal_shape[-1], **options).images_float()
-        return real, TOLD_NOTHING
+        return real, UNCONDITIONED
     if data is None:
         if mask not in (None, UNCONDITIONAL):
             raise ConfigError(f"--mask {mask} without clips, expected --data, such as moving-digits")
-        return None, TOLD_NOTHING
+        return None, UNCONDITIONED
     if mask == UNCONDITIONAL:
         raise ConfigError(f"--mask {mask} gives nothing of --data {data}, expected one of the two")
     return None, conditioned(given_clips(network, data, len(seeds), **options), mask or PREDICT, seeds)

@@ -22,13 +22,13 @@ from ditkit.cli.options import (
     Number,
     Options,
     Policies,
-    as_trained,
+    for_stage,
     load_maker,
     options_of,
     policies_of,
     progress,
     solver_of,
-    staged,
+    with_training_options,
     writable,
 )
 from ditkit.core.checkpoint import replacing, write_json
@@ -98,7 +98,7 @@ def evaluate(
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
     network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
     guidance = guiding.make()
-    option = as_trained(data, option, network)
+    option = with_training_options(data, option, network)
     real = load_images(data, network.signal_shape[-1], **options_of(data, option, max_bad))
     check_real(network, real)
     real = real if real_count is None else thinned(real, real_count)
@@ -109,9 +109,9 @@ def evaluate(
         with progress() as advance:
             macs = count_macs(lambda: generate(network, labels[0], (0,), **options)).total
             options |= {"batch_size": batch_size}
-            drawn = generate(network, labels, range(count), progress=staged(advance, "drawing"), **options)
-            fake = extract(extractor, drawn.images, progress=staged(advance, "features, drawn"))
-            features = extract(extractor, real.images_float(), progress=staged(advance, "features, real"))
+            drawn = generate(network, labels, range(count), progress=for_stage(advance, "drawing"), **options)
+            fake = extract(extractor, drawn.images, progress=for_stage(advance, "features, drawn"))
+            features = extract(extractor, real.images_float(), progress=for_stage(advance, "features, real"))
             advance("distances", 0, 1)
             result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
             near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])

@@ -11,7 +11,16 @@ import tyro
 from rich.console import Console
 
 from ditkit.cli.evaluate import flags
-from ditkit.cli.options import Number, Options, as_trained, load_maker, options_of, progress, staged, writable
+from ditkit.cli.options import (
+    Number,
+    Options,
+    for_stage,
+    load_maker,
+    options_of,
+    progress,
+    with_training_options,
+    writable,
+)
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.numbers import integer
@@ -79,7 +88,7 @@ def forecast(
     named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
     first = next(iter(named.values()))
     horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
-    option = as_trained(data, option, *named.values())
+    option = with_training_options(data, option, *named.values())
     options = options_of(data, option, max_bad)
     given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
     given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}
@@ -96,7 +105,7 @@ def forecast(
                 integer("--count", count, least=1),
                 show,
                 options,
-                staged(advance, "forecasting"),
+                for_stage(advance, "forecasting"),
             )
         write_json(out / "forecast.json", {"command": command, **found.as_dict()})
         files = [["forecast.json", "leadtime.png"], *draw(found, out)]

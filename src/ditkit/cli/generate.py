@@ -20,12 +20,12 @@ from ditkit.cli.options import (
     Number,
     Policies,
     Seeds,
+    for_stage,
     load_maker,
     policies_of,
     progress,
     seeds_of,
     solver_of,
-    staged,
     writable,
 )
 from ditkit.core.checkpoint import write_json
@@ -107,7 +107,7 @@ def generate(
                     policies=policies,
                     batch_size=batch_size,
                     max_bytes=max_bytes,
-                    progress=staged(advance, f"drawing {name or ''}"),
+                    progress=for_stage(advance, f"drawing {name or ''}"),
                 )
             )
         stems = file_stems(class_names(network))

@@ -20,7 +20,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.policy import Policy
 from ditkit.core.spec import as_text, component
-from ditkit.data.loading import called, read_options, takes
+from ditkit.data.loading import accepts_option, dataset_name, read_options
 from ditkit.sample import Solver
 from ditkit.sample.noise import distinct
 
@@ -74,7 +74,7 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
         return {}
     if data is None:
         raise ConfigError(f"got {texts[0]} for the loader of --data, but no --data")
-    if max_bad is not None and not takes(data, "max_bad"):
+    if max_bad is not None and not accepts_option(data, "max_bad"):
         raise ConfigError(f"--max-bad {max_bad} with --data {data}, expected a folder of images or videos")
     for word in words:
         if word.partition("=")[0] in OF_THE_MODEL:
@@ -82,7 +82,7 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
     return read_options(data, texts, OF_THE_MODEL)
 
 
-def as_trained(data: str | None, words: Sequence[str], *models: Model) -> tuple[str, ...]:
+def with_training_options(data: str | None, words: Sequence[str], *models: Model) -> tuple[str, ...]:
     """The words of `--option`, and before them those under which the models were trained on the same data last.
 
     Says on the screen what it adds: a model that learned slow digits makes nothing of fast ones.
@@ -92,7 +92,7 @@ def as_trained(data: str | None, words: Sequence[str], *models: Model) -> tuple[
     """
     if data is None:
         return tuple(words)
-    runs = [run for model in models if (run := model.last_training) and run["trained"] == called(data)]
+    runs = [run for model in models if (run := model.last_training) and run["trained"] == dataset_name(data)]
     learned = [tuple(_learned(run.get("options", {}), data, words)) for run in runs]
     if differing := [added for added in learned if added != learned[0]]:
         ways = " and ".join(" ".join(way) or "none" for way in (learned[0], differing[0]))
@@ -109,7 +109,7 @@ def _learned(options: Mapping[str, Any], data: str, words: Sequence[str]) -> Ite
     """Options of a training that the loader takes and no word gives, as words."""
     given = {word.partition("=")[0] for word in words}
     for name, value in options.items():
-        if name not in given and takes(data, name):
+        if name not in given and accepts_option(data, name):
             yield f"{name}=" + ",".join(map(as_text, value if isinstance(value, list | tuple) else [value]))
 
 
@@ -176,12 +176,12 @@ def writable(folder: Path) -> Iterator[None]:
         raise
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks for all: torchrun and accelerate number theirs in RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def staged(advance: Advance, stage: str) -> Callable[[int, int], None]:
+def for_stage(advance: Advance, stage: str) -> Callable[[int, int], None]:
     """`advance` for one stage."""
     return lambda done, total: advance(stage, done, total)
 

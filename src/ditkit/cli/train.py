@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit import recipes
-from ditkit.cli.options import Number, Options, Policies, leads, options_of, policies_of, writable
+from ditkit.cli.options import Number, Options, Policies, is_main_process, options_of, policies_of, writable
 from ditkit.cli.parsing import Command, Group
 from ditkit.core.errors import ConfigError
 from ditkit.core.spec import spec
@@ -80,11 +80,11 @@ def command_of(name: str, build: Build) -> Command:
         if dry_run:
             print(describe(chosen))
             return
-        if leads() and importlib.util.find_spec("tensorboard") is None:
+        if is_main_process() and importlib.util.find_spec("tensorboard") is None:
             print("TensorBoard is not installed: the losses go to losses.jsonl alone", file=sys.stderr)
         with writable(out):
             train_recipe(chosen, out, resume=resume)
-        if leads():
+        if is_main_process():
             there = ", ".join(name for name in LEFT if (out / name).exists())
             flags = [word for one in under for word in ("--policy", spec(one))]
             if recipe.then_data:
@@ -92,7 +92,7 @@ def command_of(name: str, build: Build) -> Command:
             command = shlex.join([*recipe.then.split(), str(out / "model"), *flags])
             print(f"wrote {out}: {there}; go on with: {command}")
 
-    words = f"{name} --init MODEL" if any(term.compares for term in recipe.objective.active) else name
+    words = f"{name} --init MODEL" if any(term.needs_teacher for term in recipe.objective.active) else name
     run.__annotations__["network"] = Annotated[
         recipe.Network, tyro.conf.arg(name="")
     ]  # each task has its own

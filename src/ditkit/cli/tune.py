@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from ditkit.api.tune import Wish
+from ditkit.api.tune import Target
 from ditkit.api.tune import tune as tuned
 from ditkit.cli.compare import MaskName, told
 from ditkit.cli.guiding import GUIDED, GuidingFlags
@@ -21,11 +21,11 @@ from ditkit.cli.options import (
     Options,
     Policies,
     Seeds,
-    as_trained,
     options_of,
     progress,
     seeds_of,
     solver_of,
+    with_training_options,
     writable,
 )
 from ditkit.core.errors import ConfigError
@@ -88,12 +88,12 @@ def tune(
     """
     if not policy:
         raise ConfigError('tune: got no --policy, expected one such as "taylorseer:interval=3|4"')
-    wish = Wish(decibels(at_least), at_most)
+    wish = Target(decibels(at_least), at_most)
     numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
     network = load(model)
     if not isinstance(network, Denoiser):
         raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
-    loading = options_of(data, as_trained(data, option, network))
+    loading = options_of(data, with_training_options(data, option, network))
     _, cond = told(network, data, mask, numbers, **loading)
     with writable(out), progress() as advance:
         result = tuned(

@@ -22,13 +22,13 @@ from ditkit.cli.options import (
     Number,
     Options,
     Policies,
-    as_trained,
     load_maker,
     options_of,
     policies_of,
     progress,
     seeds_of,
     solver_of,
+    with_training_options,
     writable,
 )
 from ditkit.core.checkpoint import replacing, write_json
@@ -37,7 +37,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.spec import spec
 from ditkit.data.clips import ClipSet, frame_size, spread
-from ditkit.data.loading import load_held_out, takes
+from ditkit.data.loading import accepts_option, load_held_out
 from ditkit.metrics.features import load_efficientnet_lite0
 from ditkit.sample import Guidance
 from ditkit.tasks.video.figures import leadtime, write_films, write_strips
@@ -135,7 +135,7 @@ def video(
     policies, way, guidance = policies_of(policy), solver_of(solver), guiding.make()
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
-    option = as_trained(data, option, network)
+    option = with_training_options(data, option, network)
     loading = options_of(data, option, max_bad)
     clips = None
     if data is not None:
@@ -283,7 +283,7 @@ def remarks(masks: Sequence[str], data: str | None, count: int, features: bool) 
     """What was left out, and what it takes to have it."""
     if data is None:
         yield "no --data: nothing was given, so there is nothing to compare with"
-    if data is not None and not takes(data, "split"):
+    if data is not None and not accepts_option(data, "split"):
         yield f"{data} has no test split: what the model was trained on may be among the clips"
     if UNCONDITIONAL in masks and features and data is not None and count < CLIP_FEATURE.clips_needed:
         yield f"unconditional: a Frechet distance needs --count={CLIP_FEATURE.clips_needed} or more, got {count}"

@@ -84,12 +84,12 @@ def read_options(
     return given
 
 
-def called(name_or_path: str | Path) -> str:
+def dataset_name(name_or_path: str | Path) -> str:
     """What a model remembers data by: the name of a set, or of a folder or file without the way there."""
     return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else str(name_or_path)
 
 
-def takes(name_or_path: str | Path, option: str) -> bool:
+def accepts_option(name_or_path: str | Path, option: str) -> bool:
     """Whether `load` of these data has an option of that name, such as `split`. Raises `DataError` as it does."""
     return option in _options(_loader(name_or_path))
 
@@ -112,7 +112,7 @@ def load_held_out(
     name_or_path: str | Path, size: int | tuple[int, int], frames: int, **options: Any
 ) -> ClipSet:
     """`load_clips` of the test split; of everything where the loader knows no split."""
-    if takes(name_or_path, "split"):
+    if accepts_option(name_or_path, "split"):
         options = {"split": "test", **options}
     return load_clips(name_or_path, size, frames=frames, **options)
 

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from ditkit.nn.toy_text_encoder import pooled, spell
+from ditkit.nn.toy_text_encoder import encode_letters, pooled
 
 
 class PixelUnshuffle(ModelMixin, ConfigMixin):
@@ -40,7 +40,7 @@ class PixelUnshuffle(ModelMixin, ConfigMixin):
         return (F.pixel_shuffle(z, 2),)
 
 
-class LettersFluxPipeline(FluxPipeline):
+class ToyFluxPipeline(FluxPipeline):
     """FLUX's pipeline for a transformer that was trained on spelled captions; called as any other.
 
     The transformer's `joint_attention_dim` and `pooled_projection_dim` are LETTERS, and a caption has room for
@@ -71,7 +71,7 @@ class LettersFluxPipeline(FluxPipeline):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Letters [B, S, LETTERS], their sum [B, LETTERS], and the ids of S rows of text."""
         if prompt_embeds is None:
-            prompt_embeds = spell(
+            prompt_embeds = encode_letters(
                 [prompt] if isinstance(prompt, str) else prompt or [], self.tokenizer_max_length
             )
         if pooled_prompt_embeds is None:

@@ -84,14 +84,14 @@ class SmallFlux(Denoiser):
         from diffusers import FluxTransformer2DModel
 
         from ditkit.hosts import flux
-        from ditkit.nn.toy_text_encoder import LETTERS, spell
+        from ditkit.nn.toy_text_encoder import LETTERS, encode_letters
 
         super().__init__()
         self.config = config
         self.transformer = flux.view(FluxTransformer2DModel(**_arguments(config, LETTERS)))
         names = config.class_names or tuple(map(str, range(config.classes)))
         with torch.device("cpu"):  # it follows from the config, so it is there when the weights are not
-            self._spelled = spell((*names, ""), config.letters)
+            self._spelled = encode_letters((*names, ""), config.letters)
         self._training_cores = dict.fromkeys(named(self.sites(), "core"), _attend)
         self.reset_parameters()
 
@@ -161,10 +161,10 @@ class SmallFlux(Denoiser):
         The prompt is spelled for the network, so one that is no class's name gives what its letters resemble.
         """
         from ditkit.hosts import flux
-        from ditkit.hosts.toy_flux_pipeline import LettersFluxPipeline
+        from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
         transformer = flux.restore(deepcopy(self.transformer)).eval()
-        return LettersFluxPipeline.around(transformer, self.config.size, self.config.letters)
+        return ToyFluxPipeline.around(transformer, self.config.size, self.config.letters)
 
     def _switch_checkpointing(self) -> None:
         if self.recomputes != self.transformer.gradient_checkpointing:

@@ -12,7 +12,7 @@ LETTERS = len(ALPHABET) + 1
 """The last stands for every other character."""
 
 
-def spell(texts: Sequence[str], length: int) -> Tensor:
+def encode_letters(texts: Sequence[str], length: int) -> Tensor:
     """[n, length, LETTERS] one-hot letters, in lower case, cut at `length`; what is left over is zero."""
     table = torch.zeros(len(texts), length, LETTERS)
     for row, text in zip(table, texts, strict=True):

@@ -21,8 +21,8 @@ from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
 from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
-from ditkit.pipelines.call import Net, Passage, Watch
-from ditkit.pipelines.replay import Asked, PipelineReport, Replay, Took
+from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks
+from ditkit.pipelines.replay import CallSnapshot, Cost, PipelineReport, Replay
 from ditkit.pipelines.scheduler_clock import check_scheduler
 
 DEFAULT = ConfidentTaylor(interval=3)
@@ -88,8 +88,8 @@ class Accelerated:
         self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
     ) -> None:
         self._pipe, self._nets, self._policies, self._max_bytes = pipe, nets, policies, max_bytes
-        self._last: tuple[Asked, Took] | None = None
-        self._watches: list[Watch] | None = [Watch(net) for net in nets]
+        self._last: tuple[CallSnapshot, Cost] | None = None
+        self._watches: list[TransformerHooks] | None = [TransformerHooks(net) for net in nets]
         finalize(self, _unwatch, self._watches).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ class Accelerated:
         for net in self._nets:
             _check(net, self._policies)
         self._refuse_strangers()
-        asked, self._last = Asked(self._pipe, args, kwargs), None
+        asked, self._last = CallSnapshot(self._pipe, args, kwargs), None
         out, took = self._draw(asked.bound, True)
         self._last = (asked, took)
         return out
@@ -188,14 +188,16 @@ class Accelerated:
         self._watches = None
         return self._pipe
 
-    def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Took]:
+    def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
         """The pipeline's output and what it took, under the policies or exactly."""
-        passage = Passage(self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes)
+        passage = PipelineCall(
+            self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes
+        )
         drawn: list[Any] = []
 
         def call() -> None:
             with passage.under_way():
-                asked = passage.heard(bound)
+                asked = passage.wrap_callback(bound)
                 drawn.append(self._pipe(*asked.args, **asked.kwargs))
 
         try:
@@ -203,10 +205,10 @@ class Accelerated:
         except NoEffectError as error:
             error.output = next(iter(drawn), None)
             raise
-        return drawn[0], Took(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
+        return drawn[0], Cost(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
 
 
-def _unwatch(watches: Sequence[Watch]) -> None:
+def _unwatch(watches: Sequence[TransformerHooks]) -> None:
     """Of an accelerated pipeline that nobody holds any more, and so nobody can restore."""
     for watch in watches:
         watch.remove()

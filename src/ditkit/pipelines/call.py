@@ -23,7 +23,7 @@ from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import Family
 from ditkit.hosts.view import running
 from ditkit.pipelines.adapters import Adapters
-from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, listening, parameters_of, wound
+from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, instrumented, listening, parameters_of
 
 PROMPTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "class_labels")
 """Arguments of diffusers' transformers that say what shall be drawn, the same at every step."""
@@ -37,7 +37,7 @@ class Net(NamedTuple):
     family: Family
 
 
-class Told(NamedTuple):
+class ConditioningKey(NamedTuple):
     """What a lane must be told again for its state to hold: latents of this shape, these prompts and adapters."""
 
     shape: torch.Size
@@ -45,12 +45,12 @@ class Told(NamedTuple):
     adapters: tuple[Any, ...]
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], adapters: Adapters) -> Told:
+    def of(cls, arguments: Mapping[str, Any], adapters: Adapters) -> ConditioningKey:
         prompts = [leaf for name in PROMPTS for leaf in _leaves(arguments.get(name))]
         kept = tuple((p, _version(p)) for p in prompts if isinstance(p, Tensor))
         return cls(arguments["hidden_states"].shape, kept, adapters.at_work(arguments))
 
-    def is_like(self, other: Told) -> bool:
+    def is_like(self, other: ConditioningKey) -> bool:
         pairs = list(zip(self.prompts, other.prompts, strict=False))
         return (
             self.shape == other.shape
@@ -60,7 +60,7 @@ class Told(NamedTuple):
         )
 
 
-class Passage:
+class PipelineCall:
     """One call of a pipeline: its clock, its lanes, and the trajectories of its policies.
 
     A trajectory begins with `set_timesteps`; and again, with nothing kept, when the clock jumps, a lane is told
@@ -85,7 +85,7 @@ class Passage:
         self._had_effect = False
         self._ordinals: Counter[tuple[str, str]] = Counter()
         self._adapters = {net.name: Adapters(net.model) for net in nets}
-        self._told: dict[tuple[str, str], Told] = {}
+        self._told: dict[tuple[str, str], ConditioningKey] = {}
         self._layouts: dict[tuple[str, str], tuple[list[Any], tuple[Segment, ...]]] = {}
         self._call: Call | None = None
         self._first: Call | None = None
@@ -99,7 +99,7 @@ class Passage:
         Raises:
             NoEffectError: the call went to its end, and a policy saved nothing in it.
         """
-        with wound(self.scheduler), listening(self):
+        with instrumented(self.scheduler), listening(self):
             try:
                 yield
             finally:
@@ -119,7 +119,7 @@ class Passage:
             raise ConfigError(f"{kind}: the transformer was called before set_timesteps, expected after it")
         self.clock.locate(self.scheduler)
         key = (net.name, self._lane(net))
-        told = Told.of(arguments, self._adapters[net.name])
+        told = ConditioningKey.of(arguments, self._adapters[net.name])
         if key in self._told and not told.is_like(self._told[key]):
             self.clock.age += 1
             self._told.clear()  # nothing is kept of the other lanes that could be void once more
@@ -147,16 +147,16 @@ class Passage:
         out[next(iter(out))] = value
         return out
 
-    def began(self) -> None:
+    def on_set_timesteps(self) -> None:
         self.clock.begin(self.scheduler)
         self._told.clear()
         self._layouts.clear()
         self._ordinals.clear()
 
-    def shown(self, timestep: Any) -> None:
+    def on_timestep(self, timestep: Any) -> None:
         self.clock.locate(self.scheduler, timestep)
 
-    def stepping(self, timestep: Any, prediction: Any) -> Any:
+    def before_step(self, timestep: Any, prediction: Any) -> Any:
         """The scheduler's prediction after guidance, as the policies leave it; they see its channels at axis 1."""
         self.clock.locate(self.scheduler, timestep)
         self.clock.check(timestep)
@@ -167,11 +167,11 @@ class Passage:
         axis = next(net.family.channel_axis for net in self.nets if net.name == call.net)
         return self._current().guided(call, prediction.movedim(axis, 1)).movedim(1, axis)
 
-    def stepped(self, sample: Any, out: Any) -> None:
+    def after_step(self, sample: Any, out: Any) -> None:
         self.clock.advance()
         self._moved = (sample, out[0])
 
-    def heard(self, asked: BoundArguments) -> BoundArguments:
+    def wrap_callback(self, asked: BoundArguments) -> BoundArguments:
         """The pipeline's arguments, with its callback watched."""
         callback = asked.arguments.get("callback_on_step_end")
         if callback is None:
@@ -252,7 +252,7 @@ class Passage:
         return before[1]
 
 
-class Named:
+class CacheContext:
     """`model.cache_context`, which also tells the passage in force its name; follows a copy of the model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -262,7 +262,7 @@ class Named:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         passage = LISTENER.get()
         with type(self.model).cache_context(self.model, name, *args, **kwargs):  # type: ignore[attr-defined]
-            if not isinstance(passage, Passage):
+            if not isinstance(passage, PipelineCall):
                 yield
                 return
             outer, passage.context = passage.context, name
@@ -272,7 +272,7 @@ class Named:
                 passage.context = outer
 
 
-class Watch:
+class TransformerHooks:
     """The hooks of one accelerated pipeline on one transformer; without a passage of its own they do nothing."""
 
     net: Net | None = None
@@ -287,7 +287,7 @@ class Watch:
             model.register_forward_hook(self.after, always_call=True),
         ]
         if hasattr(type(model), "cache_context"):
-            model.cache_context = Named(model)  # type: ignore[assignment]
+            model.cache_context = CacheContext(model)  # type: ignore[assignment]
 
     def remove(self) -> bool:
         """Take the hooks away; whether no other accelerated pipeline watches the transformer."""
@@ -295,14 +295,14 @@ class Watch:
             handle.remove()
         model = self._model
         others = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-        if any(isinstance(other, Watch) for other in others):
+        if any(isinstance(other, TransformerHooks) for other in others):
             return False
         vars(model).pop("cache_context", None)
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the transformer is no part of the accelerated pipeline: nobody watches it."""
-        return object.__new__, (Watch,)
+        return object.__new__, (TransformerHooks,)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.net and (passage := self._passage()):
@@ -313,9 +313,9 @@ class Watch:
             return passage.leave(out)
         return None
 
-    def _passage(self) -> Passage | None:
+    def _passage(self) -> PipelineCall | None:
         listener = LISTENER.get()
-        ours = isinstance(listener, Passage) and any(net is self.net for net in listener.nets)
+        ours = isinstance(listener, PipelineCall) and any(net is self.net for net in listener.nets)
         return listener if ours else None  # type: ignore[return-value]
 
 
@@ -326,7 +326,7 @@ def _drop_copies(model: nn.Module) -> None:
     for hooks, marked in (before, after):
         watches = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
         for key, watch in watches.items():
-            if isinstance(watch, Watch) and watch.net is None:
+            if isinstance(watch, TransformerHooks) and watch.net is None:
                 del hooks[key]
                 marked.pop(key, None)
 

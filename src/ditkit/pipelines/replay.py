@@ -27,7 +27,7 @@ EXACT = "exact"
 
 
 @dataclass(frozen=True)
-class Took:
+class Cost:
     """What a call took: wall clock, calls of the transformers, the most that the policies held, and receipts."""
 
     seconds: float
@@ -61,7 +61,7 @@ class PipelineReport:
         compared: what the errors are of: "pictures", or "latents", whose PSNR has no picture's range.
     """
 
-    took: Took
+    took: Cost
     rows: tuple[Row, ...] = ()
     compared: str = ""
 
@@ -78,7 +78,7 @@ class PipelineReport:
         return "\n".join([head, *_control(fast), *lines])
 
 
-class Asked:
+class CallSnapshot:
     """The arguments of a pipeline's call, and the state of all randomness and of torch's modes when it was made."""
 
     def __init__(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -121,17 +121,17 @@ class Asked:
             yield {"generator": several[0] if self._one else several} if several else {}
 
 
-Draw = Callable[[inspect.BoundArguments, bool], tuple[Any, Took]]  # arguments, under policies -> output, cost
+Draw = Callable[[inspect.BoundArguments, bool], tuple[Any, Cost]]  # arguments, under policies -> output, cost
 
 
 class Replay:
     """The exact sampler and the accelerated one, once more from the state in which a call began."""
 
-    def __init__(self, asked: Asked, draw: Draw, policies: Sequence[Policy], decodes: bool) -> None:
+    def __init__(self, asked: CallSnapshot, draw: Draw, policies: Sequence[Policy], decodes: bool) -> None:
         self.asked, self.draw, self.policies, self.decodes = asked, draw, policies, decodes
         self.name = " + ".join(title.name for title in titles(policies))
         self.samples: dict[str, Tensor] = {}
-        self.took: dict[str, Took] = {}
+        self.took: dict[str, Cost] = {}
         self.macs: dict[str, MacCount] = {}
 
     def rows(self, converged_steps: int | None) -> tuple[Row, Row]:
@@ -207,7 +207,7 @@ class Replay:
     def _run(self, name: str, fast: bool) -> None:
         self.samples[name], self.took[name] = self._sample(fast)
 
-    def _sample(self, fast: bool, **changed: Any) -> tuple[Tensor, Took]:
+    def _sample(self, fast: bool, **changed: Any) -> tuple[Tensor, Cost]:
         kind = {"output_type": "np" if self.decodes else "latent"}
         with self.asked.again() as generators:
             out, took = self.draw(self.asked.changed(**generators, **kind, **changed), fast)

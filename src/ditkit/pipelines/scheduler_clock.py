@@ -119,10 +119,10 @@ class Listener(Protocol):
 
     scheduler: Any
 
-    def began(self) -> None: ...
-    def shown(self, timestep: Any) -> None: ...
-    def stepping(self, timestep: Any, prediction: Any) -> Any: ...
-    def stepped(self, sample: Any, out: Any) -> None: ...
+    def on_set_timesteps(self) -> None: ...
+    def on_timestep(self, timestep: Any) -> None: ...
+    def before_step(self, timestep: Any, prediction: Any) -> Any: ...
+    def after_step(self, sample: Any, out: Any) -> None: ...
 
 
 LISTENER: ContextVar[Listener | None] = ContextVar("ditkit_listener", default=None)
@@ -140,7 +140,7 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 @contextmanager
-def wound(scheduler: Any) -> Iterator[None]:
+def instrumented(scheduler: Any) -> Iterator[None]:
     """Inside, the methods of `scheduler` tell the listener in force; then it has its own class again.
 
     Raises:
@@ -194,7 +194,7 @@ def _telling_begin(method: Callable[..., Any]) -> Callable[..., Any]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = method(self, *args, **kwargs)
         if listener := _listener(self):
-            listener.began()
+            listener.on_set_timesteps()
         return out
 
     return set_timesteps
@@ -208,7 +208,7 @@ def _telling_time(method: Callable[..., Any]) -> Callable[..., Any]:
         if listener := _listener(self):
             given = signature.bind(self, *args, **kwargs).arguments
             # schedulers that scale nothing take it as one of *args
-            listener.shown(given.get("timestep", next(iter(given.get("args", ())), None)))
+            listener.on_timestep(given.get("timestep", next(iter(given.get("args", ())), None)))
         return method(self, *args, **kwargs)
 
     return scale_model_input
@@ -222,7 +222,7 @@ def _telling_noise(method: Callable[..., Any]) -> Callable[..., Any]:
     def add_noise(self: Any, *args: Any, **kwargs: Any) -> Any:
         if listener := _listener(self):
             given = signature.bind(self, *args, **kwargs).arguments
-            listener.shown(torch.as_tensor(given.get("timesteps", given.get("timestep"))).flatten()[0])
+            listener.on_timestep(torch.as_tensor(given.get("timesteps", given.get("timestep"))).flatten()[0])
         return method(self, *args, **kwargs)
 
     return add_noise
@@ -237,9 +237,9 @@ def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:
         if listener is None:
             return method(self, *args, **kwargs)
         given = by_name(names, args, kwargs)
-        given["model_output"] = listener.stepping(given["timestep"], given["model_output"])
+        given["model_output"] = listener.before_step(given["timestep"], given["model_output"])
         out = method(self, *args[len(names) :], **given)
-        listener.stepped(given.get("sample"), out)
+        listener.after_step(given.get("sample"), out)
         return out
 
     return step

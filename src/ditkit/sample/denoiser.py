@@ -47,7 +47,7 @@ class Estimate:
         return self.path.convert(self.value, self.x, self.t, self.kind, target)
 
 
-class Lane(NamedTuple):
+class GuidanceBranch(NamedTuple):
     """A branch as it is run: which network, told what, under which policies, on how many copies of x."""
 
     name: str
@@ -58,7 +58,7 @@ class Lane(NamedTuple):
     copies: int = 1
 
 
-class Field:
+class GuidedDenoiser:
     """A model, its guidance and its policies on one trajectory; each call of it is one evaluation.
 
     Args:
@@ -88,9 +88,9 @@ class Field:
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
         self.trajectory = Trajectory(model.sites(), policies, total, max_bytes, model.learned)
-        self.lanes = {"cond": Lane("cond", "main", model, cond, self.trajectory)}
+        self.lanes = {"cond": GuidanceBranch("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
-            self.lanes[name] = Lane("cond", name, network, cond, self._of_guide(network))
+            self.lanes[name] = GuidanceBranch("cond", name, network, cond, self._of_guide(network))
         for lane in self.lanes.values():
             _check(lane, model)
 
@@ -114,7 +114,7 @@ class Field:
         """The model's, then those of guides that do not share it."""
         return list(dict.fromkeys(lane.trajectory for lane in self.lanes.values()))
 
-    def lane(self, name: str) -> Lane:
+    def lane(self, name: str) -> GuidanceBranch:
         """The lane of a branch; the unconditional ones are made when one is first asked for."""
         if name not in self.lanes:
             given = self.lanes["cond"]
@@ -141,7 +141,7 @@ class Field:
 class _Evaluation:
     """The branches of one evaluation, run as guidance asks for them."""
 
-    def __init__(self, field: Field, x: Tensor, t: float) -> None:
+    def __init__(self, field: GuidedDenoiser, x: Tensor, t: float) -> None:
         self.field, self.x, self.t = field, x, t
         self.clock = field.path.noise_time(t)
         self.calls: list[Call] = []
@@ -160,7 +160,7 @@ class _Evaluation:
                 self.fraction = fraction
         return tuple(values)
 
-    def _forward(self, lane: Lane) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, lane: GuidanceBranch) -> tuple[Tensor, Tensor | None]:
         """One forward pass: a prediction in noise-time and the variance fraction, at least in float32."""
         field, model = self.field, lane.model
         device, dtype = placement(model)
@@ -193,7 +193,7 @@ def _latest(path: Path, kind: Prediction) -> float:
     return LATEST if needs_data and ends_at_zero else math.inf
 
 
-def _check(lane: Lane, model: Denoiser) -> None:
+def _check(lane: GuidanceBranch, model: Denoiser) -> None:
     if lane.model.training:
         raise ConfigError(
             f"the network {lane.net!r} is in train mode and would drop labels at random; call eval() first"

@@ -14,7 +14,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
-from ditkit.sample.denoiser import Field, Progress, placement
+from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import Guidance, Unguided
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Euler, Solver
@@ -77,7 +77,7 @@ def sample(
     noise = SampleNoise(seeds, model.sample_shape if shape is None else shape)
     _check_batch(cond, len(noise.seeds))
     total = solver.evaluations(steps)
-    field = Field(
+    field = GuidedDenoiser(
         model,
         cond.to(device),
         guidance,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import Linear, Path, Prediction
-from ditkit.sample.denoiser import Estimate, Field
+from ditkit.sample.denoiser import Estimate, GuidedDenoiser
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Solver
 
@@ -58,7 +58,7 @@ class DiffusersScheduler(Solver):
         """One a timestep; a scheduler of order 2 repeats timesteps."""
         return len(self._fresh(steps).timesteps)
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         self._check(field.path)
         scheduler = self._fresh(steps, x.device)
         x = x.float() * getattr(scheduler, "init_noise_sigma", 1.0)

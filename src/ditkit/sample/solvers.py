@@ -18,7 +18,7 @@ from torch import Tensor
 from ditkit.core.ddpm import DiscretePath
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import ContinuousPath, Path
-from ditkit.sample.denoiser import LATEST, Field
+from ditkit.sample.denoiser import LATEST, GuidedDenoiser
 from ditkit.sample.noise import SampleNoise
 
 Diffusion = Literal["sigma", "constant", "sbdm", "linear", "decreasing", "increasing-decreasing"]
@@ -42,7 +42,7 @@ class Solver(ABC):
         """Evaluations of the guided model in `steps` steps."""
 
     @abstractmethod
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         """Data [B, C, ...] from `x`, noise of the same shape; a stochastic solver draws more from `noise`."""
 
 
@@ -57,7 +57,7 @@ class Euler(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         for t, s in pairwise(self.times(field.path, steps).tolist()):
             x = x + (s - t) * field(x, t).to("velocity")
         return x
@@ -77,7 +77,7 @@ class Heun(Solver):
     def evaluations(self, steps: int) -> int:
         return 2 * steps - 1
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         for t, s in pairwise(self.times(field.path, steps).tolist()):
             slope = field(x, t).to("velocity")
             if s > 0:
@@ -100,7 +100,7 @@ class Ddim(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         for t, s in pairwise(self.times(field.path, steps).tolist()):
             at_t, at_s = field(x, t), field.path.at(x.new_tensor([s]))
             x = at_s.alpha * at_t.to("data") + at_s.sigma * at_t.to("noise")
@@ -122,7 +122,7 @@ class Ancestral(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         path = _discrete(self, field.path)
         kept = path.respaced(path.evenly(steps))
         for place, t in zip(reversed(range(steps)), kept.index.flip(0).tolist(), strict=True):
@@ -169,7 +169,7 @@ class EulerMaruyama(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: Field, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
+    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         for t, s in pairwise(self.times(field.path, steps).tolist()):
             estimate, w = field(x, t), self.scale * self.strength(field.path, t)
             x = x + (s - t) * (estimate.to("velocity") - w * estimate.to("score"))

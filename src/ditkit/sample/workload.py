@@ -26,7 +26,7 @@ from ditkit.sample.noise import distinct
 from ditkit.sample.solvers import Solver
 
 Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
-TOLD_NOTHING = Cond()
+UNCONDITIONED = Cond()
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, eq=False)
-class Workload:
+class SamplingJob:
     """One sample a seed, in batches of at most `batch_size`.
 
     Args:
@@ -82,7 +82,7 @@ class Workload:
         guidance: float | Guidance,
         batch_size: int,
         max_bytes: int | None,
-        cond: Cond = TOLD_NOTHING,
+        cond: Cond = UNCONDITIONED,
         shape: Sequence[int] | None = None,
     ) -> Self:
         """The workload that `generate` and `compare` are asked for in these words.
@@ -155,7 +155,7 @@ class Workload:
         wanted = share * self.solver.evaluations(self.steps)
         return min(range(1, self.steps + 1), key=lambda n: abs(self.solver.evaluations(n) - wanted))
 
-    def first_batch(self) -> Workload:
+    def first_batch(self) -> SamplingJob:
         """The same, with the seeds of the first batch only."""
         first = slice(self.batch_size)
         return replace(self, seeds=self.seeds[first], cond=self.cond.rows(first))

@@ -10,10 +10,10 @@ from torch import Tensor
 from ditkit.core.codec import IDENTITY, Codec, encode_given
 from ditkit.core.cond import Cond
 from ditkit.train.loop import Samples
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 
 
-class Encoded:
+class LatentDataset:
     """Samples as a codec's latents, drawn anew at every step (DiT, section 4)."""
 
     def __init__(self, samples: Samples, codec: Codec) -> None:
@@ -23,9 +23,9 @@ class Encoded:
         return len(self.samples)
 
     @torch.no_grad()
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
-        data, cond = self.samples.batch(indices, chance)
-        noise = chance.of_codec(self.codec.latent_shape(tuple(data.shape[1:])))
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
+        data, cond = self.samples.batch(indices, rng)
+        noise = rng.of_codec(self.codec.latent_shape(tuple(data.shape[1:])))
         return self.codec.encode(data, noise), encode_given(self.codec, cond)
 
 
@@ -40,9 +40,9 @@ def load_codec(folder: str) -> Codec:
 
 def signals(samples: Samples) -> Samples:
     """The samples under a codec."""
-    return samples.samples if isinstance(samples, Encoded) else samples
+    return samples.samples if isinstance(samples, LatentDataset) else samples
 
 
 def coded(samples: Samples, codec: Codec) -> Samples:
     """`samples` as the codec's latents; as they are for the identity."""
-    return samples if codec is IDENTITY else Encoded(samples, codec)
+    return samples if codec is IDENTITY else LatentDataset(samples, codec)

@@ -18,7 +18,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
-from ditkit.data.loading import PART, called
+from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Samples, Sheet, train
 from ditkit.train.objective import Objective
@@ -136,7 +136,7 @@ def started(recipe: Recipe) -> Started:
     model = load(recipe.init) if recipe.init else None
     if model is None:
         ready = recipe.prepared()
-        if comparing := [type(term).__name__ for term in recipe.objective.active if term.compares]:
+        if comparing := [type(term).__name__ for term in recipe.objective.active if term.needs_teacher]:
             raise ConfigError(
                 f"{comparing[0]} compares with the trained model that it goes on from; expected init, got none"
             )
@@ -195,7 +195,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
 def training_of(data: str, options: Mapping[str, Any], steps: int, batch: int) -> dict[str, Any]:
     """A run's entry in a model's history; of the loader's options, those of how the data look."""
     look = {name: value for name, value in options.items() if name not in PART}
-    return {"trained": called(data), "options": look, "steps": steps, "batch": batch}
+    return {"trained": dataset_name(data), "options": look, "steps": steps, "batch": batch}
 
 
 def _own(recipe: Recipe) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     run, parameters, forward = recipe.settings, parameter_count(model), forward_macs(recipe)
     train_only(model, run.trained)
     trained = parameter_count(model)
-    teachers = int(any(term.compares for term in recipe.objective.active))
+    teachers = int(any(term.needs_teacher for term in recipe.objective.active))
     # backward takes two; checkpointing repeats the forward, and a teacher runs one of its own
     passes = 3 + run.gradient_checkpointing + teachers
     kept = 4 * (

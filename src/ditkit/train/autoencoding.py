@@ -12,7 +12,7 @@ from ditkit.core.codec import VariationalCodec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.train.objective import Batch, Objective
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Autoencoding(Objective):
 
     def check(self, model: Any) -> None:
         for term in self.active:
-            if lacking := term.lacks(model):
-                raise ConfigError(f"{type(term).__name__} needs {lacking}")
+            if missing := term.check(model):
+                raise ConfigError(f"{type(term).__name__} needs {missing}")
         if not isinstance(model, VariationalCodec):
             raise ConfigError(
                 f"Autoencoding: a {type(model).__name__} has no latents that are drawn, as ImageVae has"
@@ -42,10 +42,10 @@ class Autoencoding(Objective):
         model: Any,
         data: Tensor,
         cond: Cond,
-        chance: Chance,
+        rng: SampleRNG,
         teacher: Any = None,
     ) -> dict[str, Tensor]:
-        noise, _, _ = chance.draws(model.latent_shape(tuple(data.shape[1:])))
+        noise, _, _ = rng.draws(model.latent_shape(tuple(data.shape[1:])))
         prediction, mean, log_variance = forward(data, noise.to(data.device))
         return self.weigh(
             CodedBatch(

@@ -15,8 +15,8 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.path import Path, spread
 from ditkit.train.objective import Batch, Objective, Term
-from ditkit.train.randomness import Chance
-from ditkit.train.taps import Said, ask
+from ditkit.train.randomness import SampleRNG
+from ditkit.train.taps import Output, run_with_taps
 from ditkit.train.terms.regression import Regression
 from ditkit.train.timesteps import UNIFORM, LogitNormal, Shifted, Uniform
 
@@ -60,7 +60,7 @@ class Denoising(Objective):
         timesteps: which noise-times are visited.
     """
 
-    teaches: ClassVar[bool] = True
+    supports_teacher: ClassVar[bool] = True
     terms: tuple[Term, ...] = (Regression(),)
     timesteps: Uniform | LogitNormal | Shifted = UNIFORM
 
@@ -77,10 +77,10 @@ class Denoising(Objective):
         model: Model,
         data: Tensor,
         cond: Cond,
-        chance: Chance,
+        rng: SampleRNG,
         teacher: Model | None = None,
     ) -> dict[str, Tensor]:
-        noise, time, drop = chance.draws(tuple(data.shape[1:]))
+        noise, time, drop = rng.draws(tuple(data.shape[1:]))
         dropped = drop < getattr(model.config, "label_dropout", 0.0)
         path = model.config.convention.make_path()
         return self.at(
@@ -116,7 +116,7 @@ class Denoising(Objective):
         x = path.mix(data, noise, t.to(data.dtype))
         taps, shape = self.taps(model), tuple(x.shape[1:])
         told = x, convention.model_time(t).to(data.dtype), cond
-        out, seen = ask(forward, model, taps, shape, *told)
+        out, seen = run_with_taps(forward, model, taps, shape, *told)
         prediction, fraction = convention.split(out.float())
         batch = NoisyBatch(
             data=data,
@@ -139,12 +139,12 @@ class Denoising(Objective):
         return losses | {
             f"{type(term).__name__}_made": losses[type(term).__name__].detach() / share
             for term in self.active
-            if not (term.on_given or term.reads(model.sites()))  # a loss at sites is a mean over all rows
+            if not (term.on_given or term.taps(model.sites()))  # a loss at sites is a mean over all rows
         }
 
 
 @torch.no_grad()
-def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any) -> Said:
+def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any) -> Output:
     """What a teacher says, its prediction in noise-time."""
-    out, seen = ask(teacher, teacher, taps, shape, *told)
-    return Said(teacher.config.convention.split(out.float())[0], seen)
+    out, seen = run_with_taps(teacher, teacher, taps, shape, *told)
+    return Output(teacher.config.convention.split(out.float())[0], seen)

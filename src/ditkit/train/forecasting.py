@@ -12,8 +12,8 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.train.objective import Batch, Objective, Term
-from ditkit.train.randomness import Chance
-from ditkit.train.taps import ask
+from ditkit.train.randomness import SampleRNG
+from ditkit.train.taps import run_with_taps
 from ditkit.train.terms.regression import Regression
 
 
@@ -34,10 +34,12 @@ class Forecasting(Objective):
         model: Model,
         data: Tensor,
         cond: Cond,
-        chance: Chance,
+        rng: SampleRNG,
         teacher: Model | None = None,
     ) -> dict[str, Tensor]:
         assert cond.context is not None
-        out, taps = ask(forward, model, self.taps(model), tuple(cond.context.shape[1:]), cond.context)
+        out, taps = run_with_taps(
+            forward, model, self.taps(model), tuple(cond.context.shape[1:]), cond.context
+        )
         batch = Batch(data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites())
         return self.weigh(batch)

@@ -26,7 +26,7 @@ from ditkit.train.objective import Objective
 from ditkit.train.optimizers import optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.posthoc import write_snapshot
-from ditkit.train.randomness import Chance, batch_indices
+from ditkit.train.randomness import SampleRNG, batch_indices
 from ditkit.train.record import RECIPE, check_resume, check_start
 from ditkit.train.settings import Settings
 from ditkit.train.state import STATE, discard_drafts, load_state, save_state
@@ -39,8 +39,8 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
-        """Samples [B, ...] in float32 and what the model is told of them; `chance` is for what it draws."""
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
+        """Samples [B, ...] in float32 and what the model is told of them; `rng` is for what it draws."""
         ...
 
 
@@ -203,12 +203,12 @@ class _Run:
 
     def losses(self, indices: Tensor, places: range) -> dict[str, Tensor]:
         """The objective on some places of the global batch; all that is random is drawn on the CPU."""
-        chance = Chance(self.settings.seed, self.done, places)
-        data, cond = self.data.batch(indices[places.start : places.stop], chance)
+        rng = SampleRNG(self.settings.seed, self.done, places)
+        data, cond = self.data.batch(indices[places.start : places.stop], rng)
         data, cond = data.to(self.device), cond.to(self.device)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-        with half, chance.of_network(self.device):
-            return self.objective(self.forward, self.model, data, cond, chance, self.teacher)
+        with half, rng.of_network(self.device):
+            return self.objective(self.forward, self.model, data, cond, rng, self.teacher)
 
     def keep(self, sheet: Sheet | None) -> None:
         """Write what is due after this step; the state last, so that a kill before it repeats the others."""

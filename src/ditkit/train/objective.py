@@ -14,8 +14,8 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
 from ditkit.core.run import Site
-from ditkit.train.randomness import Chance
-from ditkit.train.taps import Said, check_policies
+from ditkit.train.randomness import SampleRNG
+from ditkit.train.taps import Output, check_policies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Batch:
     mask: Tensor | None = None
     taps: Mapping[str, Any]
     sites: Sequence[Site] = ()
-    teacher: Said | None = None
+    teacher: Output | None = None
 
     def residual(self) -> Tensor:
         """What a perfect network would make zero, [B, ...]."""
@@ -50,17 +50,17 @@ class Term(ABC):
     """One part of the loss. With weight 0 nothing of it is computed."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)
-    compares: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     """Whether it needs a teacher: the model as it was before the first step, without its policies."""
     on_given: bool = False
     """Whether its mean is over given content, too, where others count 0."""
     weight: float
 
-    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+    def taps(self, sites: Sequence[Site]) -> Sequence[str]:
         """Names of the sites whose outputs the term needs."""
         return ()
 
-    def lacks(self, model: Model) -> str:
+    def check(self, model: Model) -> str:
         """What the term needs and the model does not give; empty for nothing."""
         return ""
 
@@ -73,7 +73,7 @@ class Term(ABC):
 class Objective(ABC):
     """Weighted terms over one forward pass; a subclass says what the network is asked."""
 
-    teaches: ClassVar[bool] = False
+    supports_teacher: ClassVar[bool] = False
     """Whether a teacher can be asked the same."""
     terms: tuple[Term, ...]
 
@@ -84,7 +84,9 @@ class Objective(ABC):
         names = [type(term).__name__ for term in self.terms]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Objective: {repeated[0]} is given twice; give it once, with a weight")
-        if comparing := [type(term).__name__ for term in self.active if term.compares and not self.teaches]:
+        if comparing := [
+            type(term).__name__ for term in self.active if term.needs_teacher and not self.supports_teacher
+        ]:
             raise ConfigError(f"{type(self).__name__} has no teacher, which {comparing[0]} compares with")
         if not self.active:
             raise ConfigError("Objective: every term has weight 0, so there is nothing to learn")
@@ -96,7 +98,7 @@ class Objective(ABC):
         model: Model,
         data: Tensor,
         cond: Cond,
-        chance: Chance,
+        rng: SampleRNG,
         teacher: Model | None = None,
     ) -> dict[str, Tensor]:
         """Mean loss of each active term, and their weighted sum under `loss`.
@@ -122,9 +124,9 @@ class Objective(ABC):
         sites = {site.name for site in model.sites()}
         for term in self.active:
             name = type(term).__name__
-            if lacking := term.lacks(model):
-                raise ConfigError(f"{name} needs {lacking}")
-            for site in term.reads(model.sites()):
+            if missing := term.check(model):
+                raise ConfigError(f"{name} needs {missing}")
+            for site in term.taps(model.sites()):
                 if site not in sites:
                     raise ConfigError(unknown(f"site that {name} reads:", site, sites))
         check_policies(model, self.taps(model))
@@ -136,11 +138,11 @@ class Objective(ABC):
 
     def taps(self, model: Model) -> list[str]:
         """The sites that active terms read."""
-        return sorted({name for term in self.active for name in term.reads(model.sites())})
+        return sorted({name for term in self.active for name in term.taps(model.sites())})
 
     def teacher(self, model: Model) -> Model | None:
         """The model as it is now, frozen and without its policies; None where no active term compares with it."""
-        if not any(term.compares for term in self.active):
+        if not any(term.needs_teacher for term in self.active):
             return None
         teacher = model.with_weights(model.state_dict(), "teacher").requires_grad_(False)
         teacher.policies = ()

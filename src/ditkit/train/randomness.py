@@ -39,7 +39,7 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Chance:
+class SampleRNG:
     """All that is random about some places of the global batch of one step."""
 
     seed: int

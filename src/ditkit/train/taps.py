@@ -14,7 +14,7 @@ from ditkit.core.run import DIRECT, Call, Handler, Run, named
 from ditkit.core.trajectory import Trajectory
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     """What a network said, and what sites returned meanwhile, by name: rows of attentions in the model's order."""
 
     out: Any
@@ -49,9 +49,9 @@ class Tap(Run):
         return handler
 
 
-def ask(
+def run_with_taps(
     network: Callable[..., Any], model: Model, taps: Sequence[str], shape: tuple[int, ...], *inputs: Any
-) -> Said:
+) -> Output:
     """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
 
     Args:
@@ -65,7 +65,7 @@ def ask(
     tap = Tap(taps, run, trajectory.rows(call))
     out = trajectory.leave(call, network(*inputs, tap if taps else run))
     trajectory.finish()
-    return Said(out, tap.seen)
+    return Output(out, tap.seen)
 
 
 def check_policies(model: Model, taps: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.forecasting import Forecasting
 from ditkit.train.loop import Samples, Sheet
 from ditkit.train.objective import Objective
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 
 SQUARED_ERROR = Forecasting()
 
@@ -105,17 +105,19 @@ class ClipForecastRecipe(ForecastRecipe):
 
     def prepared(self) -> Prepared:
         clips = load_clips(self.data, self.model.size, frames=2 * self.model.frames, **self.loading)
-        return Prepared(replace(self, model=replace(self.model, channels=clips.channels)), Continued(clips))
+        return Prepared(
+            replace(self, model=replace(self.model, channels=clips.channels)), ForecastDataset(clips)
+        )
 
     def facts(self, samples: Samples) -> str:
-        assert isinstance(samples, Continued)
+        assert isinstance(samples, ForecastDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return (
             f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}], half of each observed"
         )
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
-        assert isinstance(samples, Continued)
+        assert isinstance(samples, ForecastDataset)
         return partial(write_sheet, folder, partial(clip_examples, samples.clips, 0, self.model.frames))
 
 
@@ -154,7 +156,7 @@ class FieldForecastRecipe(ForecastRecipe):
         return partial(write_sheet, folder, partial(field_examples, samples.fields, 0, frames, frames))
 
 
-class Continued:
+class ForecastDataset:
     """Clips as training samples of forecasting: the first half is observed, in [0, 1]."""
 
     def __init__(self, clips: ClipSet) -> None:
@@ -168,7 +170,7 @@ class Continued:
         given, target = ((self.clips.clips(indices) + 1) / 2).chunk(2, dim=2)
         return given.contiguous(), target.contiguous()
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         given, target = self.pair(indices)
         return target, Cond(context=given)
 
@@ -183,7 +185,7 @@ class Windows:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         given, target = self.fields.batch(indices.tolist(), self.frames, self.frames)
         valid = self.fields.valid
         mask = None if valid is None else valid[None, :, None].expand(len(given), -1, -1, -1, -1)

@@ -24,7 +24,7 @@ from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import Samples, Sheet
 from ditkit.train.objective import Objective
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 
 SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
 FLOW_MATCHING = Denoising()
@@ -76,7 +76,7 @@ class ClassImageRecipe(Recipe):
         recipe = self.fitting(images)
         channels, size, _ = codec.latent_shape(images.images.shape[1:])
         recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))
-        return Prepared(recipe, coded(Labelled(images), codec), codec)
+        return Prepared(recipe, coded(ClassDataset(images), codec), codec)
 
     def fitting(self, images: ImageSet) -> Self:
         """With the model's classes and channels as the data has them."""
@@ -85,7 +85,7 @@ class ClassImageRecipe(Recipe):
         return replace(self, model=model)
 
     def facts(self, samples: Samples) -> str:
-        assert isinstance(samples, Labelled)
+        assert isinstance(samples, ClassDataset)
         images = samples.images
         return (
             f"{len(images)} images {list(images.images.shape[1:])}, {self.model.classes} classes, "
@@ -132,7 +132,7 @@ class FluxImageRecipe(ClassImageRecipe):
     model: SmallFluxConfig
 
 
-class Labelled:
+class ClassDataset:
     """An image set as training samples."""
 
     def __init__(self, images: ImageSet) -> None:
@@ -141,7 +141,7 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         return self.images.images_float(indices), Cond(label=self.images.labels[indices])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditkit.codecs.image_vae import ImageVae, ImageVaeConfig
 from ditkit.data.loading import load_images
 from ditkit.report.sheet import grid, write_png
-from ditkit.tasks.image.recipe import Labelled
+from ditkit.tasks.image.recipe import ClassDataset
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.autoencoding import Autoencoding
 from ditkit.train.loop import Samples, Sheet
@@ -64,13 +64,13 @@ class ImageVaeRecipe(Recipe):
     def prepared(self) -> Prepared:
         images = load_images(self.data, self.model.size, **self.loading)
         model = replace(self.model, channels=images.images.shape[1])
-        return Prepared(replace(self, model=model), Labelled(images))
+        return Prepared(replace(self, model=model), ClassDataset(images))
 
     def network(self) -> Any:
         return ImageVae(self.model)
 
     def facts(self, samples: Samples) -> str:
-        assert isinstance(samples, Labelled)
+        assert isinstance(samples, ClassDataset)
         images = samples.images.images
         return f"{len(images)} images {list(images.shape[1:])}, {images.nbytes / 1e6:.1f} MB in memory"
 
@@ -79,13 +79,13 @@ class ImageVaeRecipe(Recipe):
         return torch.empty(1, *shape), torch.empty(1, *model.latent_shape(shape))
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
-        assert isinstance(samples, Labelled)
+        assert isinstance(samples, ClassDataset)
         places = torch.linspace(0, len(samples) - 1, min(SHEET_PICTURES, len(samples))).long()
         return partial(write_sheet, folder, samples.images.images_float(places))
 
     def finish(self, model: Any, samples: Samples) -> None:
         """Measure the statistics of a trained codec, before it is saved."""
-        assert isinstance(samples, Labelled)
+        assert isinstance(samples, ClassDataset)
         parts = torch.arange(len(samples)).split(MEASURED_AT_ONCE)
         device = next(model.parameters()).device
         model.fit_statistics(samples.images.images_float(part).to(device) for part in parts)

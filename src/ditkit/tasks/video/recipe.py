@@ -22,14 +22,14 @@ from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
-from ditkit.sample.workload import TOLD_NOTHING
+from ditkit.sample.workload import UNCONDITIONED
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.tasks.video.masks import MaskMixture, mask_kind
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import Samples, Sheet
 from ditkit.train.objective import Objective
-from ditkit.train.randomness import Chance
+from ditkit.train.randomness import SampleRNG
 
 FLOW_MATCHING = Denoising()
 EVERY_MASK = MaskMixture()
@@ -101,10 +101,10 @@ class VideoRecipe(Recipe):
         clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
         channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
         model = replace(self.model, channels=channels, size=(size[0], size[1]))
-        return Prepared(replace(self, model=model), coded(Masked(clips, self.masks), codec), codec)
+        return Prepared(replace(self, model=model), coded(MaskedClipDataset(clips, self.masks), codec), codec)
 
     def facts(self, samples: Samples) -> str:
-        assert isinstance(samples, Masked)
+        assert isinstance(samples, MaskedClipDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
 
@@ -112,7 +112,7 @@ class VideoRecipe(Recipe):
         return torch.empty(1, *model.sample_shape), torch.empty(1), Cond()
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
-        assert isinstance(samples, Masked)
+        assert isinstance(samples, MaskedClipDataset)
         return partial(write_strips, folder, samples.clips.clips(torch.tensor([0])))
 
 
@@ -123,7 +123,7 @@ class FullVideoRecipe(VideoRecipe):
     Network: ClassVar[type] = FullVideoNetwork
 
 
-class Masked:
+class MaskedClipDataset:
     """Clips as training samples, each with a mask of its own."""
 
     def __init__(self, clips: ClipSet, masks: MaskMixture) -> None:
@@ -132,10 +132,10 @@ class Masked:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def batch(self, indices: Tensor, chance: Chance) -> tuple[Tensor, Cond]:
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         clips = self.clips.clips(indices)
         size = clips.shape[2], clips.shape[3], clips.shape[4]
-        return clips, Cond(context=clips, mask=self.masks.masks(size, list(chance.of_data())))
+        return clips, Cond(context=clips, mask=self.masks.masks(size, list(rng.of_data())))
 
 
 def conditioned(clips: Tensor, kind: str, seeds: Sequence[int]) -> Cond:
@@ -162,7 +162,7 @@ def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None
             seeds=[0],
             steps=SHEET_STEPS,
             guidance=1.0,
-            cond=TOLD_NOTHING if cond.mask.all() else cond,
+            cond=UNCONDITIONED if cond.mask.all() else cond,
             shape=clip.shape[1:],
             policies=model.policies,
         ).images[0]

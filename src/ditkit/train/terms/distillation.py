@@ -22,7 +22,7 @@ class PredictionDistillation(Term):
     The mean is over all elements, given ones counted as 0.
     """
 
-    compares: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
     weight: float = 0.5
 
     def loss(self, batch: Batch) -> Tensor:
@@ -40,7 +40,7 @@ class AttentionDistillation(Term):
         first: the least place compared: for FLUX 19, as its blocks of two streams are not.
     """
 
-    compares: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
     weight: float = 0.5
     every: int = 4
     first: int = 0
@@ -52,20 +52,18 @@ class AttentionDistillation(Term):
                     f"AttentionDistillation: {name}={given!r}, expected an integer of at least {least}"
                 )
 
-    def reads(self, sites: Sequence[Site]) -> Sequence[str]:
+    def taps(self, sites: Sequence[Site]) -> Sequence[str]:
         places = enumerate(attended(sites))
         return [name for place, name in places if place >= self.first and place % self.every == 0]
 
-    def lacks(self, model: Model) -> str:
+    def check(self, model: Model) -> str:
         cores = len(attended(model.sites()))
         return (
-            ""
-            if self.reads(model.sites())
-            else f"attention from place {self.first} on; the model has {cores}"
+            "" if self.taps(model.sites()) else f"attention from place {self.first} on; the model has {cores}"
         )
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.teacher is not None
-        pairs = [(batch.taps[name], batch.teacher.taps[name]) for name in self.reads(batch.sites)]
+        pairs = [(batch.taps[name], batch.teacher.taps[name]) for name in self.taps(batch.sites)]
         errors = [(own.float() - taught.float()).square().flatten(1).mean(1) for own, taught in pairs]
         return torch.stack(errors).mean(0)

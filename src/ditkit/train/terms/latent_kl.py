@@ -22,7 +22,7 @@ class LatentKL(Term):
 
     weight: float = 1e-6
 
-    def lacks(self, model: Model) -> str:
+    def check(self, model: Model) -> str:
         return (
             ""
             if isinstance(model, VariationalCodec)

@@ -33,7 +33,7 @@ class VariationalBound(Term):
     weight: float = 1.0
     on_given: bool = False
 
-    def lacks(self, model: Model) -> str:
+    def check(self, model: Model) -> str:
         convention = model.config.convention
         if convention.path == "ddpm" and convention.extra == "variance":
             return ""
