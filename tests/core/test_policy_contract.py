@@ -1,0 +1,173 @@
+"""What every policy promises: a new file in `caching` or `attention` is tested here the moment it exists."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
+from torch import Tensor, nn
+
+from ditkit.attention import (
+    Band,
+    Grouped,
+    Neighbourhood,
+    Reshaped,
+    ReshapedGrouped,
+    ReshapedNeighbourhood,
+)
+from ditkit.core.catalog import every
+from ditkit.core.policy import RESOURCES, Policy
+from ditkit.core.run import DIRECT, Call
+from ditkit.core.trajectory import DEPTH, Trajectory
+from ditkit.models.dit import DiT
+
+LANES = ("cond", "uncond")
+SETTINGS: dict[str, Policy] = {
+    "Band": Band(keep=0.2, block=8, kernel="cpu"),
+    "Grouped": Grouped(group=(2, 4), block=8, reach=0, kernel="cpu"),
+    "Neighbourhood": Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu"),
+    "Reshaped": Reshaped(keep=0.2, block=8, warmup=1, every=4, kernel="cpu"),
+    "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
+    "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
+}
+"""For a model of 16 tokens, where a default would be switched off."""
+STATELESS = {"Band", "Grouped", "Neighbourhood"}
+pytestmark = pytest.mark.parametrize(
+    "policy", [SETTINGS.get(cls.__name__) or cls() for cls in every(Policy)], ids=lambda p: type(p).__name__
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[lane], b[lane]) for lane in a)
+
+
+def test_the_neutral_setting_changes_no_bit(model, policy):
+    exact = policy.exact()
+    assert exact == exact.exact() and type(exact) is type(policy)
+    assert equal(sample(model, [exact], LANES), sample(model, (), LANES))
+
+
+def test_the_default_changes_something(model, policy):
+    assert not equal(sample(model, [policy], LANES), sample(model, (), LANES))
+
+
+def test_a_second_trajectory_equals_the_first(model, policy):
+    assert equal(sample(model, [policy], LANES), sample(model, [policy], LANES))
+
+
+def test_interleaved_lanes_equal_separate_ones(model, policy):
+    """A lane knows nothing of the others but what came out of guidance, here the first lane's."""
+    guided: list[Tensor] = []
+
+    def noted(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
+        out = evaluate(model, trajectory, x, call)
+        if call.lane == "cond":
+            guided.append(out)
+        return out
+
+    together = sample(model, [policy], LANES, evaluate=noted)
+    trajectory = Trajectory(model.sites(), [policy], STEPS)
+    alone = noise(seed=1)
+    with torch.no_grad():
+        for index in range(STEPS):
+            alone = alone - evaluate(model, trajectory, alone, call_at(model, index, "uncond")) / STEPS
+            trajectory.guided(call_at(model, index), guided[index])
+    assert equal(together, {**sample(model, [policy], ("cond",)), "uncond": alone})
+
+
+@pytest.mark.parametrize("index", [0, 1, 5, 6, STEPS - 1])
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("part", ["", ".attn", ".mlp"])
+def test_an_interrupted_call_was_never_made(model, policy, index, block, part):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_once(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
+        hook = model.get_submodule(f"blocks.{block}{part}").register_forward_hook(stop)
+        try:
+            if call.index == index:
+                return evaluate(model, trajectory, x, call)
+        except KeyboardInterrupt:
+            interruptions.append(call.lane)
+        finally:
+            hook.remove()
+        return evaluate(model, trajectory, x, call)
+
+    interruptions: list[str] = []
+    plain = sample(model, [policy], LANES)
+    assert equal(sample(model, [policy], LANES, evaluate=interrupted_once), plain)
+    assert index > 0 or interruptions == [*LANES], "the first evaluation computes everything"
+
+
+def test_claims_name_what_exists(model, policy):
+    claims = policy.claims(model.sites())
+    assert claims and set(claims) <= {site.name for site in model.sites()} | set(RESOURCES)
+    assert set(claims.values()) <= set(DEPTH)
+
+
+def test_handlers_stay_within_the_claims(model, policy):
+    claims, session = policy.claims(model.sites()), policy.start(model.sites(), STEPS)
+    with torch.no_grad():
+        for index in range(STEPS):
+            call = call_at(model, index)
+            assert set(session.enter(call)) <= set(claims)
+            session.staged.clear()
+
+
+def tensors_within(root: object) -> dict[int, int]:
+    """Bytes of every storage that the garbage collector reaches from `root`, modules and code apart."""
+    found, seen, todo = {}, set(), [root]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | ModuleType | FunctionType | nn.Module):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        todo.extend(gc.get_referents(thing))
+    return found
+
+
+def test_memory_kept_is_the_memory_stated(model, policy):
+    def compared(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
+        (session,) = trajectory.sessions
+        out = evaluate(model, trajectory, x, call)
+        held = sum(tensors_within(session).values())
+        assert session.bytes() == held
+        assert session.projected_bytes() >= held
+        most.append(held)
+        return out
+
+    most: list[int] = []
+    sample(model, [policy], LANES, evaluate=compared)
+    assert (max(most) == 0) == (type(policy).__name__ in STATELESS)
+
+
+@pytest.mark.parametrize("block", ["with the policy", "direct"])
+def test_no_graph_breaks_inside_a_branch(model, policy, block):
+    """`fullgraph` refuses a break; the branch runs as the policy would run it, with whatever acts inside."""
+    torch._dynamo.reset()
+    compiled = partial(torch.compile, backend="eager", fullgraph=True)
+    trajectory = Trajectory(model.sites(), [policy], STEPS)
+    layer, x = model.blocks[0], torch.randn(2, 16, 32)
+    c = torch.randn(2, 1, 32)
+    with torch.no_grad():
+        for index in range(3):
+            call = call_at(model, index)
+            run = DIRECT if block == "direct" else trajectory.run(call)
+            attend = compiled(partial(layer.attend, run, "blocks.0.attn"))
+            assert torch.equal(attend(x, c), layer.attend(run, "blocks.0.attn", x, c))
+            feed = compiled(layer.feed)
+            assert torch.equal(feed(x, c), layer.feed(x, c))
+            if block == "direct":
+                assert torch.equal(compiled(layer)(x, c[:, 0]), layer(x, c[:, 0]))
+            evaluate(model, trajectory, noise(), call)
