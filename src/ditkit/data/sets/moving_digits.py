@@ -93,7 +93,7 @@ class MovingDigits:
         return self.length
 
     def clips(self, indices: Tensor) -> Tensor:
-        """The chosen clips as float32 [n, 1, T, H, W] in [-1, 1]."""
+        """Read the chosen clips as float32 [n, 1, T, H, W] in [-1, 1]."""
         films = np.zeros((len(indices), self.frames, 1, *self.size), np.uint8)
         for film, index in zip(films, indices.tolist(), strict=True):
             self._draw(film[:, 0], integer("clip", index, least=0, most=self.length - 1))
@@ -127,7 +127,7 @@ def bounce(start: float, velocity: float, room: float, frames: int) -> NDArray[n
 
 
 def read_digits(split: str) -> Tensor:
-    """The handwritten digits of a split, in the order 0 to 9: uint8 [N, 28, 28].
+    """Read the handwritten digits of a split, in the order 0 to 9: uint8 [N, 28, 28].
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
