@@ -46,6 +46,17 @@ class ClipSet(Protocol):
         ...
 
 
+@runtime_checkable
+class LabelledClips(ClipSet, Protocol):
+    """Clips that may have a class each, as `classes` says by name; it is empty where they have none."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    def class_labels(self, indices: Tensor) -> Tensor:
+        """The class of each chosen clip, int64 [n]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Windows:
     """Clips cut out of longer films: `frames` frames, `stride` apart; the next clip starts `step` later.
@@ -202,8 +213,26 @@ class Subset:
     def clips(self, indices: Tensor) -> Tensor:
         return self.whole.clips(self.indices[indices])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes if isinstance(self.whole, LabelledClips) else ()
+
+    def class_labels(self, indices: Tensor) -> Tensor:
+        return class_labels(self.whole, self.indices[indices])
+
     def id(self, index: int) -> str:
         return self.whole.id(int(self.indices[index]))
+
+
+def class_labels(clips: ClipSet, indices: Tensor) -> Tensor:
+    """The class of each chosen clip, int64 [n].
+
+    Raises:
+        DataError: the clips have no classes.
+    """
+    if not isinstance(clips, LabelledClips) or not clips.classes:
+        raise DataError(f"{clips.name}: its clips have no labels, expected a set with classes")
+    return clips.class_labels(indices)
 
 
 def spread(clips: ClipSet, count: int) -> Subset:
