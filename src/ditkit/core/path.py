@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ditkit.core.errors import ConfigError, unknown
 
 Prediction = Literal["velocity", "noise", "data", "score"]
+Time = TypeVar("Time", float, Tensor)
 
 
 class Coefficients(NamedTuple):
@@ -46,7 +47,7 @@ class Path(ABC):
         """The `steps + 1` float64 times a sampler visits, from noise to data."""
 
     @abstractmethod
-    def noise_time(self, t: float) -> float:
+    def noise_time(self, t: Time) -> Time:
         """`t` as a share of the way from data (0) to noise (1), the clock that guidance and policies read."""
 
     @abstractmethod
@@ -112,7 +113,7 @@ class ContinuousPath(Path):
     def times(self, steps: int) -> Tensor:
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
-    def noise_time(self, t: float) -> float:
+    def noise_time(self, t: Time) -> Time:
         return t
 
     def place(self, u: Tensor) -> Tensor:

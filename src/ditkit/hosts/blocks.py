@@ -6,7 +6,7 @@ B batch, L rows, S text rows, D width, N heads, K head width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from diffusers.models import attention as host_blocks
 from diffusers.models import attention_processor as host
 from torch import Tensor, nn
 
-from ditkit.core.run import Run, Site
+from ditkit.core.run import AttentionKind, Run, Site
 from ditkit.hosts.attention import computes_as, has_core
 from ditkit.hosts.streams import Streams
 from ditkit.nn.blocks import KV, keep
@@ -80,9 +80,27 @@ def attend_within(
     return attn.processor(attn, x, other, mask, **kwargs)
 
 
-def attention_sites(at: str, attn: Any, core: str = "image", kv: str = "image") -> list[Site]:
+def attention_sites(
+    at: str, attn: Any, core: str = "image", kv: str = "image", attention: AttentionKind = "full"
+) -> list[Site]:
     """List the sites inside the attention branch `at`: keys and values of stream `kv`, queries of stream `core`."""
-    return [Site(at + ".kv", "kv", kv), Site(at + ".core", "core", core)] if has_core(attn) else []
+    if not has_core(attn):
+        return []
+    return [
+        Site(at + ".kv", "kv", kv, attn.to_k.out_features, keys_heads(attn)),
+        Site(at + ".core", "core", core, attn.to_q.out_features, attn.heads, attention=attention),
+    ]
+
+
+def keys_heads(attn: Any) -> int:
+    """Return the number of heads of the keys, each of which several heads of queries may share."""
+    head: int = attn.to_q.out_features // attn.heads
+    return int(attn.to_k.out_features // head)
+
+
+def as_wide(sites: Sequence[Site], width: int) -> tuple[Site, ...]:
+    """Fill in `width` where a site does not name its own."""
+    return tuple(site if site.width else site._replace(width=width) for site in sites)
 
 
 def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **given: Any) -> Any:

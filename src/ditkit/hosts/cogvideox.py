@@ -23,7 +23,7 @@ from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as
-from ditkit.hosts.blocks import attention_sites, call_block, merge_heads, modulation, split_heads
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, merge_heads, modulation, split_heads
 from ditkit.hosts.streams import Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -221,7 +221,9 @@ def sites(model: Any) -> tuple[Site, ...]:
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
         named += attention_sites(f"{at}.attn", block.attn1, core="joint")
         named.append(Site(f"{at}.mlp", "branch", "joint"))
-    return (*named, Site("head", "head"))
+    return as_wide(
+        (*named, Site("head", "head")), model.config.num_attention_heads * model.config.attention_head_dim
+    )
 
 
 def layout(model: Any, shape: Sequence[int], text: int) -> tuple[Segment, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.hosts.blocks import attention_sites, call_block, feed_in_chunks, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed_in_chunks, modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
 
@@ -222,13 +222,13 @@ class DiTTransformer2DModel(host.DiTTransformer2DModel):
         return self.proj_out_2(modulate(self.norm_out(x_BLD), shift, scale))
 
 
-def sites(model: nn.Module) -> tuple[Site, ...]:
+def sites(model: Any) -> tuple[Site, ...]:
     """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens"), Site("blocks", "stack")]
     for at, block in _blocks(model):
         named += [Site(at, "block"), Site(at + ".attn", "branch")]
         named += [*attention_sites(at + ".attn", block.attn1), Site(at + ".mlp", "branch")]
-    return (*named, Site("time", "time"), Site("head", "head"))
+    return as_wide((*named, Site("time", "time"), Site("head", "head")), model.inner_dim)
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import attention_sites, call_block, feed, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -255,7 +255,7 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
         return self.proj_out(self.norm_out(x_BLD, temb))
 
 
-def sites(model: nn.Module) -> tuple[Site, ...]:
+def sites(model: Any) -> tuple[Site, ...]:
     """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
@@ -267,7 +267,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
         named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="image" if double else "joint")
         if double:
             named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
 def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:

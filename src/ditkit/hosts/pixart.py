@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
-from ditkit.hosts.blocks import attention_sites
+from ditkit.hosts.blocks import as_wide, attention_sites
 from ditkit.hosts.dit import call_basic_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
@@ -132,7 +132,7 @@ def sites(model: Any) -> tuple[Site, ...]:
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
         named += attention_sites(f"{at}.attn", block.attn1)
         named += [Site(f"{at}.cross_attn", "branch"), Site(f"{at}.mlp", "branch")]
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:

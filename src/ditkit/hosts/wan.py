@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import attention_sites, call_block
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
@@ -215,7 +215,9 @@ def sites(model: Any) -> tuple[Site, ...]:
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
         named += attention_sites(f"{at}.attn", block.attn1)
         named += [Site(f"{at}.cross_attn", "branch"), Site(f"{at}.mlp", "branch")]
-    return (*named, Site("head", "head"))
+    return as_wide(
+        (*named, Site("head", "head")), model.config.num_attention_heads * model.config.attention_head_dim
+    )
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
