@@ -15,7 +15,7 @@ from ditkit.core.checks import at_least, divides_into_heads, names_every_class
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import patchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.blocks import Attention, Block, Mlp
+from ditkit.nn.blocks import Attention, Mlp
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ViT(nn.Module):
         self.place_head = nn.Linear(c.width, c.tokens)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(site for i in range(len(self.blocks)) for site in Block.sites(f"blocks.{i}"))
+        return tuple(site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}"))
 
     def patches(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] as patches [B, L, P].
