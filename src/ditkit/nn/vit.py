@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,13 @@ class ViTBlock(nn.Module):
         """List the sites of the block named `at`, in the order of the call."""
         width = self.attn.out.out_features
         attn, mlp = Site(f"{at}.attn", "branch", width=width), Site(f"{at}.mlp", "branch", width=width)
-        return [attn, *self.attn.sites(attn.name), mlp, self.mlp.site(mlp.name)]
+        return [
+            Site(at, "block", width=width),
+            attn,
+            *self.attn.sites(attn.name),
+            mlp,
+            self.mlp.site(mlp.name),
+        ]
 
     def forward(self, x_BLD: Tensor, run: Run, at: str) -> Tensor:
         attn, mlp = f"{at}.attn", f"{at}.mlp"
@@ -96,7 +103,9 @@ class ViT(nn.Module):
         self.place_head = nn.Linear(c.width, c.tokens)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}"))
+        return tuple(
+            site for i, block in enumerate(self.blocks) for site in cast(ViTBlock, block).sites(f"blocks.{i}")
+        )
 
     def patches(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] as patches [B, L, P].
