@@ -2,17 +2,21 @@
 
 from ditkit.sample.forecast import forecast
 from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Unguided
+from ditkit.sample.inversion import DdimInversion, invert
 from ditkit.sample.loop import Sampled, sample
+from ditkit.sample.multistep import DpmSolverPP, UniPc
 from ditkit.sample.noise import SampleNoise, initial_noise
 from ditkit.sample.scheduler import DiffusersScheduler
-from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
+from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver, Stepper
 
 __all__ = [
     "Ancestral",
     "Autoguidance",
     "ClassifierFree",
     "Ddim",
+    "DdimInversion",
     "DiffusersScheduler",
+    "DpmSolverPP",
     "Euler",
     "EulerMaruyama",
     "Guidance",
@@ -20,8 +24,11 @@ __all__ = [
     "SampleNoise",
     "Sampled",
     "Solver",
+    "Stepper",
     "Unguided",
+    "UniPc",
     "forecast",
     "initial_noise",
+    "invert",
     "sample",
 ]
