@@ -166,3 +166,14 @@ def test_rows_of_tokens_take_their_positions_along():
     assert torch.equal(taken.x, torch.stack([x[:, 4], x[:, 1]], 1))
     assert torch.equal(taken.position, torch.stack([position[4], position[1]]))
     assert Tokens(x).rows("image", torch.tensor([0])).position is None
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3))
+def test_a_series_is_cut_and_joined_along_its_one_axis(tokens, patch, channels):
+    x = torch.randn(2, channels, tokens * patch)
+    grid = Grid.of((tokens * patch,), patch)
+    assert grid == Grid(tokens) and grid.sides((tokens * patch,)) == (patch,) and grid.counts(1) == (tokens,)
+    cut = patchify(x, patch)
+    assert torch.equal(cut, x.reshape(2, channels, tokens, patch).transpose(1, 2).flatten(2))
+    fastest = cut.reshape(2, tokens, channels, patch).transpose(2, 3).flatten(2)
+    assert torch.equal(unpatchify(fastest, grid, (patch,)), x)

@@ -67,7 +67,9 @@ class DiffusersScheduler(Solver):
         """A trajectory over `times`, which must be those that the scheduler sets for a number of steps."""
         self._check(path)
         last = len(times) - 1
-        for steps in dict.fromkeys((last, (last + 1) // 2, *range(last - 1, 0, -1))):  # it may repeat timesteps
+        for steps in dict.fromkeys(
+            (last, (last + 1) // 2, *range(last - 1, 0, -1))
+        ):  # it may repeat timesteps
             if self._visits(times, path, steps):
                 return SchedulerStepper(self, steps, noise)
         raise ConfigError(f"{self._name} runs on times of its own only: those of times(path, steps)")
