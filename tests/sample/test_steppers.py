@@ -271,6 +271,7 @@ def test_indices_of_a_shifted_discrete_path() -> None:
     path = DiscretePath.linear()
     shifted = Ddim(grid=Shift(3.0)).times(path, 4).tolist()
     assert shifted == [999, 899, 749, 499, -1]  # 0.9, 0.75 and 0.5 of 1000, less one
+    assert Ancestral(Shift(3.0)).times(path, 4).tolist() == shifted
     assert path.trailing(50).tolist() == list(range(19, 1000, 20))
     scheduler = diffusers.DDIMScheduler(**BETAS, timestep_spacing="trailing")
     for steps in (7, 50, 300):

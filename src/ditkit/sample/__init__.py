@@ -8,10 +8,12 @@ from ditkit.sample.multistep import DpmSolverPP, UniPc
 from ditkit.sample.noise import SampleNoise, initial_noise
 from ditkit.sample.scheduler import DiffusersScheduler
 from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver, Stepper
+from ditkit.sample.windows import Chunks, MovingWindows, WindowPlan, Windows, merge
 
 __all__ = [
     "Ancestral",
     "Autoguidance",
+    "Chunks",
     "ClassifierFree",
     "Ddim",
     "DdimInversion",
@@ -21,14 +23,18 @@ __all__ = [
     "EulerMaruyama",
     "Guidance",
     "Heun",
+    "MovingWindows",
     "SampleNoise",
     "Sampled",
     "Solver",
     "Stepper",
     "Unguided",
     "UniPc",
+    "WindowPlan",
+    "Windows",
     "forecast",
     "initial_noise",
     "invert",
+    "merge",
     "sample",
 ]

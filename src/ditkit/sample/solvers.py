@@ -238,9 +238,19 @@ class Ancestral(Solver):
     """x_s ~ q(x_s | x_t, data), variance as learned, else beta~ (Ho et al. 2020, algorithm 2).
 
     Evenly respaced steps, no clipping of the predicted data, no noise in the last step: DiT's sampler (250).
+
+    Args:
+        grid: where the steps lie.
     """
 
+    grid: TimeGrid = EVEN
+
+    def __post_init__(self) -> None:
+        as_time_grid("Ancestral", self.grid)
+
     def times(self, path: Path, steps: int) -> Tensor:
+        if self.grid != EVEN:
+            return discrete(self, path).times(steps, self.grid)
         return discrete(self, path).times(steps, spacing="even")
 
     def evaluations(self, steps: int) -> int:
