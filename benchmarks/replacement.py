@@ -11,7 +11,8 @@ from ditkit.core.cond import Cond
 from ditkit.core.path import Path
 from ditkit.sample.denoiser import Estimate
 from ditkit.sample.noise import SampleNoise
-from ditkit.sample.solvers import Euler, OneEstimate, Solver, Stepper, drawn
+from ditkit.sample.solvers import Euler, Solver, drawn
+from ditkit.sample.steppers import OneEstimate, Stepper
 
 
 @final

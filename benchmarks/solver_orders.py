@@ -26,7 +26,8 @@ from ditkit.core.spec import spec
 from ditkit.sample.denoiser import Estimate
 from ditkit.sample.inversion import DdimInversion
 from ditkit.sample.multistep import DpmSolverPP, UniPc
-from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver, follow
+from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
+from ditkit.sample.steppers import follow
 
 STEPS = (128, 256)
 FLOWS = (
@@ -49,7 +50,7 @@ class Mixture:
     deviation: Tensor
 
     def at(self, t: float) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each Gaussian at time t, [K]."""
+        """Return mean and variance of each Gaussian at time t, [K]."""
         c = self.path.at(torch.tensor(t, dtype=torch.float64))
         return c.alpha * self.mean, (c.alpha * self.deviation) ** 2 + c.sigma**2
 

@@ -150,8 +150,8 @@ def test_paths_by_name_are_schedules_of_diffusers(name: str, config: dict[str, o
     torch.testing.assert_close(path.beta.float(), theirs.betas, rtol=2e-4, atol=1e-7)
     torch.testing.assert_close(path.abar, theirs.alphas_cumprod.double(), rtol=1e-4, atol=0)
     convention = Convention(name, "noise", "index")
-    made = convention.make_path()
-    assert convention.discrete and isinstance(made, DiscretePath) and torch.equal(made.abar, path.abar)
+    again = convention.make_path()
+    assert convention.discrete and isinstance(again, DiscretePath) and torch.equal(again.abar, path.abar)
 
 
 def test_trig_is_trigflow() -> None:

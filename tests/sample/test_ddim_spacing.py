@@ -98,7 +98,7 @@ def test_trajectories(model: DiT, case: dict[str, Any]) -> None:
     for step, expected in case["results"].items():
         found = states[int(step.split()[-1]) - 1].flatten()
         typical = expected["norm"] / sqrt(len(found))
-        at = {index: found[int(index)].item() for index in expected["at"]}
+        picked = {index: found[int(index)].item() for index in expected["at"]}
         assert found.norm().item() == pytest.approx(expected["norm"], rel=1e-9)
         assert found.sum().item() == pytest.approx(expected["sum"], abs=1e-9 * expected["abs"])
-        assert at == pytest.approx(expected["at"], rel=1e-9, abs=1e-9 * typical)
+        assert picked == pytest.approx(expected["at"], rel=1e-9, abs=1e-9 * typical)

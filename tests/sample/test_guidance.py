@@ -27,7 +27,7 @@ from ditkit.sample import (
     initial_noise,
 )
 from ditkit.sample.denoiser import GuidedDenoiser
-from ditkit.sample.solvers import OneEstimate
+from ditkit.sample.steppers import OneEstimate
 
 
 def guided_by_hand(model: DiT, scale: float) -> Tensor:

@@ -41,7 +41,7 @@ from ditkit.sample import (
 )
 from ditkit.sample.denoiser import Estimate, GuidedDenoiser
 from ditkit.sample.guidance import Unguided
-from ditkit.sample.solvers import follow
+from ditkit.sample.steppers import follow
 from ditkit.train.timesteps import Shifted
 
 sys.path.append(str(File(__file__).parents[2] / "benchmarks"))
@@ -81,10 +81,10 @@ def plain(solver: Any, field: GuidedDenoiser, x: Tensor, steps: int, noise: Samp
             x = at_s.alpha * estimate.to("data") + at_s.sigma * estimate.to("noise")
         elif isinstance(solver, Ancestral):
             kept = path.respaced(path.evenly(steps))  # type: ignore[attr-defined]
-            place = torch.tensor([steps - 1 - i])
-            x = kept.posterior_mean(x, estimate.to("data"), place)
-            if place:
-                x = x + (0.5 * kept.log_variance(estimate.fraction, place, x)).exp() * noise.draw()
+            here = torch.tensor([steps - 1 - i])
+            x = kept.posterior_mean(x, estimate.to("data"), here)
+            if here:
+                x = x + (0.5 * kept.log_variance(estimate.fraction, here, x)).exp() * noise.draw()
         elif isinstance(solver, EulerMaruyama):
             w = solver.scale * solver.strength(path, t)
             x = x + (s - t) * (estimate.to("velocity") - w * estimate.to("score"))
@@ -329,6 +329,30 @@ def test_a_scheduler_refuses_times_of_others() -> None:
     with pytest.raises(ConfigError, match="runs on times of its own only"):
         noise: Any = object()
         solver.begin(DiscretePath.linear(), torch.tensor([900.0, 3.0, -1.0]), noise)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ddpm-sd", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        ("ddpm-cosine", {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
+def test_schedulers_run_on_paths_by_name(name: str, config: dict[str, Any]) -> None:
+    """Float32 throughout; data from noise at the first index lose what alpha is small by."""
+    model = Mixture(Convention(name, "noise", "index"), 100)  # type: ignore[arg-type]
+    theirs = DiffusersScheduler(
+        diffusers.DDIMScheduler(**config, clip_sample=False, timestep_spacing="leading", steps_offset=0)
+    )
+    times = theirs.times(model.path, 50)
+    assert torch.equal(times, Ddim().times(model.path, 50))
+    x = start(100)
+    ours = follow(Ddim().begin(model.path, times), exact(model), x)
+    found = follow(theirs.begin(model.path, times, SampleNoise([0], (2, 100))), exact(model), x)
+    rounding = torch.finfo(torch.float32).eps * ours.abs().max() / model.path.at(times[:1]).alpha
+    torch.testing.assert_close(found.double(), ours, rtol=0, atol=4 * rounding.item())
+    with pytest.raises(ConfigError, match=f"betas are not the model's.*{config['beta_schedule']}"):
+        DiffusersScheduler(diffusers.DDIMScheduler(**BETAS)).times(model.path, 50)
 
 
 def test_guided_multistep_solvers_draw_what_many_steps_draw() -> None:

@@ -18,7 +18,7 @@ from ditkit.core.path import Linear
 from ditkit.core.spec import component, spec
 from ditkit.sample import Euler, Solver, UniPc
 from ditkit.sample.denoiser import Estimate
-from ditkit.sample.solvers import follow
+from ditkit.sample.steppers import follow
 from ditkit.sample.windows import Chunks, MovingWindows, WindowPlan, Windows, merge
 
 

@@ -54,7 +54,7 @@ class Convention:
 
     @property
     def discrete(self) -> bool:
-        """The path is a table of steps, and the network is fed an index of it."""
+        """Whether the path is a table of steps, of which the network is fed the index."""
         return self.path in DISCRETE
 
     def make_path(self) -> Path:

@@ -33,25 +33,28 @@ class DiscretePath(Path):
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DiscretePath:
-        """Betas at equal distances (Ho et al. 2020, section 4)."""
+        """Build the path whose betas lie at equal distances (Ho et al. 2020, section 4)."""
         return cls.of_betas(torch.linspace(first, last, steps, dtype=torch.float64))
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> DiscretePath:
-        """Square roots of betas at equal distances (Stable Diffusion; DiMR)."""
+        """Build the path whose betas have square roots at equal distances (Stable Diffusion; DiMR)."""
         root = torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64)
         return cls.of_betas(root**2)
 
     @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008, most: float = 0.999) -> DiscretePath:
-        """abar = cos^2((t + offset) / (1 + offset) pi / 2), betas at most `most` (Nichol and Dhariwal 2021, eq. 17)."""
+        """Build the path of abar = cos^2((t + offset) / (1 + offset) pi / 2), betas cut at `most`.
+
+        Nichol and Dhariwal 2021 (Improved DDPM), eq. 17.
+        """
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         abar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls.of_betas((1 - abar[1:] / abar[:-1]).clamp(max=most))
 
     @classmethod
     def of_betas(cls, beta: Tensor) -> DiscretePath:
-        """The path of a schedule of betas, [S] float64."""
+        """Build the path of a schedule of betas, [S] float64."""
         return cls((1 - beta).cumprod(0), torch.arange(len(beta)))
 
     def respaced(self, index: Tensor) -> DiscretePath:
@@ -82,12 +85,12 @@ class DiscretePath(Path):
             raise ConfigError(f"steps={steps} should lie between 1 and the schedule's {self.steps}")
 
     def trailing(self, steps: int) -> Tensor:
-        """`steps` indices with one fractional stride down from the last (50: 19, 39 ... 979, 999)."""
+        """Return `steps` indices with one fractional stride down from the last (50: 19, 39 ... 979, 999)."""
         self._check(steps)
         return (torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:] * self.steps).round().long() - 1
 
     def times(self, steps: int, grid: TimeGrid = EVEN, spacing: Spacing = "strided") -> Tensor:
-        """The indices visited, falling, then -1: of `spacing` on the even grid, else those nearest to the grid's times.
+        """Return the indices visited, falling, then -1: of `spacing` on the even grid, else those nearest to `grid`.
 
         Raises:
             ConfigError: more steps than the schedule has, or than the grid has different indices for; an unknown

@@ -66,7 +66,8 @@ class Grid:
             if step < 1 or length % step:
                 raise ShapeError(f"Grid.of: {name}={length} does not divide into patches of {step}")
             counts[name] = length // step
-        return cls(**counts)
+        frames, height, width = (counts.get(name, 1) for name in AXES[3])
+        return cls(frames, height, width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,7 +78,7 @@ class Grid:
         return prod(self.shape)
 
     def counts(self, axes: int) -> tuple[int, ...]:
-        """Tokens along each axis of a signal that has `axes` of them: a series 1, a picture 2, a clip 3."""
+        """Return the tokens along each axis of a signal: of the one of a series, two of a picture, three of a clip."""
         return tuple(getattr(self, name) for name in AXES[axes])
 
     def sides(self, size: Sequence[int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Coefficients(NamedTuple):
 
 
 def spread(t: Tensor, like: Tensor, axis: int | None = None) -> Tensor:
-    """[B] or [B, T] times with axes of length 1 added until they broadcast against `like`.
+    """Add axes of length 1 to times [B] or [B, T] until they broadcast against `like`.
 
     Args:
         axis: of `like`, which the T times of a sample follow: 2 in clips [B, C, T, H, W] and in series [B, C, T], 1 in
@@ -54,7 +54,7 @@ class Path(ABC):
 
     @abstractmethod
     def times(self, steps: int, grid: TimeGrid = EVEN) -> Tensor:
-        """The `steps + 1` float64 times that a sampler visits on `grid`, from noise to data."""
+        """Return the `steps + 1` float64 times that a sampler visits on `grid`, from noise to data."""
 
     @abstractmethod
     def noise_time(self, t: float) -> float:

@@ -21,7 +21,7 @@ class TimeGrid(ABC):
 
     @abstractmethod
     def warp(self, t: Tensor) -> Tensor:
-        """Noise-times of this grid, where `t` are those of the even one; any shape, dtype of `t`."""
+        """Move even noise-times `t`, of any shape, to those of this grid, in the dtype of `t`."""
 
 
 @final
@@ -72,9 +72,9 @@ class Table(TimeGrid):
 
     def warp(self, t: Tensor) -> Tensor:
         table = torch.tensor(self.times[::-1], dtype=torch.float64, device=t.device)
-        at = t.double() * (len(table) - 1)
-        below = at.floor().clamp(max=len(table) - 2).long()
-        return torch.lerp(table[below], table[below + 1], at - below).to(t.dtype)
+        position = t.double() * (len(table) - 1)
+        below = position.floor().clamp(max=len(table) - 2).long()
+        return torch.lerp(table[below], table[below + 1], position - below).to(t.dtype)
 
 
 def check_falling(owner: str, times: Sequence[float]) -> None:
@@ -89,7 +89,7 @@ def check_falling(owner: str, times: Sequence[float]) -> None:
 
 
 def as_time_grid(owner: str, given: object) -> TimeGrid:
-    """`given`, if it is a time grid; else raise ConfigError in the name of `owner`."""
+    """Return `given` if it is a time grid; else raise ConfigError in the name of `owner`."""
     if isinstance(given, TimeGrid):
         return given
     if isinstance(given, str):

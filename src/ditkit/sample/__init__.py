@@ -7,7 +7,8 @@ from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.multistep import DpmSolverPP, UniPc
 from ditkit.sample.noise import SampleNoise, initial_noise
 from ditkit.sample.scheduler import DiffusersScheduler
-from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver, Stepper
+from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
+from ditkit.sample.steppers import Stepper
 from ditkit.sample.windows import Chunks, MovingWindows, WindowPlan, Windows, merge
 
 __all__ = [

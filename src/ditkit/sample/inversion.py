@@ -19,7 +19,8 @@ from ditkit.core.policy import Policy
 from ditkit.core.time_grid import EVEN, TimeGrid
 from ditkit.sample.denoiser import Estimate, GuidedDenoiser
 from ditkit.sample.guidance import Guidance, Unguided
-from ditkit.sample.solvers import Stepper, check_where, follow, spaced
+from ditkit.sample.solvers import check_where, spaced
+from ditkit.sample.steppers import Stepper, follow
 
 UNGUIDED = Unguided()
 
@@ -30,7 +31,7 @@ class DdimInversion:
     """`Ddim` backwards, from data to noise; order 1. It is no `Solver`: a sampler starts from noise.
 
     The step from t up to s takes the prediction at s, where the step down takes it, though of the state at t
-    (Mokady et al. 2023, section 3.1; diffusers' DDIMInverseScheduler).
+    (null-text inversion, Mokady et al. 2023; diffusers' DDIMInverseScheduler).
 
     Args:
         spacing: of the indices of a discrete path on the even grid, as in `Ddim`.
@@ -44,7 +45,7 @@ class DdimInversion:
         check_where(self)
 
     def times(self, path: Path, steps: int) -> Tensor:
-        """Those of `Ddim`, rising from the data.
+        """Return the times of `Ddim`, rising from the data.
 
         Raises:
             ConfigError: a spacing or a number of steps that the path does not have.
@@ -55,11 +56,11 @@ class DdimInversion:
         return steps
 
     def begin(self, path: Path, times: Tensor) -> Stepper:
-        """A trajectory over rising `times`."""
+        """Begin a trajectory over rising `times`."""
         return DdimInversionStepper(path, times)
 
     def solve(self, field: Callable[[Tensor, float], Estimate], x: Tensor, path: Path, steps: int) -> Tensor:
-        """Noise [B, C, ...] from data `x` of the same shape."""
+        """Return the noise [B, C, ...] of data `x`, of the same shape."""
         return follow(self.begin(path, self.times(path, steps)), field, x)
 
 
@@ -102,7 +103,7 @@ def invert(
     guidance: Guidance = UNGUIDED,
     policies: Sequence[Policy] = (),
 ) -> Tensor:
-    """The float64 noise [B, C, ...] of latents `data`; `Ddim` of as many steps draws them from it, to its own error.
+    """Return the float64 noise [B, C, ...] from which `Ddim` in as many steps draws latents `data`, to its error.
 
     Raises:
         ConfigError: steps below 1, or a setting that does not fit the model. NoEffectError: a policy saved nothing.

@@ -2,7 +2,7 @@
 
 Between two times with lambda = log(alpha / sigma), h apart, the ODE's solution is exactly
 x_s = (sigma_s / sigma_t) x_t + sigma_s * integral of e^lambda data(lambda); a multistep solver replaces the data by a
-polynomial through what was predicted at earlier times (DPM-Solver++, arXiv 2211.01095, eq. 9).
+polynomial through the predictions at earlier times (DPM-Solver++, arXiv 2211.01095).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ditkit.core.path import Path
 from ditkit.core.time_grid import EVEN, TimeGrid
 from ditkit.sample.denoiser import Estimate
 from ditkit.sample.noise import SampleNoise
-from ditkit.sample.solvers import OneEstimate, Solver, Stepper, check_order, check_where, spaced
+from ditkit.sample.solvers import Solver, check_order, check_where, spaced
+from ditkit.sample.steppers import OneEstimate, Stepper
 
 
 @final
@@ -133,7 +134,7 @@ class UniPcStepper(OneEstimate):
         return min(self.order, usable, left if self.ends_at_data else self.order)
 
     def _update(self, x: Tensor, there: NoiseLevel, order: int, corrected: Tensor | None = None) -> Tensor:
-        """UniP's step from the newest estimate to `there`; with the data predicted there, UniC's (eq. 3 and 8)."""
+        """Make UniP's step from the newest estimate to `there`; with the data predicted there, UniC's."""
         here, data = self.known[-1]
         h = there.half_log_snr - here.half_log_snr
         ratios, slopes = [], []
@@ -171,14 +172,15 @@ class Known(NamedTuple):
 
 
 def noise_level(path: Path, t: float) -> NoiseLevel:
+    """Return the noise level at a time of a path, as Python floats."""
     c = path.at(torch.tensor(t, dtype=torch.float64))
     return NoiseLevel(c.alpha.item(), c.sigma.item())
 
 
 def _weights(ratios: list[float], h: float) -> list[float]:
-    """The weights w of slopes to points at `ratios` r of a step h: sum of w r^(k-1) = k! phi_(k+1)(-h) h / (1 - e^-h).
+    """Return the weights w of slopes to points at `ratios` r of h: sum of w r^(k-1) = k! phi_(k+1)(-h) h / (1 - e^-h).
 
-    One slope has 1/2 whatever h, which is exact to the same order (Zhao et al. 2023, section 3.3).
+    One slope has 1/2 whatever h, which is exact to the same order, as in UniPC's code.
     """
     if len(ratios) < 2:
         return [0.5] * len(ratios)

@@ -15,7 +15,8 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import Linear, Path, Prediction
 from ditkit.sample.denoiser import Estimate
 from ditkit.sample.noise import SampleNoise
-from ditkit.sample.solvers import Solver, Stepper, drawn
+from ditkit.sample.solvers import Solver, drawn
+from ditkit.sample.steppers import Stepper
 
 BETAS = {
     "ddpm": "beta_schedule='linear', beta_start=0.0001, beta_end=0.02",
@@ -64,7 +65,7 @@ class DiffusersScheduler(Solver):
         return len(self.fresh(steps).timesteps)
 
     def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
-        """A trajectory over `times`, which must be those that the scheduler sets for a number of steps."""
+        """Begin a trajectory over `times`, which must be those that the scheduler sets for a number of steps."""
         self._check(path)
         last = len(times) - 1
         for steps in dict.fromkeys(
@@ -81,7 +82,7 @@ class DiffusersScheduler(Solver):
             return False
 
     def time(self, timestep: float) -> float:
-        """A timestep of the scheduler as a time of the model's path."""
+        """Turn a timestep of the scheduler into a time of the model's path."""
         return timestep / self._trained if self._flow else timestep
 
     def output(self, estimate: Estimate) -> Tensor:
@@ -183,6 +184,6 @@ class SchedulerStepper(Stepper):
 
 
 def _betas(path: DiscretePath) -> str:
-    """The settings of a scheduler that has the betas of `path`."""
+    """Name the settings of a scheduler that has the betas of `path`."""
     known = (name for name, make in DISCRETE.items() if torch.equal(make().abar, path.abar))
     return BETAS.get(next(known, ""), "and trained_betas equal to the path's")

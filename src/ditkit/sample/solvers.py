@@ -1,4 +1,4 @@
-"""Ways from noise to data, one step at a time: what one estimate of the model is enough for, or two.
+"""Solvers from noise to data whose step needs one estimate of the model, or two; their base, and what they refuse.
 
 Every solver keeps its state in float64, cast to the model's dtype for each call: a step adds a small number
 to a large one, and what differs between two runs should be the model, not the rounding of a sum.
@@ -7,7 +7,6 @@ to a large one, and what differs between two runs should be the model, not the r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi, sin, sqrt
 from typing import Any, ClassVar, Literal, final, get_args
@@ -21,33 +20,9 @@ from ditkit.core.path import ContinuousPath, Path
 from ditkit.core.time_grid import EVEN, TimeGrid, as_time_grid, check_falling
 from ditkit.sample.denoiser import LATEST, Estimate, GuidedDenoiser
 from ditkit.sample.noise import SampleNoise
+from ditkit.sample.steppers import OneEstimate, Stepper, follow
 
 Diffusion = Literal["sigma", "constant", "sbdm", "linear", "decreasing", "increasing-decreasing"]
-
-
-class Stepper(ABC):
-    """One trajectory under a solver: where it is, and what it remembers of the steps before.
-
-    What is stepped belongs to one stepper: predictions of overlapping windows are merged before the step of the long
-    latent, and blocks at noise levels of their own have a stepper each.
-    """
-
-    @property
-    @abstractmethod
-    def t(self) -> float | None:
-        """The time of the next estimate; None when the trajectory has ended."""
-
-    def start(self, x: Tensor) -> Tensor:
-        """The state that the first step expects, from standard normal noise `x`."""
-        return x
-
-    def input(self, x: Tensor) -> Tensor:
-        """Where the next estimate is taken, at the state `x`."""
-        return x
-
-    @abstractmethod
-    def step(self, x: Tensor, estimate: Estimate) -> Tensor:
-        """The next state [B, C, ...] from `x` and the estimate there and at `t`."""
 
 
 class Solver(ABC):
@@ -69,10 +44,10 @@ class Solver(ABC):
 
     @abstractmethod
     def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
-        """A trajectory over `times`, as those of `times(path, steps)` or a part of them.
+        """Begin a trajectory over `times`, as those of `times(path, steps)` or a part of them.
 
         Args:
-            noise: what a stochastic solver draws from.
+            noise: a stochastic solver draws from it.
 
         Raises:
             ConfigError: times that do not fall, a path that the solver cannot run on, or no noise where it draws some.
@@ -81,36 +56,6 @@ class Solver(ABC):
     def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         """Data [B, C, ...] from `x`, noise of the same shape; a stochastic solver draws more from `noise`."""
         return follow(self.begin(field.path, self.times(field.path, steps), noise), field, x)
-
-
-def follow(stepper: Stepper, field: Callable[[Tensor, float], Estimate], x: Tensor) -> Tensor:
-    """The state at the end of a trajectory that starts from `x`, estimates taken from `field`."""
-    x = stepper.start(x)
-    while (t := stepper.t) is not None:
-        x = stepper.step(x, field(stepper.input(x), t))
-    return x
-
-
-class OneEstimate(Stepper):
-    """One estimate a step, from each time to the next."""
-
-    def __init__(self, solver: object, path: Path, times: Tensor) -> None:
-        self.path, self.times, self.index = path, times.tolist(), 0
-        check_falling(type(solver).__name__, self.times)
-
-    @property
-    def t(self) -> float | None:
-        return self.times[self.index] if self.index < len(self.times) - 1 else None
-
-    def step(self, x: Tensor, estimate: Estimate) -> Tensor:
-        t, s = self.times[self.index : self.index + 2]
-        x = self.move(x, estimate, t, s)
-        self.index += 1
-        return x
-
-    @abstractmethod
-    def move(self, x: Tensor, estimate: Estimate, t: float, s: float) -> Tensor:
-        """The state at `s` from `x` at `t`."""
 
 
 @final
@@ -269,10 +214,10 @@ class AncestralStepper(OneEstimate):
         self.kept, self.noise = path.respaced(times[:-1].flip(0).long().cpu()), noise
 
     def move(self, x: Tensor, estimate: Estimate, t: float, s: float) -> Tensor:
-        place = self.kept.steps - 1 - self.index
-        here = torch.tensor([place], device=x.device)
+        kept_index = self.kept.steps - 1 - self.index
+        here = torch.tensor([kept_index], device=x.device)
         x = self.kept.posterior_mean(x, estimate.to("data"), here)
-        if place:
+        if kept_index:
             std = (0.5 * self.kept.log_variance(estimate.fraction, here, x)).exp()
             x = x + std * self.noise.draw(x.device)
         return x
@@ -350,7 +295,7 @@ class EulerMaruyamaStepper(OneEstimate):
 
 
 def spaced(solver: Any, path: Path, steps: int) -> Tensor:
-    """The times of a solver that has a `grid`, and a `spacing` for discrete paths.
+    """Return the times of a solver that has a `grid`, and a `spacing` for discrete paths.
 
     Raises:
         ConfigError: a spacing on a continuous path, or what `DiscretePath.times` refuses.
@@ -384,14 +329,14 @@ def check_order(solver: Any, *orders: int) -> None:
 
 
 def drawn(solver: Solver, noise: SampleNoise | None) -> SampleNoise:
-    """`noise`, or ConfigError where there is none."""
+    """Return `noise`; raise ConfigError where there is none."""
     if noise is None:
         raise ConfigError(f"{type(solver).__name__} draws noise in its steps: give begin(path, times, noise)")
     return noise
 
 
 def continuous(solver: Solver, path: Path) -> ContinuousPath:
-    """`path`, or ConfigError for a discrete one, which has no velocity."""
+    """Return `path`; raise ConfigError for a discrete one, which has no velocity."""
     if not isinstance(path, ContinuousPath):
         name = type(solver).__name__
         raise ConfigError(
@@ -401,7 +346,7 @@ def continuous(solver: Solver, path: Path) -> ContinuousPath:
 
 
 def discrete(solver: Solver, path: Path) -> DiscretePath:
-    """`path`, or ConfigError for a continuous one."""
+    """Return `path`; raise ConfigError for a continuous one."""
     if not isinstance(path, DiscretePath):
         names = type(solver).__name__, type(path).__name__
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Long outputs in windows: which frames each holds, which it owns, and how overlapping predictions become one.
+"""Windows of long outputs: the frames that each holds and owns, and one prediction from those that overlap.
 
 A plan knows no model. At each step of a sampler the long latent is cut, each window predicted by itself, the
 predictions merged, and one step made of the whole: a multistep solver's history belongs to the long latent.
@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.numbers import integer
 
 Blend = Literal["owner", "linear", "closed"]
-"""The share of the later of two windows at place k of the n frames they have in common: none, k / n, or k / (n - 1)."""
+"""The share of the later of two windows at frame k of the n that they have in common: none, k / n, or k / (n - 1)."""
 
 
 class Window(NamedTuple):
@@ -84,21 +84,21 @@ class WindowPlan:
         return weights
 
     def share(self, index: int) -> Tensor:
-        """The share of a window, [its frames] float64, against what the windows before it have merged to."""
+        """Return the share of a window, [its frames] float64, against what the windows before it were merged to."""
         window = self.windows[index]
         share = torch.ones(window.length, dtype=torch.float64)
         common = window.own - window.start
-        place = torch.arange(common, dtype=torch.float64)
+        position = torch.arange(common, dtype=torch.float64)
         if self.blend == "owner":
             share[:common] = 0
         elif self.blend == "linear":
-            share[:common] = place / max(common, 1)
+            share[:common] = position / max(common, 1)
         else:
-            share[:common] = place / (common - 1) if common > 1 else 0.5
+            share[:common] = position / (common - 1) if common > 1 else 0.5
         return share
 
     def cut(self, x: Tensor, axis: int = 2) -> list[Tensor]:
-        """The windows of `x`, which has the frames along `axis`: views.
+        """Cut `x`, which has the frames along `axis`, into its windows: views.
 
         Raises:
             ShapeError: another number of frames.
@@ -111,7 +111,7 @@ class WindowPlan:
 
 
 def merge(plan: WindowPlan, predictions: Sequence[Tensor], axis: int = 2) -> Tensor:
-    """One prediction of all frames from one of each window, [B, C, its frames, ...], by the plan's weights.
+    """Merge predictions of the windows, [B, C, its frames, ...], to one of all frames, by the plan's weights.
 
     Where windows agree the result is theirs to the bit; a plan of one window returns its prediction.
 
@@ -147,7 +147,7 @@ class Windows(ABC):
 
     @abstractmethod
     def plan(self, frames: int, step: int, steps: int) -> WindowPlan:
-        """The windows of `frames` frames in step `step` of `steps`, counted from the noise.
+        """Plan the windows of `frames` frames in step `step` of `steps`, counted from the noise.
 
         Raises:
             ConfigError: no frames, or no such step.
@@ -230,7 +230,7 @@ class MovingWindows(Windows):
             )
 
     def offset(self, step: int) -> int:
-        """Frames by which the first window is shorter in a step."""
+        """Return the frames by which the first window is shorter in a step."""
         return self.shift * (step % (self.most // self.shift + 1)) if self.shift else 0
 
     def plan(self, frames: int, step: int, steps: int) -> WindowPlan:
