@@ -327,8 +327,10 @@ def test_solvers_and_guidances_are_found_by_name() -> None:
         "Ancestral",
         "Ddim",
         "DiffusersScheduler",
+        "DpmSolverPP",
         "Euler",
         "EulerMaruyama",
         "Heun",
+        "UniPc",
     }
     assert find(Guidance, "classifierfree") is ClassifierFree  # type: ignore[type-abstract]

@@ -69,7 +69,10 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _read(kind: Any, text: str, where: str) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, a literal, a union of these, or a tuple as `12+20`."""
+    """`text` as a value of the annotation `kind`: a scalar, a literal, a union, a tuple as `12+20`, or a component.
+
+    A component inside another is given one field at most, since commas part the outer one's.
+    """
     if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):
         return tuple(_read(get_args(kind)[0], part, where) for part in text.split("+") if text)
     if get_origin(kind) is Literal:
@@ -77,6 +80,8 @@ def _read(kind: Any, text: str, where: str) -> Any:
         if text not in choices:
             raise ConfigError(f"{where}: " + unknown("value", text, choices))
         return choices[text]
+    if isinstance(kind, type) and hasattr(kind, "homes"):
+        return component(kind, text)
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     readers = [SCALARS[option] for option in options if option in SCALARS]
     if len(readers) < len(options):
@@ -92,7 +97,10 @@ def _read(kind: Any, text: str, where: str) -> Any:
 
 
 def _written(kind: type, name: str, given: Any) -> str:
-    text = "+".join(map(as_text, given)) if isinstance(given, tuple) else as_text(given)
+    if hasattr(get_type_hints(kind)[name], "homes"):
+        text = spec(given)
+    else:
+        text = "+".join(map(as_text, given)) if isinstance(given, tuple) else as_text(given)
     if "," in text or _read(get_type_hints(kind)[name], text, f"{kind.__name__}: {name}") != given:
         raise ConfigError(f"{kind.__name__}: {name}={given!r} has no text that reads back as the same")
     return text

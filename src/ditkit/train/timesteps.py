@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
+from ditkit.core.time_grid import Shift
 
 
 class Timesteps(ABC):
@@ -49,7 +50,7 @@ class LogitNormal(Timesteps):
 
 @dataclass(frozen=True)
 class Shifted(Timesteps):
-    """t' = a t / (1 + (a - 1) t): a > 1 moves mass to noise; the same as adding ln a to the logit."""
+    """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit."""
 
     shift: float = 3.0
     inner: Uniform | LogitNormal = UNIFORM
@@ -59,5 +60,4 @@ class Shifted(Timesteps):
             raise ConfigError(f"Shifted: shift={self.shift} should be positive")
 
     def quantile(self, u: Tensor) -> Tensor:
-        t = self.inner.quantile(u)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return Shift(self.shift).warp(self.inner.quantile(u))
