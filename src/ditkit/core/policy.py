@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError
 from ditkit.core.run import Call, Handler, Site
 from ditkit.core.spec import component
@@ -76,7 +77,7 @@ class Session:
         return ""
 
 
-class Policy(ABC):
+class Policy(Checked, ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
