@@ -186,8 +186,10 @@ def limits_of(kind: Any) -> str:
     low, high = _bounds(kind)
     if low and high and (_bound(low), _bound(high)) == (-math.inf, math.inf):
         return "finite"
+    if get_origin(_bare(kind)) is tuple:
+        return limits_of(get_args(_bare(kind))[0])
     if low and high and math.isfinite(_bound(high)):
-        return f"in {_interval(low, high)}"
+        return f"from {_bound(low)} to {_bound(high)}" if _bare(kind) is int else f"in {_interval(low, high)}"
     return " and ".join(_one_bound(bound) for bound in (low, high) if bound)
 
 
