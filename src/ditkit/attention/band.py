@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class Band(Pattern):
     """
 
     keep: Annotated[float, Interval(gt=0, le=1)] = 1 / 32
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(keep=0.2, block=8, kernel="cpu")
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         area, length = grid.height * grid.width, grid.length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ class Grouped(Pattern):
                 raise ConfigError(
                     f"Grouped: a group of {_times(sides)} tokens, expected a multiple of block={self.block}"
                 )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(group=(2, 4) if grid.frames == 1 else (2, 2, 2), reach=0, block=8, kernel="cpu")
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         sides = self._sides(grid)

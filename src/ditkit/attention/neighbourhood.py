@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log, sqrt
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,10 @@ class Neighbourhood(Pattern):
             raise ConfigError(
                 f"{type(self).__name__}: scaled_from=1, the base of a logarithm, expected 0 or at least 2"
             )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(radius=2, pooled=2, span=0 if grid.frames == 1 else 2, block=8, kernel="cpu")
 
     def modules(self, sites: Sequence[Site]) -> Pooling | None:
         return Pooling(len(sparse_sites(sites)), self.pooled) if self.pooled else None

@@ -6,9 +6,9 @@ B batch, N heads, S rows in the order of a plan, K head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from annotated_types import Ge
@@ -21,6 +21,7 @@ from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.pattern import Pattern, Sparse
 from ditkit.core.config import Count, Finite, Natural
 from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid
 from ditkit.core.policy import Key
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import BlockPlan, dense_plan
@@ -60,6 +61,10 @@ class Reshape(Pattern):
                 f"{type(self).__name__}: warmup={self.warmup}, expected whole steps of stages={self.stages} "
                 "evaluations"
             )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return replace(super().small(grid), warmup=1, every=4)
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Reshaping:
         self._check(sites, total)
@@ -113,6 +118,10 @@ class ReshapedNeighbourhood(Reshape, Neighbourhood):  # type: ignore[misc]  # an
                 raise ConfigError(
                     f"{type(self).__name__}: {name}={given}, expected 0: what is kept is a part of dense attention"
                 )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(radius=2, span=0 if grid.frames == 1 else 2, block=8, kernel="cpu", warmup=1, every=4)
 
 
 class Kept(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import factorial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from annotated_types import Ge
@@ -28,7 +28,7 @@ from ditkit.caching.taylorseer import (
 )
 from ditkit.core.config import Natural
 from ditkit.core.errors import ConfigError
-from ditkit.core.grid import Segment
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
 
@@ -82,6 +82,10 @@ class ConfidentTaylor(Policy):
             raise ConfigError(f"ConfidentTaylor: {' and '.join(listed)}, expected one of the two")
         if listed and self.per_sample_gate:
             raise ConfigError(f"ConfidentTaylor: {listed[0]} asks no gate, expected per_sample_gate=False")
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(threshold=0.5, warmup=1)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         stacks = named(sites, "stack")

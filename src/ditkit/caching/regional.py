@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from annotated_types import Interval
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditkit.core.config import Count, Fraction, Natural
 from ditkit.core.errors import ConfigError
-from ditkit.core.grid import SEQUENCES, Segment, image_of, patchify, put_rows, sequence, unpatchify
+from ditkit.core.grid import SEQUENCES, Grid, Segment, image_of, patchify, put_rows, sequence, unpatchify
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended, named
 
@@ -62,6 +62,10 @@ class RAS(Policy):
     high_ratio: Fraction = 0.3
     slope: int = 0
     span: Count = 4
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(warmup=2)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         tokens, cores, head = named(sites, "tokens"), attended(sites), named(sites, "head")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from math import isnan
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,10 @@ class TaylorSeer(Policy):
     warmup: Count = 2
     axis: Axis = "call"
     basis: Basis = "taylor"
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(interval=3, order=1)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         return {"schedule": "own", **dict.fromkeys(named(sites, "branch"), "own")}

@@ -26,7 +26,7 @@ class ImageVaeConfig(ModelConfig):
     """Architecture of an AutoencoderKL. The defaults suit pictures of 32 to 128 pixels on a CPU.
 
     Args:
-        size: height and width of the pictures it was trained on; it takes any that divides by `factor`.
+        size: height and width of a picture; any that divides by `factor` runs, too.
         channels: of a picture.
         latent_channels: of its latents.
         widths: channels of each level; between two levels the sides are halved.
@@ -34,7 +34,7 @@ class ImageVaeConfig(ModelConfig):
         groups: of the normalisation; every width divides by it.
         attention: over all positions of the smallest level.
         quant_conv: a 1 x 1 convolution before the latents (Stable Diffusion 1 to XL; none since 3).
-        post_quant_conv: one after them.
+        post_quant_conv: a 1 x 1 convolution after the latents.
     """
 
     task: ClassVar[str] = "image-vae"

@@ -40,7 +40,7 @@ class DiTConfig(ModelConfig):
     """Architecture and convention of a DiT.
 
     Args:
-        size: height and width of a sample.
+        size: height and width of a picture.
         patch: side of a token.
         channels: of a sample.
         width: of a token's vector.

@@ -40,7 +40,7 @@ class SmallFluxConfig(ModelConfig):
     """Architecture of a small FLUX.
 
     Args:
-        size: height and width of a sample.
+        size: height and width of a picture.
         channels: of a sample.
         width: of a token's vector.
         heads: of attention.
