@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from ditkit.core.config import Checked
 from ditkit.core.ddpm import DISCRETE
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import PATHS, Path, Prediction
 
 Clock = Literal["noise", "data", "index"]
 Extra = Literal["none", "variance", "unused"]
+PathName = Literal["linear", "cosine", "vp", "ddpm"]
 
 
 @dataclass(frozen=True)
-class Convention:
+class Convention(Checked):
     """Edges between a network and the noise-time core.
 
     Args:
@@ -28,21 +30,15 @@ class Convention:
         extra: a second set of C output channels: none, DDPM's learned variance, or present and unused (SiT's code).
     """
 
-    path: str = "linear"
+    path: PathName = "linear"
     prediction: Prediction = "velocity"
     time: Clock = "noise"
     extra: Extra = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.path not in (*PATHS, *DISCRETE):
             raise ConfigError(unknown("path", self.path, (*PATHS, *DISCRETE)))
-        for what, given, choices in (
-            ("prediction", self.prediction, get_args(Prediction)),
-            ("time", self.time, get_args(Clock)),
-            ("extra", self.extra, get_args(Extra)),
-        ):
-            if given not in choices:
-                raise ConfigError(unknown(what, given, choices))
         if self.discrete != (self.time == "index"):
             raise ConfigError(
                 f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only"

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, divides_into_heads, names_every_class
+from ditkit.core.config import Checked, Count, Depth, divides_into_heads, names_every_class
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import patchify
 from ditkit.core.run import DIRECT, Run, Site
@@ -20,7 +20,7 @@ from ditkit.nn.blocks import Attention, Mlp
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Checked):
     """Architecture of a `ViT`.
 
     Args:
@@ -29,17 +29,17 @@ class ViTConfig:
         class_names: one a class, or empty.
     """
 
-    size: int = 32
-    patch: int = 4
-    channels: int = 1
-    width: int = 128
-    depth: int = 5
-    heads: int = 4
-    classes: int = 10
+    size: Count = 32
+    patch: Count = 4
+    channels: Count = 1
+    width: Count = 128
+    depth: Depth = 5
+    heads: Count = 4
+    classes: Count = 10
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "patch", "channels", "width", "depth", "heads", "classes")
+        super().__post_init__()
         if self.size % self.patch:
             raise ShapeError(f"ViT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)

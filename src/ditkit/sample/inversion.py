@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
+from ditkit.core.config import integer
 from ditkit.core.ddpm import Spacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
-from ditkit.core.numbers import integer
 from ditkit.core.path import Path
 from ditkit.core.policy import Policy
 from ditkit.core.time_grid import EVEN, TimeGrid

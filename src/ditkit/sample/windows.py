@@ -14,8 +14,8 @@ from typing import ClassVar, Literal, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ShapeError, unknown
-from ditkit.core.numbers import integer
 
 Blend = Literal["owner", "linear", "closed"]
 """The share of the later of two windows at frame k of the n that they have in common: none, k / n, or k / (n - 1)."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.config import Checked
 from ditkit.core.time_grid import Shift
 
 
-class Timesteps(ABC):
+class Timesteps(Checked, ABC):
     """A density over noise-time, given as its quantile function."""
 
     @abstractmethod
@@ -37,11 +39,7 @@ class LogitNormal(Timesteps):
     """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N)."""
 
     mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ConfigError(f"LogitNormal: std={self.std} should be positive")
+    std: Annotated[float, Gt(0)] = 1.0
 
     def quantile(self, u: Tensor) -> Tensor:
         normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-12, 1 - 1e-12) - 1)
@@ -52,12 +50,8 @@ class LogitNormal(Timesteps):
 class Shifted(Timesteps):
     """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit."""
 
-    shift: float = 3.0
+    shift: Annotated[float, Gt(0)] = 3.0
     inner: Uniform | LogitNormal = UNIFORM
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ConfigError(f"Shifted: shift={self.shift} should be positive")
 
     def quantile(self, u: Tensor) -> Tensor:
         return Shift(self.shift).warp(self.inner.quantile(u))
