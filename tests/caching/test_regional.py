@@ -31,6 +31,7 @@ from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import attention
+from ditkit.nn.modulation import Parts
 from ditkit.sample import Ancestral, ClassifierFree, Heun, sample
 
 # --- a partial evaluation right after a dense one ----------------------------------------------------------
@@ -319,7 +320,8 @@ def test_no_graph_breaks_where_rows_are_left_out() -> None:
     torch._dynamo.reset()
     model = tiny_dit()
     trajectory = Trajectory(model.sites(), [RAS(warmup=1)], STEPS)
-    layer, c, x = model.blocks[0], torch.randn(2, 1, 32), torch.randn(2, 9, 32)
+    layer, x = model.blocks[0], torch.randn(2, 9, 32)
+    c = Parts(layer.modulation, torch.randn(2, 1, 32))
     with torch.no_grad():
         trajectory.guided(call_at(model, 0), evaluate(model, trajectory, noise(), call_at(model, 0)))
         run = trajectory.run(call_at(model, 1))

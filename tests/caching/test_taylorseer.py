@@ -241,9 +241,9 @@ def test_known_branches_follow_the_closed_form():
         for kind, a in (("attn", i + 1), ("mlp", -2 * i)):
             polynomials[f"blocks.{i}.{kind}"] = (a, i)
         block.attend = lambda run, at, x, *_, a=i + 1, b=i: torch.full_like(x, a * now[0] ** 2 + b)
-        block.feed = lambda x, *_, a=-2 * i, b=i: torch.full_like(x, a * now[0] ** 2 + b)
+        block.feed = lambda run, at, x, *_, a=-2 * i, b=i: torch.full_like(x, a * now[0] ** 2 + b)
     policy, gained = TaylorSeer(5, 2, warmup=1), []
-    model.head.forward = lambda x, c: gained.append(x[0, 0, 0].item()) or x.new_zeros(*x.shape[:2], 12)
+    model.head.forward = lambda x, c, **_: gained.append(x[0, 0, 0].item()) or x.new_zeros(*x.shape[:2], 12)
 
     def at_its_index(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
         now[0] = call.index

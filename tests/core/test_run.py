@@ -76,15 +76,19 @@ def test_sites_of_dit():
         at = f"blocks.{i}"
         names = [
             (at, "block"),
+            (f"{at}.modulation", "modulation"),
             (f"{at}.attn", "branch"),
             (f"{at}.attn.kv", "kv"),
             (f"{at}.attn.core", "core"),
+            (f"{at}.mlp", "branch"),
+            (f"{at}.mlp.inner", "inner"),
         ]
-        return [(*pair, "image") for pair in [*names, (f"{at}.mlp", "branch")]]
+        return [(*pair, "image") for pair in names]
 
     ends = [("time", "time", "image"), ("tokens", "tokens", "image"), ("blocks", "stack", "image")]
-    expected = [*ends, *block(0), *block(1), *block(2), ("head", "head", "image")]
-    assert [tuple(site) for site in tiny_dit().sites()] == expected
+    head = [("head", "head", "image"), ("head.modulation", "modulation", "image")]
+    expected = [*ends, *block(0), *block(1), *block(2), *head]
+    assert [tuple(site[:3]) for site in tiny_dit().sites()] == expected
     assert named(tiny_dit().sites(), "stack", "head") == ["blocks", "head"]
 
 

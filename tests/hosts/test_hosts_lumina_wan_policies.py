@@ -54,8 +54,8 @@ def test_sites_and_layout() -> None:
 
     model = alone.transformer()
     assert named(lumina_next.sites(model), *ALL) == ["time", "tokens", "blocks", *blocks, "head"]
-    streams = {site.kind == "core": site.stream for site in lumina_next.sites(model)}
-    assert streams == {False: "image", True: "scaled"}
+    attentions = {site.attention for site in lumina_next.sites(model) if site.kind == "core"}
+    assert attentions == {"scaled"}
     assert family(model).layout(model, alone.inputs()) == (image,)
     assert alone.layout(model, alone.inputs()) == (image,)
 

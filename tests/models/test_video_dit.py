@@ -26,7 +26,7 @@ from ditkit.core.run import DIRECT, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import KV, Stack
-from ditkit.nn.modulation import modulate
+from ditkit.nn.modulation import Parts, modulate
 from ditkit.nn.rotary import axial_angles, rotary_table
 from ditkit.sample import ClassifierFree
 from ditkit.sample import sample as draw
@@ -101,9 +101,9 @@ def test_attention_equals_its_obvious_twin() -> None:
     model = perturbed(VideoDiT(PLAIN).double(), 0.15)
     block, grid, seen = model.blocks[0], Grid(2, 4, 6), {}
 
-    def tap(fn: Callable[..., Tensor], x: Tensor, c: Tensor, *rest: Any) -> Tensor:
-        shift, scale = block.modulation(c).chunk(6, -1)[:2]
-        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, c, *rest)
+    def tap(fn: Callable[..., Tensor], x: Tensor, parts: Parts, *rest: Any) -> Tensor:
+        shift, scale = parts.whole().chunk(6, -1)[:2]
+        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, parts, *rest)
         return seen["out"]
 
     x, t = clip(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.path import Coefficients, Path, spread
+from ditkit.core.path import Coefficients, Path, Time, spread
 from ditkit.core.time_grid import EVEN, TimeGrid
 
 Spacing = Literal["strided", "even", "trailing"]
@@ -117,7 +117,7 @@ class DiscretePath(Path):
     def place(self, u: Tensor) -> Tensor:
         return (u * self.steps).floor().clamp(max=self.steps - 1).long()
 
-    def noise_time(self, t: float) -> float:
+    def noise_time(self, t: Time) -> Time:
         return (t + 1) / self.steps
 
     def at(self, t: Tensor) -> Coefficients:

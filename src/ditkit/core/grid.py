@@ -178,12 +178,18 @@ def _samples(index: Tensor) -> Any:
 
 
 class Segment(NamedTuple):
-    """A run of tokens of one stream in a model call; `valid` [B, L] marks the rows that are not padding."""
+    """A run of tokens of one stream in a model call.
+
+    Args:
+        valid: [B, L], marks the rows that are not padding.
+        stage: which resolution of a network with several.
+    """
 
     stream: str
     grid: Grid
     length: int
     valid: Tensor | None = None
+    stage: int = 0
 
 
 class Tokens(NamedTuple):
@@ -201,25 +207,24 @@ class Tokens(NamedTuple):
 
 SEQUENCES: dict[str, tuple[str, ...]] = {
     "image": ("image", "context"),
-    "scaled": ("image", "context"),
     "joint": (),
 }
 """Segments of the sequence that attention of a stream runs over; no names: all."""
 
 
-def sequence(layout: Sequence[Segment], stream: str) -> list[Segment]:
-    """The segments that attention of `stream` runs over, in their order."""
+def sequence(layout: Sequence[Segment], stream: str, stage: int = 0) -> list[Segment]:
+    """The segments of a stage that attention of `stream` runs over, in their order."""
     names = SEQUENCES[stream]
-    return [segment for segment in layout if not names or segment.stream in names]
+    return [s for s in layout if s.stage == stage and (not names or s.stream in names)]
 
 
-def image_of(layout: Sequence[Segment]) -> Segment:
-    """The segment of the image's tokens.
+def image_of(layout: Sequence[Segment], stage: int = 0) -> Segment:
+    """The segment of the image's tokens in a stage.
 
     Raises:
         ShapeError: there is none, or more than one.
     """
-    images = [segment for segment in layout if segment.stream == "image"]
+    images = [segment for segment in layout if segment.stream == "image" and segment.stage == stage]
     if len(images) != 1:
-        raise ShapeError(f"{len(images)} image segments in the layout of a call, expected 1")
+        raise ShapeError(f"{len(images)} image segments in stage {stage} of a call's layout, expected 1")
     return images[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.time_grid import EVEN, TimeGrid
 
 Prediction = Literal["velocity", "noise", "data", "score"]
+Time = TypeVar("Time", float, Tensor)
 
 
 class Coefficients(NamedTuple):
@@ -57,7 +58,7 @@ class Path(ABC):
         """Return the `steps + 1` float64 times that a sampler visits on `grid`, from noise to data."""
 
     @abstractmethod
-    def noise_time(self, t: float) -> float:
+    def noise_time(self, t: Time) -> Time:
         """`t` as a share of the way from data (0) to noise (1), the clock that guidance and policies read."""
 
     @abstractmethod
@@ -134,7 +135,7 @@ class ContinuousPath(Path):
     def times(self, steps: int, grid: TimeGrid = EVEN) -> Tensor:
         return grid.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
-    def noise_time(self, t: float) -> float:
+    def noise_time(self, t: Time) -> Time:
         return t
 
     def place(self, u: Tensor) -> Tensor:
