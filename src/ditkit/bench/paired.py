@@ -247,7 +247,7 @@ def _common_prediction(models: Mapping[str, Denoiser], target: Target) -> Predic
     first = next(iter(conventions.values()))
     if target == "velocity" and first.discrete:
         raise ConfigError(
-            "paired_loss: path='ddpm' is discrete and has no velocity; target 'noise' or 'data'"
+            f"paired_loss: path={first.path!r} is discrete and has no velocity; target 'noise' or 'data'"
         )
     if target == "own" or all(convention.prediction == target for convention in conventions.values()):
         return None
