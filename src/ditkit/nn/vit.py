@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,25 @@ class ViTBlock(nn.Module):
     def attend(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
         return self.attn(self.norm_attn(x_BLD), run, at)
 
-    def feed(self, x_BLD: Tensor) -> Tensor:
-        return self.mlp(self.norm_mlp(x_BLD))
+    def feed(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
+        return self.mlp(self.norm_mlp(x_BLD), run, at)
+
+    def sites(self, at: str) -> list[Site]:
+        """List the sites of the block named `at`, in the order of the call."""
+        width = self.attn.out.out_features
+        attn, mlp = Site(f"{at}.attn", "branch", width=width), Site(f"{at}.mlp", "branch", width=width)
+        return [
+            Site(at, "block", width=width),
+            attn,
+            *self.attn.sites(attn.name),
+            mlp,
+            self.mlp.site(mlp.name),
+        ]
 
     def forward(self, x_BLD: Tensor, run: Run, at: str) -> Tensor:
         attn, mlp = f"{at}.attn", f"{at}.mlp"
         x_BLD = x_BLD + run.site(attn, partial(self.attend, run, attn), x_BLD)
-        return x_BLD + run.site(mlp, self.feed, x_BLD)
+        return x_BLD + run.site(mlp, partial(self.feed, run, mlp), x_BLD)
 
 
 class ViT(nn.Module):
@@ -90,7 +103,9 @@ class ViT(nn.Module):
         self.place_head = nn.Linear(c.width, c.tokens)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}"))
+        return tuple(
+            site for i, block in enumerate(self.blocks) for site in cast(ViTBlock, block).sites(f"blocks.{i}")
+        )
 
     def patches(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] as patches [B, L, P].
