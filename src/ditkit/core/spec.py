@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from torch import nn
+
 from ditkit.core.catalog import find
 from ditkit.core.config import SCALARS, union_members
 from ditkit.core.errors import ConfigError, unknown
@@ -119,7 +121,8 @@ def _read_tuple(kind: Any, parts: Sequence[str], where: str) -> tuple[Any, ...]:
 
 
 def _is_component(kind: Any) -> bool:
-    return isinstance(kind, type) and hasattr(kind, "homes")
+    """Return whether a field holds a component, whose fields are text as well; a model is none."""
+    return isinstance(kind, type) and hasattr(kind, "homes") and not issubclass(kind, nn.Module)
 
 
 def _fields(kind: type) -> list[Field[Any]]:
