@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ditkit.core.config import Checked
 from ditkit.core.ddpm import DISCRETE
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import ConfigError
 from ditkit.core.path import PATHS, Path, Prediction
 
 Clock = Literal["noise", "data", "index"]
 Extra = Literal["none", "variance", "unused"]
-PathName = Literal["linear", "cosine", "vp", "ddpm"]
+PathName = Literal["linear", "cosine", "vp", "trig", "ddpm", "ddpm-sd", "ddpm-cosine"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ class Convention(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.path not in (*PATHS, *DISCRETE):
-            raise ConfigError(unknown("path", self.path, (*PATHS, *DISCRETE)))
         if self.discrete != (self.time == "index"):
             raise ConfigError(
                 f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only"
