@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import predicted, tiny_clip_model
-from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 from torch import Tensor, nn
 
 from ditkit.attention import Neighbourhood
@@ -28,6 +26,8 @@ from ditkit.sample import (
 )
 from ditkit.sample.denoiser import GuidedDenoiser
 from ditkit.sample.steppers import OneEstimate
+from patterns_support import predicted, tiny_clip_model
+from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 
 
 def guided_by_hand(model: DiT, scale: float) -> Tensor:

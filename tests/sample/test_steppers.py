@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from sampling_support import COND, SEEDS, SOLVERS, draw, tiny
 from test_mixture import BETAS, FLOW, Mixture, model_of
 from torch import Tensor
 
@@ -43,6 +42,7 @@ from ditkit.sample.denoiser import Estimate, GuidedDenoiser
 from ditkit.sample.guidance import Unguided
 from ditkit.sample.steppers import follow
 from ditkit.train.timesteps import Shifted
+from sampling_support import COND, SEEDS, SOLVERS, draw, tiny
 
 sys.path.append(str(File(__file__).parents[2] / "benchmarks"))
 import solver_orders

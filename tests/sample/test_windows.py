@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling_support import COND
 from test_mixture import Mixture, model_of
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ditkit.sample import Euler, Solver, UniPc
 from ditkit.sample.denoiser import Estimate
 from ditkit.sample.steppers import follow
 from ditkit.sample.windows import Chunks, MovingWindows, WindowPlan, Windows, merge
+from sampling_support import COND
 
 
 @st.composite
