@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid
 from ditkit.core.run import Call, Handler, Site
 from ditkit.core.spec import component
 
@@ -79,7 +80,14 @@ class Session:
 class Policy(ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
-    homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
+    homes: ClassVar[tuple[str, ...]] = (
+        "ditkit.caching",
+        "ditkit.attention",
+        "ditkit.adapt",
+        "ditkit.compress",
+    )
+    inherent: ClassVar[bool] = False
+    """Whether a model that was trained under it cannot do without: see `with_inherent`."""
 
     @abstractmethod
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -97,9 +105,33 @@ class Policy(ABC):
     def exact(self) -> Self:
         """The neutral setting: bit-identical to not using the policy."""
 
-    def modules(self, sites: Sequence[Site]) -> nn.Module | None:
-        """Parameters that the policy trains, saved beside the model."""
+    def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
+        """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
         return None
+
+    def upgraded(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Tensors of a model, those that an older version of the policy saved under today's names."""
+        return state
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        """A setting that does something on a `grid` of a few tokens; the default one by default."""
+        return cls()
+
+
+def site_key(name: str) -> str:
+    """A site's name as a key of a ModuleDict, which takes no dots."""
+    return name.replace(".", "/")
+
+
+def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+    """`policies`, after those inherent ones of the model whose class they do not name.
+
+    Whoever wants a model without one names its `exact()`.
+    """
+    given = {type(policy) for policy in policies}
+    own = (p for p in getattr(model, "policies", ()) if p.inherent and type(p) not in given)
+    return (*own, *policies)
 
 
 def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:

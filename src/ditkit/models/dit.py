@@ -28,6 +28,7 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
 
@@ -142,6 +143,9 @@ class DiT(Denoiser):
             *blocks,
             *self.head.sites(),
         )
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""

@@ -6,6 +6,7 @@ which know diffusers' classes only, can be measured on weights that mean somethi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Handler, Run, Site, named
+from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import attention
 from ditkit.nn.embeddings import drop_labels
 
@@ -117,6 +119,12 @@ class SmallFlux(Denoiser):
         from ditkit.hosts import flux
 
         return flux.sites(self.transformer)
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {
+            "blocks": Stacked("transformer.transformer_blocks", "depth"),
+            "single": Stacked("transformer.single_transformer_blocks", "single_depth"),
+        }
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every name replaced by none."""
