@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class LoRA(Transform):
 
     def check(self, model: Any) -> None:
         _peft()
-        if any(isinstance(t, LoRA) for t in _in_force(model)):
+        if any(isinstance(t, LoRA) for t in model.transforms):
             raise ConflictError(
                 "LoRA: the model has one already; merge it first (Merged()), or go on training it"
             )
@@ -124,10 +124,11 @@ class Merged(Transform):
         on: whether; False is the neutral setting.
     """
 
+    undoes: ClassVar[tuple[type[Transform], ...]] = (LoRA,)
     on: bool = True
 
     def check(self, model: Any) -> None:
-        if not any(isinstance(t, LoRA) for t in _in_force(model)):
+        if not any(isinstance(t, LoRA) for t in model.transforms):
             raise ConflictError("Merged: the model has no LoRA to merge; apply it after one")
 
     def shape(self, model: Any) -> Any:
@@ -184,7 +185,7 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
     Raises:
         ConfigError: the model has no LoRA, or the folder cannot be written.
     """
-    lora = next((t for t in _in_force(model) if isinstance(t, LoRA)), None)
+    lora = next((t for t in model.transforms if isinstance(t, LoRA)), None)
     if lora is None:
         raise ConfigError(f"save_adapter: this {type(model).__name__} has no LoRA, expected one")
     lora.ready(model)
@@ -228,13 +229,6 @@ def base_digest(model: Any) -> str:
     own = set(_own(model))
     base = {k.replace(BASE, ""): v for k, v in model.state_dict().items() if k not in own}
     return fingerprint(base)
-
-
-def _in_force(model: Any) -> list[Transform]:
-    """Its transforms since the last LoRA was merged."""
-    applied = list(getattr(model, "transforms", ()))
-    ends = [i for i, transform in enumerate(applied) if isinstance(transform, Merged)]
-    return applied[ends[-1] + 1 :] if ends else applied
 
 
 def _candidates(model: nn.Module, layers: Layers) -> list[tuple[str, Any]]:

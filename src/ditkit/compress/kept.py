@@ -39,7 +39,7 @@ class Kept(Transform):
                 f"Kept: blocks={self.blocks} name block {beyond[0]}, expected numbers of the {count} of "
                 f"{self.stack!r}, 0 to {count - 1}"
             )
-        if lost := [n for n in stacks[self.stack].shared if n not in self.blocks]:
+        if lost := [n % count for n in stacks[self.stack].shared if n % count not in self.blocks]:
             raise ConfigError(
                 f"Kept: blocks={self.blocks} leave out block {lost[0]} of {self.stack!r}, which other parts of a "
                 f"{type(model).__name__} read; expected it among them"
@@ -64,7 +64,14 @@ class Kept(Transform):
         return f"{self.stack}.{self.blocks[int(found[1])]}{found[2]}"
 
     def plain(self, model: Any) -> Mapping[str, Any] | None:
-        return {model.stacks()[self.stack].field: len(self.blocks)}
+        stacked = model.stacks()[self.stack]
+        config = getattr(getattr(model, "transformer", None), "config", {})
+        renumbered = {
+            name: tuple(self.blocks.index(n) for n in config[name] if n in self.blocks)
+            for name in stacked.indexed
+            if config.get(name)
+        }
+        return {stacked.field: len(self.blocks), **renumbered}
 
     @classmethod
     def small(cls, model: Any) -> tuple[Transform, ...]:

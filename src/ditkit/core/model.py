@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -42,6 +43,7 @@ from ditkit.core.transform import (
     check_named,
     described,
     origin_of,
+    standing,
     transforms_of,
 )
 
@@ -51,6 +53,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 DIGEST = "config_sha256"
 """Key of the weights' metadata: of the config.json that they were saved with."""
+HOST = "Host"
+"""The model that holds a transformer of diffusers, in a folder of ours or of diffusers'; no backbone of `models`."""
 CODEC = "codec"
 """Folder of the codec, and key of config.json: of the config.json in that folder."""
 FILES = (WEIGHTS, CONFIG, f"{CODEC}/{CODEC_CONFIG}", f"{CODEC}/{CODEC_WEIGHTS}")
@@ -171,12 +175,14 @@ class Model(nn.Module, ModelHubMixin, ABC):
             return {}
         check_named(transform)
         transform.check(self)
-        trial = self.rebuilt((*self.transforms, transform))
+        listed = standing((*self.transforms, transform))
+        trial = self.rebuilt(listed)
         Trajectory(trial.sites(), self.policies, 1)
         learned, self.learned = self.learned, nn.ModuleDict()
         with torch.random.fork_rng(devices=()):
             _, report = transform.apply(self, calibration)
-        self.transforms = (*self.transforms, transform)
+        self.transforms = listed
+        self.history += ({"transform": described(transform), "report": dict(report)},)
         self._check_structure(transform, trial)
         if self.policies:
             self.adopt(self.policies)
@@ -282,6 +288,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
         path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         content = read_json(path)
         kind = model_class(content, path)
+        if "_class_name" in content and kind is not cls:
+            return kind.load(folder)  # type: ignore[return-value]
         if not issubclass(kind, cls):
             raise CheckpointError(f"{folder} holds a {kind.__name__}, expected a {cls.__name__}")
         config: Any = config_of(kind.Config, content.get("config"), path)
@@ -389,6 +397,9 @@ def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
     Raises:
         CheckpointError: it names none, or holds something that is not a model's.
     """
+    if described.get("model") == HOST or "_class_name" in described:
+        host: type[Model] = getattr(import_module("ditkit.hosts.hosted"), HOST)
+        return host
     for key in described:
         if key not in DESCRIBED:
             raise CheckpointError(f"{source}: " + unknown("key", key, DESCRIBED))

@@ -20,12 +20,15 @@ class Stacked(NamedTuple):
 
     Args:
         path: of the ModuleList in the model. field: of the config, that says how many there are.
-        shared: blocks that others read (diffusers' DiT: the head is conditioned by block 0's embedding).
+        shared: blocks that others read, which stay (diffusers' DiT: the head is conditioned by block 0's embedding);
+            -1 is the last.
+        indexed: fields of the config that list numbers of these blocks.
     """
 
     path: str
     field: str
     shared: tuple[int, ...] = ()
+    indexed: tuple[str, ...] = ()
 
 
 class Transform(ABC):
@@ -35,6 +38,8 @@ class Transform(ABC):
     """
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.compress", "ditkit.adapt")
+    undoes: ClassVar[tuple[type[Transform], ...]] = ()
+    """Transforms that it takes away again: neither they nor it stay listed."""
     keeps: ClassVar[tuple[str, ...]] = ()
     """Endings of tensors that are saved in their own type, whatever type the others are saved in."""
 
@@ -136,6 +141,17 @@ def origin_of(transforms: Iterable[Transform], name: str) -> str:
     for transform in reversed(list(transforms)):
         name = transform.origin(name)
     return name
+
+
+def standing(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
+    """Those of `transforms` that are to be replayed, in order: without what a later one took away, and without that."""
+    left: list[Transform] = []
+    for transform in transforms:
+        if transform.undoes:
+            left = [earlier for earlier in left if not isinstance(earlier, transform.undoes)]
+        else:
+            left.append(transform)
+    return tuple(left)
 
 
 def _as_json(value: Any) -> Any:

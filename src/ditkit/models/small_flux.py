@@ -170,8 +170,20 @@ class SmallFlux(Denoiser):
         from ditkit.hosts import flux
         from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
-        transformer = flux.restore(deepcopy(self.transformer)).eval()
+        self._register_plain(transformer := flux.restore(deepcopy(self.transformer)).eval())
         return ToyFluxPipeline.around(transformer, self.config.size, self.config.letters)
+
+    def _register_plain(self, transformer: Any) -> None:
+        """Write what transforms made of the structure into a copy's config.
+
+        Raises:
+            ConfigError: one has no form that plain diffusers opens.
+        """
+        if lost := [type(t).__name__ for t in self.transforms if t.plain(self) is None]:
+            raise ConfigError(f"SmallFlux: {lost[0]} has no form that plain diffusers opens; finish it first")
+        counts = {"num_layers": len(self.transformer.transformer_blocks)}
+        counts["num_single_layers"] = len(self.transformer.single_transformer_blocks)
+        transformer.register_to_config(**counts)
 
     def _switch_checkpointing(self) -> None:
         if self.recomputes != self.transformer.gradient_checkpointing:
