@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "ditkit"
 HEAVY = ("diffusers", "transformers", "matplotlib", "peft", "torchmetrics")
-LONGEST = 400
+LONGEST = 600
 
 
 def run(*command: str) -> str:

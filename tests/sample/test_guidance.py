@@ -148,7 +148,8 @@ def test_autoguidance_extrapolates_from_a_weaker_model() -> None:
 def test_each_network_samples_with_the_weights_that_its_policies_learned() -> None:
     pattern = Neighbourhood(radius=3, span=2, pooled=2, block=8, kernel="cpu")
     model, guide = (tiny_clip_model(depth=1).adopt([pattern]).double() for _ in range(2))
-    nn.init.constant_(guide.learned["Neighbourhood"].weight, 2.0)
+    for part in guide.learned["Neighbourhood"].values():
+        nn.init.constant_(part.weight, 2.0)
     x = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0)).double()
     c, g = (predicted(n, pattern, x, Cond(), 1, learned=n.learned) for n in (model, guide))
     assert not torch.allclose(c, g)  # the pooling weights are all that differs

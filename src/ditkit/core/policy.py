@@ -81,7 +81,14 @@ class Session:
 class Policy(Checked, ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
-    homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
+    homes: ClassVar[tuple[str, ...]] = (
+        "ditkit.caching",
+        "ditkit.attention",
+        "ditkit.adapt",
+        "ditkit.compress",
+    )
+    inherent: ClassVar[bool] = False
+    """Whether a model that was trained under it cannot do without: see `with_inherent`."""
 
     @abstractmethod
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -99,14 +106,33 @@ class Policy(Checked, ABC):
     def exact(self) -> Self:
         """The neutral setting: bit-identical to not using the policy."""
 
+    def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
+        """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
+        return None
+
+    def upgraded(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Tensors of a model, those that an older version of the policy saved under today's names."""
+        return state
+
     @classmethod
     def small(cls, grid: Grid) -> Self:
-        """A setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
+        """Return a setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
         return cls()
 
-    def modules(self, sites: Sequence[Site]) -> nn.Module | None:
-        """Parameters that the policy trains, saved beside the model."""
-        return None
+
+def site_key(name: str) -> str:
+    """A site's name as a key of a ModuleDict, which takes no dots."""
+    return name.replace(".", "/")
+
+
+def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+    """`policies`, after those inherent ones of the model whose class they do not name.
+
+    Whoever wants a model without one names its `exact()`.
+    """
+    given = {type(policy) for policy in policies}
+    own = (p for p in getattr(model, "policies", ()) if p.inherent and type(p) not in given)
+    return (*own, *policies)
 
 
 def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:

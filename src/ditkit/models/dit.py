@@ -29,7 +29,8 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.blocks import Block, Head, Stack
+from ditkit.core.transform import Stacked
+from ditkit.nn.blocks import Block, Head, Stack, sites_of
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -144,7 +145,7 @@ class DiT(Denoiser):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        blocks = sites_of(self.blocks)
         return (
             Site("time", "time", width=self.config.width),
             Site("tokens", "tokens", width=self.config.width),
@@ -152,6 +153,9 @@ class DiT(Denoiser):
             *blocks,
             *self.head.sites(),
         )
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -25,10 +26,11 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
-from ditkit.nn.blocks import Head, Stack
-from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis, sincos_table
+from ditkit.nn.blocks import Head, Stack, sites_of
+from ditkit.nn.embeddings import TimeEmbedding, drop_labels, dtype_of, sincos_axis, sincos_table
 from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
 
 Mode = Literal["video", "image"]
@@ -167,7 +169,7 @@ class VDT(Denoiser):
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        blocks = sites_of(self.blocks)
         return (
             Site("time", "time", width=self.config.width),
             Site("tokens", "tokens", width=self.config.width),
@@ -175,6 +177,9 @@ class VDT(Denoiser):
             *blocks,
             *self.head.sites(),
         )
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """All to be made, of the null class.
@@ -251,7 +256,7 @@ class VDT(Denoiser):
         """Tokens of the given content, [B, L, D], and which of them hold any, [B, L]."""
         assert cond.context is not None and cond.mask is not None
         made = cond.mask.bool()
-        tokens = self._embed(cond.context.to(self.embed.weight.dtype).masked_fill(made, 0))
+        tokens = self._embed(cond.context.to(dtype_of(self.embed)).masked_fill(made, 0))
         return tokens, ~patchify(made, self.config.patch).all(-1)
 
     def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ rows weights of their own. Here one sequence, text rows first, runs through DiT'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Self
@@ -31,7 +32,8 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.blocks import Block, Head, Stack
+from ditkit.core.transform import Stacked
+from ditkit.nn.blocks import Block, Head, Stack, sites_of
 from ditkit.nn.embeddings import TimeEmbedding
 from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
 
@@ -177,7 +179,7 @@ class VideoDiT(Denoiser):
     def sites(self) -> tuple[Site, ...]:
         stream = "joint" if self.text else "image"
         width = self.config.width
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}", stream)]
+        blocks = sites_of(self.blocks, stream)
         return (
             Site("time", "time", width=width),
             Site("tokens", "tokens", stream, width),
@@ -185,6 +187,9 @@ class VideoDiT(Denoiser):
             *blocks,
             *self.head.sites(),
         )
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """Null class, absent text, and all of the clip to be made."""
@@ -230,7 +235,7 @@ class VideoDiT(Denoiser):
             raise ConfigError("VideoDiT: a class label is needed; Cond.label is None")
         self._check_text(text, valid, batch)
         if drop is None and self.training and self.config.label_dropout:
-            drop = torch.rand(batch, device=self.embed.weight.device) < self.config.label_dropout
+            drop = torch.rand(batch, device=next(self.parameters()).device) < self.config.label_dropout
         if text is not None and valid is not None:
             text = text.masked_fill(~valid[..., None], 0)
         if drop is not None:
