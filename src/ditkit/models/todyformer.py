@@ -1,0 +1,318 @@
+"""Todyformer (arXiv 2402.05944): node embeddings of a graph of events, for its later links and the state of its nodes.
+
+Message passing inside patches of time alternates with a transformer along each node's patches.
+
+E events of a window, M patches, N nodes of the window, S tokens (a node in a patch), D width, P targets.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.core.checks import DEEPEST, at_least, divides_into_heads, shares
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.model import Model
+from ditkit.core.run import DIRECT, Run, Site
+from ditkit.nn.blocks import Attention, Mlp, Stack
+from ditkit.nn.edge_attention import EdgeAttention
+from ditkit.nn.patches import COUNTS, Patches
+from ditkit.nn.time_encoding import TimeEncoding
+
+Positions = Literal["time", "index", "none"]
+Readout = Literal["last", "mean"]
+GROUP = re.compile(r"([LG]+)(?:\*(\d+))?")
+
+
+@dataclass(frozen=True)
+class TodyformerConfig:
+    """Architecture of a Todyformer; the defaults are the paper's size.
+
+    Args:
+        width: Of a token's vector.
+        heads: Of both attentions.
+        layout: Blocks in their order, L for message passing inside patches and G for attention along a node's patches:
+            "LG*3" alternates, "LLLGGG" does not, "L*3" in one patch is DyG2Vec.
+        patches: Into which a window's events are cut, in equal counts.
+        neighbours: Most recent events of a node that it hears of in a patch; 0 for all.
+        positions: Of a patch along a node's sequence: the age of its latest event, its learned index, or none.
+        readout: A node's embedding is its token of the last patch it occurs in, or the mean of its tokens.
+        dropout: Of both branches of a G block and of the decoder.
+        features: Of an event.
+        node_features: Of a node.
+        classes: Of a node's state, which is then what is predicted; 0 to predict links.
+    """
+
+    width: int = 100
+    heads: int = 2
+    layout: str = "LG*3"
+    patches: int = 16
+    neighbours: int = 0
+    positions: Positions = "time"
+    readout: Readout = "last"
+    dropout: float = 0.1
+    features: int = 0
+    node_features: int = 0
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "width", "heads", "patches")
+        at_least(0, self, "neighbours", "features", "node_features", "classes")
+        divides_into_heads(self)
+        shares(self, "dropout")
+        for name, kind in (("positions", Positions), ("readout", Readout)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"Todyformer: {unknown(name, getattr(self, name), get_args(kind))}")
+        kinds_of(self.layout)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """A size for tests."""
+        return cls(width=8, heads=2, layout="LG*2", patches=4)
+
+
+def kinds_of(layout: str) -> str:
+    """The blocks of a layout one by one: "LG*2" is "LGLG".
+
+    Raises:
+        ConfigError: other letters, or no or too many blocks.
+    """
+    if not re.fullmatch(f"(?:{GROUP.pattern})+", layout):
+        raise ConfigError(
+            f"Todyformer: layout={layout!r} should be letters L (local) and G (global), such as LG*3"
+        )
+    counts = [(letters, int(times or 1)) for letters, times in GROUP.findall(layout)]
+    blocks = sum(len(letters) * times for letters, times in counts)
+    if not 1 <= blocks <= DEEPEST:
+        raise ConfigError(f"Todyformer: layout={layout!r} has {blocks} blocks, expected 1 to {DEEPEST}")
+    return "".join(letters * times for letters, times in counts)
+
+
+class Todyformer(Model):
+    """The encoder over one window, and a decoder of pairs of nodes or of nodes.
+
+    Nothing tells one node from another but what happened around it, so nodes never met in training are embedded too.
+    """
+
+    Config = TodyformerConfig
+    config: TodyformerConfig
+
+    def __init__(self, config: TodyformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.kinds = kinds_of(config.layout)
+        self.first = nn.Parameter(0.02 * torch.randn(width))
+        self.node_in = nn.Linear(config.node_features, width, bias=False) if config.node_features else None
+        self.time = TimeEncoding(width) if "L" in self.kinds else None
+        self.structure = EdgeStructure(COUNTS + config.features, width) if "L" in self.kinds else None
+        make = {"L": LocalBlock, "G": GlobalBlock}
+        self.blocks = nn.ModuleList(make[kind](config) for kind in self.kinds)
+        self.norm = nn.LayerNorm(width)
+        self.newcomer = nn.Parameter(0.02 * torch.randn(width))
+        self.decoder = Decoder(config)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def layout(self, shape: tuple[int, ...]) -> tuple[()]:
+        return ()
+
+    def sites(self) -> tuple[Site, ...]:
+        blocks = [
+            site
+            for i, kind in enumerate(self.kinds)
+            for site in (LocalBlock if kind == "L" else GlobalBlock).sites(f"blocks.{i}")
+        ]
+        return (
+            Site("tokens", "tokens", "axis"),
+            Site("blocks", "stack", "axis"),
+            *blocks,
+            Site("head", "head", "axis"),
+        )
+
+    def forward(self, patches: Patches, targets: Tensor, run: Run = DIRECT) -> Tensor:
+        """The logit of each link [P], or those of each node's classes [P, classes].
+
+        Args:
+            patches: of the window, by `ditkit.nn.patches.patchify`.
+            targets: [P, 2] ids of sources and destinations, or [P] ids of nodes; any nodes, in the window or not.
+
+        Raises:
+            ShapeError: targets of another shape, or features of another number than the config's.
+        """
+        of_nodes = self.config.classes > 0
+        if targets.shape[1:] != (() if of_nodes else (2,)):
+            wanted = "[P]" if of_nodes else "[P, 2]"
+            raise ShapeError(f"Todyformer: targets {list(targets.shape)} should be {wanted}")
+        return run.site("head", self.decoder, self.embed(patches, targets, run))
+
+    def embed(self, patches: Patches, ids: Tensor, run: Run = DIRECT) -> Tensor:
+        """Embeddings of nodes by their ids [...], [..., D]; those outside of the window share a learned one."""
+        self._check_features(patches)
+        x, edges = run.site("tokens", self.tokenize, patches)
+        stack = Stack(self.blocks, run, checkpointing=self.recomputes)
+        x = run.site("blocks", stack.beside, x, patches, edges)
+        table = torch.cat([self.norm(self.read_out(x, patches)), self.newcomer[None]])
+        return table[patches.row_of(ids)]
+
+    def tokenize(self, patches: Patches) -> tuple[Tensor, Tensor]:
+        """The first tokens [S, D], and the tokens of edges: phi(age) + Omega(counts, features), [2 E, D]."""
+        x = self.first_tokens(patches.node_features)[patches.node]
+        if self.time is None or self.structure is None:
+            return x, x[:0]
+        own = torch.cat([patches.structure.log1p(), patches.features[patches.event]], -1)
+        return x, self.time(patches.age)[patches.event] + self.structure(own)
+
+    def first_tokens(self, node_features: Tensor) -> Tensor:
+        """A learned constant, and a map of the node's features, [N, D]."""
+        constant = self.first.expand(len(node_features), -1)
+        return constant if self.node_in is None else constant + self.node_in(node_features)
+
+    def read_out(self, x: Tensor, patches: Patches) -> Tensor:
+        """One vector a node of tokens [S, D], [N, D]."""
+        if self.config.readout == "last":
+            return x[patches.last]
+        share = 1 / torch.bincount(patches.node, minlength=len(patches.nodes)).to(x.dtype)
+        return x.new_zeros(len(patches.nodes), x.shape[1]).index_add(
+            0, patches.node, x * share[patches.node, None]
+        )
+
+    def _check_features(self, patches: Patches) -> None:
+        for given, name, what in (
+            (patches.features, "features", "an event"),
+            (patches.node_features, "node_features", "a node"),
+        ):
+            if given.shape[1] != getattr(self.config, name):
+                raise ShapeError(
+                    f"Todyformer: {given.shape[1]} features {what}, expected {getattr(self.config, name)}"
+                )
+
+
+class EdgeStructure(nn.Module):
+    """Omega: two layers over an edge's structural counts and features. It stands where identities of nodes would."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(channels, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+class LocalBlock(EdgeAttention):
+    """Structure-aware tokens: one layer of message passing in every patch, with the same weights in all."""
+
+    def __init__(self, config: TodyformerConfig) -> None:
+        super().__init__(config.width, config.heads)
+
+    def forward(  # type: ignore[override]
+        self, x_SD: Tensor, patches: Patches, e_ED: Tensor, run: Run = DIRECT, at: str = "blocks.0"
+    ) -> Tensor:
+        gather = super().forward
+        branch = run.site(f"{at}.edges", gather, x_SD, e_ED, patches.receiver, patches.sender)
+        return torch.relu(x_SD + branch)
+
+    @staticmethod
+    def sites(at: str) -> list[Site]:
+        return [Site(at, "block", "axis"), Site(f"{at}.edges", "branch", "axis")]
+
+
+class GlobalBlock(nn.Module):
+    """A pre-norm transformer block along the patches of each node; no node sees another."""
+
+    def __init__(self, config: TodyformerConfig) -> None:
+        super().__init__()
+        self.position = PatchPosition(config)
+        self.norm_attn = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.norm_mlp = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attend(self, run: Run, at: str, x_SD: Tensor, patches: Patches) -> Tensor:
+        """Packed to [N, M, D] for attention, where a padded slot is neither seen nor returned."""
+        present = patches.present()
+        x_NMD = patches.pack(self.norm_attn(x_SD)).masked_fill(~present[..., None], 0)
+        o_NMD = self.attn(x_NMD, run, at, mask=(present[:, None, None],))
+        return self.dropout(patches.unpack(o_NMD))
+
+    def feed(self, x_SD: Tensor) -> Tensor:
+        """The MLP branch; row-wise, and on tokens only."""
+        return self.dropout(self.mlp(self.norm_mlp(x_SD)))
+
+    def forward(
+        self,
+        x_SD: Tensor,
+        patches: Patches,
+        e_ED: Tensor | None = None,
+        run: Run = DIRECT,
+        at: str = "blocks.0",
+    ) -> Tensor:
+        x_SD = x_SD + self.position.of(patches)
+        attn = f"{at}.attn"
+        x_SD = x_SD + run.site(attn, partial(self.attend, run, attn), x_SD, patches)
+        return x_SD + run.site(f"{at}.mlp", self.feed, x_SD)
+
+    @staticmethod
+    def sites(at: str) -> list[Site]:
+        return [
+            Site(at, "block", "axis"),
+            Site(f"{at}.attn", "branch", "axis"),
+            Site(f"{at}.attn.kv", "kv", "axis"),
+            Site(f"{at}.attn.core", "core", "axis"),
+            Site(f"{at}.mlp", "branch", "axis"),
+        ]
+
+
+class PatchPosition(nn.Module):
+    """What a G block adds to a token for its patch: a map of the patch's age, a learned vector of its index, or 0."""
+
+    def __init__(self, config: TodyformerConfig) -> None:
+        super().__init__()
+        self.kind, self.patches = config.positions, config.patches
+        self.time = TimeEncoding(config.width) if self.kind == "time" else None
+        self.out = nn.Linear(config.width, config.width) if self.kind == "time" else None
+        table = 0.02 * torch.randn(config.patches, config.width)
+        self.table = nn.Parameter(table) if self.kind == "index" else None
+
+    def of(self, patches: Patches) -> Any:
+        """[S, D], or 0. Indices count from the newest patch, the last: short windows have fewer patches."""
+        if self.kind == "none":
+            return 0
+        index = torch.arange(self.patches - patches.count, self.patches, device=patches.patch.device)
+        return self(patches.stamp, index)[patches.patch]
+
+    def forward(self, stamp: Tensor, index: Tensor) -> Any:
+        """Positions [M, D] of patches by their age in seconds [M] and index [M]; 0 without positions."""
+        if self.time is not None and self.out is not None:
+            return self.out(self.time(stamp))
+        return 0 if self.table is None else self.table[index]
+
+
+class Decoder(nn.Module):
+    """MLP([z_u | z_v]) to a logit, or MLP(z_u) to classes."""
+
+    def __init__(self, config: TodyformerConfig) -> None:
+        super().__init__()
+        self.classes = config.classes
+        self.inner = nn.Linear(config.width if config.classes else 2 * config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.outer = nn.Linear(config.width, config.classes or 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[P, 2, D] to [P], or [P, D] to [P, classes]."""
+        out = self.outer(self.dropout(torch.relu(self.inner(z if self.classes else z.flatten(1)))))
+        return out if self.classes else out.squeeze(-1)
+
+
+def dyg2vec(config: TodyformerConfig) -> TodyformerConfig:
+    """The local-only rival of a config: as many layers of message passing, on the window as one patch (DyG2Vec)."""
+    return replace(config, layout=f"L*{kinds_of(config.layout).count('L')}", patches=1)
