@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from graphs_for_tests import contacts, twin_edges, twin_patches, twin_structure
 
 from ditkit.core.errors import DataError
 from ditkit.nn.patches import patchify
-from graphs_for_tests import contacts, twin_edges, twin_patches, twin_structure
 
 
 @pytest.mark.parametrize(("size", "count"), [(60, 4), (59, 4), (10, 4), (9, 6), (7, 7), (13, 1)])

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from graphs_for_tests import awake, contacts, small, twin_embeddings
 from torch import Tensor
 
-from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.attention.neighbourhood import Neighbourhood
-from ditkit.core.errors import ConfigError, DitkitError, ShapeError
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import DitkitError, ShapeError
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.nn.patches import Patches, patchify
-from graphs_for_tests import awake, contacts, small, twin_embeddings
 
 NODES = torch.arange(8)
 
