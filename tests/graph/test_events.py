@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from graphs_for_tests import contacts
+from graphs_support import contacts
 
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data import event_files, loading

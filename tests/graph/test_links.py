@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from graphs_for_tests import contacts
+from graphs_support import contacts
 
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.negatives import KINDS, Negatives
+from ditkit.metrics.links import average_precision, mean_reciprocal_rank, roc_auc
 from ditkit.tasks.graph.edge_bank import EdgeBank
-from ditkit.tasks.graph.scores import average_precision, link_scores, mean_reciprocal_rank, roc_auc
+from ditkit.tasks.graph.scores import link_scores
 
 SCORES = [
     ([0.9, 0.1, 0.5, 0.4], [1, 0, 1, 0]),

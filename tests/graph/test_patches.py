@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from graphs_for_tests import contacts, twin_edges, twin_patches, twin_structure
+from graphs_support import contacts, twin_edges, twin_patches, twin_structure
 
 from ditkit.core.errors import DataError
 from ditkit.nn.patches import patchify

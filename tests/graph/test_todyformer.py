@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs_for_tests import awake, contacts, small, twin_embeddings
+from graphs_support import awake, contacts, small, twin_embeddings
 from torch import Tensor
 
 from ditkit.attention.neighbourhood import Neighbourhood
@@ -303,6 +303,7 @@ def test_the_paper_size_has_its_parameters():
         ({"layout": ""}, "layout=''"),
         ({"layout": "L*2000"}, "2000 blocks"),
         ({"patches": 0}, "patches=0 should be at least 1"),
+        ({"window": 3}, "window=3 should hold at least patches=4 events"),
         ({"positions": "sin"}, "unknown positions 'sin'"),
         ({"readout": "max"}, "unknown readout 'max'"),
         ({"dropout": 1.0}, r"dropout=1.0 should lie in \[0, 1\)"),

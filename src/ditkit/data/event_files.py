@@ -176,7 +176,7 @@ def _seconds(column: Series, where: str) -> np.ndarray:
     """Seconds in float64: numbers as they are, dates since 1970."""
     import pandas as pd
 
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, copy=True)
     if not pd.api.types.is_numeric_dtype(column) and not np.isfinite(numbers).any():
         dates = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601").dt.tz_localize(None)
         numbers = dates.astype("datetime64[us]").to_numpy().astype(np.float64) / 1e6
@@ -220,7 +220,7 @@ def _numbers(table: DataFrame, name: str, where: str) -> np.ndarray:
     import pandas as pd
 
     column = table[name]
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32, copy=True)
     wrong = np.flatnonzero(~np.isfinite(numbers))
     if wrong.size:
         i = int(wrong[0])

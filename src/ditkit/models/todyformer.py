@@ -38,7 +38,8 @@ class TodyformerConfig:
         heads: Of both attentions.
         layout: Blocks in their order, L for message passing inside patches and G for attention along a node's patches:
             "LG*3" alternates, "LLLGGG" does not, "L*3" in one patch is DyG2Vec.
-        patches: Into which a window's events are cut, in equal counts.
+        window: Events that a prediction looks back at.
+        patches: Into which those are cut, in equal counts.
         neighbours: Most recent events of a node that it hears of in a patch; 0 for all.
         positions: Of a patch along a node's sequence: the age of its latest event, its learned index, or none.
         readout: A node's embedding is its token of the last patch it occurs in, or the mean of its tokens.
@@ -51,6 +52,7 @@ class TodyformerConfig:
     width: int = 100
     heads: int = 2
     layout: str = "LG*3"
+    window: int = 16_384
     patches: int = 16
     neighbours: int = 0
     positions: Positions = "time"
@@ -62,6 +64,10 @@ class TodyformerConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "width", "heads", "patches")
+        if self.window < self.patches:
+            raise ConfigError(
+                f"Todyformer: window={self.window} should hold at least patches={self.patches} events"
+            )
         at_least(0, self, "neighbours", "features", "node_features", "classes")
         divides_into_heads(self)
         shares(self, "dropout")
@@ -73,7 +79,7 @@ class TodyformerConfig:
     @classmethod
     def tiny(cls) -> Self:
         """A size for tests."""
-        return cls(width=8, heads=2, layout="LG*2", patches=4)
+        return cls(width=8, heads=2, layout="LG*2", window=64, patches=4)
 
 
 def kinds_of(layout: str) -> str:
@@ -116,13 +122,6 @@ class Todyformer(Model):
         self.norm = nn.LayerNorm(width)
         self.newcomer = nn.Parameter(0.02 * torch.randn(width))
         self.decoder = Decoder(config)
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return ()
-
-    def layout(self, shape: tuple[int, ...]) -> tuple[()]:
-        return ()
 
     def sites(self) -> tuple[Site, ...]:
         blocks = [

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import DataError
+from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.events import EventSet
 from ditkit.data.negatives import KINDS, Kind, Negatives
+from ditkit.metrics.links import average_precision, reciprocal_ranks, roc_auc
+from ditkit.models.todyformer import Todyformer
+from ditkit.tasks.graph.edge_bank import EdgeBank
+from ditkit.tasks.graph.predict import answer
 from ditkit.train.randomness import generator
 
 Predictor = Callable[[int, Tensor], Tensor]
@@ -104,43 +109,77 @@ def _score(positive: Tensor, negative: Tensor, ranks: Tensor, new: Tensor) -> Li
     )
 
 
-def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Area under precision over recall, in steps; equal scores are one step.
+def score_links(
+    model: Todyformer,
+    events: EventSet,
+    targets: range,
+    *,
+    known: int = 0,
+    unmet: Tensor | None = None,
+    batch: int = 200,
+    rivals: int = 20,
+    seed: int = 0,
+) -> list[dict[str, str | float]]:
+    """A row for the model and for EdgeBank on each kind of negatives, of the same links and negatives.
+
+    Args:
+        known, unmet, batch, rivals, seed: as of `link_scores`.
 
     Raises:
-        DataError: a score is not finite.
+        ConfigError: the model predicts classes.
+        DataError: those of `link_scores`.
     """
-    from torchmetrics.functional.classification import binary_average_precision
+    if model.config.classes:
+        raise ConfigError(
+            f"the model predicts {model.config.classes} classes of nodes, expected one of links"
+        )
+    predictors: dict[str, Predictor] = {
+        type(model).__name__: partial(answer, model, events),
+        "EdgeBank": EdgeBank(events).scores,
+    }
+    given = {"batch": batch, "known": known, "unmet": unmet, "rivals": rivals, "seed": seed}
+    return [
+        {"predictor": name, "negatives": kind, **asdict(score)}
+        for name, predict in predictors.items()
+        for kind, score in link_scores(predict, events, targets, **given).items()  # type: ignore[arg-type]
+    ]
 
-    return binary_average_precision(_order(scores), labels.long()).item()
 
+def node_scores(
+    model: Todyformer, events: EventSet, targets: range, *, nodes: Tensor | None = None, batch: int = 200
+) -> dict[str, float]:
+    """How often a model of classes is right about nodes that take part in some events, and about each by majority.
 
-def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """The share of pairs of a positive and a negative in the right order, ties half.
+    Args:
+        nodes: that count, such as those held out of training; all unless given.
 
     Raises:
-        DataError: a score is not finite.
+        ConfigError: the model predicts links, or other classes.
+        DataError: no node that counts takes part.
     """
-    from torchmetrics.functional.classification import binary_auroc
-
-    return binary_auroc(_order(scores), labels.long()).item()
-
-
-def mean_reciprocal_rank(positive: Tensor, rivals: Tensor) -> float:
-    """Mean of `reciprocal_ranks`: scores of links [n] and of their rivals [n, K]."""
-    return reciprocal_ranks(positive, rivals).mean().item()
-
-
-def reciprocal_ranks(positive: Tensor, rivals: Tensor) -> Tensor:
-    """1 / (1 + rivals above + half of the equal ones), [n]: the middle of the best and the worst rank, as TGB has it."""
-    above = (rivals > positive[:, None]).sum(1)
-    equal = (rivals == positive[:, None]).sum(1)
-    return 1 / (1 + above + 0.5 * equal)
-
-
-def _order(scores: Tensor) -> Tensor:
-    """Scores as their order, evenly in [0, 1]: torchmetrics would take a sigmoid, in which far ones become equal."""
-    if broken := int((~scores.isfinite()).sum()):
-        raise DataError(f"{broken} of {len(scores)} scores is not finite, expected numbers")
-    order = torch.unique(scores, return_inverse=True)[1]
-    return order.double() / max(int(order.max()), 1)
+    if model.config.classes != len(events.classes) or not model.config.classes:
+        made = f"{model.config.classes} classes" if model.config.classes else "links"
+        raise ConfigError(
+            f"the model predicts {made}, expected a model of classes, {len(events.classes)} of them"
+        )
+    votes = torch.zeros(len(events.nodes), model.config.classes)
+    for first in range(targets.start, targets.stop, batch):
+        part = events.pairs[first : min(first + batch, targets.stop)].flatten()
+        part = part[events.labels[part] >= 0]
+        if nodes is not None:
+            part = part[torch.isin(part, nodes)]
+        if len(part):
+            found = answer(model, events, first, part).argmax(-1)
+            votes.index_put_((part, found), torch.ones(len(part)), accumulate=True)
+    met = votes.sum(1) > 0
+    if not met.any():
+        raise DataError(
+            f"{events.name}: no node with a class takes part in events {targets.start}..{targets.stop - 1}"
+        )
+    right = votes[met].gather(1, events.labels[met][:, None])
+    return {
+        "accuracy": (right.sum() / votes.sum()).item(),
+        "accuracy_by_node": (votes[met].argmax(1) == events.labels[met]).float().mean().item(),
+        "nodes": int(met.sum()),
+        "answers": int(votes.sum()),
+    }

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
+from models_support import perturbed
 from torch import Tensor
 
 from ditkit.data.events import EventSet, Window
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
-from models_for_tests import perturbed
 
 CONTACTS, PEOPLE, FEATURES = 60, 8, 2
 
@@ -37,7 +37,7 @@ def contacts(
 
 def small(**changes: Any) -> TodyformerConfig:
     """Two blocks of each kind, four patches."""
-    given = {"width": 8, "heads": 2, "layout": "LG*2", "patches": 4, "features": FEATURES}
+    given = {"width": 8, "heads": 2, "layout": "LG*2", "window": 40, "patches": 4, "features": FEATURES}
     return TodyformerConfig(**{**given, **changes})
 
 

@@ -1,0 +1,44 @@
+"""Todyformer at the scale of a CPU: contacts in a school, and flights."""
+
+from __future__ import annotations
+
+from ditkit.models.todyformer import TodyformerConfig
+from ditkit.tasks.graph.recipe import LinkRecipe, NodeRecipe
+from ditkit.train.ema import Constant
+from ditkit.train.settings import Settings
+
+
+def todyformer() -> LinkRecipe:
+    """Which pupils of a high school meet next, from their last 2,048 contacts.
+
+    Also for an event list of your own: --data FILE.csv with columns source, destination and time.
+    """
+    return LinkRecipe(data="school", model=_model(window=2048), settings=_settings(600))
+
+
+def todyformer_flights() -> LinkRecipe:
+    """Which flights leave New York next, from the last 4,096 with their delays."""
+    return LinkRecipe(data="flights", model=_model(window=4096), settings=_settings(600))
+
+
+def todyformer_classes() -> NodeRecipe:
+    """To which class of the high school a pupil belongs, told from contacts alone; a tenth of the pupils is held out."""
+    return NodeRecipe(data="school", model=_model(window=2048), settings=_settings(300))
+
+
+def _model(window: int) -> TodyformerConfig:
+    return TodyformerConfig(width=64, heads=2, layout="LG*2", window=window, patches=16)
+
+
+def _settings(steps: int) -> Settings:
+    return Settings(
+        steps=steps,
+        batch=200,
+        learning_rate=1e-3,
+        warmup=20,
+        clip=1.0,
+        weight_decay=1e-2,
+        averages=(Constant(0.99),),
+        save_every=100,
+        sheet_every=200,
+    )
