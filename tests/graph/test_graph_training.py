@@ -21,6 +21,7 @@ from ditkit.tasks.graph.recipe import LinkTargets, NodeTargets, hidden_nodes
 from ditkit.tasks.graph.scores import node_scores, score_links
 from ditkit.tasks.graph.task import predicted_links
 from ditkit.tasks.recipe import describe, train_recipe
+from ditkit.train.ema import Constant
 from ditkit.train.graph_targets import GraphTargets
 from ditkit.train.loop import train
 from ditkit.train.optimizers import optimizers_of
@@ -138,7 +139,7 @@ def fashions(people: int = 16, events: int = 900) -> EventSet:
 
 def test_links_to_those_in_fashion_are_learned(tmp_path):
     events = fashions()
-    settings = replace(SETTINGS, steps=60, save_every=0)
+    settings = replace(SETTINGS, steps=60, save_every=0, averages=(Constant(0.5),))
     model = train(
         Todyformer(small(width=16, features=0, window=60, dropout=0.0)),
         LinkTargets(events.part(range(600)), window=60, patches=4),
@@ -153,10 +154,8 @@ def test_links_to_those_in_fashion_are_learned(tmp_path):
     assert set(by) == {
         (p, n) for p in ("Todyformer", "EdgeBank") for n in ("random", "historical", "inductive")
     }
-    assert by["Todyformer", "random"] > 0.6
-    assert by["EdgeBank", "random"] > 0.9 > 0.55 > by["EdgeBank", "historical"], (
-        "it cannot tell old links from new"
-    )
+    assert min(by["Todyformer", "random"], by["Todyformer", "historical"]) > 0.8
+    assert by["EdgeBank", "historical"] < 0.55, "all of these links are old"
 
 
 def write_events(folder: Path, events: EventSet) -> Path:
@@ -198,7 +197,7 @@ def test_a_recipe_runs_from_a_file_to_a_picture_and_scores(build, tmp_path):
     else:
         assert loaded.config.classes == 2
         score = node_scores(loaded, events, range(800, 900), batch=20)
-        assert score["nodes"] == 16 and 0 <= score["accuracy"] <= 1
+        assert score["nodes"] == 12 and 0 <= score["accuracy"] <= 1
 
 
 def test_classes_of_held_out_nodes_are_not_trained_on():
