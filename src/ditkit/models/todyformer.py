@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class TodyformerConfig:
         classes: Of a node's state, which is then what is predicted; 0 to predict links.
     """
 
+    FROM_DATA: ClassVar[frozenset[str]] = frozenset({"features", "node_features", "classes"})
+    """Fields that the data decide."""
     width: int = 100
     heads: int = 2
     layout: str = "LG*3"

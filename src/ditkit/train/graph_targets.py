@@ -60,5 +60,7 @@ class GraphTargets(Objective):
         rng: SampleRNG,
         teacher: Model | None = None,
     ) -> dict[str, Tensor]:
-        out, taps = run_with_taps(forward, model, self.taps(model), model.sample_shape, data.patches, data.ids)
+        out, taps = run_with_taps(
+            forward, model, self.taps(model), model.sample_shape, data.patches, data.ids
+        )
         return self.weigh(Batch(data=data.labels, prediction=out.float(), taps=taps, sites=model.sites()))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ditkit.core.model import Model
 from ditkit.data.events import EventSet, Split
 from ditkit.data.loading import load_events
 from ditkit.data.negatives import Negatives
-from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from ditkit.models.todyformer import TodyformerConfig
 from ditkit.nn.patches import COUNTS, Patches
 from ditkit.tasks.graph.figures import write_classes, write_links
 from ditkit.tasks.graph.predict import patches_before
@@ -27,6 +27,17 @@ from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG, generator
 
 TARGETS = GraphTargets()
+Network = make_dataclass(
+    "Network",
+    [
+        (f.name, get_type_hints(TodyformerConfig)[f.name], f.default)
+        for f in fields(TodyformerConfig)
+        if f.name not in TodyformerConfig.FROM_DATA
+    ],
+    frozen=True,
+)
+"""The fields of the config that have flags."""
+Network.__doc__ = TodyformerConfig.__doc__
 
 
 class EventTargets:
@@ -106,6 +117,7 @@ class GraphRecipe(Recipe):
     sources: ClassVar[str] = "A named set of events (school, flights), or an event list in CSV or Parquet."
     then: ClassVar[str] = "ditkit evaluate"
     then_data: ClassVar[bool] = True
+    Network: ClassVar[type] = Network
     model: TodyformerConfig
     objective: Objective = TARGETS
     validation: float = 0.15
@@ -144,8 +156,8 @@ class GraphRecipe(Recipe):
 
     def facts(self, samples: Samples) -> str:
         assert isinstance(samples, EventTargets)
-        events = samples.events
-        return f"{len(load_events(self.data, **self.loading)):,} events of {len(events.nodes)} nodes, {len(events):,} to train on"
+        every, own = load_events(self.data, **self.loading), samples.events
+        return f"{len(every):,} events of {len(every.nodes)} nodes, {len(own):,} to train on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +202,3 @@ class NodeRecipe(GraphRecipe):
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
         events = load_events(self.data, **self.loading)
         return partial(write_classes, folder, events, events.split(self.validation, self.test).validation)
-
-    def network(self) -> Model:
-        return Todyformer(self.model).adopt(self.policies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,25 @@ class LinkScore:
     new_links: int = 0
 
 
-def link_scores(
+@dataclass(frozen=True)
+class Drawn:
+    """A predictor's scores of links and of what they are told apart from, each [n] in the order of time.
+
+    Args:
+        positive: of the links. negative: of one negative each, by kind.
+        ranks: reciprocal ranks among other destinations of the same source.
+        new: whether a node that training left out takes part.
+        batch: number of the look back that each link was scored after.
+    """
+
+    positive: Tensor
+    negative: dict[Kind, Tensor]
+    ranks: Tensor
+    new: Tensor
+    batch: Tensor
+
+
+def drawn_scores(
     predict: Predictor,
     events: EventSet,
     targets: range,
@@ -51,8 +70,8 @@ def link_scores(
     unmet: Tensor | None = None,
     rivals: int = 20,
     seed: int = 0,
-) -> dict[str, LinkScore]:
-    """Scores of a predictor on the links of some events, by kind of negatives; every predictor meets the same ones.
+) -> Drawn:
+    """Score a predictor on the links of some events; with the same seed every predictor meets the same negatives.
 
     Args:
         batch: events that share one look back: the later ones do not know the earlier. It is part of the protocol.
@@ -65,47 +84,54 @@ def link_scores(
     """
     if not targets:
         raise DataError(f"{events.name}: no links to be scored, expected some")
-    new = torch.zeros(len(events), dtype=torch.bool) if unmet is None else events.touching(unmet)
     parts = [torch.tensor(targets[i : i + batch]) for i in range(0, len(targets), batch)]
     drawers = {kind: Negatives(events, kind, known) for kind in kinds}
     ranking = Negatives(events, "random")
     positive: list[Tensor] = []
     ranks: list[Tensor] = []
-    negative: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    negative: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
     for part in parts:
         start, n = int(part[0]), len(part)
         others = ranking.rivals(part, rivals, generator(seed, start, len(KINDS)))
-        drawn = {
-            kind: one.draw(part, generator(seed, start, KINDS.index(kind))) for kind, one in drawers.items()
-        }
+        drawn = [one.draw(part, generator(seed, start, KINDS.index(kind))) for kind, one in drawers.items()]
         versus = torch.stack([events.source[part].repeat_interleave(rivals), others.flatten()], 1)
-        scores = predict(start, torch.cat([events.pairs[part], versus, *drawn.values()])).float().cpu()
+        scores = predict(start, torch.cat([events.pairs[part], versus, *drawn])).float().cpu()
         of_links, of_rivals, *of_drawn = scores.split([n, n * rivals, *(n for _ in drawn)])
         positive.append(of_links)
         ranks.append(reciprocal_ranks(of_links, of_rivals.view(n, rivals)))
-        for kind, own in zip(drawn, of_drawn, strict=True):
+        for kind, own in zip(kinds, of_drawn, strict=True):
             negative[kind].append(own)
-    where = new[torch.cat(parts)]
-    return {
-        kind: _score(torch.cat(positive), torch.cat(negative[kind]), torch.cat(ranks), where)
-        for kind in kinds
-    }
+    index = torch.cat(parts)
+    return Drawn(
+        positive=torch.cat(positive),
+        negative={kind: torch.cat(own) for kind, own in negative.items()},
+        ranks=torch.cat(ranks),
+        new=torch.zeros_like(index).bool() if unmet is None else events.touching(unmet)[index],
+        batch=(index - targets.start) // batch,
+    )
 
 
-def _score(positive: Tensor, negative: Tensor, ranks: Tensor, new: Tensor) -> LinkScore:
-    """The links' scores, those of their negatives, their reciprocal ranks, and which are of new nodes; all [n]."""
-    both = torch.cat([positive, negative]), torch.cat([torch.ones_like(positive), torch.zeros_like(negative)])
-    of_new = float("nan")
-    if new.any():
-        own = torch.cat([positive[new], negative[new]])
-        of_new = average_precision(own, torch.arange(len(own)) < len(own) // 2)
+def link_scores(
+    predict: Predictor, events: EventSet, targets: range, **protocol: Any
+) -> dict[Kind, LinkScore]:
+    """Summarise `drawn_scores`, whose arguments these are, by kind of negatives."""
+    drawn = drawn_scores(predict, events, targets, **protocol)
+    return {kind: _score(drawn, own) for kind, own in drawn.negative.items()}
+
+
+def _score(drawn: Drawn, negative: Tensor) -> LinkScore:
+    def told_apart(measure: Callable[[Tensor, Tensor], float], part: Tensor) -> float:
+        both = torch.cat([drawn.positive[part], negative[part]])
+        return measure(both, torch.arange(len(both)) < len(both) // 2)
+
+    every = torch.ones_like(drawn.new)
     return LinkScore(
-        ap=average_precision(*both),
-        auc=roc_auc(*both),
-        mrr=ranks.mean().item(),
-        links=len(positive),
-        new_ap=of_new,
-        new_links=int(new.sum()),
+        ap=told_apart(average_precision, every),
+        auc=told_apart(roc_auc, every),
+        mrr=drawn.ranks.mean().item(),
+        links=len(drawn.positive),
+        new_ap=told_apart(average_precision, drawn.new) if drawn.new.any() else float("nan"),
+        new_links=int(drawn.new.sum()),
     )
 
 
@@ -137,11 +163,11 @@ def score_links(
         type(model).__name__: partial(answer, model, events),
         "EdgeBank": EdgeBank(events).scores,
     }
-    given = {"batch": batch, "known": known, "unmet": unmet, "rivals": rivals, "seed": seed}
+    protocol = {"batch": batch, "known": known, "unmet": unmet, "rivals": rivals, "seed": seed}
     return [
         {"predictor": name, "negatives": kind, **asdict(score)}
         for name, predict in predictors.items()
-        for kind, score in link_scores(predict, events, targets, **given).items()  # type: ignore[arg-type]
+        for kind, score in link_scores(predict, events, targets, **protocol).items()
     ]
 
 
