@@ -1,6 +1,6 @@
 """One window of a large graph through Todyformer, forward and backward: its time, and the shares of its parts.
 
-python benchmarks/graph_window.py      on a GPU: 262,144 events among 20,000 nodes, 32 patches, width 100, 3 blocks of each kind
+python benchmarks/graph_window.py      for a GPU: 262,144 events of 20,000 nodes, 32 patches, width 100, six blocks
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 import tyro
-from common import device, record, show
 from torch import Tensor
 
+from common import device, record, show
 from ditkit.bench.timing import alternated, medians
 from ditkit.models.todyformer import GlobalBlock, Todyformer, TodyformerConfig
 from ditkit.nn.edge_attention import scattered_sum, sorted_sum

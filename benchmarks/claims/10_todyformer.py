@@ -2,7 +2,8 @@
 
 python benchmarks/claims/10_todyformer.py      writes benchmarks/results/claims/10-todyformer.json and fills the page
 
-Arms have the same seeds, batches and negatives; they are judged by AP on the same test links. Intervals resample seeds and, within them, batches of 200 links.
+Arms have the same seeds, batches and negatives; they are judged by AP on the same test links. Intervals resample seeds
+and, within them, batches of 200 links.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def of_links(arms: Mapping[str, Arm]) -> Iterator[Claim]:
             interval=spread,
             claimed=(least, None),
             unit="AP",
-            against=f"{kind} negatives; {better} {mean(better, kind):.3f}, {worse} {mean(worse, kind):.3f}; {seeds} seeds",
+            against=f"{kind} negatives; {better} {mean(better, kind):.3f}, {worse} {mean(worse, kind):.3f}; "
+            f"{seeds} seeds",
         )
 
     for kind in ("historical", "random", "inductive"):

@@ -170,7 +170,7 @@ def test_a_split_is_chronological_whole_and_never_cuts_a_moment():
     for earlier, later in ((parts.training, parts.validation), (parts.validation, parts.test)):
         assert events.time[earlier[-1]] < events.time[later[0]]
     assert abs(len(parts.test) - 30) < 5
-    with pytest.raises(ConfigError, match="validation=0.6 and test=0.5"):
+    with pytest.raises(ConfigError, match=r"validation=0\.6 and test=0\.5"):
         events.split(0.6, 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Training on events: in the order of time, on nothing that comes later, resumed to the bit, and something is learned."""
+"""Training on events: in the order of time, on nothing that comes later, resumed to the bit, and it learns."""
 
 from __future__ import annotations
 

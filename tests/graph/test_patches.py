@@ -17,7 +17,7 @@ def test_patches_are_the_window_cut_into_equal_counts(size, count):
     window = contacts().window(60, size)
     made = patchify(*window, count)
     wanted = twin_patches(window, count)
-    assert sum(wanted, []) == list(range(size))
+    assert [e for events in wanted for e in events] == list(range(size))
     assert [len(events) for events in wanted[:-1]] == [math.ceil(size / count)] * (len(wanted) - 1)
     assert made.count == len(wanted)
     of_edge = made.patch[made.receiver]

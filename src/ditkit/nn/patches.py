@@ -1,4 +1,4 @@
-"""Patches of a window of events: tokens, edges and structural counts, before any network (Todyformer, arXiv 2402.05944).
+"""Patches of a window of events: tokens, edges and structural counts, before any network (Todyformer, 2402.05944).
 
 E events of a window, M patches, N nodes of the window, S tokens (a node in a patch), D width.
 """
@@ -51,7 +51,7 @@ class Patches(NamedTuple):
         return len(self.stamp)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """On `device`; floating-point tensors in `dtype`."""
+        """Move to `device`, floating-point tensors in `dtype`."""
         return type(self)(*(v.to(device, dtype if v.is_floating_point() else None) for v in self))
 
     @property
@@ -60,21 +60,21 @@ class Patches(NamedTuple):
         return self.node * self.count + self.patch
 
     def present(self) -> Tensor:
-        """[N, M] bool, true where a node occurs in a patch."""
+        """Return [N, M] bool, true where a node occurs in a patch."""
         empty = torch.zeros(len(self.nodes) * self.count, dtype=torch.bool, device=self.node.device)
         return empty.index_fill(0, self.slot, True).view(len(self.nodes), self.count)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Tokens [S, D] as sequences of the nodes, [N, M, D], zero in padded slots."""
+        """Put tokens [S, D] into sequences of the nodes, [N, M, D], zero in padded slots."""
         empty = x.new_zeros(len(self.nodes) * self.count, x.shape[-1])
         return empty.index_copy(0, self.slot, x).view(len(self.nodes), self.count, -1)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`: [N, M, D] to [S, D]."""
+        """Undo `pack`: [N, M, D] to [S, D]."""
         return x.flatten(0, 1).index_select(0, self.slot)
 
     def row_of(self, ids: Tensor) -> Tensor:
-        """Rows of `nodes` for node ids of any shape; N, one past the last, for a node outside of the window."""
+        """Find the rows of `nodes` for ids of any shape; N, one past the last, for a node outside of the window."""
         row = torch.searchsorted(self.nodes, ids.contiguous()).clamp_max(len(self.nodes) - 1)
         return torch.where(self.nodes[row] == ids, row, len(self.nodes))
 
@@ -140,7 +140,7 @@ def patchify(
 
 
 def structural_counts(receiver: Tensor, sender: Tensor, tokens: int) -> Tensor:
-    """Events of the receiver, events of the sender, and common neighbours, float32 [E, COUNTS] of each edge [E].
+    """Count, for each edge [E], events of the receiver, of the sender, and common neighbours: float32 [E, COUNTS].
 
     `receiver` is sorted, and every edge is there in both directions.
     """
@@ -151,7 +151,7 @@ def structural_counts(receiver: Tensor, sender: Tensor, tokens: int) -> Tensor:
 
 
 def _common_neighbours(pairs: Tensor, tokens: int) -> Tensor:
-    """[P] common neighbours of the two ends of each pair u * tokens + v, sorted, in both directions.
+    """Count common neighbours [P] of the two ends of each pair u * tokens + v, sorted, in both directions.
 
     Every neighbour w of the end with fewer neighbours is looked up beside the other end: sum of min(degree) steps.
     """
@@ -168,6 +168,6 @@ def _common_neighbours(pairs: Tensor, tokens: int) -> Tensor:
 
 
 def _from_the_end(receiver: Tensor, tokens: int) -> Tensor:
-    """[E] how many later edges the same receiver has; `receiver` is sorted."""
+    """Count, for each edge [E], the later ones of the same receiver; `receiver` is sorted."""
     stop = torch.bincount(receiver, minlength=tokens).cumsum(0)
     return stop[receiver] - 1 - torch.arange(len(receiver), device=receiver.device)

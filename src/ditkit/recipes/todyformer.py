@@ -9,7 +9,7 @@ from ditkit.train.settings import Settings
 
 
 def todyformer() -> LinkRecipe:
-    """Which pupils of a high school meet next, from their last 2,048 contacts.
+    """Learn which pupils of a high school meet next, from their last 2,048 contacts.
 
     Also for an event list of your own: --data FILE.csv with columns source, destination and time.
     """
@@ -17,12 +17,12 @@ def todyformer() -> LinkRecipe:
 
 
 def todyformer_flights() -> LinkRecipe:
-    """Which flights leave New York next, from the last 4,096 with their delays."""
+    """Learn which flights leave New York next, from the last 4,096 with their delays."""
     return LinkRecipe(data="flights", model=_model(window=4096), settings=_settings(600))
 
 
 def todyformer_classes() -> NodeRecipe:
-    """To which class of the high school a pupil belongs, told from contacts alone; a tenth of the pupils is held out."""
+    """Learn the class of a high school's pupils from contacts alone; a tenth of the pupils is held out."""
     return NodeRecipe(data="school", model=_model(window=2048), settings=_settings(300))
 
 

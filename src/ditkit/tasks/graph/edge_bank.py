@@ -1,4 +1,4 @@
-"""EdgeBank (arXiv 2207.10128): a link is predicted if it has happened before. It learns nothing, and is hard to beat."""
+"""EdgeBank (arXiv 2207.10128): a link is predicted if it has happened before. It learns nothing and is hard to beat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EdgeBank:
         self.known = events.links(events.pairs)
 
     def scores(self, start: int, pairs: Tensor) -> Tensor:
-        """1 for the pairs [P, 2] that are remembered at the moment of event `start`, before it happens; else 0."""
+        """Score pairs [P, 2] at the moment of event `start`, before it happens: 1 if remembered, else 0."""
         stop, first = self.events.before(start), 0
         if self.seconds is not None:
             now = self.events.time[min(start, len(self.events) - 1)]

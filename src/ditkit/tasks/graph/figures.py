@@ -24,7 +24,7 @@ HOUR = 3600.0
 def links_over_time(
     model: Todyformer, events: EventSet, span: range, source: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One node's predicted links in a span of events.
+    """Predict one node's links in a span of events.
 
     Args:
         source: the node; the one with most events in the span unless given.
@@ -47,7 +47,7 @@ def links_over_time(
 
 
 def draw_links(model: Todyformer, events: EventSet, span: range, source: int | None = None) -> bytes:
-    """PNG of `links_over_time`: darker is likelier, a ring is an event that happened up to the next moment."""
+    """Draw `links_over_time` as PNG: darker is likelier, a ring is an event that happened up to the next moment."""
     node, rows, moments, odds = links_over_time(model, events, span, source)
     figure, axes = _figure(len(rows))
     hours = (events.time[moments] - events.time[span.start]) / HOUR
@@ -69,7 +69,7 @@ def draw_links(model: Todyformer, events: EventSet, span: range, source: int | N
 def _happened(
     events: EventSet, span: range, node: Tensor, rows: Tensor, moments: Tensor
 ) -> tuple[list[int], list[int]]:
-    """Columns and rows of the node's events in the span."""
+    """Find columns and rows of the node's events in the span."""
     pairs = events.pairs[span.start : span.stop]
     columns = torch.searchsorted(moments, torch.arange(span.start, span.stop), right=True) - 1
     ways = [pairs] if events.directed else [pairs, pairs.flip(1)]
@@ -83,7 +83,7 @@ def _happened(
 
 
 def draw_classes(model: Todyformer, events: EventSet, span: range) -> bytes:
-    """PNG of each class's nodes by the class that the model gives them at the end of a span, as shares of the class."""
+    """Draw as PNG, for each class, the shares of its nodes by the class that the model gives them after a span."""
     nodes = events.pairs[span.start : span.stop].unique()
     nodes = nodes[events.labels[nodes] >= 0]
     found = answer(model, events, span.stop - 1, nodes).argmax(-1)
@@ -104,13 +104,13 @@ def draw_classes(model: Todyformer, events: EventSet, span: range) -> bytes:
 
 
 def write_links(folder: Path, events: EventSet, span: range, model: Model, step: int) -> None:
-    """`draw_links` in `folder`, named after the step."""
+    """Write `draw_links` into `folder`, named after the step."""
     assert isinstance(model, Todyformer)
     _write(folder, step, draw_links(model, events, span))
 
 
 def write_classes(folder: Path, events: EventSet, span: range, model: Model, step: int) -> None:
-    """`draw_classes` in `folder`, named after the step."""
+    """Write `draw_classes` into `folder`, named after the step."""
     assert isinstance(model, Todyformer)
     _write(folder, step, draw_classes(model, events, span))
 

@@ -11,7 +11,7 @@ from ditkit.nn.patches import Patches, patchify
 
 
 def patches_before(events: EventSet, i: int, window: int, patches: int, neighbours: int = 0) -> Patches:
-    """The patches of the last `window` events that are strictly earlier than event `i`.
+    """Cut the last `window` events that are strictly earlier than event `i` into patches.
 
     Raises:
         DataError: there are fewer than patches.
@@ -20,7 +20,7 @@ def patches_before(events: EventSet, i: int, window: int, patches: int, neighbou
 
 
 def answer(model: Todyformer, events: EventSet, i: int, ids: Tensor) -> Tensor:
-    """The logits of pairs [P, 2] or nodes [P] at the moment of event `i`, before it happens; on the CPU."""
+    """Predict the logits of pairs [P, 2] or nodes [P] at the moment of event `i`, before it happens; on the CPU."""
     config, device = model.config, next(model.parameters()).device
     patches = patches_before(events, i, config.window, config.patches, config.neighbours)
     with torch.no_grad():

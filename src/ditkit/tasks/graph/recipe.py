@@ -63,7 +63,7 @@ class EventTargets:
         return len(self.events) - self.first
 
     def before(self, targets: Tensor) -> Patches:
-        """The patches that targets [n] share: those before the first of them."""
+        """Cut the patches that targets [n] share: those before the first of them."""
         return patches_before(self.events, int(targets[0]), self.window, self.patches, self.neighbours)
 
 
@@ -95,7 +95,7 @@ class NodeTargets(EventTargets):
 
 
 def hidden_nodes(events: EventSet, parts: Split, share: float, seed: int) -> Tensor:
-    """Nodes [n] that training is never to meet: `share` of all, drawn of those that take part after training."""
+    """Draw nodes [n] that training is never to meet: `share` of all, of those that take part after training."""
     later = events.pairs[parts.validation.start :].unique()
     drawn = torch.randperm(len(later), generator=generator(seed, len(events)))[
         : int(share * len(events.nodes))
@@ -125,13 +125,13 @@ class GraphRecipe(Recipe):
     hidden: float = 0.1
 
     def fitted(self, events: EventSet) -> TodyformerConfig:
-        """The config with what the events decide."""
+        """Complete the config with what the events decide."""
         return replace(
             self.model, features=events.features.shape[1], node_features=events.node_features.shape[1]
         )
 
     def example(self, model: Model) -> tuple[Any, ...]:
-        """A window in which every node occurs in two patches, and one target; on the meta device."""
+        """Make a window in which every node occurs in every patch, and one target; on the meta device."""
         config = self.model
         events, count = config.window, config.patches
         nodes = max(events // count, 2)

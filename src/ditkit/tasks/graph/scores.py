@@ -146,7 +146,7 @@ def score_links(
     rivals: int = 20,
     seed: int = 0,
 ) -> list[dict[str, str | float]]:
-    """A row for the model and for EdgeBank on each kind of negatives, of the same links and negatives.
+    """Make a row for the model and for EdgeBank on each kind of negatives, of the same links and negatives.
 
     Args:
         known, unmet, batch, rivals, seed: as of `link_scores`.
@@ -174,7 +174,7 @@ def score_links(
 def node_scores(
     model: Todyformer, events: EventSet, targets: range, *, nodes: Tensor | None = None, batch: int = 200
 ) -> dict[str, float]:
-    """How often a model of classes is right about nodes that take part in some events, and about each by majority.
+    """Measure how often a model of classes is right about the nodes of some events, and about each by majority.
 
     Args:
         nodes: that count, such as those held out of training; all unless given.

@@ -1,4 +1,4 @@
-"""What a person asks of a trained graph model: the links that come next, and how well it did on the last events."""
+"""A trained graph model in use: the links that come next, and how well it does on the last events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditkit.tasks.graph.scores import node_scores, score_links
 def predicted_links(
     model: Todyformer, events: EventSet, source: str, *, after: int | None = None, count: int = 10
 ) -> list[tuple[str, float]]:
-    """The likeliest next destinations of a node, with their probabilities against a random one; the likeliest first.
+    """Predict the likeliest next destinations of a node, with probabilities against a random one; the likeliest first.
 
     Args:
         source: the node's name.
@@ -48,7 +48,7 @@ def evaluate(
     batch: int = 200,
     seed: int = 0,
 ) -> list[dict[str, str | float]]:
-    """Rows on the test events: of a model of links beside EdgeBank, or of a model of classes on the held-out nodes.
+    """Make rows on the test events: of a model of links beside EdgeBank, or of one of classes on the held-out nodes.
 
     Args:
         validation, test, hidden, seed: as the model was trained.
