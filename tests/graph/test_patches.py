@@ -19,7 +19,7 @@ def test_patches_are_the_window_cut_into_equal_counts(size, count):
     wanted = twin_patches(window, count)
     assert [e for events in wanted for e in events] == list(range(size))
     assert [len(events) for events in wanted[:-1]] == [math.ceil(size / count)] * (len(wanted) - 1)
-    assert made.count == len(wanted)
+    assert made.length == len(wanted)
     of_edge = made.patch[made.receiver]
     assert torch.equal(of_edge, made.patch[made.sender])
     for m, events in enumerate(wanted):

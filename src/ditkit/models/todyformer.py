@@ -286,7 +286,7 @@ class PatchPosition(nn.Module):
         """Return the position of each token, [S, D], or 0. The newest patch always has the last index."""
         if self.kind == "none":
             return 0
-        index = torch.arange(self.patches - patches.count, self.patches, device=patches.patch.device)
+        index = torch.arange(self.patches - patches.length, self.patches, device=patches.patch.device)
         return self(patches.stamp, index)[patches.patch]
 
     def forward(self, stamp: Tensor, index: Tensor) -> Any:

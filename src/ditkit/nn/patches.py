@@ -46,8 +46,8 @@ class Patches(NamedTuple):
     node_features: Tensor
 
     @property
-    def count(self) -> int:
-        """Patches, M."""
+    def length(self) -> int:
+        """Patches of the window, M: how long the sequence of a node is."""
         return len(self.stamp)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -57,17 +57,17 @@ class Patches(NamedTuple):
     @property
     def slot(self) -> Tensor:
         """[S] place of each token in the packed layout, with nodes and patches flattened."""
-        return self.node * self.count + self.patch
+        return self.node * self.length + self.patch
 
     def present(self) -> Tensor:
         """Return [N, M] bool, true where a node occurs in a patch."""
-        empty = torch.zeros(len(self.nodes) * self.count, dtype=torch.bool, device=self.node.device)
-        return empty.index_fill(0, self.slot, True).view(len(self.nodes), self.count)
+        empty = torch.zeros(len(self.nodes) * self.length, dtype=torch.bool, device=self.node.device)
+        return empty.index_fill(0, self.slot, True).view(len(self.nodes), self.length)
 
     def pack(self, x: Tensor) -> Tensor:
         """Put tokens [S, D] into sequences of the nodes, [N, M, D], zero in padded slots."""
-        empty = x.new_zeros(len(self.nodes) * self.count, x.shape[-1])
-        return empty.index_copy(0, self.slot, x).view(len(self.nodes), self.count, -1)
+        empty = x.new_zeros(len(self.nodes) * self.length, x.shape[-1])
+        return empty.index_copy(0, self.slot, x).view(len(self.nodes), self.length, -1)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Undo `pack`: [N, M, D] to [S, D]."""
