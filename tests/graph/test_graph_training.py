@@ -183,7 +183,7 @@ def test_a_recipe_runs_from_a_file_to_a_picture_and_scores(build, tmp_path):
         settings=replace(SETTINGS, steps=2, batch=20, save_every=0, sheet_every=2),
     )
     text = describe(recipe)
-    assert "900 events of 16 nodes" in text and "MACs of a sample" in text
+    assert "900 events of 16 nodes" in text and "MACs of a step" in text and "MACs of a sample" not in text
     trained = train_recipe(recipe, tmp_path / "run")
     loaded = Model.load(tmp_path / "run" / "model")
     assert loaded.config == trained.config and loaded.config.features == 0

@@ -58,7 +58,7 @@ def draw_links(model: Todyformer, events: EventSet, span: range, source: int | N
     axes.set_xticks(ticks.tolist(), [f"{hours[i]:.3g}" for i in ticks.tolist()], fontsize=8)
     axes.set_xlabel("hours since the first event shown (columns are equal counts of events)", fontsize=9)
     axes.set_title(
-        f"{events.name}: who is next to meet {events.nodes[node]}? Rings: events that happened", fontsize=10
+        f"{events.name}: predicted links of {events.nodes[node]}; rings are events that happened", fontsize=10
     )
     figure.colorbar(shown, ax=axes, pad=0.01).set_label(
         "predicted probability against a random node", fontsize=8

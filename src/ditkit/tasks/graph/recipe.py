@@ -117,6 +117,7 @@ class GraphRecipe(Recipe):
     sources: ClassVar[str] = "A named set of events (school, flights), or an event list in CSV or Parquet."
     then: ClassVar[str] = "ditkit evaluate"
     then_data: ClassVar[bool] = True
+    one_forward: ClassVar[bool] = True
     Network: ClassVar[type] = Network
     model: TodyformerConfig
     objective: Objective = TARGETS
@@ -131,7 +132,7 @@ class GraphRecipe(Recipe):
         )
 
     def example(self, model: Model) -> tuple[Any, ...]:
-        """Make a window in which every node occurs in every patch, and one target; on the meta device."""
+        """Make a window in which every node occurs in every patch, and a batch of targets; on the meta device."""
         config = self.model
         events, count = config.window, config.patches
         nodes = max(events // count, 2)
@@ -151,7 +152,8 @@ class GraphRecipe(Recipe):
             last=torch.arange(nodes) * count,
             node_features=torch.zeros(nodes, config.node_features),
         )
-        ids = torch.zeros((1,) if config.classes else (1, 2), dtype=torch.int64)
+        targets = 2 * self.settings.batch  # links and negatives, or both ends of events
+        ids = torch.zeros((targets,) if config.classes else (targets, 2), dtype=torch.int64)
         return patches.to("meta"), ids.to("meta")
 
     def facts(self, samples: Samples) -> str:
