@@ -295,7 +295,7 @@ def of_classes(events: EventSet, arms: Mapping[str, Arm]) -> Claim:
 
 
 class LongRange:
-    """A node's answer is the bit of its one event in the first of four quarters; `noise` events of other bits follow."""
+    """A node's answer is the bit of its one event in the first quarter; `noise` events with other bits follow."""
 
     def __init__(self, noise: int, patches: int, nodes: int = 32, count: int = 1 << 20) -> None:
         self.noise, self.patches, self.nodes, self.count = noise, patches, nodes, count

@@ -148,7 +148,10 @@ def test_the_header_tells_events_from_series_and_each_kind_says_what_it_is_not(l
     with pytest.raises(ConfigError, match="school holds events, expected images"):
         loading.load_images("school")
     assert not issubclass(EventSet, ImageSet)
-    assert loading.read_options(path, ["source=u", "repair=sort"]) == {"source": "u", "repair": "sort"}
+    for file in (path, series):  # which of the two it is read as, a recipe decides
+        assert loading.read_options(file, ["source=u", "repair=sort"])["source"] == "u"
+    with pytest.raises(ConfigError, match=r"unknown option of data set .* 'source'"):
+        loading.load_fields(series, source="u")
 
 
 def test_indices_times_and_lengths_that_do_not_fit_are_refused():

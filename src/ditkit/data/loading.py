@@ -78,7 +78,10 @@ def read_options(
         DataError: no such data, as `load` says.
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
-    known = {name: kind for name, kind in _options(_loader(name_or_path)).items() if name not in decided}
+    own = _options(_loader(name_or_path))
+    if Path(name_or_path).suffix.lower() == ".csv" and os.path.isfile(name_or_path):
+        own = {**_options(partial(load_event_file, name_or_path)), **own}  # which it is, the recipe knows
+    known = {name: kind for name, kind in own.items() if name not in decided}
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
