@@ -34,24 +34,24 @@ def main(
     draw = torch.Generator().manual_seed(0)
     ends = torch.randint(nodes, (2, events), generator=draw)
     age = torch.arange(events - 1, -1, -1).float()
-    made = patchify(*ends, age, torch.zeros(events, 0), torch.zeros(nodes, 0), patches).to(where)
+    cut = patchify(*ends, age, torch.zeros(events, 0), torch.zeros(nodes, 0), patches).to(where)
     config = TodyformerConfig(width=width, window=events, patches=patches)
     model = Todyformer(config).to(where)
     pairs = torch.randint(nodes, (400, 2), generator=draw).to(where)
-    tokens = torch.randn(len(made.node), width, device=where, requires_grad=True)
+    tokens = torch.randn(len(cut.node), width, device=where, requires_grad=True)
     block = next(module for module in model.modules() if isinstance(module, GlobalBlock))
-    values = torch.randn(len(made.receiver), width, device=where, requires_grad=True)
+    values = torch.randn(len(cut.receiver), width, device=where, requires_grad=True)
     runs = {
-        "window": lambda: backward(model(made, pairs)),
-        "global_blocks": lambda: [backward(block(tokens, made)) for kind in model.kinds if kind == "G"],
+        "window": lambda: backward(model(cut, pairs)),
+        "global_blocks": lambda: [backward(block(tokens, cut)) for kind in model.kinds if kind == "G"],
         **{
-            way.__name__: partial(lambda f: backward(f(values, made.receiver, len(made.node))), way)
-            for way in (sorted_sum, scattered_sum)
+            add.__name__: partial(lambda f: backward(f(values, cut.receiver, len(cut.node))), add)
+            for add in (sorted_sum, scattered_sum)
         },
     }
     found = medians(alternated(runs, rounds, warmup=2))
     rows = [{"part": name, "milliseconds": 1e3 * seconds} for name, seconds in found.items()]
-    show(f"{events} events, {len(made.node)} tokens, forward and backward; {device()}", rows)
+    show(f"{events} events, {len(cut.node)} tokens, forward and backward; {device()}", rows)
     record("graph_window", rows)
 
 

@@ -78,7 +78,7 @@ def trained(
 
 
 class Arm:
-    """What an arm predicted of the test links, by seed, and its models."""
+    """Scores of an arm on the test links, by seed, and its models."""
 
     def __init__(self) -> None:
         self.drawn: list[Drawn] = []
@@ -105,7 +105,7 @@ def arms_of(events: EventSet, steps: int, seeds: int) -> dict[str, Arm]:
 
 
 def ap(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Average precision with equal scores as one step; the same as `ditkit.metrics.links`, made for many resamples."""
+    """Compute average precision with equal scores as one step, as `ditkit.metrics.links` does, but fast enough to resample."""
     scores = np.concatenate([positive, negative])
     order = np.argsort(-scores, kind="stable")
     right = np.concatenate([np.ones_like(positive), np.zeros_like(negative)])[order]
@@ -129,7 +129,7 @@ def interval(
 
 
 def of_batches(drawn: Drawn, kind: str, chosen: np.ndarray) -> float:
-    """AP on the links of some batches, which may come more than once."""
+    """Compute AP on the links of some batches, which may come more than once."""
     batch = drawn.batch.numpy()
     first = np.searchsorted(batch, chosen)
     last = np.searchsorted(batch, chosen, side="right")
@@ -272,11 +272,11 @@ def of_classes(events: EventSet, arms: Mapping[str, Arm]) -> Claim:
             z = torch.nn.functional.pad((z - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0)
             hits = torch.zeros(len(everyone))
             for k in range(5):
-                known, asked = z[fold != k], z[fold == k]
+                known, unknown = z[fold != k], z[fold == k]
                 kernel = known @ known.T + 100.0 * torch.eye(
                     len(known)
                 )  # ridge, as wide as the features are many
-                predicted = asked @ known.T @ torch.linalg.solve(kernel, target[fold != k])
+                predicted = unknown @ known.T @ torch.linalg.solve(kernel, target[fold != k])
                 hits[fold == k] = (predicted.argmax(1) == events.labels[fold == k]).float()
             found.append(hits)
         return torch.stack(found).mean(0)
@@ -317,8 +317,8 @@ class LongRange:
         bits = torch.randint(2, (len(source),), generator=draw)
         age = torch.arange(len(source) - 1, -1, -1) * (1e4 / len(source))
         window = source, destination, age.float(), 2.0 * bits[:, None] - 1, torch.zeros(5 * n, 0)
-        asked = first < n
-        return Targets(patchify(*window, self.patches), first[asked], bits[: len(first)][asked]), Cond()
+        target = first < n
+        return Targets(patchify(*window, self.patches), first[target], bits[: len(first)][target]), Cond()
 
 
 def of_long_range(steps: int) -> Iterator[Claim]:
@@ -333,9 +333,9 @@ def of_long_range(steps: int) -> Iterator[Claim]:
             model = trained(config, LongRange(noise, patches), steps, 0, 1, 3e-3)
             right = []
             for i in range(40):
-                asked, _ = LongRange(noise, patches).batch(torch.zeros(1), SampleRNG(1, i, range(1)))
+                batch, _ = LongRange(noise, patches).batch(torch.zeros(1), SampleRNG(1, i, range(1)))
                 with torch.no_grad():
-                    right.append((model(asked.patches, asked.ids).argmax(-1) == asked.labels).float().mean())
+                    right.append((model(batch.patches, batch.ids).argmax(-1) == batch.labels).float().mean())
             accuracy[name, noise] = torch.stack(right)
     shown = "; ".join(
         f"{name} {', '.join(f'{accuracy[name, r].mean():.2f}' for r in NOISE)}"

@@ -216,5 +216,7 @@ def test_wrong_requests_are_one_line():
         predicted_links(model, events, "p99")
     with pytest.raises(DitkitError, match="3 features an event, expected 2"):
         predicted_links(model, contacts(features=3), "p1")
+    with pytest.raises(ConfigError, match=r"hidden=1\.0 should be a share"):
+        replace(todyformer(), hidden=1.0)
     with pytest.raises(ConfigError, match="predicts links, expected a model of classes"):
         node_scores(model, events, range(40, 60))

@@ -1,4 +1,4 @@
-"""Event lists of a user's own, a line an event, from CSV or Parquet; no event is lost, and none changes its place."""
+"""Event lists of a user's own, a line an event, from CSV or Parquet; no event is lost, and none is moved."""
 
 from __future__ import annotations
 

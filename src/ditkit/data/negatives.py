@@ -103,8 +103,8 @@ class Negatives:
     def _happens(self, source: Tensor, destination: Tensor, moment: Tensor) -> Tensor:
         """Tell whether each link is an event of that moment."""
         key = moment * len(self.events.nodes) ** 2 + self.events.links(torch.stack([source, destination], 1))
-        place = torch.searchsorted(self._moments, key).clamp_max(len(self._moments) - 1)
-        return self._moments[place] == key
+        index = torch.searchsorted(self._moments, key).clamp_max(len(self._moments) - 1)
+        return self._moments[index] == key
 
     @cached_property
     def _moments(self) -> Tensor:
@@ -113,7 +113,7 @@ class Negatives:
         return (self.events.moment * len(self.events.nodes) ** 2 + links).sort().values
 
     def _directions(self, index: Tensor) -> Tensor:
-        """Number these events by source * nodes + destination; both ways round where links have no direction."""
+        """Number these events by source * nodes + destination; in both directions where links have no direction."""
         pairs, nodes = self.events.pairs[index], len(self.events.nodes)
-        ways = [pairs] if self.events.directed else [pairs, pairs.flip(1)]
-        return torch.cat([way[:, 0] * nodes + way[:, 1] for way in ways])
+        both = [pairs] if self.events.directed else [pairs, pairs.flip(1)]
+        return torch.cat([pair[:, 0] * nodes + pair[:, 1] for pair in both])

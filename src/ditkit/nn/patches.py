@@ -56,7 +56,7 @@ class Patches(NamedTuple):
 
     @property
     def slot(self) -> Tensor:
-        """[S] place of each token in the packed layout, with nodes and patches flattened."""
+        """[S] index of each token in the packed layout, with nodes and patches flattened."""
         return self.node * self.length + self.patch
 
     def present(self) -> Tensor:

@@ -40,8 +40,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Any, Cond]:
-        """Samples [B, ...] in float32, or what else the objective takes and has a `to(device)`, and what the model is
-        told of them; `rng` is for what it draws."""
+        """Samples [B, ...] in float32, or what else the objective takes and has a `to(device)`, and their
+        conditioning; `rng` is for what it draws."""
         ...
 
 

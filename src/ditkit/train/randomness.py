@@ -53,8 +53,8 @@ def ordered_indices(size: int, batch: int, step: int) -> Tensor:
         raise ConfigError(
             f"training: batch={batch} of {size} samples that are kept in order, expected no more"
         )
-    epoch, place = divmod(step, size // batch)
-    first = place * batch + (size % batch if epoch % 2 else 0)
+    epoch, number = divmod(step, size // batch)
+    first = number * batch + (size % batch if epoch % 2 else 0)
     return torch.arange(first, first + batch)
 
 

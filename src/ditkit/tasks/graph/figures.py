@@ -30,7 +30,7 @@ def links_over_time(
         source: the node; the one with most events in the span unless given.
 
     Returns:
-        The node, destinations [R] with most of its events first, indices of events [C] at which the model is asked,
+        The node, destinations [R] with most of its events first, indices of events [C] at which the model predicts,
         and probabilities [R, C], each from what is strictly earlier.
     """
     pairs = events.pairs[span.start : span.stop]
@@ -41,8 +41,8 @@ def links_over_time(
     others = events.candidates[events.candidates != node]
     rows = others[met[others].argsort(descending=True, stable=True)[:ROWS]]
     moments = torch.linspace(span.start, span.stop - 1, min(COLUMNS, len(span))).long().unique()
-    asked = torch.stack([node.expand(len(rows)), rows], 1)
-    odds = [answer(model, events, i, asked).sigmoid() for i in moments.tolist()]
+    links = torch.stack([node.expand(len(rows)), rows], 1)
+    odds = [answer(model, events, i, links).sigmoid() for i in moments.tolist()]
     return node, rows, moments, torch.stack(odds, 1)
 
 
@@ -72,12 +72,12 @@ def _happened(
     """Find columns and rows of the node's events in the span."""
     pairs = events.pairs[span.start : span.stop]
     columns = torch.searchsorted(moments, torch.arange(span.start, span.stop), right=True) - 1
-    ways = [pairs] if events.directed else [pairs, pairs.flip(1)]
+    both = [pairs] if events.directed else [pairs, pairs.flip(1)]
     found = {
         (int(columns[i]), row)
-        for way in ways
+        for ends in both
         for row, other in enumerate(rows.tolist())
-        for i in ((way[:, 0] == node) & (way[:, 1] == other)).nonzero().flatten().tolist()
+        for i in ((ends[:, 0] == node) & (ends[:, 1] == other)).nonzero().flatten().tolist()
     }
     return [c for c, _ in sorted(found)], [r for _, r in sorted(found)]
 

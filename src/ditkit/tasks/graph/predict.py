@@ -1,4 +1,4 @@
-"""A trained graph model asked about pairs or nodes at a moment of an event set."""
+"""Predictions of a trained graph model for pairs or nodes at a moment of an event set."""
 
 from __future__ import annotations
 

@@ -44,13 +44,22 @@ class EventTargets:
     """Events as training samples, in the order of time: those with enough earlier ones to fill the patches.
 
     Args:
+        events: of training. whole: the set that they are a part of.
         window, patches, neighbours: of the model.
 
     Raises:
         DataError: no event has so many earlier ones.
     """
 
-    def __init__(self, events: EventSet, window: int, patches: int, neighbours: int = 0) -> None:
+    def __init__(
+        self,
+        events: EventSet,
+        window: int,
+        patches: int,
+        neighbours: int = 0,
+        whole: EventSet | None = None,
+    ) -> None:
+        self.whole = events if whole is None else whole
         self.events, self.window, self.patches, self.neighbours = events, window, patches, neighbours
         earlier = torch.searchsorted(events.time, events.time)
         self.first = int((earlier < patches).sum())
@@ -83,9 +92,15 @@ class NodeTargets(EventTargets):
     """The classes of both ends of a batch of events; those of nodes held out count as unknown."""
 
     def __init__(
-        self, events: EventSet, window: int, patches: int, neighbours: int = 0, held_out: Tensor | None = None
+        self,
+        events: EventSet,
+        window: int,
+        patches: int,
+        neighbours: int = 0,
+        whole: EventSet | None = None,
+        held_out: Tensor | None = None,
     ) -> None:
-        super().__init__(events, window, patches, neighbours)
+        super().__init__(events, window, patches, neighbours, whole)
         self.labels = events.labels if held_out is None else events.labels.index_fill(0, held_out, -1)
 
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Targets, Cond]:
@@ -125,6 +140,11 @@ class GraphRecipe(Recipe):
     test: float = 0.15
     hidden: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.hidden < 1:
+            raise ConfigError(f"hidden={self.hidden} should be a share of the nodes, 0 or more and below 1")
+
     def fitted(self, events: EventSet) -> TodyformerConfig:
         """Complete the config with what the events decide."""
         return replace(
@@ -158,13 +178,13 @@ class GraphRecipe(Recipe):
 
     def facts(self, samples: Samples) -> str:
         assert isinstance(samples, EventTargets)
-        every, own = load_events(self.data, **self.loading), samples.events
-        return f"{len(every):,} events of {len(every.nodes)} nodes, {len(own):,} to train on"
+        events = samples.whole
+        return f"{len(events):,} events of {len(events.nodes)} nodes, {len(samples.events):,} to train on"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkRecipe(GraphRecipe):
-    """Which links come next."""
+    """The links that come next."""
 
     def prepared(self) -> Prepared:
         events = load_events(self.data, **self.loading)
@@ -176,17 +196,18 @@ class LinkRecipe(GraphRecipe):
                 f"{events.name}: hidden={self.hidden} of the nodes take part in every event of training"
             )
         model = self.fitted(events)
-        samples = LinkTargets(training.part(met), model.window, model.patches, model.neighbours)
+        samples = LinkTargets(training.part(met), model.window, model.patches, model.neighbours, events)
         return Prepared(replace(self, model=model), samples)
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
-        events = load_events(self.data, **self.loading)
-        return partial(write_links, folder, events, events.split(self.validation, self.test).validation)
+        assert isinstance(samples, EventTargets)
+        span = samples.whole.split(self.validation, self.test).validation
+        return partial(write_links, folder, samples.whole, span)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeRecipe(GraphRecipe):
-    """Of which class the nodes are, told from what they do; a share of the nodes is held out."""
+    """The classes of nodes, from what they do; a share of the nodes is held out."""
 
     def prepared(self) -> Prepared:
         events = load_events(self.data, **self.loading)
@@ -198,9 +219,10 @@ class NodeRecipe(GraphRecipe):
         held = hidden_nodes(events, parts, self.hidden, self.settings.seed)
         model = replace(self.fitted(events), classes=len(events.classes))
         training = events.part(parts.training)
-        samples = NodeTargets(training, model.window, model.patches, model.neighbours, held)
+        samples = NodeTargets(training, model.window, model.patches, model.neighbours, events, held)
         return Prepared(replace(self, model=model), samples)
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
-        events = load_events(self.data, **self.loading)
-        return partial(write_classes, folder, events, events.split(self.validation, self.test).validation)
+        assert isinstance(samples, EventTargets)
+        span = samples.whole.split(self.validation, self.test).validation
+        return partial(write_classes, folder, samples.whole, span)

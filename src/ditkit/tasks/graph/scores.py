@@ -43,7 +43,7 @@ class LinkScore:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A predictor's scores of links and of what they are told apart from, each [n] in the order of time.
+    """A predictor's scores of links and of their negatives, each [n] in the order of time.
 
     Args:
         positive: of the links. negative: of one negative each, by kind.
@@ -120,17 +120,17 @@ def link_scores(
 
 
 def _score(drawn: Drawn, negative: Tensor) -> LinkScore:
-    def told_apart(measure: Callable[[Tensor, Tensor], float], part: Tensor) -> float:
+    def measured(measure: Callable[[Tensor, Tensor], float], part: Tensor) -> float:
         both = torch.cat([drawn.positive[part], negative[part]])
         return measure(both, torch.arange(len(both)) < len(both) // 2)
 
     every = torch.ones_like(drawn.new)
     return LinkScore(
-        ap=told_apart(average_precision, every),
-        auc=told_apart(roc_auc, every),
+        ap=measured(average_precision, every),
+        auc=measured(roc_auc, every),
         mrr=drawn.ranks.mean().item(),
         links=len(drawn.positive),
-        new_ap=told_apart(average_precision, drawn.new) if drawn.new.any() else float("nan"),
+        new_ap=measured(average_precision, drawn.new) if drawn.new.any() else float("nan"),
         new_links=int(drawn.new.sum()),
     )
 
@@ -184,9 +184,9 @@ def node_scores(
         DataError: no node that counts takes part.
     """
     if model.config.classes != len(events.classes) or not model.config.classes:
-        made = f"{model.config.classes} classes" if model.config.classes else "links"
+        predicted = f"{model.config.classes} classes" if model.config.classes else "links"
         raise ConfigError(
-            f"the model predicts {made}, expected a model of classes, {len(events.classes)} of them"
+            f"the model predicts {predicted}, expected a model of classes, {len(events.classes)} of them"
         )
     votes = torch.zeros(len(events.nodes), model.config.classes)
     for first in range(targets.start, targets.stop, batch):
