@@ -105,7 +105,7 @@ def arms_of(events: EventSet, steps: int, seeds: int) -> dict[str, Arm]:
 
 
 def ap(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Compute average precision with equal scores as one step, as `ditkit.metrics.links` does, but fast enough to resample."""
+    """Compute average precision with equal scores as one step, like `ditkit.metrics.links`, for resamples."""
     scores = np.concatenate([positive, negative])
     order = np.argsort(-scores, kind="stable")
     right = np.concatenate([np.ones_like(positive), np.zeros_like(negative)])[order]

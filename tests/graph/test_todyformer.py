@@ -335,3 +335,13 @@ def test_policies_of_pictures_are_refused_by_name(policy):
     with pytest.raises(DitkitError, match=type(policy).__name__):
         trajectory = Trajectory(awake().sites(), [policy], 1)
         trajectory.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_embeddings_and_the_same_bits_twice():
+    model, made = awake(), patches_of(contacts().window(60, 40))
+    exact = model.embed(made, NODES)
+    one, two = (model.cuda().embed(made.to("cuda"), NODES.cuda()) for _ in range(2))
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one.cpu(), exact, rtol=1e-10, atol=1e-10)
