@@ -88,9 +88,7 @@ def test_cross_entropy_is_zero_at_certainty_and_leaves_unknown_classes_out():
 
 def test_models_on_grids_are_refused():
     with pytest.raises(ConfigError, match="PredFormer has samples on a grid; expected a model of graphs"):
-        GraphTargets().check(
-            PredFormer(PredFormerConfig(size=8, patch=2, width=8, heads=2, hidden=8, layout="TS"))
-        )
+        GraphTargets().check(PredFormer(PredFormerConfig.tiny()))
 
 
 SETTINGS = Settings(steps=6, batch=20, learning_rate=1e-2, save_every=3, sheet_every=0)

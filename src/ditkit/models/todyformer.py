@@ -8,15 +8,15 @@ E events of a window, M patches, N nodes of the window, S tokens (a node in a pa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import DEEPEST, at_least, divides_into_heads, shares
-from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.config import DEEPEST, FROM_DATA, Count, ModelConfig, Natural, Share, divides_into_heads
+from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.blocks import Attention, Mlp, Stack
@@ -32,57 +32,51 @@ GROUP = re.compile(r"([LG]+)(?:\*(\d+))?")
 
 
 @dataclass(frozen=True)
-class TodyformerConfig:
+class TodyformerConfig(ModelConfig):
     """Architecture of a Todyformer; the defaults are the paper's size.
 
     Args:
-        width: Of a token's vector.
-        heads: Of both attentions.
-        layout: Blocks in their order, L for message passing inside patches and G for attention along a node's patches:
+        width: of a token's vector.
+        heads: of both attentions.
+        layout: blocks in their order, L for message passing inside patches and G for attention along a node's patches:
             "LG*3" alternates, "LLLGGG" does not, "L*3" in one patch is DyG2Vec.
-        window: Events that a prediction looks back at.
-        patches: Into which those are cut, in equal counts.
-        neighbours: Most recent events of a node that it hears of in a patch; 0 for all.
-        positions: Of a patch along a node's sequence: the age of its latest event, its learned index, or none.
-        readout: A node's embedding is its token of the last patch it occurs in, or the mean of its tokens.
-        dropout: Of both branches of a G block and of the decoder.
-        features: Of an event.
-        node_features: Of a node.
-        classes: Of a node's state, which is then what is predicted; 0 to predict links.
+        window: events that a prediction looks back at.
+        patches: into which those are cut, in equal counts.
+        neighbours: most recent events of a node that it hears of in a patch; 0 for all.
+        positions: of a patch along a node's sequence: the age of its latest event, its learned index, or none.
+        readout: a node's embedding is its token of the last patch it occurs in, or the mean of its tokens.
+        dropout: of both branches of a G block and of the decoder.
+        features: of an event.
+        node_features: of a node.
+        classes: of a node's state, which is then what is predicted; 0 to predict links.
     """
 
-    FROM_DATA: ClassVar[frozenset[str]] = frozenset({"features", "node_features", "classes"})
-    """Fields that the data decide."""
-    width: int = 100
-    heads: int = 2
+    task: ClassVar[str] = "graph"
+
+    width: Count = 100
+    heads: Count = 2
     layout: str = "LG*3"
-    window: int = 16_384
-    patches: int = 16
-    neighbours: int = 0
+    window: Count = 16_384
+    patches: Count = 16
+    neighbours: Natural = 0
     positions: Positions = "time"
     readout: Readout = "last"
-    dropout: float = 0.1
-    features: int = 0
-    node_features: int = 0
-    classes: int = 0
+    dropout: Share = 0.1
+    features: Natural = field(default=0, metadata=FROM_DATA)
+    node_features: Natural = field(default=0, metadata=FROM_DATA)
+    classes: Natural = field(default=0, metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "width", "heads", "patches")
+        super().__post_init__()
+        divides_into_heads(self)
         if self.window < self.patches:
             raise ConfigError(
                 f"Todyformer: window={self.window} should hold at least patches={self.patches} events"
             )
-        at_least(0, self, "neighbours", "features", "node_features", "classes")
-        divides_into_heads(self)
-        shares(self, "dropout")
-        for name, kind in (("positions", Positions), ("readout", Readout)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"Todyformer: {unknown(name, getattr(self, name), get_args(kind))}")
         kinds_of(self.layout)
 
     @classmethod
     def tiny(cls) -> Self:
-        """Make a config for tests."""
         return cls(width=8, heads=2, layout="LG*2", window=64, patches=4)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,17 +27,6 @@ from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG, generator
 
 TARGETS = GraphTargets()
-Network = make_dataclass(
-    "Network",
-    [
-        (f.name, get_type_hints(TodyformerConfig)[f.name], f.default)
-        for f in fields(TodyformerConfig)
-        if f.name not in TodyformerConfig.FROM_DATA
-    ],
-    frozen=True,
-)
-"""The fields of the config that have flags."""
-Network.__doc__ = TodyformerConfig.__doc__
 
 
 class EventTargets:
@@ -133,7 +122,7 @@ class GraphRecipe(Recipe):
     then: ClassVar[str] = "ditkit evaluate"
     then_data: ClassVar[bool] = True
     one_forward: ClassVar[bool] = True
-    Network: ClassVar[type] = Network
+    task: ClassVar[str] = "graph"
     model: TodyformerConfig
     objective: Objective = TARGETS
     validation: float = 0.15
