@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from models_support import perturbed
 from torch import Tensor
 
 from ditkit.data.events import EventSet, Window
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from models_support import perturbed
 
 CONTACTS, PEOPLE, FEATURES = 60, 8, 2
 

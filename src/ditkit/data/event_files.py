@@ -96,27 +96,13 @@ def event_set(
             raise ConfigError(f"{where}: " + unknown("column", column, table.columns))
     if table.empty:
         raise DataError(f"{where} holds no events, expected some lines below the header")
-    seconds = _seconds(table[time], where)
-    if sort:
-        order = np.argsort(seconds, kind="stable")
-        table, seconds = table.iloc[order], seconds[order]
-    elif (falls := np.flatnonzero(np.diff(seconds) < 0)).size:
-        i = int(falls[0]) + 1
-        raise DataError(
-            f"{where}, line {_line(table, i)}: time {table[time].iloc[i]} is before that of line "
-            f"{_line(table, i - 1)}, {table[time].iloc[i - 1]}; expected the order of time; see repair=sort"
-        )
+    table, seconds = _in_order(table, time, sort, where)
     ends = [_names(table, column, where) for column in (source, destination)]
     known = (
         _ordered({*ends[0], *ends[1]}) if nodes is None else _names(nodes, NODE, f"{where}: list of nodes")
     )
     columns = [torch.from_numpy(_numbers(table, column, where)) for column in chosen]
-    index = []
-    for names in ends:
-        found, wrong = numbered(names, known)
-        if wrong is not None:
-            raise DataError(f"{where}, line {_line(table, wrong)}: " + unknown("node", names[wrong], known))
-        index.append(found)
+    index = [_indices(table, names, known, where) for names in ends]
     node_features, given = _of_nodes(nodes, where)
     if labels:
         given = _labels_of_ends(table, ends, labels, known, where)
@@ -133,6 +119,29 @@ def event_set(
         classes=classes,
         directed=directed,
     )
+
+
+def _in_order(table: DataFrame, time: str, sort: bool, where: str) -> tuple[DataFrame, np.ndarray]:
+    """Read the times, and put the lines in their order if asked to; else refuse the first line out of order."""
+    seconds = _seconds(table[time], where)
+    if sort:
+        order = np.argsort(seconds, kind="stable")
+        return table.iloc[order], seconds[order]
+    if (falls := np.flatnonzero(np.diff(seconds) < 0)).size:
+        i = int(falls[0]) + 1
+        raise DataError(
+            f"{where}, line {_line(table, i)}: time {table[time].iloc[i]} is before that of line "
+            f"{_line(table, i - 1)}, {table[time].iloc[i - 1]}; expected the order of time; see repair=sort"
+        )
+    return table, seconds
+
+
+def _indices(table: DataFrame, names: list[str], known: Sequence[str], where: str) -> Tensor:
+    """Find the nodes of one end; refuse the first that is not known."""
+    found, wrong = numbered(names, known)
+    if wrong is not None:
+        raise DataError(f"{where}, line {_line(table, wrong)}: " + unknown("node", names[wrong], known))
+    return found
 
 
 def no_pandas() -> ConfigError:
