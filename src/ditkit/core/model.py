@@ -106,9 +106,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def sites(self) -> tuple[Site, ...]:
         """Every place a policy can act on, in the order of the forward pass."""
 
-    @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        """The token segments of a call on a sample of `shape`, without the batch axis."""
+        """The token segments of a call on a sample of `shape`, without the batch axis; none where it is no grid."""
+        return ()
 
     @property
     def recomputes(self) -> bool:
@@ -116,9 +116,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
-    @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample, without the batch axis."""
+        """The shape of one sample, without the batch axis; empty where samples have no shape in common."""
+        return ()
 
     @property
     def last_training(self) -> Mapping[str, Any] | None:

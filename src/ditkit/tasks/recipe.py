@@ -52,6 +52,8 @@ class Recipe(ABC):
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
     """Whether the network is a model, which policies act on, and which `init` finds."""
+    one_forward: ClassVar[bool] = False
+    """Whether all samples of a step share a forward pass, of which `example` is then."""
     task: ClassVar[str]
     """The task of every config that `model` may be."""
 
@@ -253,8 +255,10 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     return {
         "parameters": f"{parameters:,}",
         **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
-        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training{counted}",
-        "MACs of a step": f"{passes * forward * run.batch:,}{counted}",
+        f"MACs of a {'step' if recipe.one_forward else 'sample'}": (
+            f"{forward:,} forward, {passes * forward:,} in training{counted}"
+        ),
+        **({} if recipe.one_forward else {"MACs of a step": f"{passes * forward * run.batch:,}{counted}"}),
         "state": f"{kept / 1e6:.1f} MB on disk, {memory / 1e6:.1f} MB in memory with gradients"
         + (" and the teacher" if teachers else ""),
     }

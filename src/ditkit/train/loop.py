@@ -26,7 +26,7 @@ from ditkit.train.objective import Objective
 from ditkit.train.optimizers import optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.posthoc import write_snapshot
-from ditkit.train.randomness import SampleRNG, batch_indices
+from ditkit.train.randomness import SampleRNG, batch_indices, ordered_indices
 from ditkit.train.record import RECIPE, check_resume, check_start
 from ditkit.train.settings import Settings
 from ditkit.train.state import STATE, discard_drafts, load_state, save_state
@@ -39,8 +39,9 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
-        """Samples [B, ...] in float32 and what the model is told of them; `rng` is for what it draws."""
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Any, Cond]:
+        """Samples [B, ...] in float32, or what else the objective takes and has a `to(device)`, and their
+        conditioning; `rng` is for what it draws."""
         ...
 
 
@@ -168,7 +169,7 @@ class _Run:
     def step(self) -> dict[str, float]:
         """One optimiser step over the global batch of number `done`; its mean losses and gradient norm."""
         settings = self.settings
-        losses = self.gradients(batch_indices(len(self.data), settings.batch, settings.seed, self.done))
+        losses = self.gradients(self.indices())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         losses["gradient_norm"] = norm.item()
         for name in ("loss", "gradient_norm"):
@@ -186,6 +187,13 @@ class _Run:
         for average in self.averages:
             average.update(self.model, self.done)
         return losses
+
+    def indices(self) -> Tensor:
+        """Samples of the global batch of number `done`, shuffled unless the objective keeps their order."""
+        size, settings = len(self.data), self.settings
+        if self.objective.in_order:
+            return ordered_indices(size, settings.batch, self.done)
+        return batch_indices(size, settings.batch, settings.seed, self.done)
 
     def gradients(self, indices: Tensor) -> dict[str, float]:
         """Gradients over the global batch, this process's share of it in parts; the mean losses over all."""

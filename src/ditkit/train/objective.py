@@ -76,6 +76,8 @@ class Objective(ABC):
 
     supports_teacher: ClassVar[bool] = False
     """Whether a teacher can be asked the same."""
+    in_order: ClassVar[bool] = False
+    """Whether batches keep the order of the samples, as events in time need it, instead of being shuffled."""
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -97,7 +99,7 @@ class Objective(ABC):
         self,
         forward: Callable[..., Any],
         model: Model,
-        data: Tensor,
+        data: Any,
         cond: Cond,
         rng: SampleRNG,
         teacher: Model | None = None,
@@ -106,7 +108,7 @@ class Objective(ABC):
 
         Args:
             forward: what is called, `model` itself or a wrapper around it (DDP).
-            data: [B, ...] float32, with `cond`, on the model's device.
+            data: [B, ...] float32, or what else the samples are, with `cond`, on the model's device.
             chance: all that is random about these samples.
             teacher: of `teacher`, on the same device.
         """
