@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ditkit.core.loading import load as load
     from ditkit.pipelines.accelerate import accelerate as accelerate
     from ditkit.pipelines.accelerate import restore as restore
+    from ditkit.sample.sampler import Sampling as Sampling
 
     __version__: str
 
@@ -21,10 +22,11 @@ HOMES = {
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
+    "Sampling": "ditkit.sample.sampler",
 }
-"""Where the public functions live; each module is imported when its name is first used."""
+"""Modules of the public names; each is imported when its name is first used."""
 
-__all__ = ["__version__", "accelerate", "compare", "errors", "generate", "load", "restore"]
+__all__ = ["Sampling", "__version__", "accelerate", "compare", "errors", "generate", "load", "restore"]
 
 
 def __getattr__(name: str) -> Any:

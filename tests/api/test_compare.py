@@ -37,7 +37,7 @@ REQUIRED = {
 
 def compared(policies=(), seeds=SEEDS, **settings) -> Report:
     quick = {"steps": STEPS, "converged_steps": CONVERGED, "rounds": 1, "memory": False}
-    return compare(tiny_dit(), policies, seeds, **(quick | settings))
+    return compare(tiny_dit(), policies=policies, seeds=seeds, **(quick | settings))
 
 
 def drawn(steps=STEPS, policies=(), labels=(0, 1, 2)) -> torch.Tensor:

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from cli_support import Capture, exit_code, output, save_photos
+from ditkit.cli.guiding import Guiding
 from models_support import CLASSES, save_tiny, tiny_model
 from PIL import Image
 
 import ditkit
-from ditkit.api.generate import Generated
 from ditkit.cli import compare as compare_command
 from ditkit.cli import generate as generate_command
 from ditkit.cli.generate import file_stems, slug
-from ditkit.cli.guiding import Guiding
 from ditkit.cli.main import COMMANDS, main
 from ditkit.cli.options import policies_of, seeds_of, writable
 from ditkit.cli.parsing import one_line
@@ -27,7 +26,7 @@ from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.report.sheet import grid
-from ditkit.sample import Autoguidance, ClassifierFree, Unguided
+from ditkit.sample import Autoguidance, ClassifierFree, Samples, Unguided
 from ditkit.tasks.image.recipe import write_sheet
 
 COLUMNS = 80
@@ -107,7 +106,7 @@ def test_the_files_hold_what_generate_draws(model: Path, tmp_path: Path, capsys:
     output(
         capsys, "generate", model, "--label", CLASSES[0], "--seeds", "7", "--steps", "3", "--out", tmp_path
     )
-    drawn = ditkit.generate(ditkit.load(model), CLASSES[0], [7], steps=3).images[0]
+    drawn = ditkit.generate(ditkit.load(model), CLASSES[0], seeds=[7], steps=3).samples[0]
     expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     read = torch.frombuffer(
         bytearray(Image.open(tmp_path / "animal-bird-7.png").tobytes()), dtype=torch.uint8
@@ -249,7 +248,7 @@ def test_receipts_of_every_label_are_kept_once(
 ) -> None:
     whole = generate_command.draw
 
-    def marked(network: Model, label: str, *args: object, **options: object) -> Generated:
+    def marked(network: Model, label: str, *args: object, **options: object) -> Samples:
         drawn = whole(network, label, *args, **options)  # type: ignore[arg-type]
         kind = label.partition("-")[0]
         return replace(drawn, receipts=tuple({**receipt, "policy": kind} for receipt in drawn.receipts))
@@ -284,7 +283,7 @@ def test_seeds_are_numbers_and_ranges() -> None:
 
 
 def test_policies_leave_exact_out() -> None:
-    assert policies_of(["exact"]) == [] and len(policies_of(["taylorseer", "exact"])) == 1
+    assert policies_of(["exact"]) == () and len(policies_of(["taylorseer", "exact"])) == 1
 
 
 def test_a_label_becomes_part_of_a_file_name() -> None:

@@ -242,7 +242,9 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ditkit.sample.loop.Field", lambda *_, **__: pytest.fail("work has started"))
+    monkeypatch.setattr(
+        "ditkit.sample.sampler.GuidedDenoiser", lambda *_, **__: pytest.fail("work has started")
+    )
     taken = tmp_path / "taken"
     taken.write_text("earlier")
     folder = {"file": taken, "below a file": taken / "out", "not a real folder": Path("/proc/ditkit")}[place]

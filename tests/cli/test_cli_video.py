@@ -16,16 +16,17 @@ from torch import Tensor
 
 import ditkit
 from ditkit.cli import video as video_command
-from ditkit.cli.video import TOLD
+from ditkit.cli.video import LEARNED
 from ditkit.core.convention import Convention
 from ditkit.data.sets import moving_digits
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report import film as films
+from ditkit.tasks.video.masks import KINDS
 from ditkit.tasks.video.scores import complete
 
 FRAMES, SIDE = 8, 16
-EVERY = (*TOLD, "unconditional")
+EVERY = (*LEARNED, "unconditional")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,9 @@ def test_what_is_given_can_be_favoured(model: Path, tmp_path: Path, capsys: Capt
         noted = json.loads((tmp_path / scale / "video.json").read_text())
         scores[scale] = [found["model"] for found in noted["masks"]]
         assert f"--guidance {float(scale)}" in noted["command"]
-        drawn = complete(ditkit.load(model), clips, "predict", (0, 1), steps=3, guidance=float(scale))
+        drawn = complete(
+            ditkit.load(model), clips, KINDS["predict"], seeds=(0, 1), steps=3, guidance=float(scale)
+        )
         assert json.loads(json.dumps(asdict(drawn.scores)))["model"] == scores[scale][0]
     assert scores["1"][0] != scores["3"][0]
     strips = [(tmp_path / scale / "unconditional.png").read_bytes() for scale in scores]
@@ -168,7 +171,7 @@ def test_a_film_shorter_than_the_clip_is_named(model: Path, tmp_path: Path, caps
 def test_other_channels_than_the_models(model: Path, tmp_path: Path, capsys: Capture) -> None:
     films.write_mp4(tmp_path / "rgb.mp4", torch.zeros(9, 3, SIDE, SIDE, dtype=torch.uint8), 10.0)
     line = complaint(capsys, "video", model, "--data", tmp_path, "--count", 2, "--out", tmp_path / "out")
-    assert "3 channels, the model makes 1" in line
+    assert "3 channels, the model draws 1" in line
 
 
 def test_each_command_names_the_one_for_another_kind_of_model(

@@ -31,7 +31,8 @@ from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.report.html import page
 from ditkit.report.report import Report
 from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
-from ditkit.sample.loop import sample
+from ditkit.sample import sample
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
 
 STEPS, CONVERGED, SEEDS, FRAMES, SIZE = 8, 20, (0, 1, 2), 4, 16
@@ -57,12 +58,12 @@ def tiny_video_dit() -> VideoDiT:
 
 def told(kind: str = "predict", frames: int = FRAMES) -> Cond:
     clips = torch.rand(len(SEEDS), 1, frames, SIZE, SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return conditioned(clips, kind, SEEDS)
+    return conditioned(clips, mask_kind(kind), SEEDS)
 
 
 def compared(model: Denoiser, policies=POLICIES, **settings) -> Report:
     quick = {"steps": STEPS, "converged_steps": CONVERGED, "rounds": 1, "memory": False, "guidance": 1}
-    return compare(model, policies, SEEDS, **(quick | settings))
+    return compare(model, policies=policies, seeds=SEEDS, **(quick | settings))
 
 
 @pytest.fixture(scope="module", params=[tiny_vdt, tiny_video_dit], ids=["VDT", "VideoDiT"])
@@ -314,7 +315,7 @@ def test_the_command_gives_clips_of_the_held_out_split_in_part(folder, tmp_path,
 
 
 def test_clips_are_spread_over_the_held_out_split(folder, digits):
-    real, cond = compare_command.told(tiny_vdt(), "moving-digits", None, SEEDS)
+    real, cond = compare_command.reference(tiny_vdt(), "moving-digits", None, SEEDS)
     held_out = moving_digits.load(SIZE, FRAMES, split="test")
     spread = held_out.clips(torch.tensor([0, 3333, 6666]))
     assert real is None

@@ -18,7 +18,7 @@ from ditkit.core.policy import Policy
 from ditkit.metrics.distribution import Distribution, distribution
 from ditkit.metrics.error import errors, made_of, pooled_psnr_db
 from ditkit.metrics.features import extract, load_efficientnet_lite0
-from ditkit.sample.workload import Drawn, SamplingJob
+from ditkit.sample.sampler import Sampler, Samples
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
@@ -28,7 +28,7 @@ FEWEST = 4  # pictures that KID needs in each set
 
 @dataclass(frozen=True)
 class Method:
-    """One way to draw the workload."""
+    """One row: policies and a number of steps."""
 
     name: str
     kind: Kind
@@ -41,10 +41,10 @@ class Method:
 class Bench:
     """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
 
-    def __init__(self, work: SamplingJob, methods: Sequence[Method], progress: Progress | None) -> None:
+    def __init__(self, work: Sampler, methods: Sequence[Method], progress: Progress | None) -> None:
         self.work, self.methods, self.progress = work, list(methods), progress
         self.made = made_of(work.cond)
-        self.drawn: dict[str, Drawn] = {}
+        self.drawn: dict[str, Samples] = {}
         self.macs: dict[str, MacCount] = {}
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, PeakMemory] = {}
@@ -58,7 +58,7 @@ class Bench:
         Raises:
             NoEffectError: none is left.
         """
-        for method in self._told("counting MACs", tuple(self.methods)):
+        for method in self._counted("counting MACs", tuple(self.methods)):
             try:
                 self._count(method)
             except NoEffectError as error:
@@ -70,7 +70,7 @@ class Bench:
     def add_controls(self) -> None:
         """For each policy, the exact sampler with as many steps as cost the same MACs."""
         exact = self.macs[EXACT].total
-        for method in self._told("counting MACs of controls", self._policies()):
+        for method in self._counted("counting MACs of controls", self._policies()):
             self.controls[method.name] = self._fewer(self.macs[method.name].total / exact)
 
     def add_control_rows(self) -> None:
@@ -81,13 +81,13 @@ class Bench:
 
     def converge(self, steps: int) -> None:
         tell = None if self.progress is None else partial(self.progress, f"drawing in {steps} steps")
-        self.converged = self.work.draw(steps=steps, progress=tell).samples
+        self.converged = self.work.draw(tell, policies=(), steps=steps).samples
 
     def time(self, rounds: int) -> None:
         """Wall clock of the rows, in turns; what they drew last is what is judged."""
 
         def draw(method: Method) -> None:
-            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
 
         tell = None if self.progress is None else partial(self.progress, "timing")
         functions = {method.name: partial(draw, method) for method in self.methods}
@@ -95,11 +95,11 @@ class Bench:
         self.seconds = alternated(functions, rounds, warmup=0, progress=tell)
 
     def measure_memory(self, isolated: Isolated) -> None:
-        for method in self._told("measuring memory", self.methods):
+        for method in self._counted("measuring memory", self.methods):
             self.memory[method.name] = isolated.peak(method.policies, method.steps)
 
     def rows(self, judge: DistributionMetric | None) -> tuple[Row, ...]:
-        return tuple(self._row(method, judge) for method in self._told("comparing", self.methods))
+        return tuple(self._row(method, judge) for method in self._counted("comparing", self.methods))
 
     def _row(self, method: Method, judge: DistributionMetric | None) -> Row:
         drawn, memory = self.drawn[method.name], self.memory.get(method.name)
@@ -123,7 +123,7 @@ class Bench:
             peak_bytes=None if memory is None else memory.peak_bytes,
             peak_added_bytes=None if memory is None else memory.added_bytes,
             policy_bytes=drawn.policy_bytes,
-            receipt=drawn.receipts,
+            receipt=tuple(receipt.as_dict() for receipt in drawn.receipts),
             distribution=None if judge is None else judge(drawn.samples),
             psnr_converged_db=self._to_converged(drawn.samples),
             **errors(drawn.samples, exact, self.made),
@@ -159,7 +159,7 @@ class Bench:
     def _fewer(self, share: float) -> Method:
         """The exact sampler in nearest to `share` of the steps, drawn and counted if it has not been yet."""
         steps = self.work.steps_like(share)
-        if steps == self.work.steps:
+        if steps == self.work.sampling.steps:
             return self.methods[0]
         name = f"exact, {steps} step{'s'[: steps > 1]}"
         method = Method(name, "control", "fewer exact steps", str(steps), (), steps)
@@ -169,10 +169,10 @@ class Bench:
 
     def _count(self, method: Method) -> None:
         with MacCounter() as counter:
-            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
         self.macs[method.name] = counter.count
 
-    def _told(self, stage: str, items: Sequence[T]) -> Iterator[T]:
+    def _counted(self, stage: str, items: Sequence[T]) -> Iterator[T]:
         for done, item in enumerate(items):
             yield item
             if self.progress is not None:

@@ -14,33 +14,30 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ditkit.api.generate import Generated, generate
+from ditkit.api.generate import generate
 from ditkit.bench.macs import count_macs
-from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     ModelName,
     Number,
     Options,
-    Policies,
     for_stage,
     load_maker,
     options_of,
-    policies_of,
     progress,
-    solver_of,
     with_training_options,
     writable,
 )
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Model
-from ditkit.core.spec import spec
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
 from ditkit.metrics.distribution import Distribution, distribution, nearest_neighbours
 from ditkit.metrics.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
 from ditkit.report.sheet import as_pictures, grid, png, sheet, write_png
+from ditkit.sample import Samples
 
 FEWEST = 4
 """Pictures that KID, precision and recall need in each set."""
@@ -54,11 +51,7 @@ def evaluate(
     data: str = "emoji",
     option: Options = (),
     count: int = 1000,
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    policy: Policies = (),
-    solver: str = "euler",
-    batch_size: int = 50,
+    flags: Flattened = SamplingFlags(batch_size=50),
     neighbours: int = 16,
     max_bad: Number = None,
     real_count: Number = None,
@@ -83,10 +76,6 @@ def evaluate(
         option: Of the loader of --data, such as split=test of fashion. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         count: Pictures to draw, with classes as often as in the data; seeds 0, 1, 2 ...
-        steps: Steps of the solver.
-        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
-        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
-        batch_size: Pictures drawn at once.
         neighbours: Pictures shown beside their nearest real ones, at most --count.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         real_count: Real pictures to measure against, from all over the set. Default: all.
@@ -96,8 +85,7 @@ def evaluate(
         raise ConfigError(f"--count={count}, expected at least {FEWEST}")
     if neighbours < 1:
         raise ConfigError(f"--neighbours={neighbours}, expected at least 1")
-    network, policies, way = load_maker(model, "pictures"), policies_of(policy), solver_of(solver)
-    guidance = guiding.make()
+    network, sampling = load_maker(model, "pictures"), flags.make(range(count))
     option = with_training_options(data, option, network)
     real = load_images(data, network.signal_shape[-1], **options_of(data, option, max_bad))
     check_real(network, real)
@@ -105,12 +93,10 @@ def evaluate(
     extractor = load_efficientnet_lite0()
     with writable(out):
         labels = drawn_labels(real, count)
-        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": way, "policies": policies}
         with progress() as advance:
-            macs = count_macs(lambda: generate(network, labels[0], (0,), **options)).total
-            options |= {"batch_size": batch_size}
-            drawn = generate(network, labels, range(count), progress=for_stage(advance, "drawing"), **options)
-            fake = extract(extractor, drawn.images, progress=for_stage(advance, "features, drawn"))
+            macs = count_macs(lambda: generate(network, labels[0], sampling=sampling, seeds=(0,))).total
+            drawn = generate(network, labels, sampling=sampling, progress=for_stage(advance, "drawing"))
+            fake = extract(extractor, drawn.samples, progress=for_stage(advance, "features, drawn"))
             features = extract(extractor, real.images_float(), progress=for_stage(advance, "features, real"))
             advance("distances", 0, 1)
             result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
@@ -121,31 +107,27 @@ def evaluate(
             "max_bad": max_bad,
             "real_count": real_count,
             "count": count,
-            "steps": steps,
-            **asdict(guiding),
-            "solver": spec(way),
-            "policies": [spec(p) for p in policies],
-            "batch_size": batch_size,
+            **flags.as_dict(sampling),
         }
         measured = {
-            "command": shlex.join(["ditkit", "evaluate", model, *flags(given)]),
+            "command": shlex.join(["ditkit", "evaluate", model, *words_of(given)]),
             **asdict(result),
             "macs_each": macs,
             "seconds_each": drawn.seconds / count,
             "policy_bytes": drawn.policy_bytes,
             "settings": {"model": model, **given},
-            "receipts": drawn.receipts,
+            "receipts": [receipt.as_dict() for receipt in drawn.receipts],
             "nearest": near.as_list(drawn, real),
         }
         write_json(out / "evaluation.json", measured)
-        write_png(out / "sheet.png", grid(drawn.images[:SHOWN], columns=round(SHOWN**0.5)))
+        write_png(out / "sheet.png", grid(drawn.samples[:SHOWN], columns=round(SHOWN**0.5)))
         with replacing(out / "neighbours.png") as draft:
             draft.write_bytes(near.sheet(drawn, real, min(neighbours, count)))
     Console().print(table(result, measured))
     print(f"wrote {out}: evaluation.json, sheet.png, neighbours.png")
 
 
-def flags(options: Mapping[str, Any]) -> Iterator[str]:
+def words_of(options: Mapping[str, Any]) -> Iterator[str]:
     """`options` as words of a command line; a list is a flag that is repeated, a tuple one of several words."""
     for name, value in options.items():
         word = "--policy" if name == "policies" else f"--{name.replace('_', '-')}"
@@ -160,7 +142,7 @@ class Nearest:
     features: tuple[Tensor, Tensor]
     pixels: tuple[Tensor, Tensor]
 
-    def as_list(self, drawn: Generated, real: ImageSet) -> list[dict[str, Any]]:
+    def as_list(self, drawn: Samples, real: ImageSet) -> list[dict[str, Any]]:
         """One entry a drawn picture, JSON-able."""
         return [
             {
@@ -174,10 +156,10 @@ class Nearest:
             for i, seed in enumerate(drawn.seeds)
         ]
 
-    def sheet(self, drawn: Generated, real: ImageSet, count: int) -> bytes:
+    def sheet(self, drawn: Samples, real: ImageSet, count: int) -> bytes:
         """A PNG of the first `count` drawn pictures, above their nearest real ones."""
         rows = {
-            "drawn": drawn.images[:count],
+            "drawn": drawn.samples[:count],
             "nearest in features": real.images_float(self.features[1][:count]),
             "nearest in pixels": real.images_float(self.pixels[1][:count]),
         }
@@ -194,10 +176,10 @@ class Nearest:
         return png(sheet({name: as_pictures(images) for name, images in rows.items()}, captions, heads))
 
 
-def nearest(drawn: Generated, real: ImageSet, fake_features: Tensor, real_features: Tensor) -> Nearest:
+def nearest(drawn: Samples, real: ImageSet, fake_features: Tensor, real_features: Tensor) -> Nearest:
     return Nearest(
         features=nearest_neighbours(fake_features, real_features),
-        pixels=nearest_neighbours(drawn.images.clamp(-1, 1), real.images_float()),
+        pixels=nearest_neighbours(drawn.samples.clamp(-1, 1), real.images_float()),
     )
 
 

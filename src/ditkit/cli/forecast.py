@@ -10,7 +10,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from ditkit.cli.evaluate import flags
+from ditkit.cli.evaluate import words_of
 from ditkit.cli.options import (
     Number,
     Options,
@@ -92,7 +92,7 @@ def forecast(
     options = options_of(data, option, max_bad)
     given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
     given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}
-    command = shlex.join(["ditkit", "forecast", *models, *flags(given)])
+    command = shlex.join(["ditkit", "forecast", *models, *words_of(given)])
     with writable(out), progress() as advance:
         found: ClipForecasts | FieldForecasts
         if forecasts_fields(named):

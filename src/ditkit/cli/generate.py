@@ -5,35 +5,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ditkit.api.generate import Generated
 from ditkit.api.generate import generate as draw
-from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     Labels,
     ModelName,
-    Number,
-    Policies,
     Seeds,
     for_stage,
     load_maker,
-    policies_of,
     progress,
     seeds_of,
-    solver_of,
     writable,
 )
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.model import Model
-from ditkit.core.spec import spec
 from ditkit.report.sheet import grid, write_png
+from ditkit.sample import Samples
 
 
 def generate(
@@ -41,12 +35,7 @@ def generate(
     *,
     label: Labels = (),
     seeds: Seeds = ("0..7",),
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    policy: Policies = (),
-    solver: str = "euler",
-    batch_size: int = 8,
-    max_bytes: Number = None,
+    flags: Flattened = SamplingFlags(),
     out: Path = Path("outputs/generate"),
     list_labels: bool = False,
 ) -> None:
@@ -69,11 +58,6 @@ def generate(
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         label: Class to draw. Repeat it for several, each drawn with every seed; default: spread over all.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
-        steps: Steps of the solver.
-        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
-        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
-        batch_size: Pictures drawn at once.
-        max_bytes: Memory that the policies may hold; more is refused.
         out: Folder to write to.
         list_labels: Print the classes and stop.
     """
@@ -81,37 +65,17 @@ def generate(
     if list_labels:
         print("\n".join(class_names(network)))
         return
-    numbers, policies, way = seeds_of(seeds), policies_of(policy), solver_of(solver)
+    sampling = flags.make(seeds_of(seeds))
     check_labels(network, label)
     wanted: tuple[str | None, ...] = label or (None,)
-    guidance = guiding.make()
-    settings = {
-        "model": model,
-        "steps": steps,
-        **asdict(guiding),
-        "solver": spec(way),
-        "policies": list(map(spec, policies)),
-        "batch_size": batch_size,
-    }
-    drawn: list[Generated] = []
+    settings = {"model": model, **flags.as_dict(sampling)}
+    drawn: list[Samples] = []
     with writable(out), progress() as advance:
         for name in wanted:
-            drawn.append(
-                draw(
-                    network,
-                    name,
-                    numbers,
-                    steps=steps,
-                    guidance=guidance,
-                    solver=way,
-                    policies=policies,
-                    batch_size=batch_size,
-                    max_bytes=max_bytes,
-                    progress=for_stage(advance, f"drawing {name or ''}"),
-                )
-            )
+            stage = for_stage(advance, f"drawing {name or ''}")
+            drawn.append(draw(network, name, sampling=sampling, progress=stage))
         stems = file_stems(class_names(network))
-        columns = len(numbers) if label else round(len(numbers) ** 0.5)
+        columns = len(sampling.seeds) if label else round(len(sampling.seeds) ** 0.5)
         files = write_pictures(drawn, stems, out, columns)
         write_json(out / "generated.json", {"settings": settings, **described(drawn, files)})
     tell(drawn, files, out)
@@ -127,24 +91,22 @@ def check_labels(model: Model, labels: Sequence[str]) -> None:
         seen.add(index)
 
 
-def write_pictures(
-    drawn: Sequence[Generated], stems: Mapping[str, str], out: Path, columns: int
-) -> list[str]:
+def write_pictures(drawn: Sequence[Samples], stems: Mapping[str, str], out: Path, columns: int) -> list[str]:
     """Each picture and the sheet; the pictures' file names."""
     files = []
-    for image, seed, label in told(drawn):
+    for image, seed, label in iterate(drawn):
         name = f"{stems[label]}-{seed}.png" if label else f"{seed}.png"
         files.append(write_png(out / name, image).name)
-    write_png(out / "sheet.png", grid(torch.cat([d.images for d in drawn]), columns))
+    write_png(out / "sheet.png", grid(torch.cat([d.samples for d in drawn]), columns))
     return files
 
 
-def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, object]:
+def described(drawn: Sequence[Samples], files: Sequence[str]) -> dict[str, object]:
     """What was drawn and what it took, JSON-able."""
     return {
         "pictures": [
             {"file": file, "seed": seed, "label": label}
-            for file, (_, seed, label) in zip(files, told(drawn), strict=True)
+            for file, (_, seed, label) in zip(files, iterate(drawn), strict=True)
         ],
         "seconds": sum(d.seconds for d in drawn),
         "policy_bytes": max(d.policy_bytes for d in drawn),
@@ -152,7 +114,7 @@ def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, obj
     }
 
 
-def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
+def tell(drawn: Sequence[Samples], files: Sequence[str], out: Path) -> None:
     """What each policy did, the time, and where everything lies."""
     for receipt in receipts(drawn):
         print(f"{receipt['policy']}, {receipt['sites']} sites")
@@ -163,18 +125,18 @@ def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
     print(f"wrote {out}: sheet.png, generated.json, {files[0]}{' ...' if len(files) > 1 else ''}")
 
 
-def receipts(drawn: Sequence[Generated]) -> list[dict[str, Any]]:
+def receipts(drawn: Sequence[Samples]) -> list[dict[str, Any]]:
     """What the policies did for all labels, each once where labels do not differ."""
     found: list[dict[str, Any]] = []
     for d in drawn:
-        found += [receipt for receipt in d.receipts if receipt not in found]
+        found += [r for receipt in d.receipts if (r := receipt.as_dict()) not in found]
     return found
 
 
-def told(drawn: Sequence[Generated]) -> Iterator[tuple[torch.Tensor, int, str | None]]:
+def iterate(drawn: Sequence[Samples]) -> Iterator[tuple[torch.Tensor, int, str | None]]:
     """Every picture with its seed and its class."""
     for d in drawn:
-        yield from zip(d.images, d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
+        yield from zip(d.samples, d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
 
 
 def file_stems(classes: Sequence[str]) -> dict[str, str]:

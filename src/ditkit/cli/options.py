@@ -19,9 +19,8 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.policy import Policy
-from ditkit.core.spec import as_text, component
+from ditkit.core.spec import as_text, components
 from ditkit.data.loading import accepts_option, dataset_name, read_options
-from ditkit.sample import Solver
 from ditkit.sample.noise import distinct
 
 ModelName = Annotated[str, tyro.conf.Positional]
@@ -131,22 +130,13 @@ def seeds_of(words: Sequence[str]) -> tuple[int, ...]:
     return distinct(seeds)
 
 
-def policies_of(specs: Sequence[str]) -> list[Policy]:
-    """The policies of `--policy`; `exact` stands for none.
+def policies_of(specs: Sequence[str]) -> tuple[Policy, ...]:
+    """Return the policies of `--policy`; `exact` stands for none.
 
     Raises:
         ConfigError: an unknown policy, field or value.
     """
-    return [component(Policy, spec) for spec in specs if spec != EXACT]  # type: ignore[type-abstract]
-
-
-def solver_of(spec: str) -> Solver:
-    """The solver of `--solver`.
-
-    Raises:
-        ConfigError: an unknown solver, field or value.
-    """
-    return component(Solver, spec)  # type: ignore[type-abstract]
+    return components("--policy", Policy, [text for text in specs if text != EXACT])  # type: ignore[type-abstract]
 
 
 @contextlib.contextmanager

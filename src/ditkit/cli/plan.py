@@ -184,7 +184,7 @@ def underlay(model: Model | None, size: str | None, sample: bool, over: Path | N
     if sample:
         assert isinstance(model, Denoiser)
         shape = signal_shape(model, size)
-        (pictures,) = as_pictures(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).images)
+        (pictures,) = as_pictures(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).samples)
         return pictures if pictures.ndim == 4 else pictures[None]
     if over is None:
         return None

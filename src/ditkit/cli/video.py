@@ -4,61 +4,48 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
 from torch import Tensor
 
-from ditkit.cli.evaluate import flags
-from ditkit.cli.guiding import GUIDED, GuidingFlags
+from ditkit.cli.evaluate import words_of
 from ditkit.cli.options import (
     DataName,
     ModelName,
     Number,
     Options,
-    Policies,
     load_maker,
     options_of,
-    policies_of,
     progress,
     seeds_of,
-    solver_of,
     with_training_options,
     writable,
 )
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
-from ditkit.core.spec import spec
 from ditkit.data.clips import ClipSet, frame_size, spread
 from ditkit.data.loading import accepts_option, load_held_out
 from ditkit.metrics.features import load_efficientnet_lite0
-from ditkit.sample import Guidance
 from ditkit.tasks.video.figures import leadtime, write_films, write_strips
-from ditkit.tasks.video.masks import mask_kind
-from ditkit.tasks.video.scores import (
-    CLIP_FEATURE,
-    UNCONDITIONAL,
-    Completed,
-    VideoScores,
-    complete,
-    imagine,
-)
+from ditkit.tasks.video.masks import KINDS, UNCONDITIONAL, MaskKind, mask_kind
+from ditkit.tasks.video.scores import CLIP_FEATURE, Completed, VideoScores, score
 
 Masks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MASK")]
 Sides = Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")]
 OwnSeeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SEED ...]")]
 
-TOLD = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
-"""Masks that are drawn unless others are asked for; `unconditional` as well."""
+LEARNED = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
+"""Masks by default, which VDT is trained on; `unconditional` as well."""
 COUNT = 8
-"""Clips unless others are asked for."""
+"""Clips by default."""
 FPS = 10.0
 """Of films without data, whose rate nothing says."""
 
@@ -73,13 +60,8 @@ def video(
     frames: Number = None,
     size: Sides = (),
     seeds: OwnSeeds = (),
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    policy: Policies = (),
-    solver: str = "euler",
+    flags: Flattened = SamplingFlags(),
     features: bool = False,
-    batch_size: int = 8,
-    max_bytes: Number = None,
     max_bad: Number = None,
     out: Path = Path("outputs/video"),
 ) -> None:
@@ -104,7 +86,7 @@ def video(
         unconditional    nothing; needs no --data
 
     Writes into the folder of --out:
-        MASK.mp4, .gif    truth, given, made and baseline (MP4 needs PyAV)
+        MASK.mp4, .gif    truth, given, generated and baseline (MP4 needs PyAV)
         MASK.png          their frames, and the errors as colours
         leadtime.png      how fast the prediction gets worse, for predict
         video.json        every number, settings, and what each policy did
@@ -120,19 +102,14 @@ def video(
         count: Clips, spread over the whole set. Default: one a seed; without --seeds 8, or all if there are fewer.
         frames: Of a clip. Default: the model's own.
         size: Of a frame: height and width, or one number for a square. Default: the model's own.
-        seeds: Of what is made, one a clip: whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
-        steps: Steps of the solver.
-        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
-        solver: From noise to clip: euler, heun, ddim, ancestral, eulermaruyama.
+        seeds: One a clip: whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
         features: Also measure in the features of EfficientNet-Lite0; of unconditional clips, from 400 on.
-        batch_size: Clips drawn at once.
-        max_bytes: Memory that the policies may hold; more is refused.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         out: Folder to write to.
     """
     network = load_maker(model, "clips")
     masks, numbers = masks_of(mask, data), clip_seeds(seeds, count)
-    policies, way, guidance = policies_of(policy), solver_of(solver), guiding.make()
+    sampling = flags.make(numbers)
     shape = clip_shape(network, frames, size, masks)
     extractor = load_efficientnet_lite0() if features else None
     option = with_training_options(data, option, network)
@@ -142,33 +119,28 @@ def video(
         whole = load_held_out(data, (shape[2], shape[3]), shape[1], **loading)
         numbers = numbers if count is not None or seeds else numbers[: len(whole)]
         clips = spread(whole, len(numbers))
-    count = len(numbers)
+    sampling, count = sampling.changed(seeds=numbers), len(numbers)
     truth = None if clips is None else clips_of(clips, shape[0])
     given = {
-        "mask": list(masks),
+        "mask": [kind.name for kind in masks],
         "data": data,
         "option": list(option),
         "count": count,
         "frames": shape[1],
         "size": shape[2:],
         "seeds": numbers,
-        "steps": steps,
-        **asdict(guiding),
-        "policies": list(map(spec, policies)),
-        "solver": spec(way),
-        "batch_size": batch_size,
-        "max_bytes": max_bytes,
+        **flags.as_dict(sampling),
         "max_bad": max_bad,
     }
-    options: dict[str, Any] = {"steps": steps, "solver": way, "policies": policies}
-    options |= {"batch_size": batch_size, "max_bytes": max_bytes, "network": extractor}
     scores, files = [], []
     with writable(out), progress() as advance:
-        for name in masks:
-            done = made(network, name, truth, shape, numbers, guidance, progress=advance, **options)
+        for kind in masks:
+            done = score(
+                network, kind, truth, shape, sampling=sampling, extractor=extractor, progress=advance
+            )
             scores.append(done.scores)
             files.append(write(out, done, FPS if clips is None else clips.fps))
-        command = ["ditkit", "video", model, *flags(given), *(["--features"] if features else [])]
+        command = ["ditkit", "video", model, *words_of(given), *(["--features"] if features else [])]
         described = {
             "command": shlex.join(command),
             "settings": {"model": model, **given, "features": features},
@@ -181,25 +153,25 @@ def video(
         print(line)
 
 
-def masks_of(names: Sequence[str], data: str | None) -> tuple[str, ...]:
-    """The masks to draw; without data, of those that are drawn by default the one that needs none.
+def masks_of(names: Sequence[str], data: str | None) -> tuple[MaskKind, ...]:
+    """Return the kinds of masks by their names; without data, of the default ones that which needs none.
 
     Raises:
         ConfigError: an unknown one, one named twice, or one that needs data without any.
     """
     for i, name in enumerate(names):
-        mask_kind(name)
+        kind = mask_kind(name)
         if name in names[:i]:
             raise ConfigError(f"--mask {name} is given twice, expected each mask once")
-        if name != UNCONDITIONAL and data is None:
+        if not kind.gives_nothing and data is None:
             raise ConfigError(
                 f"--mask {name} needs clips: expected --data moving-digits, or a folder of video files"
             )
-    return tuple(names) or (*(TOLD if data else ()), UNCONDITIONAL)
+    return tuple(map(mask_kind, names)) or (*(KINDS[name] for name in LEARNED if data), UNCONDITIONAL)
 
 
 def clip_seeds(words: Sequence[str], count: int | None) -> tuple[int, ...]:
-    """One seed a clip; unless told otherwise `COUNT` of them.
+    """Return one seed a clip, by default of `COUNT` clips.
 
     Raises:
         ConfigError: words that are no seeds, or another number of them than clips.
@@ -213,7 +185,7 @@ def clip_seeds(words: Sequence[str], count: int | None) -> tuple[int, ...]:
 
 
 def clip_shape(
-    network: Denoiser, frames: int | None, size: tuple[int, ...], masks: Sequence[str]
+    network: Denoiser, frames: int | None, size: tuple[int, ...], masks: Sequence[MaskKind]
 ) -> tuple[int, int, int, int]:
     """(C, T, H, W) of a clip, by default the model's.
 
@@ -226,8 +198,8 @@ def clip_shape(
     height, width = frame_size(size if len(size) != 1 else size[0]) if size else sides
     shape = channels, frames, height, width
     network.layout(network.codec.latent_shape(shape))
-    for name in masks:
-        mask_kind(name)(shape[1:], torch.Generator())
+    for kind in masks:
+        kind(shape[1:], torch.Generator())
     return shape
 
 
@@ -238,31 +210,14 @@ def clips_of(clips: ClipSet, channels: int) -> Tensor:
         ConfigError: it has other channels than the model's.
     """
     if clips.channels != channels:
-        raise ConfigError(f"{clips.name} has {clips.channels} channels, the model makes {channels}")
+        raise ConfigError(f"{clips.name} has {clips.channels} channels, the model draws {channels}")
     return clips.clips(torch.arange(len(clips)))
-
-
-def made(
-    model: Denoiser,
-    mask: str,
-    truth: Tensor | None,
-    shape: Sequence[int],
-    seeds: Sequence[int],
-    guidance: Guidance,
-    **options: Any,
-) -> Completed:
-    """What the model makes under one kind of mask; where nothing is given, only a guide can guide."""
-    if mask == UNCONDITIONAL:
-        own = guidance if guidance.networks() else 1.0
-        return imagine(model, shape, seeds, real=truth, guidance=own, **options)
-    assert truth is not None  # `masks_of` has refused the others
-    return complete(model, truth, mask, seeds, guidance=guidance, **options)
 
 
 def write(out: Path, done: Completed, fps: float) -> list[str]:
     """The pictures of one kind of mask; the names of the files."""
     files = [*write_films(out, done, fps), write_strips(out, done)]
-    plot = leadtime(done.scores) if done.scores.mask == "predict" else None
+    plot = leadtime(done.scores) if done.kind.predicts else None
     if plot is None:
         return files
     with replacing(out / "leadtime.png") as draft:
@@ -279,8 +234,8 @@ def tell(scores: VideoScores, files: Sequence[Sequence[str]], out: Path) -> None
     print(f"wrote {out}:", *(", ".join(names) for names in files), sep="\n  ")
 
 
-def remarks(masks: Sequence[str], data: str | None, count: int, features: bool) -> Iterator[str]:
-    """What was left out, and what it takes to have it."""
+def remarks(masks: Sequence[MaskKind], data: str | None, count: int, features: bool) -> Iterator[str]:
+    """Say what is left out, and what it takes to have it."""
     if data is None:
         yield "no --data: nothing was given, so there is nothing to compare with"
     if data is not None and not accepts_option(data, "split"):

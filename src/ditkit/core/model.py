@@ -266,6 +266,9 @@ class Denoiser(Model):
     """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
     `convention`, which says what its numbers mean."""
 
+    completes: ClassVar[bool] = False
+    """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
         """The same batch, told nothing."""

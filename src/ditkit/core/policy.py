@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ditkit.core.errors import ConfigError
 from ditkit.core.run import Call, Handler, Site
-from ditkit.core.spec import component
 
 Claim = Literal["own", "wrap", "see"]
 Key = tuple[str, ...]
@@ -100,26 +98,6 @@ class Policy(ABC):
     def modules(self, sites: Sequence[Site]) -> nn.Module | None:
         """Parameters that the policy trains, saved beside the model."""
         return None
-
-
-def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:
-    """One policy or several, each itself or as its text (`ditkit.core.spec`).
-
-    Raises:
-        ConfigError: something else, or a text that describes no policy.
-    """
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    return tuple(_as_policy(one) for one in several)
-
-
-def _as_policy(given: object) -> Policy:
-    if isinstance(given, str):
-        return component(Policy, given)  # type: ignore[type-abstract]
-    if not isinstance(given, Policy):
-        raise ConfigError(
-            f"policies: got {given!r}, expected a Policy or a text such as 'taylorseer:interval=4'"
-        )
-    return given
 
 
 def detached(value: Any) -> Any:

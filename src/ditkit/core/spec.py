@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ditkit.core.catalog import find
+from ditkit.core.catalog import every, find
 from ditkit.core.errors import ConfigError, unknown
 
 T = TypeVar("T")
@@ -46,6 +46,29 @@ def component(base: type[T], spec: str) -> T:
     if missing:
         raise ConfigError(f"{spec!r}: {kind.__name__} needs {missing[0]}=..., which has no default")
     return kind(**given)
+
+
+def components(name: str, base: type[T], given: T | str | Iterable[T | str]) -> tuple[T, ...]:
+    """One component or several, each itself or as its text.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ConfigError: something else, or a text that describes no component of `base`.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    found = [component(base, one) if isinstance(one, str) else one for one in several]
+    for one in found:
+        if not isinstance(one, base):
+            raise ConfigError(f"{name}: got {one!r}, expected a {base.__name__} or its text")
+    return tuple(found)  # type: ignore[arg-type]
+
+
+def named_alone(base: type[T]) -> list[str]:
+    """Names of the components of `base` whose fields all have defaults, in lower case."""
+    kinds = every(base)
+    return [k.__name__.lower() for k in kinds if all(_default(f) is not MISSING for f in _fields(k))]
 
 
 def spec(value: Any) -> str:

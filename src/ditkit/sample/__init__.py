@@ -1,9 +1,9 @@
-"""From noise to samples: solvers, guidance, and the loop that joins them with policies."""
+"""From noise to samples: solvers, guidance, and the sampler that joins them with policies."""
 
 from ditkit.sample.forecast import forecast
 from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Unguided
-from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.noise import SampleNoise, initial_noise
+from ditkit.sample.sampler import Sampler, Samples, Sampling, sample
 from ditkit.sample.scheduler import DiffusersScheduler
 from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
 
@@ -18,7 +18,9 @@ __all__ = [
     "Guidance",
     "Heun",
     "SampleNoise",
-    "Sampled",
+    "Sampler",
+    "Samples",
+    "Sampling",
     "Solver",
     "Unguided",
     "forecast",

@@ -20,7 +20,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
-from ditkit.train.loop import Samples, Sheet, train
+from ditkit.train.loop import Sheet, TrainingSet, train
 from ditkit.train.objective import Objective
 from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
@@ -94,18 +94,18 @@ class Recipe(ABC):
         return {**self.options, **({} if self.max_bad is None else {"max_bad": self.max_bad})}
 
     @abstractmethod
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         """What the data are, in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
 
-    def finish(self, model: Model, samples: Samples) -> None:  # noqa: B027
+    def finish(self, model: Model, samples: TrainingSet) -> None:  # noqa: B027
         """What is left to do with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
-    def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet | None:
         """What writes a picture of how far training is into `folder`, now and then."""
 
 
@@ -113,7 +113,7 @@ class Prepared(NamedTuple):
     """A recipe with what the data decide, its samples, and the codec that makes them of signals."""
 
     recipe: Recipe
-    samples: Samples
+    samples: TrainingSet
     codec: Codec = IDENTITY
 
 

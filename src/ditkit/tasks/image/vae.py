@@ -16,7 +16,7 @@ from ditkit.report.sheet import grid, write_png
 from ditkit.tasks.image.recipe import ClassDataset
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.autoencoding import Autoencoding
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.terms.latent_kl import LatentKL
 from ditkit.train.terms.regression import AbsoluteError
@@ -69,7 +69,7 @@ class ImageVaeRecipe(Recipe):
     def network(self) -> Any:
         return ImageVae(self.model)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images.images
         return f"{len(images)} images {list(images.shape[1:])}, {images.nbytes / 1e6:.1f} MB in memory"
@@ -78,12 +78,12 @@ class ImageVaeRecipe(Recipe):
         shape = (self.model.channels, self.model.size, self.model.size)
         return torch.empty(1, *shape), torch.empty(1, *model.latent_shape(shape))
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, ClassDataset)
         places = torch.linspace(0, len(samples) - 1, min(SHEET_PICTURES, len(samples))).long()
         return partial(write_sheet, folder, samples.images.images_float(places))
 
-    def finish(self, model: Any, samples: Samples) -> None:
+    def finish(self, model: Any, samples: TrainingSet) -> None:
         """Measure the statistics of a trained codec, before it is saved."""
         assert isinstance(samples, ClassDataset)
         parts = torch.arange(len(samples)).split(MEASURED_AT_ONCE)

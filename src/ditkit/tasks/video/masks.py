@@ -1,6 +1,6 @@
-"""What of a clip is given and what is to be made: the tasks of one masked video model (VDT, section 3.3).
+"""Masks: the part of a clip that is given, and the part to generate, as one video model learns (VDT, section 3.3).
 
-A mask is bool [1, T, H, W] on the grid of the network's input, true where content is to be made.
+A mask is bool [1, T, H, W] on the grid of the network's input, true where content is to be generated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ SMALLEST, ASPECT = 4, 0.3
 TRIMMED = 3
 """Most frames at either end of a clip that `region` gives whole."""
 HIDDEN = 0.8
-"""Chance of a frame to be made in `random-frames`."""
+"""Chance of a frame to be generated in `random-frames`."""
 
 
 @dataclass(frozen=True)
 class MaskKind:
-    """A task, as the masks that stand for it.
+    """Masks of one kind: which part of a clip is given.
 
     Args:
         draw: from (T, H, W) and a CPU generator to the mask, bool [1, T, H, W].
-        frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be made.
+        frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be generated.
+        gives_nothing: whether all of a clip is generated.
+        predicts: whether frames follow those that are given, so that their errors have a lead time.
     """
 
     name: str
     draw: Callable[[Size, Generator], Tensor]
     frames: int = 2
     cells: int = 1
+    gives_nothing: bool = False
+    predicts: bool = False
 
     def fits(self, size: Size) -> bool:
         return size[0] >= self.frames and size[1] * size[2] >= self.cells
@@ -73,11 +77,11 @@ def _single_frame(size: Size, generator: Generator) -> Tensor:
 
 
 def _random_frames(size: Size, generator: Generator) -> Tensor:
-    """Drawn again until a frame is given and one is to be made: at 16 frames, once in 36 times."""
-    made = torch.ones(size[0], dtype=torch.bool)
-    while made.all() or not made.any():
-        made = torch.rand(size[0], generator=generator) < HIDDEN
-    return made[None, :, None, None].expand(1, *size).clone()
+    """Drawn again until a frame is given and one is to be generated: at 16 frames, once in 36 times."""
+    hidden = torch.ones(size[0], dtype=torch.bool)
+    while hidden.all() or not hidden.any():
+        hidden = torch.rand(size[0], generator=generator) < HIDDEN
+    return hidden[None, :, None, None].expand(1, *size).clone()
 
 
 def _region(size: Size, generator: Generator) -> Tensor:
@@ -127,11 +131,12 @@ def _uniform(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
+UNCONDITIONAL = MaskKind("unconditional", _frames(lambda T: []), frames=1, gives_nothing=True)
 KINDS: Mapping[str, MaskKind] = {
     kind.name: kind
     for kind in (
-        MaskKind("unconditional", _frames(lambda T: []), frames=1),
-        MaskKind("predict", _frames(lambda T: range(T // 2))),
+        UNCONDITIONAL,
+        MaskKind("predict", _frames(lambda T: range(T // 2)), predicts=True),
         MaskKind("backward", _frames(lambda T: range(T - T // 2, T))),
         MaskKind("interpolate", _frames(lambda T: range(0, T, 4))),
         MaskKind("single-frame", _single_frame),

@@ -22,12 +22,11 @@ from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
-from ditkit.sample.workload import UNCONDITIONED
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
-from ditkit.tasks.video.masks import MaskMixture, mask_kind
+from ditkit.tasks.video.masks import KINDS, MaskKind, MaskMixture
 from ditkit.train.denoising import Denoising
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -103,7 +102,7 @@ class VideoRecipe(Recipe):
         model = replace(self.model, channels=channels, size=(size[0], size[1]))
         return Prepared(replace(self, model=model), coded(MaskedClipDataset(clips, self.masks), codec), codec)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, MaskedClipDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
@@ -111,7 +110,7 @@ class VideoRecipe(Recipe):
     def example(self, model: Model) -> tuple[Any, ...]:
         return torch.empty(1, *model.sample_shape), torch.empty(1), Cond()
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, MaskedClipDataset)
         return partial(write_strips, folder, samples.clips.clips(torch.tensor([0])))
 
@@ -138,34 +137,33 @@ class MaskedClipDataset:
         return clips, Cond(context=clips, mask=self.masks.masks(size, list(rng.of_data())))
 
 
-def conditioned(clips: Tensor, kind: str, seeds: Sequence[int]) -> Cond:
-    """Clips [B, C, T, H, W] told in part: what a mask of this kind leaves, drawn by one seed a clip.
+def conditioned(clips: Tensor, kind: MaskKind, seeds: Sequence[int]) -> Cond:
+    """Give of clips [B, C, T, H, W] what masks of this kind leave, drawn by one seed a clip.
 
     Raises:
-        ConfigError: an unknown kind, a clip too short for it, or not one distinct seed a clip.
+        ConfigError: a clip too short for it, or not one distinct seed a clip.
     """
     size = clips.shape[2], clips.shape[3], clips.shape[4]
-    task, generators = mask_kind(kind), [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
-    return Cond(context=clips, mask=torch.stack([task(size, g) for g in generators]))
+    generators = [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
+    return Cond(context=clips, mask=torch.stack([kind(size, g) for g in generators]))
 
 
 def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None:
-    """What the model makes of one clip [1, C, T, H, W] under the masks that fit it, as `folder`/STEP.png."""
+    """Write one clip [1, C, T, H, W] as the model completes it under the masks that fit it, as `folder`/STEP.png."""
     rows, masks = {"the clip": clip[0]}, {}
     size = clip.shape[2], clip.shape[3], clip.shape[4]
-    for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
+    for kind in (KINDS[name] for name in SHEET_KINDS if KINDS[name].fits(size)):
         cond = conditioned(clip, kind, [0])
         assert cond.mask is not None
-        masks[kind] = cond.mask[0]
-        rows[kind] = generate(
+        masks[kind.name] = cond.mask[0]
+        rows[kind.name] = generate(
             model,
-            seeds=[0],
+            cond=Cond() if kind.gives_nothing else cond,
+            shape=clip.shape[1:],
             steps=SHEET_STEPS,
             guidance=1.0,
-            cond=UNCONDITIONED if cond.mask.all() else cond,
-            shape=clip.shape[1:],
             policies=model.policies,
-        ).images[0]
+        ).samples[0]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:
         draft.write_bytes(png(strip(rows, masks=masks)))
