@@ -130,16 +130,18 @@ def test_compare_refuses(
 @pytest.mark.parametrize(
     ("words", "quoted"),
     [
-        (["--count", "2"], ["--count=2", "at least 4"]),
-        (["--neighbours", "0"], ["--neighbours=0", "at least 1"]),
-        (["--max-bad", "3"], ["--max-bad 3 with --data emoji", "a folder"]),
+        (["--count", "2"], ["count=2", "at least 4"]),
+        (["--neighbours", "0"], ["neighbours=0", "at least 1"]),
+        (["--max-bad", "3", "--data", "emoji"], ["--max-bad 3 with --data emoji", "a folder"]),
         (["--data", "emojy"], ["'emojy'", "did you mean 'emoji'?"]),
     ],
 )
 def test_evaluate_refuses(
     words: list[str], quoted: list[str], model: Path, out: Path, capsys: Capture
 ) -> None:
-    line = complaint(capsys, "evaluate", model, "--out", out, *words)
+    line = complaint(
+        capsys, "evaluate", model, *([] if "--data" in words else ["--data", "emoji"]), "--out", out, *words
+    )
     assert [part for part in quoted if part not in line] == []
     assert not out.exists()
 
@@ -281,7 +283,7 @@ def test_an_interrupt_is_one_line(model: Path, capsys: Capture, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditkit.cli.generate.load_maker", interrupted)
+    monkeypatch.setattr("ditkit.cli.generate.load_generator", interrupted)
     assert main(["generate", str(model)]) == 130
     assert capsys.readouterr().err == "ditkit: interrupted\n"
 
@@ -305,7 +307,7 @@ def test_an_unexpected_error_keeps_its_traceback(model: Path, monkeypatch: pytes
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ditkit.cli.generate.load_maker", broken)
+    monkeypatch.setattr("ditkit.cli.generate.load_generator", broken)
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(model)])
 

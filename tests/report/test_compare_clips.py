@@ -17,14 +17,13 @@ from torch import Tensor
 from ditkit.api.compare import compare
 from ditkit.bench.rows import headline
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.cli import compare as compare_command
 from ditkit.cli.main import main
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
-from ditkit.metrics.error import errors, pooled_psnr_db
+from ditkit.metrics.error import clip_errors, picture_errors, pooled_psnr_db
 from ditkit.metrics.image import ssim
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
@@ -32,6 +31,7 @@ from ditkit.report.html import page
 from ditkit.report.report import Report
 from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
 from ditkit.sample import sample
+from ditkit.tasks.video import VideoTask
 from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
 
@@ -92,9 +92,9 @@ def test_errors_are_of_what_was_made_and_of_nothing_else():
     mask[:, :, 1] = False  # given to all
     mask[0, :, 2] = False  # given to one
     x = torch.where(mask, ref + 0.1 * torch.randn_like(ref), ref)
-    found = errors(x, ref, mask)
+    found = clip_errors(x, ref, mask)
     assert found["psnr_db"] == pytest.approx(of_values(x, ref, mask), abs=1e-4)
-    assert found["psnr_db"] < errors(x, ref, None)["psnr_db"]
+    assert found["psnr_db"] < clip_errors(x, ref, None)["psnr_db"]
     worst = min(of_values(x[i], ref[i], mask[i]) for i in range(3))
     assert found["psnr_worst_db"] == pytest.approx(worst, abs=1e-4)
     made = mask.expand_as(x)
@@ -115,25 +115,25 @@ def test_ssim_is_the_mean_over_frames_of_each_frame():
     ref = torch.rand(2, 3, 4, 8, 8) * 2 - 1
     x = ref + 0.1 * torch.randn_like(ref)
     each = [ssim(x[:, :, t], ref[:, :, t]) for t in range(4)]
-    assert errors(x, ref, None)["ssim"] == pytest.approx(float(torch.stack(each).mean()), abs=1e-9)
+    assert clip_errors(x, ref, None)["ssim"] == pytest.approx(float(torch.stack(each).mean()), abs=1e-9)
     mask = torch.ones(2, 1, 4, 8, 8, dtype=torch.bool)
     mask[:, :, :2] = False
-    assert errors(x, ref, mask)["ssim"] == pytest.approx(float(torch.stack(each[2:]).mean()), abs=1e-9)
+    assert clip_errors(x, ref, mask)["ssim"] == pytest.approx(float(torch.stack(each[2:]).mean()), abs=1e-9)
 
 
 def test_a_constant_shift_is_no_error_of_motion_and_flicker_is():
     ref = torch.rand(2, 1, 4, 8, 8).double()
-    assert errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None
+    assert clip_errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None
     sign = torch.tensor([1, -1, 1, -1]).view(1, 1, 4, 1, 1)
-    found = errors(ref + 0.1 * sign, ref, None)
+    found = clip_errors(ref + 0.1 * sign, ref, None)
     assert found["psnr_db"] == pytest.approx(10 * math.log10(4 / 0.01))
     assert found["clip"].temporal_psnr_db == pytest.approx(10 * math.log10(4 / 0.04))
 
 
 def test_pictures_and_identical_clips_have_no_errors_of_clips():
     picture, clip = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 2, 8, 8)
-    assert errors(picture, 0.9 * picture, None)["clip"] is None
-    found = errors(clip, clip, None)
+    assert picture_errors(picture, 0.9 * picture, None)["clip"] is None
+    found = clip_errors(clip, clip, None)
     assert (found["identical"], found["psnr_db"], found["psnr_worst_db"], found["relative_l2"]) == (
         True, None, None, 0,
     )  # fmt: skip
@@ -253,7 +253,9 @@ def test_the_table_reads_at_80_columns(report):
     heads, row = next(line for line in lines if "motion" in line), report.rows[2]
     assert f"{row.temporal_psnr_db:.1f}" in " ".join(lines)
     assert "…" not in heads
-    assert "to its clips" in headline(report.rows) or "identical clips" in headline(report.rows)
+    assert "to its clips" in headline(report.rows, "clip") or "identical clips" in headline(
+        report.rows, "clip"
+    )
 
 
 def test_pages_of_pictures_have_no_word_of_clips(report):
@@ -275,9 +277,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
     whole = replace(cond, mask=cond.mask & torch.tensor([True, False, True]).view(3, 1, 1, 1, 1))
     odd = replace(cond, context=cond.context * torch.nan)
     for settings, message in (
-        ({"cond": whole}, "Cond.mask: sample 1 is all 0, which leaves nothing to be made"),
+        ({"cond": whole}, "Cond.mask: sample 1 is all 0, which leaves nothing to be generated"),
         ({"cond": odd}, "Cond.context: nan in sample 0, frame 0, expected finite numbers"),
-        ({"real": torch.zeros(5, 3, 8, 8)}, r"real: pictures are held against pictures.*\[1, 4, 16, 16\]"),
+        ({"real": torch.zeros(5, 3, 8, 8)}, "real: no distance of distributions for clips"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             compared(tiny_vdt(), **settings)
@@ -315,7 +317,7 @@ def test_the_command_gives_clips_of_the_held_out_split_in_part(folder, tmp_path,
 
 
 def test_clips_are_spread_over_the_held_out_split(folder, digits):
-    real, cond = compare_command.reference(tiny_vdt(), "moving-digits", None, SEEDS)
+    real, cond = VideoTask().reference(tiny_vdt(), "moving-digits", None, SEEDS)
     held_out = moving_digits.load(SIZE, FRAMES, split="test")
     spread = held_out.clips(torch.tensor([0, 3333, 6666]))
     assert real is None

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.bench.bench import EXACT, Bench, DistributionMetric, Method, Progress
+from ditkit.bench.bench import EXACT, Bench, Method
 from ditkit.bench.memory import Isolated
 from ditkit.bench.rows import titles
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, parameter_count
 from ditkit.core.numbers import integer
+from ditkit.core.task import Progress, Task, generating
 from ditkit.metrics.error import made_of
 from ditkit.report.report import Report
-from ditkit.report.sheet import as_pictures
 from ditkit.sample.denoiser import placement
 from ditkit.sample.sampler import Sampler, Sampling
 
@@ -80,6 +80,7 @@ def compare(
         ConflictError: as the sampler raises it.
     """
     work = Sampler.of(model, label, cond=cond, shape=shape, sampling=sampling, **changes)
+    task = generating(model, "compare")
     policies, steps = work.sampling.policies, work.sampling.steps
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
     if integer("converged_steps", converged_steps, least=1) <= steps:
@@ -89,11 +90,11 @@ def compare(
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else DistributionMetric(real, len(work.sampling.seeds), work.shape)
+    judge = None if real is None else task.judge(real, len(work.sampling.seeds), work.shape)
 
     with tempfile.TemporaryDirectory() as folder:
         isolated = Isolated(work, policies, Path(folder)) if memory else None  # refuses before any drawing
-        bench = Bench(work, methods, progress)
+        bench = Bench(work, task, methods, progress)
         bench.count()
         if control:
             bench.add_controls()
@@ -103,14 +104,14 @@ def compare(
         bench.time(rounds)
         if isolated is not None:
             bench.measure_memory(isolated)
-    settings = settings_of(work, converged_steps, rounds, memory)
+    settings = settings_of(work, task, converged_steps, rounds, memory)
     if bench.idle:
         settings["left_out"] = [str(error) for error in bench.idle.values()]
-    pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
-    return Report(bench.rows(judge), settings, pictures, bench.made)
+    pictures = {name: task.draw(samples) for name, samples in bench.samples().items()}
+    return Report(bench.rows(judge), settings, pictures, task, bench.made)
 
 
-def settings_of(work: Sampler, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
+def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
     """Everything that the numbers depend on, JSON-able."""
     device, dtype = placement(work.model)
     config = asdict(work.model.config)
@@ -119,6 +120,7 @@ def settings_of(work: Sampler, converged_steps: int, rounds: int, memory: bool) 
     return {
         "model": {
             "class": type(work.model).__name__,
+            "task": task.name,
             "parameters": parameter_count(work.model),
             "config": config,
             "history": list(work.model.history),

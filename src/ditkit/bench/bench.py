@@ -15,13 +15,13 @@ from ditkit.bench.rows import Kind, Row
 from ditkit.bench.timing import alternated, medians
 from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.policy import Policy
+from ditkit.core.task import Progress, Task
 from ditkit.metrics.distribution import Distribution, distribution
-from ditkit.metrics.error import errors, made_of, pooled_psnr_db
+from ditkit.metrics.error import made_of, pooled_psnr_db
 from ditkit.metrics.features import extract, load_efficientnet_lite0
 from ditkit.sample.sampler import Sampler, Samples
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
 EXACT = "exact"
 FEWEST = 4  # pictures that KID needs in each set
 
@@ -41,8 +41,10 @@ class Method:
 class Bench:
     """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
 
-    def __init__(self, work: Sampler, methods: Sequence[Method], progress: Progress | None) -> None:
-        self.work, self.methods, self.progress = work, list(methods), progress
+    def __init__(
+        self, work: Sampler, task: Task, methods: Sequence[Method], progress: Progress | None
+    ) -> None:
+        self.work, self.task, self.methods, self.progress = work, task, list(methods), progress
         self.made = made_of(work.cond)
         self.drawn: dict[str, Samples] = {}
         self.macs: dict[str, MacCount] = {}
@@ -98,10 +100,10 @@ class Bench:
         for method in self._counted("measuring memory", self.methods):
             self.memory[method.name] = isolated.peak(method.policies, method.steps)
 
-    def rows(self, judge: DistributionMetric | None) -> tuple[Row, ...]:
+    def rows(self, judge: Callable[[Tensor], Distribution] | None) -> tuple[Row, ...]:
         return tuple(self._row(method, judge) for method in self._counted("comparing", self.methods))
 
-    def _row(self, method: Method, judge: DistributionMetric | None) -> Row:
+    def _row(self, method: Method, judge: Callable[[Tensor], Distribution] | None) -> Row:
         drawn, memory = self.drawn[method.name], self.memory.get(method.name)
         exact, seconds = self.drawn[EXACT].samples, medians(self.seconds)
         count, whole = self.macs[method.name], self.macs[EXACT].total
@@ -126,7 +128,7 @@ class Bench:
             receipt=tuple(receipt.as_dict() for receipt in drawn.receipts),
             distribution=None if judge is None else judge(drawn.samples),
             psnr_converged_db=self._to_converged(drawn.samples),
-            **errors(drawn.samples, exact, self.made),
+            **self.task.error(drawn.samples, exact, self.made),
             **self._control(method, exact, whole),
         )
 
@@ -187,13 +189,11 @@ class DistributionMetric:
             anything is drawn.
 
     Raises:
-        ConfigError: too few pictures in either set, or samples that are no pictures.
+        ConfigError: too few pictures in either set, or samples of other channels than pictures have.
         DataError: the extractor's weights are missing.
     """
 
     def __init__(self, real: Tensor, drawn: int, shape: tuple[int, ...]) -> None:
-        if len(shape) != 3:
-            raise ConfigError(f"real: pictures are held against pictures, the model draws {list(shape)}")
         if shape[0] not in (1, 3):
             raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {shape[0]}")
         if min(len(real), drawn) < FEWEST:

@@ -186,11 +186,6 @@ def distance(row: Row) -> str:
     return "identical to exact" if row.identical else f"{decibels(row.psnr_db)} dB to exact"
 
 
-def noun(rows: Sequence[Row]) -> str:
-    """What one sample of a comparison is called."""
-    return "clip" if any(row.clip for row in rows) else "picture"
-
-
 def caption(row: Row) -> list[str]:
     """Three lines beside a row of pictures."""
     return [row.name, f"{row.seconds:.2f} s, {row.speedup:.2f}x", distance(row)]
@@ -200,8 +195,8 @@ def converged_caption(steps: int) -> list[str]:
     return ["converged", f"exact, {steps} steps", "what fewer steps approach"]
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """The fastest policy that is close to the exact run, or the closest, and what else its compute buys."""
+def headline(rows: Sequence[Row], noun: str) -> str:
+    """Name the fastest policy that is close to the exact run, or the closest, and what else its compute buys."""
     exact = rows[0]
     policies = [row for row in rows if row.kind == "policy"]
     if not policies:
@@ -209,7 +204,7 @@ def headline(rows: Sequence[Row]) -> str:
     close = [row for row in policies if row.identical or (row.psnr_db or 0) >= CLOSE_DB]
     closest = max(policies, key=lambda row: row.psnr_db or 0)
     best = max(close, key=lambda row: row.speedup, default=closest)
-    drawn = f"{noun(rows)}s"
+    drawn = f"{noun}s"
     near = f"identical {drawn}" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its {drawn}"
     faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {near}"
     if not close:

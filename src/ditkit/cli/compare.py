@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 from ditkit.api.compare import compare as compared
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli.options import (
-    CLIP_AXES,
     DataName,
     Labels,
     ModelName,
     Number,
     Options,
     Seeds,
+    load_generator,
     options_of,
     progress,
     seeds_of,
@@ -28,19 +25,18 @@ from ditkit.cli.options import (
     writable,
 )
 from ditkit.cli.sampling import Flattened, SamplingFlags
-from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
-from ditkit.core.loading import load
-from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
-from ditkit.data.clips import spread
-from ditkit.data.loading import load_held_out, load_images
-from ditkit.tasks.video.masks import KINDS, MaskKind, mask_kind
-from ditkit.tasks.video.recipe import conditioned
+from ditkit.core.task import task_of
+from ditkit.tasks.video.masks import KINDS, mask_kind
 
-MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
+MaskName = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="KIND", help=f"Kind of masks on the clips of --data: {', '.join(KINDS)}. Default: predict."
+    ),
+]
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
-PREDICT = "predict"
 
 
 def compare(
@@ -60,6 +56,8 @@ def compare(
     out: Path = Path("outputs/compare"),
 ) -> None:
     """Compare policies with the exact sampler: speed beside error.
+
+    Each --policy is a row; the exact sampler is always the first.
 
     Examples:
         ditkit compare emoji --policy taylorseer:interval=4
@@ -86,8 +84,6 @@ def compare(
             given in part, out of the test split if there is one.
         option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
-        mask: What the clips of --data leave to be made: predict (the last half, the default), backward,
-            interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
     """
     if not flags.policy and not demo:
@@ -95,14 +91,10 @@ def compare(
     sampling = flags.make(seeds_of(seeds))
     if demo:
         sampling = sampling.changed(policies=demo_policies(flags.policy))
-    network = load(model)
-    if not isinstance(network, Denoiser):
-        raise ConfigError(
-            f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
-        )
+    network = load_generator(model, "compare")
     kind = None if mask is None else mask_kind(mask)
     loading = options_of(data, with_training_options(data, option, network))
-    real, cond = reference(network, data, kind, sampling.seeds, **loading)
+    real, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         report = compared(
             network,
@@ -131,45 +123,3 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     if given:
         raise ConfigError(f"compare: got --policy {given[0]} with --demo, expected one of the two")
     return [TaylorSeer(interval=n, order=o) for n in DEMO_INTERVALS for o in DEMO_ORDERS]
-
-
-def reference(
-    network: Denoiser, data: str | None, mask: MaskKind | None, seeds: Sequence[int], **options: Any
-) -> tuple[Tensor | None, Cond]:
-    """Return what samples are held against: real pictures, or the conditioning on clips that are given in part.
-
-    `options` are those of the data's loader.
-
-    Raises:
-        ConfigError: they contradict each other or the model. Those of the loaders.
-    """
-    if len(network.signal_shape) != CLIP_AXES:
-        if mask is not None:
-            raise ConfigError(f"--mask {mask.name} with a model of pictures, expected one of clips")
-        real = None if data is None else load_images(data, network.signal_shape[-1], **options).images_float()
-        return real, Cond()
-    if data is None:
-        if mask is not None and not mask.gives_nothing:
-            raise ConfigError(f"--mask {mask.name} without clips, expected --data, such as moving-digits")
-        return None, Cond()
-    if mask is not None and mask.gives_nothing:
-        raise ConfigError(f"--mask {mask.name} gives nothing of --data {data}, expected one of the two")
-    return None, conditioned(given_clips(network, data, len(seeds), **options), mask or KINDS[PREDICT], seeds)
-
-
-def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Tensor:
-    """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
-
-    Raises:
-        ConfigError: the set has other channels, or fewer clips. Those of the loader.
-    """
-    channels, frames, height, width = network.signal_shape
-    whole = load_held_out(data, (height, width), frames, **options)
-    if len(whole) < count:
-        raise ConfigError(
-            f"{data} has {len(whole)} clips of {frames} frames for {count} seeds, try: --seeds 0..{len(whole) - 1}"
-        )
-    clips = spread(whole, count)
-    if clips.channels != channels:
-        raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
-    return clips.clips(torch.arange(count))

@@ -1,38 +1,24 @@
-"""`ditkit forecast`: what follows, how wrong it is by lead time, and what persistence and climatology would say."""
+"""`ditkit forecast`: forecasts of held-out data, and their error by lead time beside that of baselines."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import tyro
-from rich.console import Console
 
-from ditkit.cli.evaluate import words_of
+from ditkit.cli.evaluate import save
 from ditkit.cli.options import (
     Number,
     Options,
-    for_stage,
-    load_maker,
+    load_of,
     options_of,
     progress,
     with_training_options,
     writable,
 )
-from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
-from ditkit.tasks.forecast.figures import write_pictures
-from ditkit.tasks.forecast.scores import (
-    ClipForecasts,
-    FieldForecasts,
-    called,
-    clip_forecasts,
-    field_forecasts,
-    forecasts_fields,
-)
+from ditkit.tasks.forecast.scores import called, evaluate_forecasts
 
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
@@ -62,7 +48,7 @@ def forecast(
     Writes into the folder of --out:
         forecast.json    every number, and the settings
         leadtime.png     the error against lead time, beside the baselines
-        MODEL.png        one forecast: what was seen, what followed, and the error;
+        MODEL.png        one forecast: observed, followed, forecast, and the error;
                          of fields and series one for each variable
         MODEL.mp4, .gif  the same as a film, not of series
 
@@ -84,38 +70,16 @@ def forecast(
         raise ConfigError("forecast: got no model, expected a folder such as runs/predformer/model")
     if twice := [name for i, name in enumerate(models) if name in models[:i]]:
         raise ConfigError(f"forecast: {twice[0]} is given twice, expected different models")
-    names = called(models)
-    named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
-    first = next(iter(named.values()))
-    horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    named = {name: load_of(m, "forecast") for name, m in zip(called(models), models, strict=True)}
     option = with_training_options(data, option, *named.values())
+    first = next(iter(named.values()))
+    settings: dict[str, Any] = {
+        "horizon": first.config.frames if horizon is None else horizon,
+        "count": count,
+    }
+    settings |= {"validation": validation, "test": test, "show": show}
     options = options_of(data, option, max_bad)
-    given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
-    given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}
-    command = shlex.join(["ditkit", "forecast", *models, *words_of(given)])
+    given = {"data": data, "option": list(option), **settings, "max_bad": max_bad}
     with writable(out), progress() as advance:
-        found: ClipForecasts | FieldForecasts
-        if forecasts_fields(named):
-            found = field_forecasts(named, data, horizon, validation, test, show, options)
-        else:
-            found = clip_forecasts(
-                named,
-                data,
-                horizon,
-                integer("--count", count, least=1),
-                show,
-                options,
-                for_stage(advance, "forecasting"),
-            )
-        write_json(out / "forecast.json", {"command": command, **found.as_dict()})
-        files = [["forecast.json", "leadtime.png"], *draw(found, out)]
-    Console().print(found.table())
-    print(f"wrote {out}:", *map(", ".join, files), sep="\n  ")
-
-
-@torch.no_grad()
-def draw(found: ClipForecasts | FieldForecasts, out: Path) -> list[list[str]]:
-    """The plot, and one forecast of each model; the names of the files of each forecast."""
-    with replacing(out / "leadtime.png") as draft:
-        draft.write_bytes(found.plot().png())
-    return [write_pictures(out, name, example) for name, example in found.examples()]
+        found = evaluate_forecasts(named, data, options=options, progress=advance, **settings)
+        save(found, out, "forecast.json", ["forecast", *models], given)

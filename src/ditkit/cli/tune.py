@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ditkit.api.tune import Target
 from ditkit.api.tune import tune as tuned
-from ditkit.cli.compare import MaskName, reference
+from ditkit.cli.compare import MaskName
 from ditkit.cli.options import (
     DataName,
     Labels,
@@ -20,6 +20,7 @@ from ditkit.cli.options import (
     Number,
     Options,
     Seeds,
+    load_generator,
     options_of,
     progress,
     seeds_of,
@@ -28,8 +29,7 @@ from ditkit.cli.options import (
 )
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
-from ditkit.core.loading import load
-from ditkit.core.model import Denoiser
+from ditkit.core.task import task_of
 from ditkit.tasks.video.masks import mask_kind
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]
@@ -54,6 +54,8 @@ def tune(
 ) -> None:
     """Find the fastest setting that is near enough, or the nearest that is fast enough.
 
+    A field of a --policy may have several values between bars, each of which is a setting.
+
     Examples:
         ditkit tune emoji --policy "taylorseer:interval=3|4|6,order=1|2" --at-least 35dB
         ditkit tune emoji --policy taylorseer --policy confidenttaylor --at-most 0.5
@@ -73,19 +75,16 @@ def tune(
         data: Clips given in part, such as moving-digits.
         option: Of the loader of --data, such as split=train or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
-        mask: What the clips of --data leave to be made, as in compare.
         out: Folder to write to.
     """
     if not flags.policy:
         raise ConfigError('tune: got no --policy, expected one such as "taylorseer:interval=3|4"')
     target = Target(decibels(at_least), at_most)
     sampling = replace(flags, policy=()).make(seeds_of(seeds))
-    network = load(model)
-    if not isinstance(network, Denoiser):
-        raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
+    network = load_generator(model, "tune")
     kind = None if mask is None else mask_kind(mask)
     loading = options_of(data, with_training_options(data, option, network))
-    _, cond = reference(network, data, kind, sampling.seeds, **loading)
+    _, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         result = tuned(
             network,

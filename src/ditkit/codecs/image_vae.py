@@ -74,6 +74,7 @@ class ImageVae(VariationalCodec):
     """
 
     Config = ImageVaeConfig
+    task = "image-codec"
     config: ImageVaeConfig
     shift: Tensor
     scale: Tensor

@@ -41,6 +41,8 @@ class Codec(nn.Module, ABC):
     config: Any
     history: tuple[Any, ...] = ()
     """What was done to the weights since training; saved with them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
 

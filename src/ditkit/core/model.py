@@ -43,7 +43,9 @@ CODEC = "codec"
 FILES = (WEIGHTS, CONFIG, f"{CODEC}/{CODEC_CONFIG}", f"{CODEC}/{CODEC_WEIGHTS}")
 POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
-DESCRIBED = ("model", "config", "history", CODEC, POLICIES)
+TASK = "task"
+"""Key of config.json: the name of the task that the weights were trained for."""
+DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES)
 """Keys of config.json."""
 
 
@@ -57,6 +59,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
     """What was done to the weights, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for; a class has that of its paper."""
     codec: Codec = IDENTITY
     """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
     to train, and it goes to its input's device by itself."""
@@ -151,6 +155,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         with self._codec_drafted(folder) as codec, replacing(folder / WEIGHTS) as weights:
             described = {
                 "model": type(self).__name__,
+                **({TASK: self.task} if self.task else {}),
                 "config": dataclasses.asdict(self.config),
                 "history": [*self.history, *history],
                 **codec,
@@ -190,6 +195,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
             )
         model.history = tuple(described.get("history", ()))
+        model.task = described.get(TASK, kind.task)
         if CODEC in described:
             model.codec = _codec(described, path)
         return model
@@ -216,7 +222,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
         """A copy in eval mode that holds `state` instead, with all else that is saved."""
         copy = self.holding(self.config, state, source, self.policies)
-        copy.history, copy.codec = self.history, self.codec
+        copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
     def save_pretrained(

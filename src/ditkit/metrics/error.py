@@ -42,18 +42,32 @@ def made_of(cond: Cond) -> Tensor | None:
     return None if cond.mask is None else cond.mask.bool().cpu()
 
 
-def errors(x: Tensor, ref: Tensor, made: Tensor | None) -> dict[str, Any]:
-    """The fields of a `Row` that say how far `x` is from `ref`, [n, C, H, W], [n, C, T, H, W] or [n, ...]."""
+def errors(x: Tensor, ref: Tensor, made: Tensor | None = None) -> dict[str, Any]:
+    """Measure how far samples [n, ...] of any kind are from a reference: the error fields of a `Row`."""
     each = [pooled_psnr_db(x[i : i + 1], ref[i : i + 1], _part(made, i)) for i in range(len(x))]
     weight = 1 if made is None else made
     return {
         "identical": torch.equal(x, ref),
         "psnr_db": pooled_psnr_db(x, ref, made),
         "psnr_worst_db": min((value for value in each if value is not None), default=None),
-        "ssim": _ssim(x, ref, made),
+        "ssim": None,
         "relative_l2": finite(relative_l2(x * weight, ref * weight).mean().item()),
-        "clip": _of_clips(x, ref, made) if x.ndim == 5 else None,
+        "clip": None,
     }
+
+
+def picture_errors(x: Tensor, ref: Tensor, made: Tensor | None = None) -> dict[str, Any]:
+    """Measure pictures [n, C, H, W]: the same, with SSIM where a side has 6 pixels or more."""
+    large = min(x.shape[-2:]) > SSIM_PADDING
+    return errors(x, ref, made) | {"ssim": ssim(x, ref).mean().item() if large else None}
+
+
+def clip_errors(x: Tensor, ref: Tensor, made: Tensor | None = None) -> dict[str, Any]:
+    """Measure clips [n, C, T, H, W]: the same, with the errors that only clips have."""
+    own: dict[str, Any] = {"clip": _of_clips(x, ref, made)}
+    if min(x.shape[-2:]) > SSIM_PADDING:
+        own["ssim"] = frame_ssim(x, ref, made).nanmean().item()  # NaN: nothing was generated of the frame
+    return errors(x, ref, made) | own
 
 
 def pooled_psnr_db(x: Tensor, ref: Tensor, made: Tensor | None = None) -> float | None:
@@ -67,14 +81,6 @@ def pooled_psnr_db(x: Tensor, ref: Tensor, made: Tensor | None = None) -> float 
 def finite(value: float) -> float | None:
     """JSON has no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _ssim(x: Tensor, ref: Tensor, made: Tensor | None) -> float | None:
-    if x.ndim not in (4, 5) or min(x.shape[-2:]) <= SSIM_PADDING:
-        return None
-    if x.ndim == 4:
-        return ssim(x, ref).mean().item()
-    return frame_ssim(x, ref, made).nanmean().item()  # NaN: nothing was made of the frame
 
 
 def _of_clips(x: Tensor, ref: Tensor, made: Tensor | None) -> ClipErrors:

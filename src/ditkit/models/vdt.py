@@ -93,6 +93,7 @@ class VDT(Denoiser):
     """DiT's blocks with attention along time before each, and given content in the place of noise."""
 
     Config = VDTConfig
+    task = "video"
     completes = True
     config: VDTConfig
 

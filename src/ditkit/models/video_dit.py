@@ -114,6 +114,7 @@ class VideoDiT(Denoiser):
     """A transformer over space-time patches with adaLN-Zero conditioning on time and class; text is a prefix."""
 
     Config = VideoDiTConfig
+    task = "video"
     completes = True
     config: VideoDiTConfig
 

@@ -21,6 +21,7 @@ from ditkit.bench.rows import (
     to_exact,
 )
 from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.task import Task
 from ditkit.report.html import page
 from ditkit.report.legend import with_legend
 from ditkit.report.sheet import MARGIN, png, sheet
@@ -50,12 +51,13 @@ class Report:
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
     pictures: Mapping[str, Tensor]
+    task: Task
     made: Tensor | None = None
 
     @property
     def headline(self) -> str:
         """The result in one or two sentences."""
-        return headline(self.rows)
+        return headline(self.rows, self.task.noun)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, without infinities: a PSNR of identical samples is None."""
@@ -72,7 +74,9 @@ class Report:
         folder = Path(folder)
         paths = [folder / name for name in ("report.json", "report.html", "sheet.png")]
         captions, heads, shown = self.captions(), self.heads(), self.shown()
-        html = page(self.rows, self.settings, self.headline, pictures=shown, captions=captions, heads=heads)
+        html = page(
+            self.rows, self.settings, self.headline, self.task, pictures=shown, captions=captions, heads=heads
+        )
         picture = png(self._sheet(shown, captions, heads))
         write_json(paths[0], self.as_dict())
         with replacing(paths[1]) as draft:
@@ -131,7 +135,7 @@ class Report:
     def _frames(self) -> list[int]:
         """The frames of a clip that are shown; none of a picture."""
         clips = self.pictures[self.rows[0].name]
-        if self.rows[0].clip is None:
+        if not self.task.has_frames:
             return []
         return chosen(clips.shape[1], FRAMES_SHOWN // min(CLIPS_SHOWN, len(clips)))
 

@@ -18,6 +18,7 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
+from ditkit.core.task import task_named
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Sheet, TrainingSet, train
@@ -44,10 +45,8 @@ class Recipe(ABC):
 
     sources: ClassVar[str] = "A named set, or a folder."
     """What `data` may be, for a person who types it."""
-    then: ClassVar[str] = "ditkit generate"
-    """The command that takes the trained model."""
-    then_data: ClassVar[bool] = False
-    """Whether that command cannot do without data."""
+    task: ClassVar[str] = "image"
+    """Name of the task of the trained model."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
@@ -87,6 +86,16 @@ class Recipe(ABC):
         kinds = every(Model)  # type: ignore[type-abstract]
         kind = next(kind for kind in kinds if kind.Config is type(self.model))
         return kind(self.model).adopt(self.policies)  # type: ignore[call-arg]
+
+    @property
+    def then(self) -> str:
+        """The command that takes the trained model."""
+        return task_named(self.task).command
+
+    @property
+    def then_data(self) -> bool:
+        """Whether that command cannot do without data."""
+        return self.has_sites and not task_named(self.task).generates
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
-    model.codec = codec
+    model.codec, model.task = codec, recipe.task
     run = recipe.settings
     model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(

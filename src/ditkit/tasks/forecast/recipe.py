@@ -79,8 +79,7 @@ class ConvLSTMNetwork:
 class ForecastRecipe(Recipe):
     """A network that says as many frames as it has seen, in one pass."""
 
-    then: ClassVar[str] = "ditkit forecast"
-    then_data: ClassVar[bool] = True
+    task: ClassVar[str] = "forecast"
     model: PredFormerConfig | ConvLSTMConfig
     objective: Objective = SQUARED_ERROR
 

@@ -146,7 +146,11 @@ KINDS: Mapping[str, MaskKind] = {
         MaskKind("first-last", _frames(lambda T: [0, T - 1]), frames=3),
     )
 }
-"""Every task by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""
+"""Every kind by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""
+
+PREDICT = KINDS["predict"]
+LEARNED = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
+"""Kinds that a model is evaluated under by default, with `unconditional`."""
 
 TEMPORAL = ("predict", "backward", "interpolate", "unconditional", "single-frame", "random-frames")
 """The paper's training tasks on whole frames."""

@@ -88,7 +88,7 @@ class VideoRecipe(Recipe):
     """
 
     sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
-    then: ClassVar[str] = "ditkit video"
+    task: ClassVar[str] = "video"
     latent: ClassVar[bool] = True
     Network: ClassVar[type] = VideoNetwork
     model: VDTConfig | VideoDiTConfig

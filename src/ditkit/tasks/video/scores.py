@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from ditkit.api.generate import generate
 from ditkit.bench.rows import NOTHING
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
+from ditkit.core.task import Progress
 from ditkit.metrics.baselines import blended
 from ditkit.metrics.error import finite, pooled_psnr_db
 from ditkit.metrics.features import EfficientNetLite0
@@ -24,6 +25,7 @@ from ditkit.metrics.video import frame_psnr_db, frame_ssim, temporal_relative_l2
 from ditkit.sample import Samples, Sampling, Unguided
 from ditkit.tasks.video.masks import UNCONDITIONAL, MaskKind
 from ditkit.tasks.video.recipe import conditioned
+from ditkit.tasks.video.task import VideoTask
 
 CLIP_FEATURE = ClipFeature()
 COLUMNS = {"psnr_db": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "temporal_error": ("temporal error", 3)}
@@ -34,7 +36,6 @@ EXPLAINED = (
     "temporal error: relative L2 of the differences between frames, 1 for standing still. "
     "baseline: the nearest given frame, or a linear blend of the two around the gap."
 )
-Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Completed:
     truth: Tensor | None = None
     baseline: Tensor | None = None
     mask: Tensor | None = None
+
+    def first(self, count: int) -> Self:
+        """Return the first clips alone, with the scores of all."""
+        kept = {
+            name: value[:count].clone()
+            for name in ("generated", "truth", "baseline", "mask")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
@@ -243,8 +253,7 @@ def score(
     if not kind.gives_nothing:
         assert truth is not None  # the caller has refused other kinds without data
         return complete(model, truth, kind, sampling=sampling, extractor=extractor, progress=progress)
-    if not sampling.guidance.networks():
-        sampling = sampling.changed(guidance=1.0)
+    sampling = VideoTask().settle(sampling)
     return imagine(model, shape, sampling=sampling, real=truth, extractor=extractor, progress=progress)
 
 
