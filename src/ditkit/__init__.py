@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.api.compare import compare as compare
+    from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
     from ditkit.pipelines.accelerate import accelerate as accelerate
@@ -19,14 +21,27 @@ if TYPE_CHECKING:
 HOMES = {
     "accelerate": "ditkit.pipelines.accelerate",
     "compare": "ditkit.api.compare",
+    "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
+    "tune": "ditkit.api.tune",
 }
 """Modules of the public names; each is imported when its name is first used."""
 
-__all__ = ["Sampling", "__version__", "accelerate", "compare", "errors", "generate", "load", "restore"]
+__all__ = [
+    "Sampling",
+    "__version__",
+    "accelerate",
+    "compare",
+    "errors",
+    "evaluate",
+    "generate",
+    "load",
+    "restore",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -139,9 +139,8 @@ def test_compare_refuses(
 def test_evaluate_refuses(
     words: list[str], quoted: list[str], model: Path, out: Path, capsys: Capture
 ) -> None:
-    line = complaint(
-        capsys, "evaluate", model, *([] if "--data" in words else ["--data", "emoji"]), "--out", out, *words
-    )
+    words = words if "--data" in words else ["--data", "emoji", *words]
+    line = complaint(capsys, "evaluate", model, "--out", out, *words)
     assert [part for part in quoted if part not in line] == []
     assert not out.exists()
 

@@ -42,9 +42,11 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "accelerate",
         "compare",
         "errors",
+        "evaluate",
         "generate",
         "load",
         "restore",
+        "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))
     assert ditkit.__version__ == importlib.metadata.version("ditkit")

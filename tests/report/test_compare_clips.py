@@ -31,6 +31,7 @@ from ditkit.report.html import page
 from ditkit.report.report import Report
 from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
 from ditkit.sample import sample
+from ditkit.tasks.image import ImageTask
 from ditkit.tasks.video import VideoTask
 from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
@@ -263,7 +264,7 @@ def test_pages_of_pictures_have_no_word_of_clips(report):
     settings = {**report.settings, "shape": [1, SIZE, SIZE], "seeds": [0]}
     settings.pop("made")
     pictures = {name: clips[:1, 0] for name, clips in report.pictures.items()}
-    text = page(rows, settings, "", pictures=pictures, captions=report.captions(), heads=["0"])
+    text = page(rows, settings, "", ImageTask(), pictures=pictures, captions=report.captions(), heads=["0"])
     body = text.partition("<body>")[2].partition("<details>")[0]
     said = re.sub(r' title="[^"]*"', "", body)
     assert not re.search("clip|frame|motion|films", said)
@@ -358,4 +359,4 @@ def test_a_model_of_pictures_takes_no_mask_and_one_of_other_channels_no_such_cli
     assert (
         command(tiny_vdt(channels=3).save(tmp_path / "v"), tmp_path / "out", "--data", "moving-digits") == 2
     )
-    assert "moving-digits has 1 channels, the model makes 3" in capsys.readouterr().err
+    assert "moving-digits has 1 channels, the model draws 3" in capsys.readouterr().err

@@ -63,7 +63,6 @@ def trained_on(model: Model | Codec) -> str:
     Raises:
         ConfigError: the model does not say.
     """
-    runs = [run for run in model.history if isinstance(run, Mapping) and run.get("trained")]
-    if not runs:
+    if model.last_training is None:
         raise ConfigError("evaluate: the model does not say what it was trained on, expected --data")
-    return str(runs[-1]["trained"])
+    return str(model.last_training["trained"])

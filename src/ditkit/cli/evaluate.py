@@ -103,9 +103,9 @@ def save(
     """
     words = shlex.join(["ditkit", *command, *words_of(given)])
     write_json(out / name, {"command": words, **described, **found.as_dict()})
-    files = [name, *found.save(out)]
+    first, *others = found.save(out)
     if (table := found.table()) is not None:
         Console().print(table)
     for line in found.remarks():
         print(line)
-    print(f"wrote {out}: {', '.join(files)}")
+    print("\n  ".join([f"wrote {out}: {', '.join([name, *first])}", *map(", ".join, others)]))

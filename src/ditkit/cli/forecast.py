@@ -18,15 +18,25 @@ from ditkit.cli.options import (
     writable,
 )
 from ditkit.core.errors import ConfigError
+from ditkit.data.loading import names_of
 from ditkit.tasks.forecast.scores import called, evaluate_forecasts
 
+SETS = ", ".join((*names_of("clips"), *names_of("fields")))
+ForecastData = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="STR",
+        help=f"Data of the kind that the models were trained on: a named set ({SETS}), a folder of video files, "
+        "a netCDF file, or a CSV file of series.",
+    ),
+]
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
 
 def forecast(
     models: Models,
     *,
-    data: str,
+    data: ForecastData,
     option: Options = (),
     horizon: Number = None,
     count: int = 64,
@@ -54,8 +64,6 @@ def forecast(
 
     Args:
         models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.
-        data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
-            of video files, a netCDF file, or a CSV file of series.
         option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
             several. Default, where the first model was trained on these data: as it was.
         horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.

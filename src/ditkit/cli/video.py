@@ -10,7 +10,6 @@ import tyro
 
 from ditkit.cli.evaluate import save
 from ditkit.cli.options import (
-    DataName,
     ModelName,
     Number,
     Options,
@@ -24,11 +23,29 @@ from ditkit.cli.options import (
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.numbers import integer
+from ditkit.data.loading import names_of
 from ditkit.sample import Sampling
 from ditkit.tasks.video.evaluation import default_masks, evaluate_clips
-from ditkit.tasks.video.masks import MaskKind, mask_kind
+from ditkit.tasks.video.masks import KINDS, MaskKind, mask_kind
 
-Masks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MASK")]
+KINDS_GIVE = "; ".join(f"{kind.name}: {kind.gives}" for kind in KINDS.values())
+Masks = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="MASK",
+        help=f"The part of each clip that is given ({KINDS_GIVE}). Repeat it for several; default: all but "
+        "first-frame and first-last, without --data unconditional.",
+    ),
+]
+ClipData = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="STR",
+        help=f"A named set of clips ({', '.join(names_of('clips'))}), of which the test split is taken, or a folder of "
+        "video files.",
+    ),
+]
 Sides = Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")]
 OwnSeeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SEED ...]")]
 
@@ -37,7 +54,7 @@ def video(
     model: ModelName,
     *,
     mask: Masks = (),
-    data: DataName = None,
+    data: ClipData = None,
     option: Options = (),
     count: Number = None,
     frames: Number = None,
@@ -57,16 +74,7 @@ def video(
         ditkit video runs/vdt/model --mask unconditional --frames 32
         ditkit video runs/video-dit/model --data moving-digits --policy taylorseer
 
-    A mask gives a part of each clip, and the model generates the rest:
-        predict          the first half of the frames is given
-        backward         the last half
-        interpolate      every fourth frame
-        single-frame     one frame, any
-        random-frames    some frames
-        region           half of the picture, and a few whole frames at the ends
-        first-frame      the first frame
-        first-last       the first frame and the last
-        unconditional    nothing; needs no --data
+    A mask gives a part of each clip, and the model generates the rest.
 
     Writes into the folder of --out:
         MASK.mp4, .gif    truth, given, generated and baseline (MP4 needs PyAV)
@@ -76,10 +84,6 @@ def video(
 
     Args:
         model: A shipped model (digits, vizdoom), a folder, or owner/name on the Hugging Face hub.
-        mask: What is given, one of those above. Repeat it for several; default: all but first-frame and
-            first-last.
-        data: A named set of clips (moving-digits, vizdoom), of which the test split is taken, or a folder of video
-            files.
         option: Of the loader of --data, such as fps=10 or split=train. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         count: Clips, spread over the whole set. Default: one a seed; without --seeds 8, or all if there are fewer.

@@ -25,7 +25,7 @@ from ditkit.core.checkpoint import (
     to_disk,
     write_json,
 )
-from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity
+from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
@@ -104,9 +104,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
     @property
     def last_training(self) -> Mapping[str, Any] | None:
-        """The last entry of `history` that names what the weights were trained on; None if no entry does."""
-        runs = [run for run in self.history if isinstance(run, dict) and run.get("trained") is not None]
-        return runs[-1] if runs else None
+        """The last entry of `history` that names the data of a training; None if no entry does."""
+        return last_training(self.history)
 
     @property
     def signal_shape(self) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class Evaluation(ABC):
         return ()
 
     @abstractmethod
-    def save(self, folder: Path) -> list[str]:
-        """Write the pictures and films into a folder that exists; the names of the files.
+    def save(self, folder: Path) -> list[list[str]]:
+        """Write the pictures and films into a folder that exists; the names of the files, those of one sample together.
 
         Raises:
             ConfigError: a file cannot be written.
@@ -57,17 +57,14 @@ class Task(ABC):
     """Kind of the dataset: images, clips, or fields."""
     axes: ClassVar[tuple[str, ...]]
     """Of one sample: C channels, T frames, H W height and width."""
+    has_frames: ClassVar[bool] = False
+    """Whether a sample is a sequence of pictures."""
     command: ClassVar[str] = "ditkit generate"
     """The command that takes a trained model."""
     settings: ClassVar[tuple[str, ...]] = ("count",)
     """Words that `evaluate` takes beside those of sampling."""
     generates: ClassVar[bool] = True
     """Whether samples are drawn from noise, without data."""
-
-    @property
-    def has_frames(self) -> bool:
-        """Whether a sample is a sequence of pictures."""
-        return "T" in self.axes
 
     @property
     @abstractmethod

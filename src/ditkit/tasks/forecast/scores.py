@@ -223,11 +223,13 @@ class ForecastEvaluation(Evaluation):
         return self.found.table()
 
     @torch.no_grad()
-    def save(self, folder: Path) -> list[str]:
+    def save(self, folder: Path) -> list[list[str]]:
         with replacing(folder / "leadtime.png") as draft:
             draft.write_bytes(self.found.plot().png())
-        shown = [write_pictures(folder, name, example) for name, example in self.found.examples()]
-        return ["leadtime.png", *(file for files in shown for file in files)]
+        return [
+            ["leadtime.png"],
+            *(write_pictures(folder, name, example) for name, example in self.found.examples()),
+        ]
 
 
 def evaluate_forecasts(

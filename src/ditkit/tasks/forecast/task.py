@@ -11,7 +11,7 @@ class ForecastTask(Task):
     """Frames [C, T, H, W] that follow those that are observed."""
 
     name, noun, data, axes = "forecast", "forecast", "fields", ("C", "T", "H", "W")
-    command, generates = "ditkit forecast", False
+    command, generates, has_frames = "ditkit forecast", False, True
     settings = ("count", "horizon", "validation", "test", "show")
 
     @property

@@ -107,12 +107,12 @@ class ImageEvaluation(Evaluation):
             "nearest": self.nearest.as_list(self.drawn, self.real),
         }
 
-    def save(self, folder: Path) -> list[str]:
+    def save(self, folder: Path) -> list[list[str]]:
         count = min(self.neighbours, len(self.drawn.seeds))
         write_png(folder / "sheet.png", grid(self.drawn.samples[:SHOWN], columns=round(SHOWN**0.5)))
         with replacing(folder / "neighbours.png") as draft:
             draft.write_bytes(self.nearest.sheet(self.drawn, self.real, count))
-        return ["sheet.png", "neighbours.png"]
+        return [["sheet.png", "neighbours.png"]]
 
     def table(self) -> Table:
         return table(self.result, self.macs_each, self.seconds_each)

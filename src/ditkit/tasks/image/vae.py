@@ -129,9 +129,9 @@ class CodecEvaluation(Evaluation):
         out.add_row(*(NOTHING if value is None else f"{value:.{digits}f}" for value, digits in cells))
         return out
 
-    def save(self, folder: Path) -> list[str]:
+    def save(self, folder: Path) -> list[list[str]]:
         page = grid(torch.cat([self.pictures, self.reconstructed]), columns=len(self.pictures))
-        return [write_png(folder / "sheet.png", page).name]
+        return [[write_png(folder / "sheet.png", page).name]]
 
 
 @torch.no_grad()

@@ -56,8 +56,8 @@ class VideoEvaluation(Evaluation):
     def table(self) -> Table | None:
         return self.scores.table() if self.scores.measured else None
 
-    def save(self, folder: Path) -> list[str]:
-        return [name for done in self.completed for name in self._save(folder, done)]
+    def save(self, folder: Path) -> list[list[str]]:
+        return [[], *(self._save(folder, done) for done in self.completed)]
 
     def remarks(self) -> Iterator[str]:
         """Say what is left out, and what it takes to have it."""
@@ -181,7 +181,10 @@ def held_out(model: Denoiser, data: str, count: int, **options: Any) -> Tensor:
         raise ConfigError(
             f"{data} has {len(whole)} clips of {frames} frames for {count} seeds, try: --seeds 0..{len(whole) - 1}"
         )
-    return clips_of(spread(whole, count), channels)
+    clips = spread(whole, count)
+    if clips.channels != channels:
+        raise ConfigError(f"{data} has {clips.channels} channels, the model draws {channels}")
+    return clips.clips(torch.arange(count))
 
 
 def clips_of(clips: ClipSet, channels: int) -> Tensor:

@@ -30,6 +30,7 @@ class MaskKind:
     """Masks of one kind: which part of a clip is given.
 
     Args:
+        gives: the part of a clip that is given, for a person.
         draw: from (T, H, W) and a CPU generator to the mask, bool [1, T, H, W].
         frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be generated.
         gives_nothing: whether all of a clip is generated.
@@ -37,6 +38,7 @@ class MaskKind:
     """
 
     name: str
+    gives: str
     draw: Callable[[Size, Generator], Tensor]
     frames: int = 2
     cells: int = 1
@@ -131,19 +133,21 @@ def _uniform(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-UNCONDITIONAL = MaskKind("unconditional", _frames(lambda T: []), frames=1, gives_nothing=True)
+UNCONDITIONAL = MaskKind("unconditional", "nothing", _frames(lambda T: []), frames=1, gives_nothing=True)
 KINDS: Mapping[str, MaskKind] = {
     kind.name: kind
     for kind in (
         UNCONDITIONAL,
-        MaskKind("predict", _frames(lambda T: range(T // 2)), predicts=True),
-        MaskKind("backward", _frames(lambda T: range(T - T // 2, T))),
-        MaskKind("interpolate", _frames(lambda T: range(0, T, 4))),
-        MaskKind("single-frame", _single_frame),
-        MaskKind("random-frames", _random_frames),
-        MaskKind("region", _region, frames=1, cells=2),
-        MaskKind("first-frame", _frames(lambda T: [0])),
-        MaskKind("first-last", _frames(lambda T: [0, T - 1]), frames=3),
+        MaskKind("predict", "the first half of the frames", _frames(lambda T: range(T // 2)), predicts=True),
+        MaskKind("backward", "the last half", _frames(lambda T: range(T - T // 2, T))),
+        MaskKind("interpolate", "every fourth frame", _frames(lambda T: range(0, T, 4))),
+        MaskKind("single-frame", "one frame, any", _single_frame),
+        MaskKind("random-frames", "some frames", _random_frames),
+        MaskKind(
+            "region", "half of the picture, and a few whole frames at the ends", _region, frames=1, cells=2
+        ),
+        MaskKind("first-frame", "the first frame", _frames(lambda T: [0])),
+        MaskKind("first-last", "the first frame and the last", _frames(lambda T: [0, T - 1]), frames=3),
     )
 }
 """Every kind by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""

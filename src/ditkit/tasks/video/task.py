@@ -22,7 +22,7 @@ class VideoTask(Task):
     """Clips [C, T, H, W]."""
 
     name, noun, data, axes = "video", "clip", "clips", ("C", "T", "H", "W")
-    command = "ditkit video"
+    command, has_frames = "ditkit video", True
     settings = ("count", "masks", "frames", "size", "features")
 
     @property
@@ -39,7 +39,7 @@ class VideoTask(Task):
     def draw(self, samples: Tensor) -> Tensor:
         from ditkit.report.sheet import as_pictures
 
-        return as_pictures(samples)
+        return as_pictures(samples).transpose(1, 2)
 
     def write(self, folder: Path, samples: Sequence[Tensor], names: Sequence[str], columns: int) -> list[str]:
         from ditkit.core.checkpoint import replacing
