@@ -92,8 +92,11 @@ def check_labels(model: Model, labels: Sequence[str]) -> None:
 
 
 def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:
-    """Return a name for the file of each sample."""
-    stems = file_stems(class_names(model))
+    """Return a name for the file of each sample; a class that is the only one counts where it has a name."""
+    classes = class_names(model)
+    if len(classes) < 2 and not getattr(model.config, "class_names", ()):
+        return [f"{seed}" for seed, _ in iterate(drawn)]
+    stems = file_stems(classes)
     return [f"{stems[label]}-{seed}" if label else f"{seed}" for seed, label in iterate(drawn)]
 
 

@@ -87,11 +87,12 @@ class SamplingFlags:
         Raises:
             ConfigError: an unknown solver, policy, field or value, or flags that contradict each other.
         """
+        policies = tuple(text for text in self.policy if text != EXACT)
         return Sampling(
             steps=self.steps,
             solver=self.solver,  # type: ignore[arg-type]
             guidance=self.guiding.make(),
-            policies=tuple(text for text in self.policy if text != EXACT),  # type: ignore[arg-type]
+            policies=policies,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             max_bytes=self.max_bytes,
             seeds=tuple(seeds),

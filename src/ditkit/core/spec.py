@@ -62,7 +62,7 @@ def components(name: str, base: type[T], given: T | str | Iterable[T | str]) -> 
     for one in found:
         if not isinstance(one, base):
             raise ConfigError(f"{name}: got {one!r}, expected a {base.__name__} or its text")
-    return tuple(found)  # type: ignore[arg-type]
+    return tuple(found)
 
 
 def named_alone(base: type[T]) -> list[str]:

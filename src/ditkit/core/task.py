@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ditkit.core.catalog import every
+from ditkit.core.codec import Codec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
@@ -151,8 +152,8 @@ def task_named(name: str) -> Task:
     return known[name]
 
 
-def task_of(model: Model) -> Task:
-    """Return the task of a model.
+def task_of(model: Model | Codec) -> Task:
+    """Return the task of a model or of a codec.
 
     Raises:
         ConfigError: the model names none, or one that does not exist.

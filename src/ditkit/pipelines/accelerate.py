@@ -53,7 +53,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """
     if isinstance(pipe, Accelerated):
         raise ConflictError(f"accelerate: got {pipe!r}, expected the pipeline that it was made of")
-    chosen = components("policies", Policy, policies) or (DEFAULT,)
+    chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
     models = _transformers(pipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class ImageTask(Task):
     """Pictures [C, H, W], by class."""
 
     name, noun, data, axes = "image", "picture", "images", ("C", "H", "W")
-    settings = ("count", "neighbours", "real_count")
+    settings: ClassVar[tuple[str, ...]] = ("count", "neighbours", "real_count")
 
     @property
     def recipe(self) -> type:

@@ -123,7 +123,11 @@ class CodecEvaluation(Evaluation):
         from rich.table import Table
 
         out = Table(
-            "PSNR, dB", "SSIM", title=f"{self.count} pictures, coded and decoded", box=box.SIMPLE_HEAD
+            "PSNR, dB",
+            "SSIM",
+            title=f"{self.count} pictures, coded and decoded",
+            box=box.SIMPLE_HEAD,
+            min_width=40,
         )
         cells = [(self.psnr_db, 2), (self.ssim, 4)]
         out.add_row(*(NOTHING if value is None else f"{value:.{digits}f}" for value, digits in cells))
