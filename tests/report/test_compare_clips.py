@@ -161,7 +161,7 @@ def test_every_row_has_all_keys_and_neutral_is_identical(report):
         assert all(map(math.isfinite, row.clip.psnr_by_frame_db[FRAMES // 2 :]))
         assert row.ssim < 1
     assert set(saved["definitions"]) >= OF_CLIPS
-    assert saved["settings"]["made"] == 0.5
+    assert saved["settings"]["generated"] == 0.5
 
 
 def test_rows_say_what_separate_runs_say(model, report):
@@ -189,7 +189,7 @@ def test_rows_say_what_separate_runs_say(model, report):
 
 def test_unconditional_clips_need_no_cond_and_any_length_is_compared(model):
     report = compared(model, shape=(1, 6, SIZE, SIZE), control=False)
-    assert "made" not in report.settings
+    assert "generated" not in report.settings
     assert report.pictures["exact"].shape == (len(SEEDS), 6, 1, SIZE, SIZE)
     assert None not in report.rows[2].clip.psnr_by_frame_db
 
@@ -262,7 +262,7 @@ def test_the_table_reads_at_80_columns(report):
 def test_pages_of_pictures_have_no_word_of_clips(report):
     rows = [replace(row, clip=None) for row in report.rows]
     settings = {**report.settings, "shape": [1, SIZE, SIZE], "seeds": [0]}
-    settings.pop("made")
+    settings.pop("generated")
     pictures = {name: clips[:1, 0] for name, clips in report.pictures.items()}
     text = page(rows, settings, "", ImageTask(), pictures=pictures, captions=report.captions(), heads=["0"])
     body = text.partition("<body>")[2].partition("<details>")[0]
@@ -312,7 +312,7 @@ def command(folder: Path, out: Path, *words: str) -> int:
 def test_the_command_gives_clips_of_the_held_out_split_in_part(folder, tmp_path, digits, capsys):
     assert command(folder, tmp_path, "--data", "moving-digits", "--mask", "interpolate") == 0
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert saved["settings"]["made"] == 0.75
+    assert saved["settings"]["generated"] == 0.75
     assert [value is None for value in saved["rows"][1]["psnr_by_frame_db"]] == [True, False, False, False]
     assert "motion" in capsys.readouterr().out
 
@@ -329,7 +329,7 @@ def test_clips_are_spread_over_the_held_out_split(folder, digits):
 
 def test_the_command_draws_whole_clips_without_data(folder, tmp_path):
     assert command(folder, tmp_path, "--mask", "unconditional") == 0
-    assert "made" not in json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert "generated" not in json.loads((tmp_path / "report.json").read_text())["settings"]
 
 
 @pytest.mark.parametrize(

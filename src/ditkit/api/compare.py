@@ -24,7 +24,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, parameter_count
 from ditkit.core.numbers import integer
 from ditkit.core.task import Progress, Task, generating
-from ditkit.metrics.error import made_of
+from ditkit.metrics.error import generated_mask
 from ditkit.report.report import Report
 from ditkit.sample.denoiser import placement
 from ditkit.sample.sampler import Sampler, Sampling
@@ -51,7 +51,7 @@ def compare(
     """Draw the same seeds exactly and under each policy of `sampling` alone, and report cost and error side by side.
 
     A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of
-    samples as the sampler returns them, not clipped. Of clips that are given in part, only what was made
+    samples as the sampler returns them, not clipped. Of clips that are given in part, only what was generated
     counts. A solver that draws noise gives other samples in another number of steps: there the converged and
     control columns say little.
 
@@ -108,7 +108,7 @@ def compare(
     if bench.idle:
         settings["left_out"] = [str(error) for error in bench.idle.values()]
     pictures = {name: task.draw(samples) for name, samples in bench.samples().items()}
-    return Report(bench.rows(judge), settings, pictures, task, bench.made)
+    return Report(bench.rows(judge), settings, pictures, task, bench.generated)
 
 
 def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, me
     device, dtype = placement(work.model)
     config = asdict(work.model.config)
     config.pop("class_names", None)
-    made, sampling = made_of(work.cond), work.sampling
+    generated, sampling = generated_mask(work.cond), work.sampling
     return {
         "model": {
             "class": type(work.model).__name__,
@@ -133,7 +133,7 @@ def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, me
         "labels": list(work.labels) or None,
         "codec": type(work.model.codec).__name__,
         "shape": list(work.shape),
-        **({} if made is None else {"made": made.double().mean().item()}),
+        **({} if generated is None else {"generated": generated.double().mean().item()}),
         "batch_size": sampling.batch_size,
         "max_bytes": sampling.max_bytes,
         "rounds": rounds,

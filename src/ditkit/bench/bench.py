@@ -17,7 +17,7 @@ from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.policy import Policy
 from ditkit.core.task import Progress, Task
 from ditkit.metrics.distribution import Distribution, distribution
-from ditkit.metrics.error import made_of, pooled_psnr_db
+from ditkit.metrics.error import generated_mask, pooled_psnr_db
 from ditkit.metrics.features import extract, load_efficientnet_lite0
 from ditkit.sample.sampler import Sampler, Samples
 
@@ -45,7 +45,7 @@ class Bench:
         self, work: Sampler, task: Task, methods: Sequence[Method], progress: Progress | None
     ) -> None:
         self.work, self.task, self.methods, self.progress = work, task, list(methods), progress
-        self.made = made_of(work.cond)
+        self.generated = generated_mask(work.cond)
         self.drawn: dict[str, Samples] = {}
         self.macs: dict[str, MacCount] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -128,7 +128,7 @@ class Bench:
             receipt=tuple(receipt.as_dict() for receipt in drawn.receipts),
             distribution=None if judge is None else judge(drawn.samples),
             psnr_converged_db=self._to_converged(drawn.samples),
-            **self.task.error(drawn.samples, exact, self.made),
+            **self.task.error(drawn.samples, exact, self.generated),
             **self._control(method, exact, whole),
         )
 
@@ -147,13 +147,13 @@ class Bench:
             "control_steps": control.steps,
             "control_macs_ratio": self.macs[control.name].total / whole,
             "control_identical": samples.equal(exact),
-            "control_psnr_db": pooled_psnr_db(samples, exact, self.made),
+            "control_psnr_db": pooled_psnr_db(samples, exact, self.generated),
             "control_psnr_converged_db": self._to_converged(samples),
         }
 
     def _to_converged(self, samples: Tensor) -> float | None:
         assert self.converged is not None
-        return pooled_psnr_db(samples, self.converged, self.made)
+        return pooled_psnr_db(samples, self.converged, self.generated)
 
     def _policies(self) -> list[Method]:
         return [method for method in self.methods if method.kind == "policy"]

@@ -103,13 +103,13 @@ DEFINITIONS = {
     "policy_bytes": "the most that the policies held at once in a batch",
     "identical": "whether every sample equals the exact run's to the bit; its PSNR, infinite, is then null",
     "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all "
-    "samples; data range 2, not clipped; of clips given in part, over what was made of them, as are all errors",
+    "samples; data range 2, not clipped; of clips given in part, over what was generated of them, as are all errors",
     "psnr_worst_db": "the same, of the sample that is farthest off",
     "ssim": "to the exact run of the same seeds and steps, mean over samples, and over the frames of clips of "
-    "which something was made; null below 6 pixels a side",
+    "which something was generated; null below 6 pixels a side",
     "relative_l2": "norm of the difference to the exact run over the norm of that run, mean over samples",
     "temporal_psnr_db": "as psnr_db, of the differences between neighbouring frames, averaged over all of them "
-    "and all samples: a constant shift costs nothing, flicker does; a pixel counts that was made in either of "
+    "and all samples: a constant shift costs nothing, flicker does; a pixel counts that was generated in either of "
     "the two frames; null for clips of one frame",
     "psnr_by_frame_db": "as psnr_db, of each frame on its own; null where it was given or equals the exact run's",
     "psnr_converged_db": "as psnr_db, to the exact sampler with many steps (settings.converged_steps)",

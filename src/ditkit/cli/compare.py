@@ -80,8 +80,7 @@ def compare(
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
         rounds: Timed passes over all seeds; the median counts.
         no_memory: Do not measure peak memory, which takes a process for each row.
-        data: A named set or a folder. Images: to report FID and KID against. Clips: given in part, out of the
-            test split if there is one.
+        data: A named set or folder. Images: to report FID and KID against. Clips: given in part.
         option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         out: Folder to write to.

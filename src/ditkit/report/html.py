@@ -181,7 +181,7 @@ def reading(settings: Mapping[str, Any], task: Task) -> list[str]:
     ]
     if task.has_frames:
         sentences.append(MOTION)
-    if "made" in settings:
+    if "generated" in settings:
         sentences.append(GIVEN)
     return sentences
 
@@ -206,7 +206,7 @@ def note(shown: int, settings: Mapping[str, Any], task: Task) -> str:
     """A line about those that are not shown, and about outlines."""
     count = len(settings["seeds"])
     more = f"The first {shown} of {count} {task.noun}s. " if count > shown else ""
-    text = more + ("What is outlined was given." if "made" in settings else "")
+    text = more + ("What is outlined was given." if "generated" in settings else "")
     return f"<p>{text.strip()}</p>" if text else ""
 
 
@@ -251,7 +251,7 @@ def details(head: str, inner: str) -> str:
 def _of_clips(settings: Mapping[str, Any]) -> str:
     """Their length and size, and how much of them was given."""
     _, frames, height, width = settings["shape"]
-    given = f", {1 - settings['made']:.0%} given" if "made" in settings else ""
+    given = f", {1 - settings['generated']:.0%} given" if "generated" in settings else ""
     return f"{frames} frames of {height} x {width}{given}, "
 
 

@@ -45,14 +45,14 @@ class Report:
         settings: all that the numbers depend on, as JSON.
         pictures: uint8 [n, 1 or 3, H, W], of clips [n, T, 1 or 3, H, W], for each row's name, then for
             "converged", the run of many steps.
-        made: bool [n, 1, T, H, W], false where content was given; None where nothing was.
+        generated: bool [n, 1, T, H, W], false where content was given; None where nothing was.
     """
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
     pictures: Mapping[str, Tensor]
     task: Task
-    made: Tensor | None = None
+    generated: Tensor | None = None
 
     @property
     def headline(self) -> str:
@@ -106,8 +106,8 @@ class Report:
         frames, first = self._frames(), slice(CLIPS_SHOWN)
         if not frames:
             return self.pictures
-        made = None if self.made is None else self.made[first]
-        return {name: side_by_side(clips[first], frames, made) for name, clips in self.pictures.items()}
+        generated = None if self.generated is None else self.generated[first]
+        return {name: side_by_side(clips[first], frames, generated) for name, clips in self.pictures.items()}
 
     def table(self) -> Table:
         """For a terminal of 80 columns."""
@@ -146,7 +146,7 @@ class Report:
             return sheet(shown, captions, heads)
         height, width = shown[self.rows[0].name].shape[-2:]
         page = sheet(shown, captions, heads, (width, height), MARGIN)
-        return with_legend(page, self.made is not None)
+        return with_legend(page, self.generated is not None)
 
 
 def _cells(row: Row) -> list[str]:

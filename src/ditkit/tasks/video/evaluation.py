@@ -69,10 +69,10 @@ class VideoEvaluation(Evaluation):
         elif not accepts_option(self.data, "split"):
             yield f"{self.data} has no test split: clips of the training may be among them"
         if self.features and self.data is not None:
-            for one in scores:
-                if KINDS[one.mask].gives_nothing and one.clips < CLIP_FEATURE.clips_needed:
-                    needed = f"needs --count={CLIP_FEATURE.clips_needed} or more, got {one.clips}"
-                    yield f"{one.mask}: a Frechet distance {needed}"
+            for done in self.completed:
+                if done.kind.gives_nothing and len(self.seeds) < CLIP_FEATURE.clips_needed:
+                    needed = f"needs --count={CLIP_FEATURE.clips_needed} or more, got {len(self.seeds)}"
+                    yield f"{done.kind.name}: a Frechet distance {needed}"
         if find_spec("av") is None:
             yield "no MP4, which needs PyAV: pip install 'ditkit[video]'"
 
