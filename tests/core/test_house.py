@@ -38,6 +38,16 @@ def test_every_package_has_a_layer() -> None:
     assert layered == packages
 
 
+def test_no_task_knows_another() -> None:
+    tasks = SOURCE / "tasks"
+    names = {folder.parent.name for folder in tasks.glob("*/__init__.py")}
+    assert {"image", "video", "forecast"} <= names
+    for path in tasks.glob("*/task.py"):
+        others = names - {path.parent.name}
+        text = path.read_text(encoding="utf-8")
+        assert [name for name in others if f"ditkit.tasks.{name}" in text] == [], path
+
+
 def test_files_stay_short() -> None:
     files = [
         path for folder in (SOURCE, ROOT / "tests", ROOT / "benchmarks") for path in folder.rglob("*.py")

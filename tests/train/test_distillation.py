@@ -219,11 +219,11 @@ def test_a_student_comes_nearer_and_is_saved_with_what_it_learned(tmp_path: Path
     assert again.policies == (replace(CYLINDER, pooled=2),)
     assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
     drawn = {"seeds": [0], "steps": 2, "guidance": 1.0, "policies": again.policies}
-    images = generate(again, **drawn).images
-    assert torch.equal(images, generate(student, **drawn).images)
+    images = generate(again, **drawn).samples
+    assert torch.equal(images, generate(student, **drawn).samples)
     for part in again.learned["Neighbourhood"].values():
         nn.init.constant_(part.weight, 1 / 4)
-    assert not torch.allclose(generate(again, **drawn).images, images)
+    assert not torch.allclose(generate(again, **drawn).samples, images)
     with pytest.raises(
         ConfigError, match=r"takes weights '.*' of \[3, 3\], the model was trained with \[2, 2\]"
     ):

@@ -27,7 +27,7 @@ from ditkit.core.checkpoint import (
     to_disk,
     write_json,
 )
-from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity
+from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
@@ -62,7 +62,9 @@ POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
 TRANSFORMS = "transforms"
 """Key of config.json: what was done to the structure that the config gives, in order."""
-DESCRIBED = ("model", "config", "history", CODEC, POLICIES, TRANSFORMS)
+TASK = "task"
+"""Key of config.json: the name of the task that the weights were trained for."""
+DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES, TRANSFORMS)
 """Keys of config.json."""
 
 
@@ -76,6 +78,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
     """What was done to the weights, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for; a class has that of its paper."""
     codec: Codec = IDENTITY
     """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
     to train, and it goes to its input's device by itself."""
@@ -122,9 +126,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
     @property
     def last_training(self) -> Mapping[str, Any] | None:
-        """The last entry of `history` that names what the weights were trained on; None if no entry does."""
-        runs = [run for run in self.history if isinstance(run, dict) and run.get("trained") is not None]
-        return runs[-1] if runs else None
+        """The last entry of `history` that names the data of a training; None if no entry does."""
+        return last_training(self.history)
 
     @property
     def signal_shape(self) -> tuple[int, ...]:
@@ -258,6 +261,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         with self._codec_drafted(folder) as codec, replacing(folder / WEIGHTS) as weights:
             content = {
                 "model": type(self).__name__,
+                **({TASK: self.task} if self.task else {}),
                 "config": dataclasses.asdict(self.config),
                 "history": [*self.history, *history],
                 **codec,
@@ -301,6 +305,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
             )
         model.history = tuple(content.get("history", ()))
+        model.task = content.get(TASK, kind.task)
         if CODEC in content:
             model.codec = _codec(content, path)
         return model
@@ -337,7 +342,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
         """A copy in eval mode that holds `state` instead, with all else that is saved."""
         copy = self.holding(self.config, state, source, self.policies, self.transforms)
-        copy.history, copy.codec = self.history, self.codec
+        copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
     def save_pretrained(
@@ -386,6 +391,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
 class Denoiser(Model):
     """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
     `convention`, which says what its numbers mean."""
+
+    completes: ClassVar[bool] = False
+    """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
 
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditkit.core.config import Checked
-from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.core.run import Call, Handler, Site
-from ditkit.core.spec import component
 
 Claim = Literal["own", "wrap", "see"]
 Key = tuple[str, ...]
@@ -133,26 +131,6 @@ def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
     given = {type(policy) for policy in policies}
     own = (p for p in getattr(model, "policies", ()) if p.inherent and type(p) not in given)
     return (*own, *policies)
-
-
-def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:
-    """One policy or several, each itself or as its text (`ditkit.core.spec`).
-
-    Raises:
-        ConfigError: something else, or a text that describes no policy.
-    """
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    return tuple(_as_policy(one) for one in several)
-
-
-def _as_policy(given: object) -> Policy:
-    if isinstance(given, str):
-        return component(Policy, given)  # type: ignore[type-abstract]
-    if not isinstance(given, Policy):
-        raise ConfigError(
-            f"policies: got {given!r}, expected a Policy or a text such as 'taylorseer:interval=4'"
-        )
-    return given
 
 
 def detached(value: Any) -> Any:

@@ -47,6 +47,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name.replace("_", "-") for name in found))
 
 
+def names_of(kind: str) -> tuple[str, ...]:
+    """Return the named sets of one kind: images, clips or fields."""
+    return tuple(name for name in names() if KINDS[_kind(_loader(name))] == kind)
+
+
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
     """Load a named set, a folder of images or of videos, a CSV file of series, a netCDF file of fields,
     or an event list in CSV (columns `source` and `destination`) or Parquet.
@@ -171,9 +176,7 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     path = Path(name_or_path)
     if kind is ImageSet and loader.func is load_video_folder and _holds_images(path):
         return partial(load_folder, path)  # a GIF among pictures does not make them films
-    made = get_type_hints(loader.func)["return"]
-    # ClipSet is a protocol with attributes, about which issubclass cannot be asked
-    held = next((k for k in (ImageSet, FieldSet, EventSet) if issubclass(made, k)), ClipSet)
+    held = _kind(loader)
     if held is kind:
         return loader
     if kind is EventSet and path.suffix.lower() == ".csv" and path.is_file():
@@ -181,6 +184,13 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     if loader.func is load_folder and not _holds_images(path):
         raise DataError(f"{name_or_path} holds no videos and no images, expected {KINDS[kind]}")
     raise ConfigError(f"{name_or_path} holds {KINDS[held]}, expected {KINDS[kind]}")
+
+
+def _kind(loader: partial[Any]) -> type:
+    """Return the class of `KINDS` that a loader's annotation names."""
+    loaded = get_type_hints(loader.func)["return"]
+    # ClipSet is a protocol with attributes, which issubclass does not take
+    return next((k for k in (ImageSet, FieldSet) if issubclass(loaded, k)), ClipSet)
 
 
 def _holds_images(root: Path) -> bool:

@@ -83,6 +83,7 @@ class DiT(Denoiser):
     """A transformer over patches with adaLN-Zero conditioning on time and class."""
 
     Config = DiTConfig
+    task = "image"
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:

@@ -84,6 +84,7 @@ class PredFormer(Model):
     """Patches embedded, gated transformer blocks along time, space or both, and one linear layer out."""
 
     Config = PredFormerConfig
+    task = "forecast"
     config: PredFormerConfig
 
     def __init__(self, config: PredFormerConfig) -> None:

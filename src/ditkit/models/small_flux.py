@@ -89,6 +89,7 @@ class SmallFlux(Denoiser):
     """`FluxTransformer2DModel` with the sites of its view; `pipeline` hands the same weights to diffusers."""
 
     Config = SmallFluxConfig
+    task = "image"
     config: SmallFluxConfig
 
     def __init__(self, config: SmallFluxConfig) -> None:

@@ -104,6 +104,8 @@ class VDT(Denoiser):
     """DiT's blocks with attention along time before each, and given content in the place of noise."""
 
     Config = VDTConfig
+    task = "video"
+    completes = True
     config: VDTConfig
 
     def __init__(self, config: VDTConfig) -> None:

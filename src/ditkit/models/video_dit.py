@@ -127,6 +127,8 @@ class VideoDiT(Denoiser):
     """A transformer over space-time patches with adaLN-Zero conditioning on time and class; text is a prefix."""
 
     Config = VideoDiTConfig
+    task = "video"
+    completes = True
     config: VideoDiTConfig
 
     def __init__(self, config: VideoDiTConfig) -> None:

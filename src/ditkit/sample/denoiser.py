@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
-from ditkit.core.policy import Policy
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.guidance import Guidance
@@ -62,7 +61,7 @@ class GuidedDenoiser:
     """A model, its guidance and its policies on one trajectory; each call of it is one evaluation.
 
     Args:
-        total: evaluations that the solver will make.
+        trajectory: the policies at work on the model's sites.
         batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond".
 
     Raises:
@@ -74,20 +73,18 @@ class GuidedDenoiser:
         model: Denoiser,
         cond: Cond,
         guidance: Guidance,
-        policies: Sequence[Policy],
-        total: int,
+        trajectory: Trajectory,
         *,
         batched: bool = False,
-        max_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.guidance, self.total = model, guidance, total
+        self.model, self.guidance, self.total = model, guidance, trajectory.total
         self.batched, self.progress = batched, progress
         self.path = model.config.convention.make_path()
         self.kind: Prediction = model.config.convention.prediction
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
-        self.trajectory = Trajectory(model.sites(), policies, total, max_bytes, model.learned)
+        self.trajectory = trajectory
         self.lanes = {"cond": GuidanceBranch("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
             self.lanes[name] = GuidanceBranch("cond", name, network, cond, self._of_guide(network))

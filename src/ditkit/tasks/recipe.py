@@ -18,9 +18,10 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
+from ditkit.core.task import task_named
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
-from ditkit.train.loop import Samples, Sheet, train
+from ditkit.train.loop import Sheet, TrainingSet, train
 from ditkit.train.objective import Objective
 from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
@@ -44,10 +45,6 @@ class Recipe(ABC):
 
     sources: ClassVar[str] = "A named set, or a folder."
     """What `data` may be, for a person who types it."""
-    then: ClassVar[str] = "ditkit generate"
-    """The command that takes the trained model."""
-    then_data: ClassVar[bool] = False
-    """Whether that command cannot do without data."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
@@ -55,7 +52,7 @@ class Recipe(ABC):
     one_forward: ClassVar[bool] = False
     """Whether all samples of a step share a forward pass, of which `example` is then."""
     task: ClassVar[str]
-    """The task of every config that `model` may be."""
+    """The name of the task of the trained model, and so of every config that `model` may be."""
 
     data: str
     model: Any
@@ -97,23 +94,33 @@ class Recipe(ABC):
         return kind(self.model).adopt(self.policies)  # type: ignore[call-arg]
 
     @property
+    def then(self) -> str:
+        """The command that takes the trained model."""
+        return task_named(self.task).command
+
+    @property
+    def then_data(self) -> bool:
+        """Whether that command cannot do without data."""
+        return self.has_sites and not task_named(self.task).generates
+
+    @property
     def loading(self) -> dict[str, Any]:
         """Options of the loader."""
         return {**self.options, **({} if self.max_bad is None else {"max_bad": self.max_bad})}
 
     @abstractmethod
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         """What the data are, in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
 
-    def finish(self, model: Model, samples: Samples) -> None:  # noqa: B027
+    def finish(self, model: Model, samples: TrainingSet) -> None:  # noqa: B027
         """What is left to do with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
-    def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet | None:
         """What writes a picture of how far training is into `folder`, now and then."""
 
 
@@ -121,7 +128,7 @@ class Prepared(NamedTuple):
     """A recipe with what the data decide, its samples, and the codec that makes them of signals."""
 
     recipe: Recipe
-    samples: Samples
+    samples: TrainingSet
     codec: Codec = IDENTITY
 
 
@@ -177,7 +184,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
-    model.codec = codec
+    model.codec, model.task = codec, recipe.task
     run = recipe.settings
     model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(

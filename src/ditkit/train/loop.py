@@ -34,7 +34,7 @@ from ditkit.train.state import STATE, discard_drafts, load_state, save_state
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class Samples(Protocol):
+class TrainingSet(Protocol):
     """Training data: a length, and batches by index."""
 
     def __len__(self) -> int: ...
@@ -53,7 +53,7 @@ Finish = Callable[[Model], None]
 
 def train(
     model: Model,
-    data: Samples,
+    data: TrainingSet,
     objective: Objective,
     settings: Settings,
     folder: Path,
@@ -98,7 +98,7 @@ class _Run:
     """The moving parts of one training run."""
 
     def __init__(
-        self, model: Model, data: Samples, objective: Objective, settings: Settings, folder: Path
+        self, model: Model, data: TrainingSet, objective: Objective, settings: Settings, folder: Path
     ) -> None:
         if not len(data):
             raise ConfigError("training: there are no samples")

@@ -22,7 +22,7 @@ from ditkit.tasks.graph.figures import write_classes, write_links
 from ditkit.tasks.graph.predict import patches_before
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.graph_targets import GraphTargets, Targets
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG, generator
 
@@ -165,7 +165,7 @@ class GraphRecipe(Recipe):
         ids = torch.zeros((targets,) if config.classes else (targets, 2), dtype=torch.int64)
         return patches.to("meta"), ids.to("meta")
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, EventTargets)
         events = samples.whole
         return f"{len(events):,} events of {len(events.nodes)} nodes, {len(samples.events):,} to train on"
@@ -188,7 +188,7 @@ class LinkRecipe(GraphRecipe):
         samples = LinkTargets(training.part(met), model.window, model.patches, model.neighbours, events)
         return Prepared(replace(self, model=model), samples)
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, EventTargets)
         span = samples.whole.split(self.validation, self.test).validation
         return partial(write_links, folder, samples.whole, span)
@@ -211,7 +211,7 @@ class NodeRecipe(GraphRecipe):
         samples = NodeTargets(training, model.window, model.patches, model.neighbours, events, held)
         return Prepared(replace(self, model=model), samples)
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, EventTargets)
         span = samples.whole.split(self.validation, self.test).validation
         return partial(write_classes, folder, samples.whole, span)
