@@ -1,4 +1,4 @@
-"""The guided model as a solver sees it: at (x, t) it gives an estimate that can be read in any form."""
+"""The guided denoiser: at (x, t) it gives a solver an estimate that can be read in any form."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)`, in evaluations."""
 
 LATEST = 1 - 1e-3
-"""Where what is infinite at alpha = 0 is evaluated instead of at t = 1 (SiT's sample_eps)."""
+"""Time of evaluation in place of t = 1 for forms that are infinite at alpha = 0 (SiT's sample_eps)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the guided model says at (x, t).
+    """The output of the guided model at (x, t).
 
     Args:
         value: [B, C, ...] of the form `kind`, in the dtype of `x`. t: [1].
@@ -47,7 +47,7 @@ class Estimate:
 
 
 class GuidanceBranch(NamedTuple):
-    """A branch as it is run: which network, told what, under which policies, on how many copies of x."""
+    """A guidance branch: its network, conditioning, policies, and number of copies of x."""
 
     name: str
     net: str
@@ -94,7 +94,7 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, t: float) -> Estimate:
         """The estimate at `x` [B, C, ...] and `t`, noise-time or a discrete path's index.
 
-        A noise or score prediction says nothing of the data at alpha = 0; it is then asked for at `LATEST`.
+        A noise or score prediction has no data in it at alpha = 0; it is then evaluated at `LATEST`.
         """
         t = min(t, self.latest)
         evaluation = _Evaluation(self, x, t)
@@ -112,12 +112,12 @@ class GuidedDenoiser:
         return list(dict.fromkeys(lane.trajectory for lane in self.lanes.values()))
 
     def lane(self, name: str) -> GuidanceBranch:
-        """The lane of a branch; the unconditional ones are made when one is first asked for."""
+        """Return the lane of a branch; the unconditional ones are built on first use."""
         if name not in self.lanes:
             given = self.lanes["cond"]
-            told = self.model.unconditional(given.cond)
-            both = Cond.cat([given.cond, told])
-            self.lanes["uncond"] = given._replace(name="uncond", cond=told)
+            bare = self.model.unconditional(given.cond)
+            both = Cond.cat([given.cond, bare])
+            self.lanes["uncond"] = given._replace(name="uncond", cond=bare)
             self.lanes["cond+uncond"] = given._replace(name="cond+uncond", cond=both, copies=2)
         return self.lanes[name]
 
