@@ -102,7 +102,7 @@ def check_fields(config: Any, name: str = "") -> None:
         ConfigError: a field holds something else than its annotation declares.
     """
     name = name or network(config)
-    for field_name, kind in _declared(type(config)):
+    for field_name, kind in _declared(type(config)):  # type: ignore[arg-type]  # a type is hashable
         given = getattr(config, field_name)
         check_value(f"{name}: {field_name}", given, kind)
         if (plain := _plain(given)) is not given:
@@ -202,7 +202,7 @@ def union_members(kind: Any) -> tuple[Any, ...]:
 def _declared(kind: type) -> tuple[tuple[str, Any], ...]:
     """Fields of a dataclass with their annotations."""
     hints = get_type_hints(kind, include_extras=True)
-    return tuple((f.name, hints[f.name]) for f in fields(kind))  # type: ignore[arg-type]
+    return tuple((f.name, hints[f.name]) for f in fields(kind))
 
 
 def _bare(kind: Any) -> Any:
@@ -219,7 +219,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
     return union_members(_bare(kind)) if union_members(_bare(kind)) != (_bare(kind),) else (kind,)
 
 
-def _is_of(given: object, kind: Any) -> bool:
+def _is_of(given: Any, kind: Any) -> bool:
     """Whether a value is of the type of an annotation, whatever its bounds."""
     bare = _bare(kind)
     if get_origin(bare) is Literal:
@@ -348,7 +348,7 @@ def config_of(kind: type[C], given: object, source: object) -> C:
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise CheckpointError(f"{source}: missing config key {name!r}{nearest(name, given)}")
-    hints = dict(_declared(kind))
+    hints = dict(_declared(kind))  # type: ignore[arg-type]
     values = {name: _from_json(hints[name], value, f"{source}: {name}") for name, value in given.items()}
     try:
         for name, value in values.items():
