@@ -30,6 +30,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
+from ditkit.nn.init import adaln_zero_
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width, heads (DiT, table 1)."""
@@ -93,7 +94,7 @@ class DiT(Denoiser):
         self.label = nn.Embedding(c.classes + 1, c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = Head(c.width, pixels * out)
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, convention: Convention = DDPM) -> Self:
@@ -120,19 +121,6 @@ class DiT(Denoiser):
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
         return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output: the first output is 0."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        gates = [part.modulation for part in self.modules() if isinstance(part, Block | Head)]
-        for layer in (*gates, self.head.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

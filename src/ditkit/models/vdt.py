@@ -28,6 +28,7 @@ from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis, sincos_table
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
 
 Mode = Literal["video", "image"]
@@ -115,7 +116,7 @@ class VDT(Denoiser):
         self.head = Head(c.width, pixels * (1 if c.convention.extra == "none" else 2))
         self.pool = nn.Linear(c.width, c.width) if c.conditioning == "adaln" else None
         self.nothing = nn.Parameter(torch.zeros(c.width)) if cross else None
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -143,18 +144,6 @@ class VDT(Denoiser):
             if isinstance(part, TemporalAttention):
                 nn.init.zeros_(part.fc.weight)
         return model
-
-    def reset_parameters(self) -> None:
-        """As DiT, and the temporal branches Xavier-uniform throughout: they are not zero at first, the output is."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
 
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:

@@ -32,6 +32,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
 
 
@@ -137,7 +138,7 @@ class VideoDiT(Denoiser):
         self.text = nn.Linear(c.text_width, c.width) if c.text_width else None
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.qk_norm) for _ in range(c.depth))
         self.head = Head(c.width, values * (1 if c.convention.extra == "none" else 2))
-        self.reset_parameters()
+        adaln_zero_(self, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -149,20 +150,6 @@ class VideoDiT(Denoiser):
         if name not in PRESETS:
             raise ConfigError(unknown("VideoDiT preset", name, PRESETS))
         return cls(PRESETS[name])
-
-    def reset_parameters(self) -> None:
-        """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output."""
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-        for layer in (self.time.inner, self.time.outer):
-            nn.init.normal_(layer.weight, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
 
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
