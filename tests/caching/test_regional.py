@@ -7,16 +7,13 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import flux_support as fluxes
-import hosts_support as hosts
 import pytest
 import test_hosts_lumina_wan as lumina_wan
 import torch
-from models_support import perturbed
-from policies_support import BandReuse
-from rig import STEPS, TINY, call_at, evaluate, noise, tiny_dit
 from torch import Tensor
 
+import flux_support as fluxes
+import hosts_support as hosts
 from ditkit.caching import RAS, TaylorSeer
 from ditkit.caching.regional import Choice, Regions, by_row
 from ditkit.core.cond import Cond
@@ -31,7 +28,11 @@ from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import attention
+from ditkit.nn.modulation import Parts
 from ditkit.sample import Ancestral, ClassifierFree, Heun, sample
+from models_support import perturbed
+from policies_support import BandReuse
+from rig import STEPS, TINY, call_at, evaluate, noise, tiny_dit
 
 # --- a partial evaluation right after a dense one ----------------------------------------------------------
 
@@ -319,7 +320,8 @@ def test_no_graph_breaks_where_rows_are_left_out() -> None:
     torch._dynamo.reset()
     model = tiny_dit()
     trajectory = Trajectory(model.sites(), [RAS(warmup=1)], STEPS)
-    layer, c, x = model.blocks[0], torch.randn(2, 1, 32), torch.randn(2, 9, 32)
+    layer, x = model.blocks[0], torch.randn(2, 9, 32)
+    c = Parts(layer.modulation, torch.randn(2, 1, 32))
     with torch.no_grad():
         trajectory.guided(call_at(model, 0), evaluate(model, trajectory, noise(), call_at(model, 0)))
         run = trajectory.run(call_at(model, 1))

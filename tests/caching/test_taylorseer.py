@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rig import STEPS, calls, evaluate, noise, play, sample, tiny_dit
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
@@ -20,6 +19,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.run import Call, Run, named
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
+from rig import STEPS, calls, evaluate, noise, play, sample, tiny_dit
 
 
 def forecasts(policy: TaylorSeer, F: Callable[[int], float], total: int) -> list[float]:
@@ -241,9 +241,9 @@ def test_known_branches_follow_the_closed_form():
         for kind, a in (("attn", i + 1), ("mlp", -2 * i)):
             polynomials[f"blocks.{i}.{kind}"] = (a, i)
         block.attend = lambda run, at, x, *_, a=i + 1, b=i: torch.full_like(x, a * now[0] ** 2 + b)
-        block.feed = lambda x, *_, a=-2 * i, b=i: torch.full_like(x, a * now[0] ** 2 + b)
+        block.feed = lambda run, at, x, *_, a=-2 * i, b=i: torch.full_like(x, a * now[0] ** 2 + b)
     policy, gained = TaylorSeer(5, 2, warmup=1), []
-    model.head.forward = lambda x, c: gained.append(x[0, 0, 0].item()) or x.new_zeros(*x.shape[:2], 12)
+    model.head.forward = lambda x, c, **_: gained.append(x[0, 0, 0].item()) or x.new_zeros(*x.shape[:2], 12)
 
     def at_its_index(model: DiT, trajectory: Trajectory, x: Tensor, call: Call) -> Tensor:
         now[0] = call.index

@@ -8,7 +8,6 @@ from types import FunctionType, ModuleType
 
 import pytest
 import torch
-from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 from torch import Tensor, nn
 
 from ditkit.attention.pattern import Pattern
@@ -19,6 +18,8 @@ from ditkit.core.policy import RESOURCES, Policy
 from ditkit.core.run import DIRECT, Call
 from ditkit.core.trajectory import DEPTH, Trajectory
 from ditkit.models.dit import DiT
+from ditkit.nn.modulation import Parts
+from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 
 LANES = ("cond", "uncond")
 GRID = Grid(1, 4, 4)
@@ -147,14 +148,15 @@ def test_no_graph_breaks_inside_a_branch(model, policy, block):
     trajectory = Trajectory(model.sites(), [policy], STEPS)
     layer, x = model.blocks[0], torch.randn(2, 16, 32)
     c = torch.randn(2, 1, 32)
+    parts = Parts(layer.modulation, c)
     with torch.no_grad():
         for index in range(3):
             call = call_at(model, index)
             run = DIRECT if block == "direct" else trajectory.run(call)
             attend = compiled(partial(layer.attend, run, "blocks.0.attn"))
-            assert torch.equal(attend(x, c), layer.attend(run, "blocks.0.attn", x, c))
-            feed = compiled(layer.feed)
-            assert torch.equal(feed(x, c), layer.feed(x, c))
+            assert torch.equal(attend(x, parts), layer.attend(run, "blocks.0.attn", x, parts))
+            feed = compiled(partial(layer.feed, run, "blocks.0.mlp"))
+            assert torch.equal(feed(x, parts), layer.feed(run, "blocks.0.mlp", x, parts))
             if block == "direct":
                 assert torch.equal(compiled(layer)(x, c[:, 0]), layer(x, c[:, 0]))
             evaluate(model, trajectory, noise(), call)

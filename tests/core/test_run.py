@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rig import STEPS, TINY, call_at, evaluate, noise, sample, tiny_dit
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.catalog import every
@@ -18,6 +17,7 @@ from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.receipt import spans
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
 from ditkit.core.trajectory import Trajectory
+from rig import STEPS, TINY, call_at, evaluate, noise, sample, tiny_dit
 
 SITES = (Site("a", "branch"), Site("b", "branch"), Site("b.core", "core"))
 
@@ -76,15 +76,19 @@ def test_sites_of_dit():
         at = f"blocks.{i}"
         names = [
             (at, "block"),
+            (f"{at}.modulation", "modulation"),
             (f"{at}.attn", "branch"),
             (f"{at}.attn.kv", "kv"),
             (f"{at}.attn.core", "core"),
+            (f"{at}.mlp", "branch"),
+            (f"{at}.mlp.inner", "inner"),
         ]
-        return [(*pair, "image") for pair in [*names, (f"{at}.mlp", "branch")]]
+        return [(*pair, "image") for pair in names]
 
     ends = [("time", "time", "image"), ("tokens", "tokens", "image"), ("blocks", "stack", "image")]
-    expected = [*ends, *block(0), *block(1), *block(2), ("head", "head", "image")]
-    assert [tuple(site) for site in tiny_dit().sites()] == expected
+    head = [("head", "head", "image"), ("head.modulation", "modulation", "image")]
+    expected = [*ends, *block(0), *block(1), *block(2), *head]
+    assert [tuple(site[:3]) for site in tiny_dit().sites()] == expected
     assert named(tiny_dit().sites(), "stack", "head") == ["blocks", "head"]
 
 

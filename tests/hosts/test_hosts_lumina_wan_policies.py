@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.grid import Grid, Segment
+from ditkit.core.run import Call, Run, named
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import lumina2, lumina_next, wan
+from ditkit.hosts.family import family
+from ditkit.hosts.view import view
 from lumina_wan_support import (
     CASES,
     CLIP_ROWS,
@@ -19,15 +28,6 @@ from lumina_wan_support import (
     run_steps,
 )
 from policies_support import Gate, Gated, RowSelector, SelectedRows
-from torch import Tensor
-
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.grid import Grid, Segment
-from ditkit.core.run import Call, Run, named
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import lumina2, lumina_next, wan
-from ditkit.hosts.family import family
-from ditkit.hosts.view import view
 
 
 def test_sites_and_layout() -> None:
@@ -54,8 +54,8 @@ def test_sites_and_layout() -> None:
 
     model = alone.transformer()
     assert named(lumina_next.sites(model), *ALL) == ["time", "tokens", "blocks", *blocks, "head"]
-    streams = {site.kind == "core": site.stream for site in lumina_next.sites(model)}
-    assert streams == {False: "image", True: "scaled"}
+    attentions = {site.attention for site in lumina_next.sites(model) if site.kind == "core"}
+    assert attentions == {"scaled"}
     assert family(model).layout(model, alone.inputs()) == (image,)
     assert alone.layout(model, alone.inputs()) == (image,)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import DitkitError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.run import DIRECT, Run
+from models_support import perturbed
 
 BATCH, CLIP = 3, 5
 

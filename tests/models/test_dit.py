@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
 from safetensors.torch import save_file
 
 from ditkit.bench.macs import count_macs
@@ -18,6 +17,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
 from ditkit.models.dit import SIZES, DiT, DiTConfig
+from models_support import perturbed
 
 SMALL = DiTConfig(size=8, patch=2, channels=4, width=32, depth=3, heads=4, classes=5)
 TOLD = Cond(label=torch.tensor([0]))
@@ -317,18 +317,28 @@ def test_another_size_than_the_configs_is_placed_by_its_own_grid():
 
 
 def test_site_names_are_public():
-    names = [(site.name, site.kind) for site in DiT(replace(SMALL, depth=1)).sites()]
+    sites = DiT(replace(SMALL, depth=1)).sites()
+    names = [(site.name, site.kind) for site in sites]
     assert names == [
         ("time", "time"),
         ("tokens", "tokens"),
         ("blocks", "stack"),
         ("blocks.0", "block"),
+        ("blocks.0.modulation", "modulation"),
         ("blocks.0.attn", "branch"),
         ("blocks.0.attn.kv", "kv"),
         ("blocks.0.attn.core", "core"),
         ("blocks.0.mlp", "branch"),
+        ("blocks.0.mlp.inner", "inner"),
         ("head", "head"),
+        ("head.modulation", "modulation"),
     ]
+    assert {site.width for site in sites if site.kind != "inner"} == {SMALL.width}
+    assert [site.width for site in sites if site.kind == "inner"] == [4 * SMALL.width]
+    assert [site.heads for site in sites if site.kind in ("kv", "core")] == [SMALL.heads] * 2
+    assert {(site.stage, site.attention, site.ordered, site.over) for site in sites} == {
+        (0, "full", False, ())
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -16,10 +15,11 @@ from ditkit.bench.macs import count_macs
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import patchify, unpatchify
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.run import Run
+from ditkit.core.run import DIRECT, Run
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast
+from models_support import perturbed
 
 TINY = PredFormerConfig(
     channels=2, frames=4, size=(8, 12), patch=4, width=32, heads=4, hidden=48, layout="TS*2"
@@ -283,7 +283,7 @@ def test_without_gates_a_block_feeds_through_two_layers():
     x = torch.randn(2, 6, TINY.width)
     inner, out = plain.mlp.inner, plain.mlp.out
     by_hand = gelu(plain.mlp_norm(x) @ inner.weight.T + inner.bias) @ out.weight.T + out.bias
-    torch.testing.assert_close(plain.feed(x), by_hand)
+    torch.testing.assert_close(plain.feed(DIRECT, "", x), by_hand)
     gated = tiny("T", hidden=32).blocks[0]
     counts = [
         sum(weight.numel() for weight in mlp.parameters() if weight.ndim == 2)

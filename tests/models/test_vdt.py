@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
 from torch import Tensor
-from vdt_support import SMALL, awake, batch, frames_given
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, SIT, Convention
@@ -22,7 +20,10 @@ from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.vdt import VDT
 from ditkit.nn.axes import Clip
 from ditkit.nn.embeddings import sincos_axis, sincos_table
+from ditkit.nn.modulation import Parts
 from ditkit.nn.temporal import Scene, SpaceTimeBlock, TemporalAttention
+from models_support import perturbed
+from vdt_support import SMALL, awake, batch, frames_given
 
 
 @pytest.mark.parametrize(("name", "count"), [("S/2", 41_361_056), ("L/2", 859_704_224)])
@@ -195,10 +196,18 @@ def test_site_names_are_public():
         return [(name, "branch"), (name + ".kv", "kv"), (name + ".core", "core")]
 
     first, last = (
-        [("time", "time"), ("tokens", "tokens"), ("blocks", "stack"), ("blocks.0", "block")],
+        [
+            ("time", "time"),
+            ("tokens", "tokens"),
+            ("blocks", "stack"),
+            ("blocks.0", "block"),
+            ("blocks.0.modulation", "modulation"),
+        ],
         [
             ("blocks.0.mlp", "branch"),
+            ("blocks.0.mlp.inner", "inner"),
             ("head", "head"),
+            ("head.modulation", "modulation"),
         ],
     )
     time, space = branch("blocks.0.temporal_attn"), branch("blocks.0.attn")
@@ -221,7 +230,9 @@ def test_any_rows_may_be_computed_and_meet_only_those_of_their_place_or_frame():
     shift, scale = block.modulation(vector).chunk(6, -1)[:2]
     h = block.norm(x[:, rows]) * (1 + scale) + shift
     expected = block.attn(h, Run(), "a", mask=(frame[:, None] == frame,))
-    assert torch.allclose(block.attend(Run(), "a", x[:, rows], vector, kept), expected, atol=1e-12)
+    assert torch.allclose(
+        block.attend(Run(), "a", x[:, rows], Parts(block.modulation, vector), kept), expected, atol=1e-12
+    )
 
     columns = torch.tensor([0, 2, 4, 6, 8, 10])  # whole places: as in the full clip
     full = over_time(Run(), "a", x, clip)[:, columns]

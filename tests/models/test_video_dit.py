@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
-from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, by_row
-from rig import call_at
 from torch import Tensor
 
 from ditkit.bench.macs import count_macs
@@ -26,10 +23,13 @@ from ditkit.core.run import DIRECT, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import KV, Stack
-from ditkit.nn.modulation import modulate
+from ditkit.nn.modulation import Parts, modulate
 from ditkit.nn.rotary import axial_angles, rotary_table
 from ditkit.sample import ClassifierFree
 from ditkit.sample import sample as draw
+from models_support import perturbed
+from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, by_row
+from rig import call_at
 
 B, S = 2, 5
 PLAIN = VideoDiTConfig(frames=4, size=(8, 12), patch=(2, 2, 2), channels=2, width=32, depth=3, heads=4)
@@ -101,9 +101,9 @@ def test_attention_equals_its_obvious_twin() -> None:
     model = perturbed(VideoDiT(PLAIN).double(), 0.15)
     block, grid, seen = model.blocks[0], Grid(2, 4, 6), {}
 
-    def tap(fn: Callable[..., Tensor], x: Tensor, c: Tensor, *rest: Any) -> Tensor:
-        shift, scale = block.modulation(c).chunk(6, -1)[:2]
-        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, c, *rest)
+    def tap(fn: Callable[..., Tensor], x: Tensor, parts: Parts, *rest: Any) -> Tensor:
+        shift, scale = parts.whole().chunk(6, -1)[:2]
+        seen["in"], seen["out"] = modulate(block.norm(x), shift, scale), fn(x, parts, *rest)
         return seen["out"]
 
     x, t = clip(model)

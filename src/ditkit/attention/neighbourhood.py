@@ -165,7 +165,7 @@ class Near(Sparse):
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
         at, tokens = None, plan.tokens
         if self.pooling is not None:
-            at = plan.inverse[cells(image_of(call.layout).grid, self.policy.pooled)]
+            at = plan.inverse[cells(image_of(call.layout, self.stage).grid, self.policy.pooled)]
             tokens -= len(at)
         return partial(self.near, plan, self.places[name], at, self.policy.scale(tokens))
 

@@ -20,7 +20,7 @@ from ditkit.core.config import Natural
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment, image_of, sequence, take_rows
 from ditkit.core.policy import Claim, Policy, Session
-from ditkit.core.run import Call, Handler, Site, attended, named
+from ditkit.core.run import Call, Handler, Site, attended, moving, named
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
 
 Execution = Literal["auto", "cpu", "triton", "flex", "reference", "none"]
@@ -55,7 +55,10 @@ class Pattern(Policy):
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         cores = sparse_sites(sites)
         owned: dict[str, Claim] = dict.fromkeys(("rows", *cores), "own")
-        return owned | dict.fromkeys(named(sites, "tokens", "head"), "wrap") if cores else {"rows": "own"}
+        if not cores:
+            return {"rows": "own"}
+        inside = moving(sites, cores, type(self).__name__)
+        return owned | dict.fromkeys(named(inside, "tokens", "head"), "wrap")
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Sparse:
         self._check(sites, total)
@@ -78,7 +81,8 @@ class Pattern(Policy):
 
 def sparse_sites(sites: Sequence[Site]) -> dict[str, str]:
     """Streams of the attentions that a kernel can take the place of, by their names."""
-    return {name: stream for name, stream in attended(sites).items() if stream != "scaled"}
+    scaled = {site.name for site in sites if site.attention == "scaled"}
+    return {name: stream for name, stream in attended(sites).items() if name not in scaled}
 
 
 @lru_cache(maxsize=64)
@@ -138,14 +142,18 @@ class Layout:
     """Plans of a call's layout by stream, and the order of the image's rows.
 
     Args:
-        streams: of the attentions.
+        streams: of the attentions. stage: in which they are.
     """
 
-    def __init__(self, pattern: Pattern, layout: Sequence[Segment], streams: Sequence[str]) -> None:
-        self.image = image_of(layout)
-        self.length = sum(segment.length for segment in sequence(layout, "image"))
+    def __init__(
+        self, pattern: Pattern, layout: Sequence[Segment], streams: Sequence[str], stage: int = 0
+    ) -> None:
+        self.image = image_of(layout, stage)
+        self.length = sum(segment.length for segment in sequence(layout, "image", stage))
         """Rows of the image's stream: its own, and pictures that it refers to."""
-        lengths = {s: tuple((part.stream, part.length) for part in sequence(layout, s)) for s in streams}
+        lengths = {
+            s: tuple((part.stream, part.length) for part in sequence(layout, s, stage)) for s in streams
+        }
         self.seats = {stream: place_plan(pattern, self.image.grid, lengths[stream]) for stream in streams}
 
     @cached_property
@@ -184,7 +192,9 @@ class Sparse(Session):
         super().__init__()
         self.policy, self.streams = policy, sparse_sites(sites)
         self.places = {name: place for place, name in enumerate(self.streams)}
-        self.tokens, self.heads = named(sites, "tokens"), named(sites, "head")
+        inside = moving(sites, self.streams, type(policy).__name__)
+        self.stage = inside[0].stage if inside else 0
+        self.tokens, self.heads = named(inside, "tokens"), named(inside, "head")
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         if self.policy.kernel == "none":
@@ -222,7 +232,7 @@ class Sparse(Session):
         return {name: layout.rows(at) for name, at in self.streams.items()}
 
     def layout(self, call: Call) -> Layout:
-        return Layout(self.policy, call.layout, sorted(set(self.streams.values())))
+        return Layout(self.policy, call.layout, sorted(set(self.streams.values())), self.stage)
 
     def off(self, layout: Layout) -> str:
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""

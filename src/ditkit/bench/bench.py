@@ -74,7 +74,7 @@ class Bench:
             self.controls[method.name] = self._fewer(self.macs[method.name].total / exact)
 
     def add_control_rows(self) -> None:
-        """The exact sampler with as many steps as a policy computed in full, once for each number."""
+        """Add the exact sampler with as many steps as a policy computed in full, once for each number."""
         shares = {self.drawn[m.name].full / self.drawn[m.name].evaluations for m in self._policies()}
         found = [self._fewer(share) for share in sorted(shares, reverse=True)]
         self.methods += [m for i, m in enumerate(found) if m.kind == "control" and m not in found[:i]]
@@ -131,7 +131,7 @@ class Bench:
         )
 
     def samples(self) -> dict[str, Tensor]:
-        """The converged run's samples under "converged", after those of the rows."""
+        """Return the samples of each row, and the converged run's under "converged"."""
         assert self.converged is not None
         return {m.name: self.drawn[m.name].samples for m in self.methods} | {"converged": self.converged}
 
@@ -157,7 +157,7 @@ class Bench:
         return [method for method in self.methods if method.kind == "policy"]
 
     def _fewer(self, share: float) -> Method:
-        """The exact sampler in nearest to `share` of the steps, drawn and counted if it has not been yet."""
+        """Return the exact sampler in nearest to `share` of the steps, sampled and counted once."""
         steps = self.work.steps_like(share)
         if steps == self.work.steps:
             return self.methods[0]

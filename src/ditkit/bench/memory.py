@@ -83,7 +83,7 @@ def measure_peak(target: str, kwargs: Mapping[str, Any], *, device: str = "cpu")
 
 
 def child() -> None:
-    """What the fresh interpreter runs: request on stdin, answer in the file that its first argument names."""
+    """Run in the fresh interpreter: request on stdin, answer in the file that its first argument names."""
     request = json.load(sys.stdin)
     module, name = request["target"].split(":")
     call = getattr(importlib.import_module(module), name)(**request["kwargs"])
@@ -114,7 +114,7 @@ def _cuda_peak(call: Callable[[], object]) -> PeakMemory:
 
 
 def _forget_earlier_peak() -> None:
-    """Set-up may have peaked above the call. Where the kernel cannot forget that, it counts."""
+    """Reset the kernel's peak, since set-up may have peaked above the call; where it cannot be reset, it counts."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM := VmRSS, see proc(5)
     except OSError:
@@ -131,7 +131,7 @@ def _resident_highest_bytes() -> int:
 
 
 def _status_bytes(name: str) -> int | None:
-    """A field of Linux' /proc/self/status, None where there is none."""
+    """Read a field of Linux' /proc/self/status, None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -216,7 +216,7 @@ def describe(value: Any, folder: Path) -> Any:
 
 
 def revive(given: Any) -> Any:
-    """What `describe` described."""
+    """Rebuild a value from what `describe` returned."""
     if isinstance(given, list):
         return tuple(revive(item) for item in given)
     if not isinstance(given, Mapping):

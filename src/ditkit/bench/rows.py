@@ -125,11 +125,11 @@ DEFINITIONS = {
     "precision": "share of samples inside the real set's manifold",
     "recall": "share of the real set inside the samples' manifold",
 }
-"""What the keys of a row mean; every report carries it."""
+"""The meaning of each key of a row; every report carries it."""
 
 
 class Title(NamedTuple):
-    """How a policy is called among others."""
+    """The name of a policy among others."""
 
     name: str
     series: str
@@ -137,7 +137,7 @@ class Title(NamedTuple):
 
 
 def titles(policies: Sequence[Policy]) -> list[Title]:
-    """The class, with the fields in which its policies differ from each other or from their defaults.
+    """Name policies by class, with the fields in which they differ from each other or from their defaults.
 
     Raises:
         ConfigError: a policy is given twice.
@@ -175,19 +175,19 @@ def megabytes(value: int | None) -> str:
 
 
 def to_exact(row: Row, value: float | None) -> str:
-    """A PSNR to the exact run, which is not compared with itself."""
+    """Format a PSNR to the exact run, which is not compared with itself."""
     return NOTHING if row.kind == "exact" else decibels(value, row.identical)
 
 
 def distance(row: Row) -> str:
-    """The PSNR to the exact run with its unit."""
+    """Format the PSNR to the exact run with its unit."""
     if row.kind == "exact":
         return "the reference"
     return "identical to exact" if row.identical else f"{decibels(row.psnr_db)} dB to exact"
 
 
 def noun(rows: Sequence[Row]) -> str:
-    """What one sample of a comparison is called."""
+    """Return the noun for one sample of a comparison."""
     return "clip" if any(row.clip for row in rows) else "picture"
 
 
@@ -201,7 +201,7 @@ def converged_caption(steps: int) -> list[str]:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The fastest policy that is close to the exact run, or the closest, and what else its compute buys."""
+    """Summarise the fastest policy that is close to the exact run, or the closest, and its control."""
     exact = rows[0]
     policies = [row for row in rows if row.kind == "policy"]
     if not policies:

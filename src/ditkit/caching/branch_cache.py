@@ -21,7 +21,7 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
 
-Geometry = tuple[tuple[str, Grid, int], ...]
+Geometry = tuple[tuple[str, Grid, int, int], ...]
 """Stream, grid and length of each segment: what must not change between the anchors of a forecast."""
 
 
@@ -127,14 +127,34 @@ def _kept(leaf: Tensor) -> Tensor:
 
 
 def geometry_of(call: Call) -> Geometry:
-    return tuple((segment.stream, segment.grid, segment.length) for segment in call.layout)
+    return tuple((s.stream, s.grid, s.length, s.stage) for s in call.layout)
 
 
-def feature_bytes(tokens: Any, layout: Sequence[Segment]) -> Counter[str]:
-    """Memory of the tokens of each stream, as layers return them, of what a `tokens` site returned; "joint" is all.
+def feature_bytes(branches: Sequence[Site], tokens: Any, layout: Sequence[Segment]) -> int:
+    """Foresee the memory of what all branches return, where a `tokens` site returned `tokens`.
 
-    Under autocast that is in its type, even where positions made the tokens themselves float32.
+    A branch that says its width returns that of each row of its stage and stream; one that does not, as much as the
+    tokens of its stream. Under autocast that is in its type, even where positions made the tokens float32.
     """
+    leaves = tree_leaves(getattr(tokens, "x", tokens))
+    device, batch = leaves[0].device.type, len(leaves[0])
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else leaves[0].dtype
+    alike = {} if all(site.width for site in branches) and layout else _values(tokens, layout)
+    numbers = (
+        alike[site.stream] if alike else batch * _rows(layout, site.stream, site.stage) * site.width
+        for site in branches
+    )
+    return dtype.itemsize * sum(numbers)
+
+
+def _rows(layout: Sequence[Segment], stream: str, stage: int) -> int:
+    """Count the rows of a stage: those of its text, of all else ("image"), or all ("joint")."""
+    inside = [segment for segment in layout if segment.stage == stage]
+    return sum(s.length for s in inside if stream == "joint" or (s.stream == "text") == (stream == "text"))
+
+
+def _values(tokens: Any, layout: Sequence[Segment]) -> Counter[str]:
+    """Count the numbers in the tokens of each stream; "joint" is all."""
     x = getattr(tokens, "x", tokens)
     leaves = tree_leaves(x)
     whole = sum(leaf.numel() for leaf in leaves)
@@ -143,10 +163,7 @@ def feature_bytes(tokens: Any, layout: Sequence[Segment]) -> Counter[str]:
         text = whole * rows // x.shape[1] if sum(s.length for s in layout) == x.shape[1] else 0
     else:
         text = x.text.numel()
-    device = leaves[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else leaves[0].dtype
-    counts = {"joint": whole, "text": text, "image": whole - text}
-    return Counter({stream: dtype.itemsize * count for stream, count in counts.items()})
+    return Counter({"joint": whole, "text": text, "image": whole - text})
 
 
 class Lane(NamedTuple):
@@ -231,8 +248,7 @@ class Cached(Session):
         """Before anything is kept: a branch returns as much as the tokens of its stream."""
         if self.is_neutral or self.state:
             return self.projected_bytes()  # a later lane may skip layers
-        sizes = feature_bytes(tokens, call.layout)
-        return sum(sizes[site.stream] for site in self.branches) * self.most_kept
+        return feature_bytes(self.branches, tokens, call.layout) * self.most_kept
 
     def _is_computed(self, call: Call, lane: Lane) -> bool:
         # One counter a network, shared by its lanes: a lane that joins late keeps step with the others.

@@ -21,7 +21,7 @@ from ditkit.core.config import Count, Fraction, Natural
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import SEQUENCES, Grid, Segment, image_of, patchify, put_rows, sequence, unpatchify
 from ditkit.core.policy import Claim, Policy, Session
-from ditkit.core.run import Call, Handler, Site, attended, named
+from ditkit.core.run import Call, Handler, Site, attended, moving, named
 
 Metric = Literal["std", "l2"]
 Selection = Literal["published", "low", "high"]
@@ -74,6 +74,11 @@ class RAS(Policy):
         return owned | (wrapped if tokens and cores and head else {})
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Regions:
+        moving(sites, attended(sites), "RAS")
+        if beyond := [site.stage for site in sites if site.stage]:
+            raise ConfigError(
+                f"RAS: the network has a stage {beyond[0]}, whose rows it cannot choose; expected one stage"
+            )
         if self.warmup > total:
             raise ConfigError(f"RAS: warmup={self.warmup}, expected at most total={total} evaluations")
         return Regions(self, sites, total)

@@ -36,11 +36,11 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
-from ditkit.data.clips import spread
+from ditkit.data.clips import Subset, spread
 from ditkit.data.loading import load_held_out, load_images
 from ditkit.sample.workload import UNCONDITIONED
 from ditkit.tasks.video.masks import mask_kind
-from ditkit.tasks.video.recipe import conditioned
+from ditkit.tasks.video.recipe import conditioned, labels_for
 from ditkit.tasks.video.scores import UNCONDITIONAL
 
 MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
@@ -175,11 +175,13 @@ def told(
         return None, UNCONDITIONED
     if mask == UNCONDITIONAL:
         raise ConfigError(f"--mask {mask} gives nothing of --data {data}, expected one of the two")
-    return None, conditioned(given_clips(network, data, len(seeds), **options), mask or PREDICT, seeds)
+    clips = given_clips(network, data, len(seeds), **options)
+    given = clips.clips(torch.arange(len(clips)))
+    return None, conditioned(given, mask or PREDICT, seeds, labels_for(network, clips))
 
 
-def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Tensor:
-    """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
+def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Subset:
+    """`count` clips spread evenly over the set, of the length and size that the model makes.
 
     Raises:
         ConfigError: the set has other channels, or fewer clips. Those of the loader.
@@ -193,4 +195,4 @@ def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Ten
     clips = spread(whole, count)
     if clips.channels != channels:
         raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
-    return clips.clips(torch.arange(count))
+    return clips

@@ -42,6 +42,7 @@ from ditkit.metrics.features import load_efficientnet_lite0
 from ditkit.sample import Guidance
 from ditkit.tasks.video.figures import leadtime, write_films, write_strips
 from ditkit.tasks.video.masks import mask_kind
+from ditkit.tasks.video.recipe import labels_for
 from ditkit.tasks.video.scores import (
     CLIP_FEATURE,
     UNCONDITIONAL,
@@ -144,6 +145,7 @@ def video(
         clips = spread(whole, len(numbers))
     count = len(numbers)
     truth = None if clips is None else clips_of(clips, shape[0])
+    label = None if clips is None else labels_for(network, clips)
     given = {
         "mask": list(masks),
         "data": data,
@@ -165,7 +167,7 @@ def video(
     scores, files = [], []
     with writable(out), progress() as advance:
         for name in masks:
-            done = made(network, name, truth, shape, numbers, guidance, progress=advance, **options)
+            done = made(network, name, truth, shape, numbers, guidance, label, progress=advance, **options)
             scores.append(done.scores)
             files.append(write(out, done, FPS if clips is None else clips.fps))
         command = ["ditkit", "video", model, *flags(given), *(["--features"] if features else [])]
@@ -249,14 +251,19 @@ def made(
     shape: Sequence[int],
     seeds: Sequence[int],
     guidance: Guidance,
+    label: Tensor | None,
     **options: Any,
 ) -> Completed:
-    """What the model makes under one kind of mask; where nothing is given, only a guide can guide."""
+    """What the model makes under one kind of mask, by the classes `label` [n] of the clips if they have any.
+
+    Where nothing is given, only a class or a guide can guide.
+    """
+    known: dict[str, Any] = {} if label is None else {"label": label.tolist()}
     if mask == UNCONDITIONAL:
-        own = guidance if guidance.networks() else 1.0
-        return imagine(model, shape, seeds, real=truth, guidance=own, **options)
+        own = guidance if guidance.networks() or known else 1.0
+        return imagine(model, shape, seeds, real=truth, guidance=own, **known, **options)
     assert truth is not None  # `masks_of` has refused the others
-    return complete(model, truth, mask, seeds, guidance=guidance, **options)
+    return complete(model, truth, mask, seeds, guidance=guidance, **known, **options)
 
 
 def write(out: Path, done: Completed, fps: float) -> list[str]:

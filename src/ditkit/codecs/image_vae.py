@@ -103,7 +103,7 @@ class ImageVae(VariationalCodec):
 
     @classmethod
     def from_diffusers(cls, source: str | Path | nn.Module, **download: Any) -> Self:
-        """A copy of an AutoencoderKL in float32, its scaling and shift taken as the statistics.
+        """Copy an AutoencoderKL in float32, its scaling and shift taken as the statistics.
 
         Args:
             source: a module, a folder, or an id of the hub. download: options of diffusers' `from_pretrained`:
@@ -195,7 +195,7 @@ class ImageVae(VariationalCodec):
 
 
 def autoencoder_class() -> Any:
-    """diffusers' AutoencoderKL.
+    """Import diffusers' AutoencoderKL.
 
     Raises:
         ConfigError: diffusers is not installed.

@@ -19,7 +19,7 @@ class PolicyReceipt:
     Args:
         verb: what an evaluation is called in which a site's function did not run, or ran on some rows only.
         depths: blocks of each `stack` site, whose function takes `start, stop`: it ran if its last block did.
-        tokens: the `tokens` sites, where a policy that owns no site takes rows out of all that follows.
+        tokens: stages of the `tokens` sites, where a policy that owns no site takes rows out of all that follows.
         owned: the sites that the policy owns. If there are any, only they count: what it does at others is part of
             that, and an evaluation in which none of them was met, since an outer policy skipped them, is none of its.
     """
@@ -29,11 +29,11 @@ class PolicyReceipt:
         policy: Policy,
         verb: str,
         depths: Mapping[str, int],
-        tokens: Collection[str] = (),
+        tokens: Mapping[str, int] | None = None,
         owned: Collection[str] = (),
     ) -> None:
         self.policy, self.verb, self.depths, self.owned = policy, verb, depths, frozenset(owned)
-        self.tokens = () if owned else tokens
+        self.tokens = {} if owned or tokens is None else tokens
         self.sites: set[str] = set()
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         self.token_rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
@@ -53,7 +53,7 @@ class PolicyReceipt:
         if self.owned and name not in self.owned:
             return handler
         if name in self.tokens:
-            handler = self._counting_rows(handler)
+            handler = self._counting_rows(self.tokens[name], handler)
         met, ran, depth = self._met, self._ran, self.depths.get(name, 0)
 
         def watched(fn: Handler, *args: Any) -> Any:
@@ -75,21 +75,28 @@ class PolicyReceipt:
 
         return watched
 
-    def _counting_rows(self, handler: Handler) -> Handler:
+    def _counting_rows(self, stage: int, handler: Handler) -> Handler:
         def counting(fn: Handler, *args: Any) -> Any:
-            whole = 0
+            rows, values = 0, 1
 
             def probe(*inner: Any) -> Any:
-                nonlocal whole
+                nonlocal rows, values
                 tokens = fn(*inner)
-                whole = token_rows(tokens)
+                rows, values = self._rows(stage, tokens), token_values(tokens)
                 return tokens
 
             out = handler(probe, *args)
-            self._went = (token_rows(out), whole)
+            went, whole = self._went
+            self._went = (went + rows * token_values(out) // values, whole + rows)
             return out
 
         return counting
+
+    def _rows(self, stage: int, tokens: Any) -> int:
+        """Those of a stage, by the call's layout: embedded tokens need not have their rows at axis 1."""
+        assert self._call is not None
+        rows = sum(segment.length for segment in self._call.layout if segment.stage == stage)
+        return rows or sum(leaf.shape[1] for leaf in _features(tokens))
 
     def end(self, computed: Collection[str] = ()) -> None:
         """The call is complete: only complete calls are counted. `computed` are sites as good as run."""
@@ -152,10 +159,13 @@ class PolicyReceipt:
         return [f"{name} {value}" for name, value in self.remarks.items()]
 
 
-def token_rows(tokens: Any) -> int:
-    """Rows of what a `tokens` site returns, of all its streams."""
-    features = tree_leaves(getattr(tokens, "x", tokens))
-    return sum(t.shape[1] for t in features if isinstance(t, Tensor) and t.ndim > 1)
+def token_values(tokens: Any) -> int:
+    """Numbers in what a `tokens` site returns, of all its streams; a whole number of them a row."""
+    return sum(leaf.numel() for leaf in _features(tokens))
+
+
+def _features(tokens: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(getattr(tokens, "x", tokens)) if isinstance(t, Tensor) and t.ndim > 1]
 
 
 def spans(numbers: list[int]) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import SEQUENCES, Segment
 
-Kind = Literal["time", "tokens", "stack", "block", "branch", "kv", "core", "route", "head"]
+Kind = Literal[
+    "time", "tokens", "stack", "block", "branch", "modulation", "inner", "kv", "core", "route", "head"
+]
+AttentionKind = Literal["full", "axial", "scaled"]
+"""Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
+1 / sqrt(K)."""
 Handler = Callable[..., Any]
 """`handler(fn, *args)` returns what `fn(*args)` returns; it may run `fn` or not."""
 
@@ -16,14 +25,27 @@ Handler = Callable[..., Any]
 class Site(NamedTuple):
     """A named place of a model. Policies choose sites by kind, never by matching names.
 
-    Its stream is that of its tokens; of a branch, of what it returns; of a core, of its queries: "image", "text",
-    "joint", "axis" where they attend along one axis at a time, or "scaled" where the image's scores have another scale
-    than 1 / sqrt(K).
+    Its stream is that of its tokens: "image", "text" or "joint"; of a branch, of what it returns; of a core, of its
+    queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the two
+    layers of an MLP.
     """
 
     name: str
     kind: Kind
     stream: str = "image"
+    width: int = 0
+    """Channels of what it returns: of a `kv` and a `core`, of all heads together; of a `modulation`, of one of its
+    parts. 0 where it has none, or does not say."""
+    heads: int = 0
+    """Of a `kv` and a `core`."""
+    stage: int = 0
+    """Which resolution of a network with several: that of the segments whose rows it holds."""
+    attention: AttentionKind = "full"
+    """Of a `core`."""
+    ordered: bool = False
+    """Its function reads its rows as a grid (convolution, scan, windows): none may be moved or taken out around it."""
+    over: tuple[str, ...] = ()
+    """Streams that the keys of a `core` come from; none: those of its own stream's sequence."""
 
 
 def named(sites: Iterable[Site], *kinds: Kind) -> list[str]:
@@ -32,8 +54,39 @@ def named(sites: Iterable[Site], *kinds: Kind) -> list[str]:
 
 
 def attended(sites: Iterable[Site]) -> dict[str, str]:
-    """Streams of the `core` sites whose keys are rows of the image, by their names."""
-    return {site.name: site.stream for site in sites if site.kind == "core" and site.stream in SEQUENCES}
+    """Streams of the `core` sites whose keys are all rows of their stream's sequence, by their names."""
+    return {
+        site.name: site.stream
+        for site in sites
+        if site.kind == "core" and site.stream in SEQUENCES and site.attention != "axial" and not site.over
+    }
+
+
+def moving(sites: Sequence[Site], names: Collection[str], who: str) -> list[Site]:
+    """The sites of the one stage in which the cores `names` lie, if a policy may move its rows, or take some out.
+
+    Raises:
+        ConfigError: the cores lie in several stages; or in theirs a function reads its rows as a grid, attention runs
+            along axes or to keys from elsewhere, or there is nothing to move rows between. `who` is the policy.
+    """
+    stages = sorted({site.stage for site in sites if site.name in names})
+    if len(stages) > 1:
+        raise ConfigError(f"{who}: attention works in stages {stages}, expected one")
+    inside = [site for site in sites if site.stage in stages]
+    if fixed := [site.name for site in inside if site.ordered]:
+        raise ConfigError(f"{who}: {fixed[0]!r} reads its rows as a grid, expected rows that may be moved")
+    whole, reads = (
+        attended(inside),
+        [s for s in inside if s.kind == "core" and "image" in (s.over or ("image",))],
+    )
+    if fixed := [site.name for site in reads if site.name not in whole]:
+        raise ConfigError(
+            f"{who}: {fixed[0]!r} does not attend to just the rows of its sequence, expected that"
+        )
+    for kind in ("tokens", "head"):
+        if named(sites, kind) and not named(inside, kind):
+            raise ConfigError(f"{who}: stage {stages[0]} has no {kind!r} site to move rows at")
+    return inside
 
 
 @dataclass(frozen=True)
@@ -42,9 +95,11 @@ class Call:
 
     Args:
         index, total: place of the evaluation in its trajectory; Heun counts two a step.
-        t: noise-time; NaN where every token has its own.
+        t: noise-time; NaN where samples or tokens have their own.
         lane: guidance branch. net: expert or guide.
         layout: the token segments the model will see.
+        times: noise-time in [0, 1] of each row of the call, [B] or [B, T], on the model's device; by default `t` for
+            all, [1].
     """
 
     index: int
@@ -53,6 +108,11 @@ class Call:
     lane: str = "cond"
     net: str = "main"
     layout: tuple[Segment, ...] = ()
+    times: Tensor = field(default=None, compare=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.times is None:
+            object.__setattr__(self, "times", torch.tensor([self.t]))
 
 
 class Run:

@@ -48,10 +48,11 @@ class Trajectory:
         self.sessions = [
             policy.start(sites, total, known.get(type(policy).__name__)) for policy in self.policies
         ]
-        depths = dict.fromkeys(named(sites, "stack"), len(named(sites, "block")))
+        depths = _depths(sites)
         tokens = named(sites, "tokens")
+        stages = {site.name: site.stage for site in sites if site.kind == "tokens"}
         self.receipts = [
-            PolicyReceipt(policy, session.verb, depths, tokens, _owned(claims))
+            PolicyReceipt(policy, session.verb, depths, stages, _owned(claims))
             for policy, session, claims in zip(self.policies, self.sessions, self.claims, strict=True)
         ]
         self.tokens = tokens
@@ -165,6 +166,17 @@ def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str
             if how == "own":
                 owners[name] = kind
     return claims
+
+
+def _depths(sites: Sequence[Site]) -> dict[str, int]:
+    """Blocks of each stack: those from it to the next stack."""
+    depths: dict[str, int] = {}
+    for site in sites:
+        if site.kind == "stack":
+            depths[stack := site.name] = 0
+        elif site.kind == "block" and depths:
+            depths[stack] += 1
+    return depths
 
 
 def _owned(claims: Mapping[str, Claim]) -> list[str]:

@@ -28,19 +28,19 @@ SETS = "ditkit.data.sets"
 Data = ImageSet | ClipSet | FieldSet
 KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", ClipSet: "clips"}
 FILES: dict[str, Callable[..., FieldSet]] = {".csv": load_csv, ".nc": load_netcdf, ".nc4": load_netcdf}
-"""What reads a file of this suffix."""
+"""The reader of files of each suffix."""
 PART = ("split", "length", "episodes", "max_bad", "max_bytes")
 """Options of loaders that say how much of the data is taken, not what they look like."""
 
 
 def names() -> tuple[str, ...]:
-    """The named sets: one module of `ditkit.data.sets` each, with a function `load(size, ...)`."""
+    """List the named sets: one module of `ditkit.data.sets` each, with a function `load(size, ...)`."""
     found = (module.name for module in pkgutil.iter_modules(importlib.import_module(SETS).__path__))
     return tuple(sorted(name.replace("_", "-") for name in found))
 
 
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
-    """A named set (`names()`), a folder of images or of videos, a CSV file of series or a netCDF file of fields.
+    """Load a named set, a folder of images or of videos, a CSV file of series or a netCDF file of fields.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.
@@ -84,12 +84,12 @@ def read_options(
 
 
 def dataset_name(name_or_path: str | Path) -> str:
-    """What a model remembers data by: the name of a set, or of a folder or file without the way there."""
+    """Return the name by which a model remembers data: of a set, or of a folder or file without its parents."""
     return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else str(name_or_path)
 
 
 def accepts_option(name_or_path: str | Path, option: str) -> bool:
-    """Whether `load` of these data has an option of that name, such as `split`. Raises `DataError` as it does."""
+    """Return whether `load` of these data has an option of that name, such as `split`."""
     return option in _options(_loader(name_or_path))
 
 
@@ -143,7 +143,7 @@ def _load(
 
 
 def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
-    """The loader of these data, which are of this kind.
+    """Find the loader of these data, which are of this kind.
 
     Raises:
         ConfigError: they are of another.
@@ -168,7 +168,7 @@ def _holds_images(root: Path) -> bool:
 
 
 def _options(loader: partial[Any]) -> dict[str, Any]:
-    """The annotations of a loader's options by name: of all parameters but the path and the size."""
+    """Map a loader's options to their annotations: all parameters but the path and the size."""
     hints = get_type_hints(loader.func)
     return {name: hints[name] for name in inspect.signature(loader).parameters if name != "size"}
 
@@ -178,7 +178,7 @@ def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, A
 
 
 def _loader(name_or_path: str | Path) -> partial[Any]:
-    """What reads these data; its function's annotation says what kind they are."""
+    """Find the loader of these data; its function's annotation says what kind they are."""
     if isinstance(name_or_path, str) and name_or_path in names():
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)

@@ -1,4 +1,4 @@
-"""What several families build their blocks of: default attention, modulation, feed-forward, and their call.
+"""Parts shared by the blocks of several families: default attention, modulation, feed-forward, and the call.
 
 B batch, L rows, S text rows, D width, N heads, K head width.
 """
@@ -6,7 +6,7 @@ B batch, L rows, S text rows, D width, N heads, K head width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from diffusers.models import attention as host_blocks
 from diffusers.models import attention_processor as host
 from torch import Tensor, nn
 
-from ditkit.core.run import Run, Site
+from ditkit.core.run import AttentionKind, Run, Site
 from ditkit.hosts.attention import computes_as, has_core
 from ditkit.hosts.streams import Streams
 from ditkit.nn.blocks import KV, keep
@@ -80,9 +80,27 @@ def attend_within(
     return attn.processor(attn, x, other, mask, **kwargs)
 
 
-def attention_sites(at: str, attn: Any, core: str = "image", kv: str = "image") -> list[Site]:
-    """The sites inside the attention branch `at`: keys and values of stream `kv`, and queries of stream `core`."""
-    return [Site(at + ".kv", "kv", kv), Site(at + ".core", "core", core)] if has_core(attn) else []
+def attention_sites(
+    at: str, attn: Any, core: str = "image", kv: str = "image", attention: AttentionKind = "full"
+) -> list[Site]:
+    """List the sites inside the attention branch `at`: keys and values of stream `kv`, queries of stream `core`."""
+    if not has_core(attn):
+        return []
+    return [
+        Site(at + ".kv", "kv", kv, attn.to_k.out_features, keys_heads(attn)),
+        Site(at + ".core", "core", core, attn.to_q.out_features, attn.heads, attention=attention),
+    ]
+
+
+def keys_heads(attn: Any) -> int:
+    """Return the number of heads of the keys, each of which several heads of queries may share."""
+    head: int = attn.to_q.out_features // attn.heads
+    return int(attn.to_k.out_features // head)
+
+
+def as_wide(sites: Sequence[Site], width: int) -> tuple[Site, ...]:
+    """Fill in `width` where a site does not name its own."""
+    return tuple(site if site.width else site._replace(width=width) for site in sites)
 
 
 def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **given: Any) -> Any:
@@ -105,14 +123,14 @@ def modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 def feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The MLP branch before its gate; row-wise."""
+    """Compute the MLP branch before its gate, row by row."""
     return ff(modulate(norm(x_BLD), shift, scale))
 
 
 def feed_in_chunks(
     block: Any, norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
-    """The same for a block that `enable_forward_chunking` knows."""
+    """Compute the MLP branch before its gate, in chunks where `enable_forward_chunking` asks for them."""
     if block._chunk_size is None:
         return feed(norm, ff, x_BLD, shift, scale)
     h_BLD = modulate(norm(x_BLD), shift, scale)

@@ -23,7 +23,7 @@ from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as
-from ditkit.hosts.blocks import attention_sites, call_block, merge_heads, modulation, split_heads
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, merge_heads, modulation, split_heads
 from ditkit.hosts.streams import Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -32,7 +32,7 @@ from ditkit.nn.modulation import modulate
 __all__ = ["CHANNEL_AXIS", "layout", "restore", "running", "sites", "view"]
 
 CHANNEL_AXIS = 2
-"""Of latents, and of what is predicted of them."""
+"""The channel axis of latents and of predictions."""
 
 
 class Rotary(NamedTuple):
@@ -125,7 +125,7 @@ class CogVideoXBlock(host.CogVideoXBlock):
         )
 
     def _feed(self, x: Streams, *by: Tensor) -> Streams:
-        """The MLP branch before its gates; row-wise."""
+        """Compute the MLP branch before its gates, row by row."""
         clip, text = _modulated(self.norm2.norm, x, *by)
         out = self.ff(torch.cat([text, clip], 1))
         S = text.shape[1]
@@ -159,7 +159,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _condition(self, dtype: torch.dtype, timestep: Any, more: Tensor | None, ofs: Any) -> Tensor:
-        """The embedded time, and in the image-to-video model of 1.5 the embedded offset: [B, E]."""
+        """Embed the time, and in the image-to-video model of 1.5 the offset: [B, E]."""
         temb = self.time_embedding(self.time_proj(timestep).to(dtype), more)
         if self.ofs_embedding is None:
             return temb
@@ -214,14 +214,16 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens", "joint"), Site("blocks", "stack", "joint")]
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
         named += attention_sites(f"{at}.attn", block.attn1, core="joint")
         named.append(Site(f"{at}.mlp", "branch", "joint"))
-    return (*named, Site("head", "head"))
+    return as_wide(
+        (*named, Site("head", "head")), model.config.num_attention_heads * model.config.attention_head_dim
+    )
 
 
 def layout(model: Any, shape: Sequence[int], text: int) -> tuple[Segment, ...]:
@@ -278,7 +280,7 @@ def _rotate(x_BNLK: Tensor, text: int, table: Rotary | None) -> Tensor:
 
 
 def _of_heads(attn: Any, mask: Tensor, x_BLD: Tensor) -> Tensor:
-    """A mask of keys for each head, [B, N, 1, L].
+    """Expand a mask of keys to each head, [B, N, 1, L].
 
     Raises:
         ShapeError: it is of other rows than the sequence, of which a policy may have taken some.

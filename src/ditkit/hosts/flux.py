@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import attention_sites, call_block, feed, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -255,8 +255,8 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
         return self.proj_out(self.norm_out(x_BLD, temb))
 
 
-def sites(model: nn.Module) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+def sites(model: Any) -> tuple[Site, ...]:
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
         double = isinstance(block, host.FluxTransformerBlock)
@@ -267,7 +267,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
         named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="image" if double else "joint")
         if double:
             named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
 def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
@@ -305,7 +305,7 @@ def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
 
 
 def _joined(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The table of text rows, then of the image's, which may be each sample's own."""
+    """Join the rotary table of the text tokens with the image's, which may differ between samples."""
     parts = zip(text, image, strict=True)
     return tuple(torch.cat([a.expand(*b.shape[:-2], -1, -1), b], -2) for a, b in parts)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as, flip
-from ditkit.hosts.blocks import attention_sites, call_block, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, modulation
 from ditkit.hosts.lumina_blocks import (
     Place,
     PlacedTokens,
@@ -151,7 +151,7 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call.
+    """List the sites of a viewed transformer, in the order of the call.
 
     The refiners of one stream each have branches only: rows are taken, and the stack begins, after them.
     """
@@ -165,7 +165,7 @@ def sites(model: Any) -> tuple[Site, ...]:
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
         named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="joint")
         named.append(Site(f"{at}.mlp", "branch", "joint"))
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.config.hidden_size)
 
 
 def layout(model: Any, shape: Sequence[int], encoder_attention_mask: Tensor) -> tuple[Segment, ...]:
@@ -184,7 +184,7 @@ def _name(run: Run, kind: str, i: int) -> str:
 
 
 def _seen(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Which rows of text are not padding, [B, S], S that of the longest caption."""
+    """Build the mask of text tokens that are not padding, [B, S], S being the longest caption's length."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as, flip
-from ditkit.hosts.blocks import attention_sites, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, modulation
 from ditkit.hosts.lumina_blocks import (
     Place,
     PlacedTokens,
@@ -172,16 +172,19 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack")]
     for i, block in enumerate(model.layers):
         at = f"blocks.{i}"
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
-        named += [*attention_sites(f"{at}.attn", block.attn1, core="scaled"), Site(f"{at}.mlp", "branch")]
-    return (*named, Site("head", "head"))
+        named += [
+            *attention_sites(f"{at}.attn", block.attn1, attention="scaled"),
+            Site(f"{at}.mlp", "branch"),
+        ]
+    return as_wide((*named, Site("head", "head")), model.config.hidden_size)
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, H, W]: one segment."""
     grid = grid_of(model, shape)
     return (Segment("image", grid, grid.length),)

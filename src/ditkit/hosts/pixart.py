@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
-from ditkit.hosts.blocks import attention_sites
+from ditkit.hosts.blocks import as_wide, attention_sites
 from ditkit.hosts.dit import call_basic_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
@@ -35,7 +35,7 @@ class ImageTokens(NamedTuple):
     whole: str = ""
 
     def rows(self, stream: str, index: Tensor) -> ImageTokens:
-        """Some rows.
+        """Select some tokens.
 
         Raises:
             ConflictError: the call has such an argument.
@@ -125,18 +125,18 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens"), Site("time", "time"), Site("blocks", "stack")]
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
         named += attention_sites(f"{at}.attn", block.attn1)
         named += [Site(f"{at}.cross_attn", "branch"), Site(f"{at}.mlp", "branch")]
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
 
@@ -148,14 +148,14 @@ def _grid(model: Any, shape: Sequence[int]) -> Grid:
 
 
 def _whole(text: Tensor | None, seen: Tensor | None) -> str:
-    """What in a call is about all rows: a mask of them, or cross-attention without text, which is to themselves."""
+    """Name the part of a call that concerns all tokens: a mask of them, or cross-attention without text."""
     if text is None:
         return "encoder_hidden_states=None"
     return "" if seen is None else "attention_mask"
 
 
 def _bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask [B, S] of 0 and 1 as what is added to scores [B, 1, S]; a bias stays as it is."""
+    """Turn a mask [B, S] of 0 and 1 into what is added to scores [B, 1, S]; a bias stays as it is."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(x.dtype)) * -10000.0).unsqueeze(1)

@@ -21,6 +21,7 @@ from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as
 from ditkit.hosts.blocks import (
+    as_wide,
     attend,
     attention_sites,
     call_block,
@@ -207,21 +208,21 @@ class SD3Transformer2DModel(host.SD3Transformer2DModel):
         return self.proj_out(self.norm_out(x_BLD, temb))
 
 
-def sites(model: nn.Module) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+def sites(model: Any) -> tuple[Site, ...]:
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
         returned = "image" if block.context_pre_only else "joint"
         named += [Site(at, "block", "joint"), Site(at + ".attn", "branch", returned)]
         named += attention_sites(at + ".attn", block.attn, core="joint")
         if type(block.attn.processor) is SD3IPAdapterJointAttnProcessor2_0:
-            named.append(Site(at + ".attn.ip.core", "core"))
+            named.append(Site(at + ".attn.ip.core", "core", heads=block.attn.heads, over=("image", "prompt")))
         if block.use_dual_attention:
             named += [Site(at + ".attn2", "branch"), *attention_sites(at + ".attn2", block.attn2)]
         named.append(Site(at + ".mlp", "branch"))
         if not block.context_pre_only:
             named.append(Site(at + ".text.mlp", "branch", "text"))
-    return (*named, Site("head", "head"))
+    return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
 def layout(model: nn.Module, shape: Sequence[int], text: int) -> tuple[Segment, ...]:

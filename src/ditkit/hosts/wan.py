@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import attention_sites, call_block
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
@@ -160,7 +160,7 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _condition(self, timestep: Tensor, text: Tensor, picture: Tensor | None) -> tuple[Times, Tensor]:
-        """Times, and the rows that the clip looks at: of the picture, if there is one, then of the text."""
+        """Embed times, and gather the cross-attention tokens: of the picture, if there is one, then of the text."""
         tokens = timestep.shape[1] if timestep.ndim == 2 else None
         embedded, projected, text, picture = self.condition_embedder(
             timestep.flatten(), text, picture, timestep_seq_len=tokens
@@ -208,18 +208,20 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack")]
     for i, block in enumerate(model.blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
         named += attention_sites(f"{at}.attn", block.attn1)
         named += [Site(f"{at}.cross_attn", "branch"), Site(f"{at}.mlp", "branch")]
-    return (*named, Site("head", "head"))
+    return as_wide(
+        (*named, Site("head", "head")), model.config.num_attention_heads * model.config.attention_head_dim
+    )
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, T, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, T, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
 

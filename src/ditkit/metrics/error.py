@@ -1,4 +1,4 @@
-"""How far samples are from a reference, over what was made of them: the error columns of a comparison.
+"""Errors of samples against a reference, over the part that was generated: the error columns of a comparison.
 
 n samples, C channels, T frames, H W height and width. Pictures [n, C, H, W] and clips [n, C, T, H, W] lie in
 [-1, 1], and nothing is clipped, as in `metrics`. `made` is bool [n, 1, T, H, W], the mask of `Cond`: what was
@@ -21,7 +21,7 @@ from ditkit.metrics.video import frame_ssim
 
 @dataclass(frozen=True)
 class ClipErrors:
-    """What a row says of clips alone, under its keys in report.json.
+    """Errors of clips alone, under their keys in report.json.
 
     Args:
         temporal_psnr_db: None where no frame difference is off, and for clips of one frame.
@@ -32,18 +32,18 @@ class ClipErrors:
     psnr_by_frame_db: tuple[float | None, ...]
 
     def worst_frame(self) -> tuple[int, float] | None:
-        """The frame that is farthest off, and its PSNR."""
+        """Return the frame that is farthest off, and its PSNR."""
         found = [(value, frame) for frame, value in enumerate(self.psnr_by_frame_db) if value is not None]
         return None if not found else (min(found)[1], min(found)[0])
 
 
 def made_of(cond: Cond) -> Tensor | None:
-    """Where content is to be made, on the CPU; None where nothing is given."""
+    """Return the mask of generated content, on the CPU; None where nothing is given."""
     return None if cond.mask is None else cond.mask.bool().cpu()
 
 
 def errors(x: Tensor, ref: Tensor, made: Tensor | None) -> dict[str, Any]:
-    """The fields of a `Row` that say how far `x` is from `ref`, [n, C, H, W], [n, C, T, H, W] or [n, ...]."""
+    """Compute the fields of a `Row` that compare `x` with `ref`, [n, C, H, W], [n, C, T, H, W] or [n, ...]."""
     each = [pooled_psnr_db(x[i : i + 1], ref[i : i + 1], _part(made, i)) for i in range(len(x))]
     weight = 1 if made is None else made
     return {

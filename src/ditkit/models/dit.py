@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -131,13 +132,13 @@ class DiT(Denoiser):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i in range(len(self.blocks)) for site in Block.sites(f"blocks.{i}")]
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
         return (
-            Site("time", "time"),
-            Site("tokens", "tokens"),
-            Site("blocks", "stack"),
+            Site("time", "time", width=self.config.width),
+            Site("tokens", "tokens", width=self.config.width),
+            Site("blocks", "stack", width=self.config.width),
             *blocks,
-            Site("head", "head"),
+            *self.head.sites(),
         )
 
     def unconditional(self, cond: Cond) -> Cond:
@@ -163,7 +164,7 @@ class DiT(Denoiser):
         tokens: Tokens = run.site("tokens", self.tokenize, x)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack, tokens.x, c_BD)
-        return unpatchify(run.site("head", self.head, h_BLD, c_BD), grid, self.config.patch)
+        return unpatchify(run.site("head", partial(self.head, run=run), h_BLD, c_BD), grid, self.config.patch)
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """c = time embedding + label embedding, [B, D]."""

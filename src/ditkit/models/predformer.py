@@ -135,8 +135,9 @@ class PredFormer(Model):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i in range(len(self.blocks)) for site in GatedBlock.sites(f"blocks.{i}")]
-        return (Site("tokens", "tokens"), Site("blocks", "stack"), *blocks, Site("head", "head"))
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        ends = (Site(*pair, width=self.config.width) for pair in (("tokens", "tokens"), ("blocks", "stack")))
+        return (*ends, *blocks, Site("head", "head", width=self.config.width))
 
     def forward(self, x: Tensor, run: Run = DIRECT) -> Tensor:
         """The frames that follow.
@@ -190,14 +191,14 @@ class GatedBlock(nn.Module):
         out = self.attn(self.attn_norm(x_BLD), clip, run, at)
         return F.dropout(out, self.attn_dropout, self.training)
 
-    def feed(self, x_BLD: Tensor) -> Tensor:
+    def feed(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
         """The feed-forward branch; row-wise."""
-        return F.dropout(self.mlp(self.mlp_norm(x_BLD)), self.mlp_dropout, self.training)
+        return F.dropout(self.mlp(self.mlp_norm(x_BLD), run, at), self.mlp_dropout, self.training)
 
     def forward(self, x_BLD: Tensor, clip: Clip, run: Run = DIRECT, at: str = "blocks.0") -> Tensor:
         attn, mlp = at + ".attn", at + ".mlp"
         x_BLD = x_BLD + self.thinned(run.site(attn, partial(self.attend, run, attn), x_BLD, clip), clip)
-        x_BLD = x_BLD + self.thinned(run.site(mlp, self.feed, x_BLD), clip)
+        x_BLD = x_BLD + self.thinned(run.site(mlp, partial(self.feed, run, mlp), x_BLD), clip)
         return self.close(x_BLD)
 
     def thinned(self, branch_BLD: Tensor, clip: Clip) -> Tensor:
@@ -206,14 +207,17 @@ class GatedBlock(nn.Module):
             return branch_BLD
         return drop_lines(branch_BLD, clip, self.axis, self.drop_path)
 
-    @staticmethod
-    def sites(at: str) -> list[Site]:
+    def sites(self, at: str) -> list[Site]:
+        """Its sites in the order of the call, as wide as its layers are."""
+        width = self.attn_norm.normalized_shape[0]
+        kv = Site(f"{at}.attn.kv", "kv", width=width, heads=self.attn.heads)
         return [
-            Site(at, "block"),
-            Site(f"{at}.attn", "branch"),
-            Site(f"{at}.attn.kv", "kv"),
-            Site(f"{at}.attn.core", "core", "axis"),
-            Site(f"{at}.mlp", "branch"),
+            Site(at, "block", width=width),
+            Site(f"{at}.attn", "branch", width=width),
+            kv,
+            kv._replace(name=f"{at}.attn.core", kind="core", attention="axial"),
+            Site(f"{at}.mlp", "branch", width=width),
+            Site(f"{at}.mlp.inner", "inner", width=self.mlp.out.in_features),
         ]
 
 

@@ -101,7 +101,6 @@ class SmallFlux(Denoiser):
         names = config.class_names or tuple(map(str, range(config.classes)))
         with torch.device("cpu"):  # it follows from the config, so it is there when the weights are not
             self._spelled = encode_letters((*names, ""), config.letters)
-        self._training_cores = dict.fromkeys(named(self.sites(), "core"), _attend)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -151,7 +150,7 @@ class SmallFlux(Denoiser):
         letters = self._spelled.to(x)[drop_labels(label, cond.drop, self.config.classes, rate)]
         self._switch_checkpointing()
         if self.training:  # diffusers' attention is slow in bf16 on a CPU, see nn.blocks.PLAIN_KEYS
-            run = Run({**self._training_cores, **run.handlers})
+            run = Run({**dict.fromkeys(named(self.sites(), "core"), _attend), **run.handlers})
         with flux.running(run):
             (out,) = self.transformer(
                 hidden_states=pack(x),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -155,14 +156,13 @@ class VDT(Denoiser):
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
 
     def sites(self) -> tuple[Site, ...]:
-        has = (self.config.mode == "video", self.config.conditioning == "cross")
-        blocks = [site for i in range(len(self.blocks)) for site in SpaceTimeBlock.sites(f"blocks.{i}", *has)]
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
         return (
-            Site("time", "time"),
-            Site("tokens", "tokens"),
-            Site("blocks", "stack"),
+            Site("time", "time", width=self.config.width),
+            Site("tokens", "tokens", width=self.config.width),
+            Site("blocks", "stack", width=self.config.width),
             *blocks,
-            Site("head", "head"),
+            *self.head.sites(),
         )
 
     def unconditional(self, cond: Cond) -> Cond:
@@ -201,7 +201,7 @@ class VDT(Denoiser):
             raise ShapeError("VDT: conditioning='concat' needs every row, a policy left some out")
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.scene)
-        out = run.site("head", self.head, h_BLD[:, -grid.length :], c_BD)
+        out = run.site("head", partial(self.head, run=run), h_BLD[:, -grid.length :], c_BD)
         return unpatchify(out, grid, (1, self.config.patch, self.config.patch))
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:

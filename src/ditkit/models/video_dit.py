@@ -8,6 +8,7 @@ rows weights of their own. Here one sequence, text rows first, runs through DiT'
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -162,12 +163,14 @@ class VideoDiT(Denoiser):
 
     def sites(self) -> tuple[Site, ...]:
         stream = "joint" if self.text else "image"
-        blocks = [site for i in range(len(self.blocks)) for site in Block.sites(f"blocks.{i}")]
-        inner = [Site("tokens", "tokens"), Site("blocks", "stack"), *blocks]
+        width = self.config.width
+        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}", stream)]
         return (
-            Site("time", "time"),
-            *(site._replace(stream=stream) for site in inner),
-            Site("head", "head"),
+            Site("time", "time", width=width),
+            Site("tokens", "tokens", stream, width),
+            Site("blocks", "stack", stream, width),
+            *blocks,
+            *self.head.sites(),
         )
 
     def unconditional(self, cond: Cond) -> Cond:
@@ -204,7 +207,7 @@ class VideoDiT(Denoiser):
         tokens: RotaryTokens = run.site("tokens", self.tokenize, told.given(x), told)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.rotary)
-        h_BLD = run.site("head", self.head, h_BLD[:, tokens.rotary.text :], c_BD)
+        h_BLD = run.site("head", partial(self.head, run=run), h_BLD[:, tokens.rotary.text :], c_BD)
         return unpatchify(h_BLD, grid, self.config.sides)
 
     def told(self, cond: Cond, batch: int) -> Cond:

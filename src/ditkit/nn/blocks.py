@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ditkit.core.errors import ShapeError
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, AttentionKind, Run, Site
 from ditkit.nn.compiled import run_block
-from ditkit.nn.modulation import activated, affine, gate, modulate
+from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 from ditkit.nn.rotary import Rotary, rotate
 
 PLAIN_KEYS = 1024
@@ -112,6 +112,13 @@ class Attention(nn.Module):
         o_BNLK = run.site(at + ".core", attention, q, k, kv.v, *mask)
         return self.out(o_BNLK.transpose(1, 2).flatten(2))
 
+    def sites(
+        self, at: str, stream: str = "image", stage: int = 0, attention: AttentionKind = "full"
+    ) -> list[Site]:
+        """Its sites in the branch `at`."""
+        kv = Site(f"{at}.kv", "kv", stream, self.out.in_features, self.heads, stage)
+        return [kv, kv._replace(name=f"{at}.core", kind="core", attention=attention)]
+
 
 class Mlp(nn.Module):
     """Two layers with GELU in its tanh form (DiT)."""
@@ -121,8 +128,17 @@ class Mlp(nn.Module):
         self.inner = nn.Linear(width, int(width * ratio))
         self.outer = nn.Linear(int(width * ratio), width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(F.gelu(self.inner(x), approximate="tanh"))
+    def forward(self, x: Tensor, run: Run = DIRECT, at: str = "") -> Tensor:
+        out: Tensor = self.outer(run.site(at + ".inner", self.hidden, x))
+        return out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The values between the two layers; row-wise."""
+        return F.gelu(self.inner(x), approximate="tanh")
+
+    def site(self, at: str, stream: str = "image", stage: int = 0) -> Site:
+        """Its site in the branch `at`."""
+        return Site(f"{at}.inner", "inner", stream, self.outer.in_features, 0, stage)
 
 
 class Block(nn.Module):
@@ -135,14 +151,16 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def attend(self, run: Run, at: str, x_BLD: Tensor, c_B1D: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def attend(
+        self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
+    ) -> Tensor:
         """The attention branch before its gate."""
-        h_BLD = modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 0))
+        h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
         return self.attn(h_BLD, run, at, rotary)
 
-    def feed(self, x_BLD: Tensor, c_B1D: Tensor) -> Tensor:
+    def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
         """The MLP branch before its gate; row-wise."""
-        return self.mlp(modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 1)))
+        return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at)
 
     def forward(
         self,
@@ -153,20 +171,24 @@ class Block(nn.Module):
         at: str = "blocks.0",
     ) -> Tensor:
         aligned = () if rotary is None else (rotary,)
-        c_B1D, attn, mlp = activated(c_BD), at + ".attn", at + ".mlp"
-        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, c_B1D, *aligned)
-        x_BLD = torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 0), branch)  # one pass over memory
-        branch = run.site(mlp, self.feed, x_BLD, c_B1D)
-        return torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 1), branch)
+        attn, mlp = at + ".attn", at + ".mlp"
+        parts = run.site(at + ".modulation", partial(Parts, self.modulation), activated(c_BD))
+        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, parts, *aligned)
+        x_BLD = torch.addcmul(x_BLD, gate(parts, 0), branch)  # one pass over memory
+        branch = run.site(mlp, partial(self.feed, run, mlp), x_BLD, parts)
+        return torch.addcmul(x_BLD, gate(parts, 1), branch)
 
-    @staticmethod
-    def sites(at: str) -> list[Site]:
+    def sites(self, at: str, stream: str = "image", stage: int = 0) -> list[Site]:
+        """Its sites in the order of the call, as wide as its layers are."""
+        width = self.norm.normalized_shape[0]
+        site = partial(Site, stream=stream, width=width, stage=stage)
         return [
-            Site(at, "block"),
-            Site(f"{at}.attn", "branch"),
-            Site(f"{at}.attn.kv", "kv"),
-            Site(f"{at}.attn.core", "core"),
-            Site(f"{at}.mlp", "branch"),
+            site(at, "block"),
+            site(f"{at}.modulation", "modulation"),
+            site(f"{at}.attn", "branch"),
+            *self.attn.sites(f"{at}.attn", stream, stage),
+            site(f"{at}.mlp", "branch"),
+            self.mlp.site(f"{at}.mlp", stream, stage),
         ]
 
 
@@ -214,6 +236,14 @@ class Head(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, channels)
 
-    def forward(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.modulation(activated(c_BD)).chunk(2, -1)
+    def forward(self, x_BLD: Tensor, c_BD: Tensor, run: Run = DIRECT, at: str = "head") -> Tensor:
+        shift, scale = run.site(at + ".modulation", self.modulation, activated(c_BD)).chunk(2, -1)
         return self.out(modulate(self.norm(x_BLD), shift, scale))
+
+    def sites(self, at: str = "head", stage: int = 0) -> list[Site]:
+        """Its sites in the order of the call."""
+        width = self.norm.normalized_shape[0]
+        return [
+            Site(at, "head", "image", width, 0, stage),
+            Site(f"{at}.modulation", "modulation", "image", width, 0, stage),
+        ]

@@ -11,6 +11,7 @@ from inspect import ismethod
 from typing import Any
 
 from ditkit.core.run import DIRECT, Run
+from ditkit.nn.modulation import Parts
 
 
 def is_compiled(block: Any) -> bool:
@@ -45,6 +46,8 @@ class Branches(Run):
 
     def _branch(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         function, bound = _opened(fn)
+        if function is Parts:  # computes nothing yet
+            return fn
         place = next((i for i, one in enumerate(bound) if one is self), None)
         if place is not None:
             before, at, after = bound[:place], bound[place + 1], bound[place + 2 :]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditkit.core.run import DIRECT, Run
+
 
 class SwiGLU(nn.Module):
     """W2 drop(SiLU(Wg u) * Wx u), all three with bias (PredFormer; Shazeer, arXiv 2002.05202)."""
@@ -16,9 +18,13 @@ class SwiGLU(nn.Module):
         self.value = nn.Linear(width, hidden)
         self.out = nn.Linear(hidden, width)
 
-    def forward(self, u: Tensor) -> Tensor:
-        gated = F.silu(self.gate(u)) * self.value(u)
-        return self.out(F.dropout(gated, self.dropout, self.training))
+    def forward(self, u: Tensor, run: Run = DIRECT, at: str = "") -> Tensor:
+        out: Tensor = self.out(run.site(at + ".inner", self.hidden, u))
+        return out
+
+    def hidden(self, u: Tensor) -> Tensor:
+        """The values before the last layer; row-wise."""
+        return F.dropout(F.silu(self.gate(u)) * self.value(u), self.dropout, self.training)
 
 
 class PlainMLP(nn.Module):
@@ -30,5 +36,10 @@ class PlainMLP(nn.Module):
         self.inner = nn.Linear(width, hidden)
         self.out = nn.Linear(hidden, width)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.out(F.dropout(F.gelu(self.inner(u)), self.dropout, self.training))
+    def forward(self, u: Tensor, run: Run = DIRECT, at: str = "") -> Tensor:
+        out: Tensor = self.out(run.site(at + ".inner", self.hidden, u))
+        return out
+
+    def hidden(self, u: Tensor) -> Tensor:
+        """The values between the two layers; row-wise."""
+        return F.dropout(F.gelu(self.inner(u)), self.dropout, self.training)

@@ -7,6 +7,8 @@ B batch, L tokens, D width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,24 +23,42 @@ def activated(c_BD: Tensor) -> Tensor:
     return F.silu(c_BD).unsqueeze(1)
 
 
-def affine(layer: nn.Module, c_B1D: Tensor, branch: int) -> tuple[Tensor, ...]:
-    """Shift and scale of a block's branch 0 or 1, [B, 1, D] each."""
-    return _parts(layer, c_B1D, 3 * branch, 3 * branch + 2).chunk(2, -1)
-
-
-def gate(layer: nn.Module, c_B1D: Tensor, branch: int) -> Tensor:
-    """The gate of a block's branch 0 or 1, [B, 1, D]."""
-    return _parts(layer, c_B1D, 3 * branch + 2, 3 * branch + 3)
-
-
-def _parts(layer: nn.Module, c_B1D: Tensor, start: int, stop: int) -> Tensor:
-    """Only these of the six that `layer` projects, side by side; all where it is wrapped, quantised or hooked.
+class Parts(NamedTuple):
+    """The function of a `modulation` site: a block's six parts, each projected where it is asked for.
 
     A branch that is forecast never asks for its shift and scale, whose weights are most of what its step would read.
+
+    Args:
+        layer: [B, 1, D] to [B, 1, 6 D]. c: [B, 1, D].
     """
-    width = c_B1D.shape[-1]
+
+    layer: nn.Module
+    c: Tensor
+
+    def whole(self) -> Tensor:
+        """All six side by side, [B, 1, 6 D]: what a handler of the site may return instead."""
+        projected: Tensor = self.layer(self.c)
+        return projected
+
+
+def affine(parts: Parts | Tensor, branch: int) -> tuple[Tensor, ...]:
+    """Shift and scale of a block's branch 0 or 1, [B, 1, D] each."""
+    return _some(parts, 3 * branch, 3 * branch + 2).chunk(2, -1)
+
+
+def gate(parts: Parts | Tensor, branch: int) -> Tensor:
+    """The gate of a block's branch 0 or 1, [B, 1, D]."""
+    return _some(parts, 3 * branch + 2, 3 * branch + 3)
+
+
+def _some(parts: Parts | Tensor, start: int, stop: int) -> Tensor:
+    """Only these of the six, side by side; of a layer that is wrapped, quantised or hooked all are projected."""
+    if isinstance(parts, Tensor):
+        width = parts.shape[-1] // 6
+        return parts[..., start * width : stop * width]
+    layer, width = parts.layer, parts.c.shape[-1]
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks:
         rows = slice(start * width, stop * width)
-        return F.linear(c_B1D, layer.weight[rows], layer.bias[rows])
-    return layer(c_B1D)[..., start * width : stop * width]
+        return F.linear(parts.c, layer.weight[rows], layer.bias[rows])
+    return parts.whole()[..., start * width : stop * width]

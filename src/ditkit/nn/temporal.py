@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import KV, Attention, Mlp, attention, keep
-from ditkit.nn.modulation import activated, affine, gate, modulate
+from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 
 
 class Scene(NamedTuple):
@@ -89,6 +89,11 @@ class CrossAttention(nn.Module):
         o_BNLK = run.site(at + ".core", attention, q, kv.k, kv.v, known_BS[:, None, None])
         return self.out(o_BNLK.transpose(1, 2).flatten(2))
 
+    def sites(self, at: str, stage: int = 0) -> list[Site]:
+        """Its sites in the branch `at`; the memory is of given frames."""
+        kv = Site(f"{at}.kv", "kv", "context", self.out.in_features, self.heads, stage)
+        return [kv, kv._replace(name=f"{at}.core", kind="core", stream="image", over=("context",))]
+
 
 class SpaceTimeBlock(nn.Module):
     """A temporal branch, then DiT's block with its attention inside each frame (VDT).
@@ -107,39 +112,47 @@ class SpaceTimeBlock(nn.Module):
         self.mlp = Mlp(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def attend(self, run: Run, at: str, x_BLD: Tensor, c_B1D: Tensor, clip: Clip) -> Tensor:
+    def attend(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, clip: Clip) -> Tensor:
         """The attention branch inside each frame, before its gate."""
         line = clip.mask("S")
-        h_BLD = modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 0))
+        h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
         o = self.attn(clip.fold(h_BLD, "S"), run, at, mask=() if line is None else (line,))
         return clip.unfold(o, "S")
 
-    def feed(self, x_BLD: Tensor, c_B1D: Tensor) -> Tensor:
+    def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
         """The MLP branch before its gate; row-wise."""
-        return self.mlp(modulate(self.norm(x_BLD), *affine(self.modulation, c_B1D, 1)))
+        return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at)
 
     def forward(
         self, x_BLD: Tensor, c_BD: Tensor, scene: Scene, run: Run = DIRECT, at: str = "blocks.0"
     ) -> Tensor:
-        c_B1D = activated(c_BD)
+        parts = run.site(at + ".modulation", partial(Parts, self.modulation), activated(c_BD))
         temporal, attn = at + ".temporal_attn", at + ".attn"
         cross, mlp = at + ".cross_attn", at + ".mlp"
         if self.temporal_attn is not None:
             valid = () if scene.valid is None else (scene.valid,)
             over_time = partial(self.temporal_attn, run, temporal)
             x_BLD = x_BLD + run.site(temporal, over_time, x_BLD, scene.clip, *valid)
-        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, c_B1D, scene.clip)
-        x_BLD = torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 0), branch)
+        branch = run.site(attn, partial(self.attend, run, attn), x_BLD, parts, scene.clip)
+        x_BLD = torch.addcmul(x_BLD, gate(parts, 0), branch)
         if self.cross_attn is not None:
             look = partial(self.cross_attn, run, cross)
             x_BLD = x_BLD + run.site(cross, look, x_BLD, scene.memory, scene.known)
-        branch = run.site(mlp, self.feed, x_BLD, c_B1D)
-        return torch.addcmul(x_BLD, gate(self.modulation, c_B1D, 1), branch)
+        branch = run.site(mlp, partial(self.feed, run, mlp), x_BLD, parts)
+        return torch.addcmul(x_BLD, gate(parts, 1), branch)
 
-    @staticmethod
-    def sites(at: str, temporal: bool = True, cross: bool = False) -> list[Site]:
-        branches = [("temporal_attn", temporal), ("attn", True), ("cross_attn", cross)]
-        sites = [Site(at, "block")]
-        for name in (f"{at}.{branch}" for branch, present in branches if present):
-            sites += [Site(name, "branch"), Site(name + ".kv", "kv"), Site(name + ".core", "core", "axis")]
-        return [*sites, Site(f"{at}.mlp", "branch")]
+    def sites(self, at: str, stage: int = 0) -> list[Site]:
+        """Its sites in the order of the call, as wide as its layers are."""
+        width = self.norm.normalized_shape[0]
+        site = partial(Site, width=width, stage=stage)
+        found = [site(at, "block"), site(f"{at}.modulation", "modulation")]
+        if self.temporal_attn is not None:
+            name = f"{at}.temporal_attn"
+            inside = self.temporal_attn.attn.sites(name, stage=stage, attention="axial")
+            found += [site(name, "branch"), *inside]
+        inside = self.attn.sites(f"{at}.attn", stage=stage, attention="axial")
+        found += [site(f"{at}.attn", "branch"), *inside]
+        if self.cross_attn is not None:
+            name = f"{at}.cross_attn"
+            found += [site(name, "branch"), *self.cross_attn.sites(name, stage)]
+        return [*found, site(f"{at}.mlp", "branch"), self.mlp.site(f"{at}.mlp", stage=stage)]

@@ -33,7 +33,7 @@ class Group(NamedTuple):
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
-    """Those that some row fills."""
+    """List the groups of columns that some row fills."""
     found = [
         Group("cost", COST),
         Group("to the exact run", TO_EXACT + (OF_CLIPS if any(row.clip for row in rows) else ())),
@@ -119,7 +119,7 @@ def page(
     captions: Mapping[str, Sequence[str]],
     heads: Sequence[str],
 ) -> str:
-    """The whole document.
+    """Build the whole document.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method, at least one a head. captions: beside them. heads: above
@@ -167,7 +167,7 @@ def context(settings: Mapping[str, Any], kind: str) -> str:
 
 
 def reading(settings: Mapping[str, Any], kind: str) -> list[str]:
-    """A few plain sentences."""
+    """Explain the table in a few plain sentences."""
     steps, many = settings["steps"], settings["converged_steps"]
     sentences = [
         f"Exact is the unaltered sampler with {steps} steps. Every other row starts from the same noise, so "
@@ -202,7 +202,7 @@ def grid(
 
 
 def note(shown: int, settings: Mapping[str, Any], kind: str) -> str:
-    """A line about those that are not shown, and about outlines."""
+    """Write a line about samples that are not shown, and about outlines."""
     count = len(settings["seeds"])
     more = f"The first {shown} of {count} {kind}s. " if count > shown else ""
     text = more + ("What is outlined was given." if "made" in settings else "")

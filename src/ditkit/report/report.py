@@ -87,7 +87,7 @@ class Report:
         return lines | {"converged": converged_caption(self.settings["converged_steps"])}
 
     def heads(self) -> list[str]:
-        """What stands above each column, of as many seeds as are shown."""
+        """Return the head of each column, one for each seed that is shown."""
         frames, seeds = self._frames(), self.settings["seeds"]
         labels = self.settings["labels"] or [""] * len(seeds)
         if frames and len(set(labels)) == 1:  # most models of clips have one class, which has no name
@@ -98,7 +98,7 @@ class Report:
         return [f"seed {head}, frames {' '.join(map(str, frames))}" for head in heads[:CLIPS_SHOWN]]
 
     def shown(self) -> Mapping[str, Tensor]:
-        """A picture under each head: uint8 [n, 1 or 3, H, W], of clips the chosen frames in a line."""
+        """Pick the pictures under each head: uint8 [n, 1 or 3, H, W]; of clips the chosen frames in a line."""
         frames, first = self._frames(), slice(CLIPS_SHOWN)
         if not frames:
             return self.pictures
@@ -129,7 +129,7 @@ class Report:
         return table
 
     def _frames(self) -> list[int]:
-        """The frames of a clip that are shown; none of a picture."""
+        """Choose the frames of a clip that are shown; none of a picture."""
         clips = self.pictures[self.rows[0].name]
         if self.rows[0].clip is None:
             return []

@@ -32,7 +32,7 @@ def as_pictures(samples: Tensor) -> Tensor:
 
 
 def as_frames(clip: Tensor) -> Tensor:
-    """A clip [C, T, H, W] in [-1, 1] as uint8 [T, 1 or 3, H, W].
+    """Convert a clip [C, T, H, W] in [-1, 1] to uint8 [T, 1 or 3, H, W].
 
     Raises ShapeError for another shape, DataError for values that are not finite.
     """
@@ -63,7 +63,7 @@ def sheet(
     cell: tuple[int, int] = (CELL, CELL),
     gap: int = GAP,
 ) -> Image.Image:
-    """A row of pictures a method under column heads of one or more lines, each row with its caption's on the left.
+    """Draw a row of pictures for each method, under column heads, with its caption on the left.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method; the first `len(heads)` of each are shown.

@@ -168,7 +168,8 @@ class _Evaluation:
         exact = torch.promote_types(dtype, torch.float32)
         t = torch.full((len(x),), self.t, device=device, dtype=exact)
         layout = model.layout(tuple(x.shape[1:]))
-        call = Call(field.index, field.total, self.clock, lane.name, lane.net, layout)
+        times = torch.full((len(x),), self.clock, device=device)
+        call = Call(field.index, field.total, self.clock, lane.name, lane.net, layout, times)
         self.calls.append(call)
         convention = model.config.convention
         out = model(x, convention.model_time(t), lane.cond, lane.trajectory.run(call))

@@ -88,7 +88,8 @@ class SamplingJob:
         """The workload that `generate` and `compare` are asked for in these words.
 
         Args:
-            label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+            label: a class by name or index, or one a seed; by default those of `cond`, or else the seeds are spread
+                over the classes.
             cond: what else each sample is told, in the order of the seeds.
             shape: of one sample; by default that of the given content, if any, else the model's own.
             solver: or its text, such as "heun". guidance: or a classifier-free scale, of which 1 is none.
@@ -104,6 +105,8 @@ class SamplingJob:
         if not isinstance(solver, Solver):
             raise ConfigError(f"solver={solver!r} should be a Solver, or a text such as 'heun'")
         seeds = distinct(seeds)
+        if label is None and cond.label is not None:
+            label = cond.label.tolist()
         labels = resolve_labels(model, label, len(seeds))
         if labels is not None:
             cond = replace(cond, label=torch.tensor(labels))

@@ -116,7 +116,8 @@ class Denoising(Objective):
         x = path.mix(data, noise, t.to(data.dtype))
         taps, shape = self.taps(model), tuple(x.shape[1:])
         told = x, convention.model_time(t).to(data.dtype), cond
-        out, seen = run_with_taps(forward, model, taps, shape, *told)
+        times = path.noise_time(t).to(data.dtype)
+        out, seen = run_with_taps(forward, model, taps, shape, *told, times=times)
         prediction, fraction = convention.split(out.float())
         batch = NoisyBatch(
             data=data,
@@ -124,7 +125,7 @@ class Denoising(Objective):
             mask=cond.mask,
             taps=seen,
             sites=model.sites(),
-            teacher=None if teacher is None else _taught(teacher, taps, shape, *told),
+            teacher=None if teacher is None else _taught(teacher, taps, shape, *told, times=times),
             path=path,
             convention=convention,
             noise=noise,
@@ -144,7 +145,7 @@ class Denoising(Objective):
 
 
 @torch.no_grad()
-def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any) -> Output:
+def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any, times: Tensor) -> Output:
     """What a teacher says, its prediction in noise-time."""
-    out, seen = run_with_taps(teacher, teacher, taps, shape, *told)
+    out, seen = run_with_taps(teacher, teacher, taps, shape, *told, times=times)
     return Output(teacher.config.convention.split(out.float())[0], seen)

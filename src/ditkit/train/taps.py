@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, NoEffectError
@@ -50,18 +51,24 @@ class Tap(Run):
 
 
 def run_with_taps(
-    network: Callable[..., Any], model: Model, taps: Sequence[str], shape: tuple[int, ...], *inputs: Any
+    network: Callable[..., Any],
+    model: Model,
+    taps: Sequence[str],
+    shape: tuple[int, ...],
+    *inputs: Any,
+    times: Tensor | None = None,
 ) -> Output:
     """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
 
     Args:
         taps: sites whose outputs are kept.
         shape: of one sample, without the batch axis.
+        times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
 
     Raises:
         NoEffectError: a policy touched nothing or saved nothing.
     """
-    trajectory, call, run = _under(model, shape)
+    trajectory, call, run = _under(model, shape, torch.zeros(1) if times is None else times)
     tap = Tap(taps, run, trajectory.rows(call))
     out = trajectory.leave(call, network(*inputs, tap if taps else run))
     trajectory.finish()
@@ -76,7 +83,7 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
             of `taps` in an order that is known of attentions only.
         NoEffectError: one would do nothing; the message says why.
     """
-    trajectory, call, run = _under(model, model.sample_shape)
+    trajectory, call, run = _under(model, model.sample_shape, torch.tensor([0.5]))
     policies = ", ".join(str(policy) for policy in model.policies)
     ordered = trajectory.rows(call)
     inside = named(model.sites(), "stack", "block", "branch", "kv", "core") if ordered else ()
@@ -91,8 +98,8 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
         raise NoEffectError("; ".join([f"{policies} would do nothing in training", *why]))
 
 
-def _under(model: Model, shape: tuple[int, ...]) -> tuple[Trajectory, Call, Run]:
+def _under(model: Model, shape: tuple[int, ...], times: Tensor) -> tuple[Trajectory, Call, Run]:
     """A trajectory of one evaluation, whose samples have each a time of their own."""
     trajectory = Trajectory(model.sites(), model.policies, 1, learned=model.learned)
-    call = Call(0, 1, nan, layout=model.layout(shape) if model.policies else ())
+    call = Call(0, 1, nan, layout=model.layout(shape) if model.policies else (), times=times)
     return trajectory, call, trajectory.run(call)
