@@ -266,6 +266,22 @@ class Denoiser(Model):
     """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
     `convention`, which says what its numbers mean."""
 
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of a network of one stack: `time`, `tokens`, `blocks`, what each block says of itself, and `head`.
+
+        Where text stands in the sequence of the image, all of the stack is of the stream "joint".
+        """
+        parts: Any = self
+        several = len({segment.stream for segment in self.layout(self.sample_shape)}) > 1
+        stream, width = "joint" if several else "image", self.config.width
+        return (
+            Site("time", "time", width=width),
+            Site("tokens", "tokens", stream, width),
+            Site("blocks", "stack", stream, width),
+            *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),
+            *parts.head.sites(),
+        )
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
         """The same batch, told nothing."""

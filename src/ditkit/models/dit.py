@@ -28,7 +28,7 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
 from ditkit.nn.init import adaln_zero_
@@ -130,16 +130,6 @@ class DiT(Denoiser):
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
         grid = Grid.of(tuple(shape[-2:]), self.config.patch)
         return (Segment("image", grid, grid.length),)
-
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""

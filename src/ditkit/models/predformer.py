@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,11 @@ class PredFormer(Model):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        blocks = [
+            site
+            for i, block in enumerate(self.blocks)
+            for site in cast(GatedBlock, block).sites(f"blocks.{i}")
+        ]
         ends = (Site(*pair, width=self.config.width) for pair in (("tokens", "tokens"), ("blocks", "stack")))
         return (*ends, *blocks, Site("head", "head", width=self.config.width))
 

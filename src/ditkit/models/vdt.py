@@ -24,7 +24,7 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import Head, Stack
@@ -154,16 +154,6 @@ class VDT(Denoiser):
         grid = Grid.of(tuple(shape[-3:]), self.config.patch)
         image = Segment("image", grid, grid.length)
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
-
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def unconditional(self, cond: Cond) -> Cond:
         """All to be made, of the null class.

@@ -30,7 +30,7 @@ from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding
 from ditkit.nn.init import adaln_zero_
@@ -160,18 +160,6 @@ class VideoDiT(Denoiser):
         grid, text = Grid.of(tuple(shape[-3:]), self.config.sides), self.config.text_tokens
         prefix = (Segment("text", Grid(text), text),) if text else ()
         return (*prefix, Segment("image", grid, grid.length))
-
-    def sites(self) -> tuple[Site, ...]:
-        stream = "joint" if self.text else "image"
-        width = self.config.width
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}", stream)]
-        return (
-            Site("time", "time", width=width),
-            Site("tokens", "tokens", stream, width),
-            Site("blocks", "stack", stream, width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def unconditional(self, cond: Cond) -> Cond:
         """Null class, absent text, and all of the clip to be made."""
