@@ -141,7 +141,10 @@ def integer(name: str, given: object, least: int, most: int | None = None) -> in
         value = operator.index(given)
     except TypeError as error:  # a torch tensor has __index__, and refuses when it holds something else
         raise ConfigError(f"{name}={given!r} should be an integer") from error
-    check_value(name, value, Annotated[int, Interval(ge=least, le=most)])
+    if value < least:
+        raise ConfigError(f"{name}={value} should be at least {least}")
+    if most is not None and value > most:
+        raise ConfigError(f"{name}={value} should be at most {most}")
     return value
 
 

@@ -395,6 +395,22 @@ class Denoiser(Model):
     completes: ClassVar[bool] = False
     """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
 
+    def sites(self) -> tuple[Site, ...]:
+        """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
+
+        Where text stands in the sequence of the image, all of the stack is of the stream "joint".
+        """
+        parts: Any = self
+        with_text = any(segment.stream == "text" for segment in self.layout(self.sample_shape))
+        stream, width = "joint" if with_text else "image", self.config.width
+        return (
+            Site("time", "time", width=width),
+            Site("tokens", "tokens", stream, width),
+            Site("blocks", "stack", stream, width),
+            *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),
+            *parts.head.sites(),
+        )
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
         """The same batch, told nothing."""

@@ -25,12 +25,13 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
-from ditkit.nn.blocks import Head, Stack, sites_of
+from ditkit.nn.blocks import Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, dtype_of, sincos_axis, sincos_table
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
 
 Mode = Literal["video", "image"]
@@ -120,7 +121,7 @@ class VDT(Denoiser):
         self.head = Head(c.width, pixels * (1 if c.convention.extra == "none" else 2))
         self.pool = nn.Linear(c.width, c.width) if c.conditioning == "adaln" else None
         self.nothing = nn.Parameter(torch.zeros(c.width)) if cross else None
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -149,18 +150,6 @@ class VDT(Denoiser):
                 nn.init.zeros_(part.fc.weight)
         return model
 
-    def reset_parameters(self) -> None:
-        """As DiT, and the temporal branches Xavier-uniform throughout: they are not zero at first, the output is."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
-
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         return (self.config.channels, *self.config.shape)
@@ -169,16 +158,6 @@ class VDT(Denoiser):
         grid = Grid.of(tuple(shape[-3:]), self.config.patch)
         image = Segment("image", grid, grid.length)
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
-
-    def sites(self) -> tuple[Site, ...]:
-        blocks = sites_of(self.blocks)
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def stacks(self) -> Mapping[str, Stacked]:
         return {"blocks": Stacked("blocks", "depth")}
