@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -189,6 +190,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
         finish=lambda trained: recipe.finish(trained, samples),
+        start=None if start is None else partial(load, recipe.init),
     )
 
 
