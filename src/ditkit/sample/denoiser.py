@@ -14,7 +14,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.guidance import Guidance
@@ -87,7 +87,9 @@ class GuidedDenoiser:
         self.kind: Prediction = model.config.convention.prediction
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
-        self.trajectory = Trajectory(model.sites(), policies, total, max_bytes, model.learned)
+        self.given, self.max_bytes = policies, max_bytes
+        own = with_inherent(model, policies)
+        self.trajectory = Trajectory(model.sites(), own, total, max_bytes, model.learned)
         self.lanes = {"cond": GuidanceBranch("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
             self.lanes[name] = GuidanceBranch("cond", name, network, cond, self._of_guide(network))
@@ -125,17 +127,19 @@ class GuidedDenoiser:
         return self.lanes[name]
 
     def _of_guide(self, network: Denoiser) -> Trajectory:
-        """The model's own if the guide has the same sites and neither has weights that a policy learned.
+        """The model's own if the guide has the same sites and policies and neither has weights that a policy learned.
 
-        A guide of other sites runs without policies.
+        A guide of other sites runs without policies, but for the inherent ones of its own.
         """
         main, sites = self.trajectory, network.sites()
-        if sites != self.model.sites():
+        policies = with_inherent(network, self.given if sites == self.model.sites() else ())
+        if sites != self.model.sites() and not policies:
             return Trajectory((), (), self.total)
         learned = {*self.model.learned, *network.learned}
-        if network is self.model or learned.isdisjoint(type(policy).__name__ for policy in main.policies):
+        apart = not learned.isdisjoint(type(policy).__name__ for policy in (*main.policies, *policies))
+        if network is self.model or (list(policies) == list(main.policies) and not apart):
             return main  # policies key their state by network and lane
-        return Trajectory(sites, main.policies, self.total, main.max_bytes, network.learned)
+        return Trajectory(sites, policies, self.total, self.max_bytes, network.learned)
 
 
 class _Evaluation:

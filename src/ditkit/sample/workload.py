@@ -15,7 +15,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Denoiser
 from ditkit.core.numbers import integer
-from ditkit.core.policy import Policy, as_policies
+from ditkit.core.policy import Policy, as_policies, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import component
 from ditkit.core.trajectory import Trajectory
@@ -120,7 +120,8 @@ class SamplingJob:
     def check(self, policies: Sequence[Policy]) -> None:
         """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
         total = self.solver.evaluations(self.steps)
-        Trajectory(self.model.sites(), policies, total, self.max_bytes, self.model.learned)
+        own = with_inherent(self.model, policies)
+        Trajectory(self.model.sites(), own, total, self.max_bytes, self.model.learned)
 
     def draw(
         self,
@@ -146,7 +147,10 @@ class SamplingJob:
             samples=torch.cat([part.samples.cpu() for part in parts]),
             receipts=tuple(r for i, r in enumerate(receipts) if r not in receipts[:i]),
             evaluations=each,
-            full=min((full_evaluations(r) for part in parts for r in part.receipts), default=each),
+            full=min(
+                (full_evaluations(r) for part in parts for r in part.receipts if not r.policy.inherent),
+                default=each,
+            ),
             policy_bytes=max(part.policy_bytes for part in parts),
         )
 

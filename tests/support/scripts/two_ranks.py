@@ -16,7 +16,9 @@ from ditkit.train.loop import Training
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    run = Training(model_of(name, False), Pictures(), RUNS[name], settings(steps=4, warmup=2, save_every=2), folder)
+    run = Training(
+        model_of(name, False), Pictures(), RUNS[name], settings(steps=4, warmup=2, save_every=2), folder
+    )
     run.open({}, False)
     if run.accelerator.is_main_process:
         with Log(folder, 0, 4, 8) as log:
