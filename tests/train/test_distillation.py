@@ -24,11 +24,12 @@ from ditkit.models.video_dit import VideoDiT
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
-from ditkit.train.loop import train
+from ditkit.train.loop import Training, train
 from ditkit.train.objective import Batch, Term
 from ditkit.train.parts import train_only
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
+from ditkit.train.teacher import Held
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
 from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
@@ -53,7 +54,9 @@ def told() -> Cond:
 def losses(model: VideoDiT, objective: Denoising = CLEAR, teacher: Model | None = None) -> dict[str, Tensor]:
     """On two clips and prompts of different length, at t = 0.3 and 0.7."""
     data, noise = torch.randn(2, 2, 2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
-    teacher = objective.teacher(model) if teacher is None else teacher
+    if teacher is None:
+        teacher = model.with_weights(model.state_dict(), "teacher").requires_grad_(False)
+        teacher.policies = ()
     return objective.at(
         model,
         model,
@@ -62,7 +65,7 @@ def losses(model: VideoDiT, objective: Denoising = CLEAR, teacher: Model | None 
         noise=noise,
         t=torch.tensor([0.3, 0.7]),
         cond=told(),
-        teacher=teacher,
+        held=Held(teachers={type(term).__name__: teacher for term in objective.active}),
     )
 
 
@@ -117,10 +120,14 @@ def test_places_that_are_compared() -> None:
         AttentionDistillation(every=0)
 
 
-def test_no_teacher_is_made_where_nothing_compares_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_teacher_is_made_where_nothing_compares_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(Model, "with_weights", lambda *_: pytest.fail("copied"))
     weightless = Denoising((Regression(), PredictionDistillation(0.0), AttentionDistillation(0.0)))
-    assert weightless.teacher(small()) is None
+    run = Training(small(), Clips(), weightless, Settings(batch=2), tmp_path)
+    run.hire()
+    assert run.teachers == {}
     with pytest.raises(
         ConfigError, match="Forecasting has no teacher, which PredictionDistillation compares with"
     ):

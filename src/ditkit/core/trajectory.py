@@ -126,6 +126,8 @@ class Trajectory:
             if not receipt.sites:
                 line = f"{policy} met none of its sites in {receipt.calls} evaluations"
                 raise NoEffectError("; ".join([line, *receipt.said()]))
+            if policy.inherent:
+                continue  # the model was trained so: it is no saving that could fail
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
             if owns and not receipt.saved and not receipt.rows_saved:
                 raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")

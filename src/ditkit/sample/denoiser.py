@@ -14,6 +14,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
+from ditkit.core.policy import with_inherent
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.guidance import Guidance
@@ -122,17 +123,21 @@ class GuidedDenoiser:
         return self.lanes[name]
 
     def _of_guide(self, network: Denoiser) -> Trajectory:
-        """The model's own if the guide has the same sites and neither has weights that a policy learned.
+        """The model's own if the guide has the same sites and policies and neither has weights that a policy learned.
 
-        A guide of other sites runs without policies.
+        A guide of other sites runs without policies, but for the inherent ones of its own.
         """
         main, sites = self.trajectory, network.sites()
-        if sites != self.model.sites():
+        added = [policy for policy in getattr(self.model, "policies", ()) if policy.inherent]
+        given = [policy for policy in main.policies if policy not in added]
+        policies = with_inherent(network, given if sites == self.model.sites() else ())
+        if sites != self.model.sites() and not policies:
             return Trajectory((), (), self.total)
         learned = {*self.model.learned, *network.learned}
-        if network is self.model or learned.isdisjoint(type(policy).__name__ for policy in main.policies):
+        apart = not learned.isdisjoint(type(policy).__name__ for policy in (*main.policies, *policies))
+        if network is self.model or (list(policies) == list(main.policies) and not apart):
             return main  # policies key their state by network and lane
-        return Trajectory(sites, main.policies, self.total, main.max_bytes, network.learned)
+        return Trajectory(sites, policies, self.total, main.max_bytes, network.learned)
 
 
 class _Evaluation:

@@ -15,7 +15,7 @@ from ditkit.core.ddpm import Spacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.time_grid import EVEN, TimeGrid
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.denoiser import Estimate, GuidedDenoiser
@@ -110,7 +110,9 @@ def invert(
         ConfigError: steps below 1, or a setting that does not fit the model. NoEffectError: a policy saved nothing.
     """
     integer("steps", steps, least=1)
-    trajectory = Trajectory(model.sites(), policies, inversion.evaluations(steps), None, model.learned)
+    trajectory = Trajectory(
+        model.sites(), with_inherent(model, policies), inversion.evaluations(steps), None, model.learned
+    )
     field = GuidedDenoiser(model, cond, guidance, trajectory)
     noise = inversion.solve(field, data.double(), field.path, steps)
     for one in field.trajectories:

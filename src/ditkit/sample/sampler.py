@@ -16,7 +16,7 @@ from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError, unknown
 from ditkit.core.labels import class_names, resolve_labels
 from ditkit.core.model import Denoiser
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
 from ditkit.core.trajectory import Trajectory
@@ -187,7 +187,7 @@ def sample(
         seeds=sampling.seeds,
         receipts=receipts,
         evaluations=denoiser.index,
-        full=min(map(full_evaluations, receipts), default=denoiser.index),
+        full=min((full_evaluations(r) for r in receipts if not r.policy.inherent), default=denoiser.index),
         forwards=denoiser.forwards,
         policy_bytes=sum(one.peak_bytes for one in denoiser.trajectories),
         seconds=time.perf_counter() - began,
@@ -300,13 +300,13 @@ class Sampler:
 
 
 def trajectory_of(model: Denoiser, sampling: Sampling) -> Trajectory:
-    """Return the policies of `sampling` at work on the model's sites.
+    """Return the policies of `sampling`, and the model's inherent ones, at work on its sites.
 
     Raises:
         ConfigError, ConflictError, NoEffectError: as `Trajectory` does.
     """
-    total = sampling.evaluations
-    return Trajectory(model.sites(), sampling.policies, total, sampling.max_bytes, model.learned)
+    policies = with_inherent(model, sampling.policies)
+    return Trajectory(model.sites(), policies, sampling.evaluations, sampling.max_bytes, model.learned)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:

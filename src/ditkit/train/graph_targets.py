@@ -13,9 +13,10 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.nn.patches import Patches
-from ditkit.train.objective import Batch, Objective, Term
+from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import run_with_taps
+from ditkit.train.teacher import Held
 from ditkit.train.terms.cross_entropy import CrossEntropy
 
 
@@ -59,9 +60,10 @@ class GraphTargets(Objective):
         data: Any,
         cond: Cond,
         rng: SampleRNG,
-        teacher: Model | None = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
         out, taps = run_with_taps(
-            forward, model, self.taps(model), model.sample_shape, data.patches, data.ids
+            forward, model, self.taps(model, held.step), model.sample_shape, data.patches, data.ids
         )
-        return self.weigh(Batch(data=data.labels, prediction=out.float(), taps=taps, sites=model.sites()))
+        batch = Batch(data=data.labels, prediction=out.float(), taps=taps, sites=model.sites(), rng=rng)
+        return self.weigh(batch, held)

@@ -5,6 +5,7 @@ So a run that is resumed, or split over processes, draws what a single uninterru
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
+
+TERMS = 1000
+"""Uses of randomness from here on belong to names."""
 
 
 def seed_of(*key: int) -> int:
@@ -74,6 +78,11 @@ class SampleRNG:
             drop.append(torch.rand((), generator=g))
             noise.append(torch.randn(shape, generator=g))
         return torch.stack(noise), torch.stack(time), torch.stack(drop)
+
+    def of_term(self, name: str, n: int = 1) -> Tensor:
+        """For each place, `n` uniform numbers that belong to a name: other terms, or none, change none of them."""
+        use = TERMS + zlib.crc32(name.encode())
+        return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in self._generators(use)])
 
     def of_data(self) -> Iterator[torch.Generator]:
         """A generator a place, for what the data themselves draw: masks, crops."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.train.objective import Batch, Term
+from ditkit.train.schedules import Weight
 
 UNKNOWN = -1
 """Class of a target that does not count."""
@@ -20,7 +21,7 @@ class CrossEntropy(Term):
     The mean over the batch is that over the targets that count.
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def loss(self, batch: Batch) -> Tensor:
         logits, labels = batch.prediction, batch.data
