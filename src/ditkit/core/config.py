@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from inspect import get_annotations
 from numbers import Integral, Real
 from reprlib import repr as short
 from types import MappingProxyType, NoneType, UnionType
@@ -204,9 +205,20 @@ def union_members(kind: Any) -> tuple[Any, ...]:
 
 @cache
 def _declared(kind: Any) -> tuple[tuple[str, Any], ...]:
-    """Fields of a dataclass with their annotations."""
-    hints = get_type_hints(kind, include_extras=True)
-    return tuple((f.name, hints[f.name]) for f in fields(kind))
+    """Return the fields of a dataclass with their annotations; one that cannot be read here, of a class inside a
+    function, allows anything."""
+    return tuple((f.name, _annotation(kind, f.name)) for f in fields(kind))
+
+
+def _annotation(kind: type, name: str) -> Any:
+    """Evaluate the annotation of one field in the module of the class that declares it."""
+    owner = next(base for base in kind.__mro__ if name in get_annotations(base))
+    alone = type(owner.__name__, (), {"__annotations__": {name: get_annotations(owner)[name]}})
+    alone.__module__ = owner.__module__
+    try:
+        return get_type_hints(alone, include_extras=True)[name]
+    except NameError:
+        return Any
 
 
 def _bare(kind: Any) -> Any:

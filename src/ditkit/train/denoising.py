@@ -33,6 +33,9 @@ from ditkit.train.timesteps import (
     Uniform,
 )
 
+FRAMES = 2
+"""Axis of the frames of clips [B, C, T, H, W]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyBatch(Batch):
@@ -60,10 +63,15 @@ class NoisyBatch(Batch):
         """
         kind, t = self.convention.prediction, self.t.to(self.data.dtype)
         if kind == "score":
-            return self.noise + self.path.at(spread(t, self.x)).sigma * self.prediction
+            return self.noise + self.path.at(spread(t, self.x, time_axis(t))).sigma * self.prediction
         if kind == "velocity":
-            return self.path.velocity(self.data, self.noise, t) - self.prediction
+            return self.path.velocity(self.data, self.noise, t, time_axis(t)) - self.prediction
         return (self.data if kind == "data" else self.noise) - self.prediction
+
+
+def time_axis(t: Tensor) -> int | None:
+    """Return the axis of samples [B, C, T, ...] along which times [B, T] run; None for times [B]."""
+    return FRAMES if t.ndim > 1 else None
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class Denoising(Objective):
         """
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
-        x = path.mix(data, noise, t.to(data.dtype))
+        x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
         out, seen = _asked(forward, model, self.taps(model, held.step), x, t, cond)
         prediction, fraction = convention.split(out.float())
         batch = NoisyBatch(
