@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.core.numbers import integer
+from ditkit.core.config import integer
 from ditkit.metrics.error import finite, pooled_psnr_db
 from ditkit.tasks.video.recipe import conditioned
 

@@ -236,13 +236,13 @@ def test_types_of_what_is_kept() -> None:
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"keep": 0}, "Reshaped: keep=0, expected above 0 and at most 1"),
+        ({"keep": 0}, "Reshaped: keep=0 should lie in (0, 1]"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"every": 1}, "every=1 should be at least 2"),
         ({"stages": 0}, "stages=0 should be at least 1"),
         ({"stages": 2}, "warmup=5, expected whole steps of stages=2 evaluations"),
-        ({"ramp": float("nan")}, "ramp=nan, expected a finite number"),
-        ({"clamp": 1}, "clamp=1, expected true or false"),
+        ({"ramp": float("nan")}, "ramp=nan should be a finite number"),
+        ({"clamp": 1}, "clamp=1 should be true or false"),
         ({"residual": "float8"}, "unknown residual 'float8'; did you mean 'bfloat16'?"),
         ({"block": 48}, "block=48"),
     ],

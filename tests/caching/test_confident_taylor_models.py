@@ -278,9 +278,9 @@ def test_a_model_without_one_stack_of_several_blocks_is_refused(sites):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"threshold": -0.1}, "threshold=-0.1, expected a number of at least 0"),
-        ({"threshold": nan}, "threshold=nan, expected a number of at least 0"),
-        ({"threshold": "0.1"}, "threshold='0.1', expected a number of at least 0"),
+        ({"threshold": -0.1}, "threshold=-0.1 should be at least 0"),
+        ({"threshold": nan}, "threshold=nan should be at least 0"),
+        ({"threshold": "0.1"}, "threshold='0.1' should be a number of at least 0"),
         ({"first_order": -1}, "first_order=-1 should be at least 0"),
         ({"last_order": 1.5}, "last_order=1.5 should be an integer"),
         ({"warmup": -1}, "warmup=-1 should be at least 0"),

@@ -112,7 +112,7 @@ def test_as_text() -> None:
         ({"schedule": (1, 4)}, r"schedule=\(1, 4\), expected indices from 0 upwards"),
         ({"schedule": (0, 4, 2)}, r"schedule=\(0, 4, 2\), expected indices from 0 upwards"),
         ({"schedule": (0, 2, 2)}, r"schedule=\(0, 2, 2\), expected indices from 0 upwards"),
-        ({"schedule": (0, 1.5)}, "schedule=1.5 should be an integer"),
+        ({"schedule": (0, 1.5)}, r"schedule=\(0, 1.5\) should be a tuple of integers of at least 0"),
         ({"schedule": (0, 2), "per_sample_gate": True}, r"schedule=\(0, 2\) asks no gate"),
     ],
 )

@@ -11,15 +11,10 @@ import torch
 from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 from torch import Tensor, nn
 
-from ditkit.attention import (
-    Band,
-    Grouped,
-    Neighbourhood,
-    Reshaped,
-    ReshapedGrouped,
-    ReshapedNeighbourhood,
-)
+from ditkit.attention.pattern import Pattern
+from ditkit.attention.reshaped import Reshape
 from ditkit.core.catalog import every
+from ditkit.core.grid import Grid
 from ditkit.core.policy import RESOURCES, Policy
 from ditkit.core.run import DIRECT, Call
 from ditkit.core.trajectory import DEPTH, Trajectory
@@ -27,18 +22,10 @@ from ditkit.models.dit import DiT
 from ditkit.nn.modulation import Parts
 
 LANES = ("cond", "uncond")
-SETTINGS: dict[str, Policy] = {
-    "Band": Band(keep=0.2, block=8, kernel="cpu"),
-    "Grouped": Grouped(group=(2, 4), block=8, reach=0, kernel="cpu"),
-    "Neighbourhood": Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu"),
-    "Reshaped": Reshaped(keep=0.2, block=8, warmup=1, every=4, kernel="cpu"),
-    "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
-    "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
-}
-"""For a model of 16 tokens, where a default would be switched off."""
-STATELESS = {"Band", "Grouped", "Neighbourhood"}
+GRID = Grid(1, 4, 4)
+"""Tokens of `tiny_dit`, where the default of a pattern would be switched off."""
 pytestmark = pytest.mark.parametrize(
-    "policy", [SETTINGS.get(cls.__name__) or cls() for cls in every(Policy)], ids=lambda p: type(p).__name__
+    "policy", [cls.small(GRID) for cls in every(Policy)], ids=lambda p: type(p).__name__
 )
 
 
@@ -57,7 +44,7 @@ def test_the_neutral_setting_changes_no_bit(model, policy):
     assert equal(sample(model, [exact], LANES), sample(model, (), LANES))
 
 
-def test_the_default_changes_something(model, policy):
+def test_a_small_setting_changes_something(model, policy):
     assert not equal(sample(model, [policy], LANES), sample(model, (), LANES))
 
 
@@ -150,7 +137,7 @@ def test_memory_kept_is_the_memory_stated(model, policy):
 
     most: list[int] = []
     sample(model, [policy], LANES, evaluate=compared)
-    assert (max(most) == 0) == (type(policy).__name__ in STATELESS)
+    assert (max(most) == 0) == (isinstance(policy, Pattern) and not isinstance(policy, Reshape))
 
 
 @pytest.mark.parametrize("block", ["with the policy", "direct"])

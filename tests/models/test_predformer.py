@@ -105,7 +105,7 @@ def test_presets_have_the_blocks_and_the_skips_of_the_paper(data):
     [
         ({"size": 9}, "size=9x9"),
         ({"size": (8, 10)}, "size=8x10"),
-        ({"size": 0}, "size=0x0"),
+        ({"size": 0}, "size=(0, 0) should be at least 1"),
         ({"width": 30}, "width=30"),
         ({"heads": 0}, "heads=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),

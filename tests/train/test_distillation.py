@@ -112,7 +112,7 @@ def test_places_that_are_compared() -> None:
         assert AttentionDistillation(**given).taps(sites) == [f"blocks.{i}.attn.core" for i in places]
     with pytest.raises(ConfigError, match="needs attention from place 9 on; the model has 9"):
         Denoising((AttentionDistillation(first=9),)).check(small(depth=9))
-    with pytest.raises(ConfigError, match="every=0, expected an integer of at least 1"):
+    with pytest.raises(ConfigError, match="every=0 should be at least 1"):
         AttentionDistillation(every=0)
 
 

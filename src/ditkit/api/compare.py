@@ -20,9 +20,9 @@ from ditkit.bench.bench import EXACT, Bench, DistributionMetric, Method, Progres
 from ditkit.bench.memory import Isolated
 from ditkit.bench.rows import titles
 from ditkit.core.cond import Cond
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.metrics.error import made_of
 from ditkit.report.report import Report

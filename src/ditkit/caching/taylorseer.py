@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from math import isnan
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.config import Count, Natural
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
@@ -177,20 +178,15 @@ class TaylorSeer(Policy):
             latest `order + 1` full evaluations.
     """
 
-    interval: int = 4
-    order: int = 2
-    warmup: int = 2
+    interval: Count = 4
+    order: Natural = 2
+    warmup: Count = 2
     axis: Axis = "call"
     basis: Basis = "taylor"
 
-    def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("order", 0), ("warmup", 1)):
-            given = getattr(self, name)
-            if type(given) is not int or given < least:
-                raise ConfigError(f"TaylorSeer: {name}={given!r}, expected an integer of at least {least}")
-        for name, choices in (("axis", get_args(Axis)), ("basis", get_args(Basis))):
-            if getattr(self, name) not in choices:
-                raise ConfigError("TaylorSeer: " + unknown(name, getattr(self, name), choices))
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(interval=3, order=1)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         return {"schedule": "own", **dict.fromkeys(named(sites, "branch"), "own")}

@@ -22,8 +22,8 @@ from ditkit.cli.options import (
     writable,
 )
 from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
 from ditkit.tasks.forecast.figures import write_pictures
 from ditkit.tasks.forecast.scores import (
     ClipForecasts,

@@ -32,9 +32,9 @@ from ditkit.cli.options import (
     writable,
 )
 from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
-from ditkit.core.numbers import integer
 from ditkit.core.spec import spec
 from ditkit.data.clips import ClipSet, frame_size, spread
 from ditkit.data.loading import accepts_option, load_held_out

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from ditkit.core.config import Checked
 from ditkit.core.ddpm import DiscretePath
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import ConfigError
 from ditkit.core.path import PATHS, Path, Prediction
 
 Clock = Literal["noise", "data", "index"]
 Extra = Literal["none", "variance", "unused"]
+PathName = Literal["linear", "cosine", "vp", "ddpm"]
 
 
 @dataclass(frozen=True)
-class Convention:
+class Convention(Checked):
     """Edges between a network and the noise-time core.
 
     Args:
@@ -27,21 +29,13 @@ class Convention:
         extra: a second set of C output channels: none, DDPM's learned variance, or present and unused (SiT's code).
     """
 
-    path: str = "linear"
+    path: PathName = "linear"
     prediction: Prediction = "velocity"
     time: Clock = "noise"
     extra: Extra = "none"
 
     def __post_init__(self) -> None:
-        if self.path not in (*PATHS, "ddpm"):
-            raise ConfigError(unknown("path", self.path, (*PATHS, "ddpm")))
-        for what, given, choices in (
-            ("prediction", self.prediction, get_args(Prediction)),
-            ("time", self.time, get_args(Clock)),
-            ("extra", self.extra, get_args(Extra)),
-        ):
-            if given not in choices:
-                raise ConfigError(unknown(what, given, choices))
+        super().__post_init__()
         if (self.path == "ddpm") != (self.time == "index"):
             raise ConfigError(
                 f"path={self.path!r} cannot be fed time={self.time!r}; ddpm goes with index, only"

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid
 from ditkit.core.run import Call, Handler, Site
 from ditkit.core.spec import component
 
@@ -76,7 +78,7 @@ class Session:
         return ""
 
 
-class Policy(ABC):
+class Policy(Checked, ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
@@ -96,6 +98,11 @@ class Policy(ABC):
     @abstractmethod
     def exact(self) -> Self:
         """The neutral setting: bit-identical to not using the policy."""
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        """A setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
+        return cls()
 
     def modules(self, sites: Sequence[Site]) -> nn.Module | None:
         """Parameters that the policy trains, saved beside the model."""

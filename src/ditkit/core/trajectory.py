@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
-from ditkit.core.numbers import integer
 from ditkit.core.policy import RESOURCES, Claim, Policy, Session, as_policies
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named

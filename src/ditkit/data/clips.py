@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 
 
 @runtime_checkable

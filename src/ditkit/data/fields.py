@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.core.numbers import integer
 from ditkit.data.calendar import Step, Times, shown
 from ditkit.data.netcdf import read as read_netcdf
 from ditkit.data.pinned import find, read_pinned

@@ -9,11 +9,10 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.spec import SCALARS
+from ditkit.core.spec import read_value
 from ditkit.data.clips import ClipSet
 from ditkit.data.decode import SUFFIXES
 from ditkit.data.fields import FieldSet
@@ -63,8 +62,8 @@ def read_options(
 ) -> dict[str, Any]:
     """Options for `load` of these data out of texts such as `fps=10`, each read as its loader declares it.
 
-    Several values of one option stand between commas: `repair=sort,interpolate`. Those `decided` elsewhere are
-    unknown here.
+    Several values of one option stand between commas, or with a plus as in a policy's text: `repair=sort,interpolate`,
+    `repair=sort+interpolate`. Those `decided` elsewhere are unknown here.
 
     Raises:
         DataError: no such data, as `load` says.
@@ -80,7 +79,7 @@ def read_options(
             raise _unknown_option(name_or_path, name, known)
         if name in given:
             raise ConfigError(f"option {text!r}: {name} is given twice, expected once")
-        given[name] = _read(known[name], value, f"option {text!r}")
+        given[name] = read_value(known[name], value, f"option {text!r}", commas=True)
     return given
 
 
@@ -176,20 +175,6 @@ def _options(loader: partial[Any]) -> dict[str, Any]:
 
 def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, Any]) -> ConfigError:
     return ConfigError(unknown(f"option of data set {str(name_or_path)!r}:", option, known or ("none",)))
-
-
-def _read(kind: Any, text: str, where: str) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, or several of them between commas."""
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    several = [get_args(member)[0] for member in members if get_origin(member) in (tuple, Sequence)]
-    scalars = [member for member in members if member in SCALARS and member is not NoneType]
-    if several and ("," in text or not scalars):
-        return tuple(_read(several[0], part, where) for part in text.split(","))
-    read, expected = SCALARS[scalars[0]]
-    try:
-        return read(text)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{where}, expected {expected}") from error
 
 
 def _loader(name_or_path: str | Path) -> partial[Any]:

@@ -9,8 +9,8 @@ from pathlib import Path, PurePath
 
 import torch
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError
-from ditkit.core.numbers import integer
 from ditkit.data.clips import MemoryClips, Windows, frame_size
 from ditkit.data.folder import walk
 from ditkit.data.progress import tracked

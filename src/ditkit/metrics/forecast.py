@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.calendar import shown
 from ditkit.data.fields import FieldSet
 from ditkit.metrics.baselines import Climatology

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ditkit.core.checkpoint import read_state
-from ditkit.core.checks import (
-    at_least,
+from ditkit.core.cond import Cond, label_of
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Share,
     divides_for_sincos,
     divides_into_heads,
-    label_of,
     names_every_class,
-    not_too_deep,
-    shares,
 )
-from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
@@ -36,36 +37,45 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(ModelConfig):
     """Architecture and convention of a DiT.
 
     Args:
-        size: height and width of a sample. channels: its channels. patch: side of a token.
-        width, depth, heads: of the transformer. classes: labels, without the null class.
+        size: height and width of a picture.
+        patch: side of a token.
+        channels: of a sample.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
+        classes: labels, without the null class.
         label_dropout: share of training samples whose label is replaced by the null class.
         class_names: one a class, or empty.
     """
 
-    size: int = 32
-    patch: int = 2
-    channels: int = 4
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    classes: int = 1000
-    label_dropout: float = 0.1
+    task: ClassVar[str] = "image"
+
+    size: Count = 32
+    patch: Count = 2
+    channels: Count = field(default=4, metadata=FROM_DATA)
+    width: Count = 384
+    depth: Depth = 12
+    heads: Count = 6
+    classes: Count = field(default=1000, metadata=FROM_DATA)
+    label_dropout: Share = 0.1
     convention: Convention = DDPM
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "patch", "channels", "width", "depth", "heads", "classes")
+        super().__post_init__()
         if self.size % self.patch:
             raise ShapeError(f"DiT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)
         divides_for_sincos(self)
-        not_too_deep(self)
-        shares(self, "label_dropout")
         names_every_class(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(size=8, channels=3, width=32, depth=2, heads=4, classes=5)
 
 
 class DiT(Denoiser):

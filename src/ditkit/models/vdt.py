@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import (
-    at_least,
+from ditkit.core.cond import Cond
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Share,
     divides_for_sincos,
     divides_into_heads,
     names_every_class,
-    not_too_deep,
-    shares,
 )
-from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
@@ -37,12 +39,17 @@ SIZES = {"S": (12, 384, 6), "L": (28, 1152, 16)}
 
 
 @dataclass(frozen=True)
-class VDTConfig:
+class VDTConfig(ModelConfig):
     """Architecture and convention of a VDT.
 
     Args:
-        channels, frames: of a sample. size: its height and width; one number for both. Any others run, too.
-        patch: side of a token, within a frame. width, depth, heads: of the transformer.
+        channels: of a sample.
+        frames: of a clip.
+        size: height and width of a frame; one number for both. Any others run, too.
+        patch: side of a token, within a frame.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
         classes: labels, without the null class; the paper's models have one, which need not be given.
         mode: "image" leaves time out, attention and positions: every frame is a DiT's picture.
         conditioning: how given content comes in. "mask" puts it in the place of the noise (section 3.3); on whole
@@ -53,36 +60,37 @@ class VDTConfig:
         class_names: one a class, or empty.
     """
 
-    channels: int = 4
-    frames: int = 16
-    size: int | tuple[int, int] = 32
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    classes: int = 1
+    task: ClassVar[str] = "video"
+
+    channels: Count = field(default=4, metadata=FROM_DATA)
+    frames: Count = 16
+    size: Count | tuple[Count, Count] = 32
+    patch: Count = 2
+    width: Count = 384
+    depth: Depth = 12
+    heads: Count = 6
+    classes: Count = field(default=1, metadata=FROM_DATA)
     mode: Mode = "video"
     conditioning: Conditioning = "mask"
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     convention: Convention = DDPM
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads", "classes")
-        for name, choices in (("mode", get_args(Mode)), ("conditioning", get_args(Conditioning))):
-            if getattr(self, name) not in choices:
-                raise ConfigError("VDT: " + unknown(name, getattr(self, name), choices))
+        super().__post_init__()
         if any(n % self.patch for n in self.shape[1:]):
             raise ShapeError(f"VDT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)
         divides_for_sincos(self)
-        not_too_deep(self)
-        shares(self, "label_dropout")
         names_every_class(self)
         if self.mode == "image" and self.conditioning == "concat":
             raise ConfigError(
                 "VDT: conditioning='concat' joins frames along time, which mode='image' has not"
             )
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=8, width=32, depth=2, heads=4, classes=5)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from annotated_types import Gt
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, divides_into_heads, names_every_class, not_too_deep, shares
 from ditkit.core.cond import Cond
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Natural,
+    Share,
+    divides_into_heads,
+    names_every_class,
+)
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
@@ -27,15 +37,20 @@ from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
 
 
 @dataclass(frozen=True)
-class VideoDiTConfig:
+class VideoDiTConfig(ModelConfig):
     """Architecture and convention of a video DiT.
 
     Args:
-        channels, frames: of a clip. size: its height and width; one number for both.
-        patch: frames, height and width of a token; one number p is (1, p, p).
-        width, depth, heads: of the transformer.
+        channels: of a clip.
+        frames: of a clip.
+        size: height and width of a frame; one number for both.
+        patch: frames, height and width of a token; one number p is 1, p, p.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
         classes: labels, without the null class; 0 for none.
-        text_width, text_tokens: of the prompt, whose rows come first in the sequence; 0 for none.
+        text_width: of the prompt's tokens; 0 for none.
+        text_tokens: of the prompt, whose rows come first in the sequence; 0 for none.
         qk_norm: RMS norm of queries and keys in each head.
         rotary_base: of the frequencies; 10,000 in Wan, 256 in HunyuanVideo.
         rotary_split: channels of a head for frames, rows and columns; empty for Wan's. HunyuanVideo takes
@@ -44,54 +59,49 @@ class VideoDiTConfig:
         class_names: one a class, or empty.
     """
 
-    channels: int = 3
-    frames: int = 16
-    size: int | tuple[int, int] = 64
-    patch: int | tuple[int, int, int] = 8
-    width: int = 192
-    depth: int = 6
-    heads: int = 3
-    classes: int = 0
-    text_width: int = 0
-    text_tokens: int = 0
+    task: ClassVar[str] = "video"
+
+    channels: Count = field(default=3, metadata=FROM_DATA)
+    frames: Count = 16
+    size: Count | tuple[Count, Count] = 64
+    patch: Count | tuple[Count, Count, Count] = 8
+    width: Count = 192
+    depth: Depth = 6
+    heads: Count = 3
+    classes: Natural = field(default=0, metadata=FROM_DATA)
+    text_width: Natural = field(default=0, metadata=FROM_DATA)
+    text_tokens: Natural = field(default=0, metadata=FROM_DATA)
     qk_norm: bool = True
-    rotary_base: float = 10_000.0
+    rotary_base: Annotated[float, Gt(1)] = 10_000.0
     rotary_split: tuple[int, ...] = ()
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     convention: Convention = field(default_factory=Convention)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads")
+        super().__post_init__()
         if any(n % p for n, p in zip(self.shape, self.sides, strict=True)):
             raise ShapeError(
                 f"VideoDiT: frames={self.frames}, size={self.size} do not divide into patches of {self.sides}"
             )
         divides_into_heads(self)
-        not_too_deep(self)
-        self._check_rotary()
-        self._check_told()
-
-    def _check_rotary(self) -> None:
         head = self.width // self.heads
-        if not self.rotary_base > 1:
-            raise ConfigError(f"VideoDiT: rotary_base={self.rotary_base} should be above 1")
         split = self.rotary_split or wan_split(head)
         if len(split) != 3 or sum(split) != head or any(n < 2 or n % 2 for n in split):
             raise ShapeError(
                 f"VideoDiT: rotary_split={split} should be three even numbers, at least 2, "
                 f"which sum to the head's {head} channels"
             )
-
-    def _check_told(self) -> None:
-        at_least(0, self, "classes", "text_width", "text_tokens")
         if bool(self.text_width) != bool(self.text_tokens):
             raise ConfigError(
                 f"VideoDiT: text_width={self.text_width} and text_tokens={self.text_tokens} "
                 "should both be 0, or neither"
             )
-        shares(self, "label_dropout")
         names_every_class(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=8, patch=2, width=32, depth=2, heads=4, classes=5)
 
     @property
     def shape(self) -> tuple[int, int, int]:

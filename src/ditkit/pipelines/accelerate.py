@@ -13,8 +13,8 @@ from torch import nn
 
 from ditkit.bench.timing import seconds_of
 from ditkit.caching.confident_taylor import ConfidentTaylor
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.core.trajectory import claim
 from ditkit.hosts.attention import refuse_closed

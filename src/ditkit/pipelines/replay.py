@@ -17,8 +17,8 @@ from torch import Tensor
 from ditkit.bench.macs import MacCount, MacCounter
 from ditkit.bench.rows import Row, decibels, distance, megabytes, titles
 from ditkit.bench.timing import alternated, medians
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.metrics.error import errors, pooled_psnr_db

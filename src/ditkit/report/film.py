@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ditkit.core.checkpoint import replacing
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ShapeError
-from ditkit.core.numbers import integer
 from ditkit.report.sheet import INK, LINE, PAPER, as_frames, clipped, font, image
 
 SEEN_PX = 256

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Denoiser
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ditkit.core.codec import Codec, encode_given
 from ditkit.core.cond import Cond
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Denoiser
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy, as_policies
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import component

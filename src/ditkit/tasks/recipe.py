@@ -52,8 +52,8 @@ class Recipe(ABC):
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
     """Whether the network is a model, which policies act on, and which `init` finds."""
-    Network: ClassVar[type]
-    """A dataclass of those fields of `model` that do not follow from the data; their flags."""
+    task: ClassVar[str]
+    """The task of every config that `model` may be."""
 
     data: str
     model: Any
@@ -66,6 +66,12 @@ class Recipe(ABC):
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
+        if (task := getattr(self.model, "task", "none")) != self.task:
+            kinds = every(Model)  # type: ignore[type-abstract]
+            fitting = [kind.__name__ for kind in kinds if getattr(kind.Config, "task", "none") == self.task]
+            raise ConfigError(
+                f"model={type(self.model).__name__} is of task {task!r}, expected {self.task!r}: {', '.join(fitting)}"
+            )
         if self.codec and not self.latent:
             raise ConfigError(
                 f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none"
@@ -259,14 +265,3 @@ def forward_macs(recipe: Recipe) -> int:
     with torch.device("meta"), torch.no_grad():
         model = recipe.network().eval()
         return count_macs(model, *recipe.example(model)).total
-
-
-def with_network(recipe: Recipe, network: Any) -> Recipe:
-    """The recipe with the fields of `network`, one of `recipe.Network`, in its model."""
-    return replace(recipe, model=replace(recipe.model, **vars(network)))
-
-
-def network_of(recipe: Recipe) -> Any:
-    """The fields of the recipe's model that have flags."""
-    names = [f.name for f in fields(recipe.Network)]
-    return recipe.Network(**{name: getattr(recipe.model, name) for name in names})

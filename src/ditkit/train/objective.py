@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
+from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
 from ditkit.core.run import Site
@@ -46,7 +47,7 @@ class Batch:
         return error if self.mask is None else error * self.mask
 
 
-class Term(ABC):
+class Term(Checked, ABC):
     """One part of the loss. With weight 0 nothing of it is computed."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)

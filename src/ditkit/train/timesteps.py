@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.config import Checked
 
 
-class Timesteps(ABC):
+class Timesteps(Checked, ABC):
     """A density over noise-time, given as its quantile function."""
 
     @abstractmethod
@@ -36,11 +38,7 @@ class LogitNormal(Timesteps):
     """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N)."""
 
     mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ConfigError(f"LogitNormal: std={self.std} should be positive")
+    std: Annotated[float, Gt(0)] = 1.0
 
     def quantile(self, u: Tensor) -> Tensor:
         normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-12, 1 - 1e-12) - 1)
@@ -51,12 +49,8 @@ class LogitNormal(Timesteps):
 class Shifted(Timesteps):
     """t' = a t / (1 + (a - 1) t): a > 1 moves mass to noise; the same as adding ln a to the logit."""
 
-    shift: float = 3.0
+    shift: Annotated[float, Gt(0)] = 3.0
     inner: Uniform | LogitNormal = UNIFORM
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ConfigError(f"Shifted: shift={self.shift} should be positive")
 
     def quantile(self, u: Tensor) -> Tensor:
         t = self.inner.quantile(u)

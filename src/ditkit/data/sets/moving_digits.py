@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.clips import frame_size, to_clips
 from ditkit.data.pinned import find, read_pinned
 

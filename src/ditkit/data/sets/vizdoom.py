@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditkit.core.checkpoint import dump_state, read_metadata, read_state, replacing
+from ditkit.core.config import integer
 from ditkit.core.errors import CheckpointError, ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.clips import MemoryClips, Windows, frame_size
 from ditkit.data.pinned import roots
 from ditkit.data.progress import tracked

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ditkit.codecs.standardised import Standardised
 from ditkit.core.codec import fingerprint
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
-from ditkit.core.numbers import integer
 from ditkit.data.clips import ClipSet, spread
 from ditkit.data.fields import Parts
 from ditkit.data.loading import load_fields, load_held_out

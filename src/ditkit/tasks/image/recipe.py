@@ -17,8 +17,6 @@ from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
-from ditkit.models.dit import DiTConfig
-from ditkit.models.small_flux import SmallFluxConfig
 from ditkit.report.sheet import grid, write_png
 from ditkit.sample import Ddim, Euler
 from ditkit.tasks.latent import coded, load_codec
@@ -32,30 +30,9 @@ SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
 FLOW_MATCHING = Denoising()
 
 
-@dataclass(frozen=True)
-class ClassImageNetwork:
-    """What of a DiT does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        patch: Side of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-        label_dropout: Share of samples trained without their class.
-    """
-
-    size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    label_dropout: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClassImageRecipe(Recipe):
-    """A network that draws the classes of an image set: a DiT.
+    """A network that draws the classes of an image set.
 
     Args:
         data: a named set, a folder of class folders, or a folder of images with captions, which are trained as
@@ -68,8 +45,7 @@ class ClassImageRecipe(Recipe):
         "captions; those images are all trained as one class, named as the folder."
     )
     latent: ClassVar[bool] = True
-    Network: ClassVar[type] = ClassImageNetwork
-    model: DiTConfig | SmallFluxConfig
+    task: ClassVar[str] = "image"
     objective: Objective = FLOW_MATCHING
 
     def prepared(self) -> Prepared:
@@ -103,35 +79,6 @@ class ClassImageRecipe(Recipe):
 
     def sheet(self, folder: Path, samples: Samples) -> Sheet:
         return partial(write_sheet, folder)
-
-
-@dataclass(frozen=True)
-class FluxNetwork:
-    """What of a small FLUX does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        width: Of a token's vector.
-        heads: Of attention.
-        depth: Number of blocks of two streams.
-        single_depth: Number of blocks of one stream.
-        label_dropout: Share of samples trained without their class.
-    """
-
-    size: int
-    width: int
-    heads: int
-    depth: int
-    single_depth: int
-    label_dropout: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class FluxImageRecipe(ClassImageRecipe):
-    """The same with diffusers' FLUX for a network."""
-
-    Network: ClassVar[type] = FluxNetwork
-    model: SmallFluxConfig
 
 
 class ClassDataset:

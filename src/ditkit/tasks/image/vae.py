@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ditkit.codecs.image_vae import ImageVae, ImageVaeConfig
+from ditkit.codecs.image_vae import ImageVae
 from ditkit.data.loading import load_images
 from ditkit.report.sheet import grid, write_png
 from ditkit.tasks.image.recipe import ClassDataset
@@ -26,25 +26,6 @@ SHEET_PICTURES = 8
 MEASURED_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
-class ImageVaeNetwork:
-    """What of an ImageVae does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        latent_channels: Of the latents.
-        widths: Channels of each level; between two levels the sides are halved.
-        layers: Residual blocks of a level.
-        groups: Of the normalisation; every width divides by it.
-    """
-
-    size: int
-    latent_channels: int
-    widths: tuple[int, ...]
-    layers: int
-    groups: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageVaeRecipe(Recipe):
     """A VAE of an image set; its statistics are measured on all of the set when training is done.
@@ -57,8 +38,7 @@ class ImageVaeRecipe(Recipe):
     sources: ClassVar[str] = "A named set of images (emoji, fashion), or a folder of images."
     then: ClassVar[str] = "ditkit train emoji --codec"
     has_sites: ClassVar[bool] = False
-    Network: ClassVar[type] = ImageVaeNetwork
-    model: ImageVaeConfig
+    task: ClassVar[str] = "image-vae"
     objective: Objective = LATENT_DIFFUSION
 
     def prepared(self) -> Prepared:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ditkit.core.config import Checked, Fraction
 from ditkit.core.errors import ConfigError, unknown
 
 Size = tuple[int, int, int]
@@ -159,7 +160,7 @@ def mask_kind(name: str) -> MaskKind:
 
 
 @dataclass(frozen=True)
-class MaskMixture:
+class MaskMixture(Checked):
     """A task for each training sample: `region` with its chance, else one of `frames`, all alike (VDT's code).
 
     The code draws one mask a batch; here every sample has its own. Tasks that a clip is too short for are
@@ -169,12 +170,11 @@ class MaskMixture:
         region: chance of the task "region". frames: names of the other tasks.
     """
 
-    region: float = 0.2
+    region: Fraction = 0.2
     frames: tuple[str, ...] = TEMPORAL
 
     def __post_init__(self) -> None:
-        if not 0 <= self.region <= 1:
-            raise ConfigError(f"MaskMixture: region={self.region} should lie in [0, 1]")
+        super().__post_init__()
         if not self.frames and self.region < 1:
             raise ConfigError(f"MaskMixture: region={self.region} without other frames, expected 1")
         for name in self.frames:

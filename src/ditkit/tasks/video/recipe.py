@@ -19,7 +19,6 @@ from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, Model
 from ditkit.data.clips import ClipSet, LabelledClips, class_labels
 from ditkit.data.loading import load_clips
-from ditkit.models.vdt import VDTConfig
 from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
@@ -37,48 +36,6 @@ EVERY_MASK = MaskMixture()
 SHEET_KINDS, SHEET_STEPS = ("predict", "backward", "interpolate", "region", "unconditional"), 25
 
 
-@dataclass(frozen=True)
-class VideoNetwork:
-    """What of a VDT does not follow from the data.
-
-    Args:
-        frames: Of a clip.
-        size: Height and width of a frame.
-        patch: Side of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-    """
-
-    frames: int
-    size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-
-
-@dataclass(frozen=True)
-class FullVideoNetwork:
-    """What of a video DiT does not follow from the data.
-
-    Args:
-        frames: Of a clip.
-        size: Height and width of a frame.
-        patch: Frames, height and width of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-    """
-
-    frames: int
-    size: int
-    patch: tuple[int, int, int]
-    width: int
-    depth: int
-    heads: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class VideoRecipe(Recipe):
     """A network that makes clips, or the missing part of them.
@@ -92,8 +49,7 @@ class VideoRecipe(Recipe):
     sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
     then: ClassVar[str] = "ditkit video"
     latent: ClassVar[bool] = True
-    Network: ClassVar[type] = VideoNetwork
-    model: VDTConfig | VideoDiTConfig
+    task: ClassVar[str] = "video"
     objective: Objective = FLOW_MATCHING
     masks: MaskMixture = EVERY_MASK
 
@@ -131,13 +87,6 @@ class VideoRecipe(Recipe):
         assert isinstance(samples, MaskedClipDataset)
         first = torch.tensor([0])
         return partial(write_strips, folder, samples.clips.clips(first), label=samples.label(first))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullVideoRecipe(VideoRecipe):
-    """The same for a video DiT, whose tokens may span several frames."""
-
-    Network: ClassVar[type] = FullVideoNetwork
 
 
 class MaskedClipDataset:
