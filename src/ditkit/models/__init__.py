@@ -1,6 +1,7 @@
 """Backbones, one file each."""
 
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
+from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
@@ -10,6 +11,8 @@ __all__ = [
     "VDT",
     "ConvLSTM",
     "ConvLSTMConfig",
+    "DiCo",
+    "DiCoConfig",
     "DiT",
     "DiTConfig",
     "PredFormer",
