@@ -130,8 +130,8 @@ def test_blocks_and_branches_take_tokens_first_and_keep_their_shape(kind):
 
 
 def test_a_branch_can_run_on_some_rows_only(kind):
-    """Row-wise branches give the same rows; so nothing that is aligned with tokens hides in a closure. One that reads its
-    rows as a grid says so, and takes them all."""
+    """Row-wise branches give the same rows; so nothing that is aligned with tokens hides in a closure. One that reads
+    its rows as a grid says so, and takes them all."""
     if is_hosted(kind):
         return  # two streams
     model = awake(kind).double()

@@ -237,7 +237,9 @@ class DiCo(Denoiser):
                 name = f"down.{i - 1}" if i < 3 else f"up.{i - 3}"
                 found.append(Site(name, "tokens", width=width, stage=stage, ordered=True))
             found.append(Site(f"levels.{i}", "stack", width=width, stage=stage, ordered=True))
-            found += [site for j, block in enumerate(blocks) for site in block.sites(f"levels.{i}.{j}", stage)]
+            found += [
+                site for j, block in enumerate(blocks) for site in block.sites(f"levels.{i}.{j}", stage)
+            ]
         head = Site("head", "head", width=widths[-1], ordered=True)
         return (*found, head, Site("head.modulation", "modulation", width=widths[-1]))
 
@@ -267,7 +269,9 @@ class DiCo(Denoiser):
                 rows.append(run.site(f"down.{i - 1}", partial(self.descend, i - 1), rows[-1], grids[i - 1]).x)
             elif i:
                 lower, skip = rows.pop(), rows.pop()
-                rows.append(run.site(f"up.{i - 3}", partial(self.ascend, i - 3), lower, skip, grids[stage + 1]).x)
+                rows.append(
+                    run.site(f"up.{i - 3}", partial(self.ascend, i - 3), lower, skip, grids[stage + 1]).x
+                )
             stack = Stack(self.levels[i], run, f"levels.{i}", self.recomputes)
             rows[-1] = run.site(f"levels.{i}", stack.beside, rows[-1], c[TOLD[i]], grids[stage])
         head = partial(self.head, run, "head")

@@ -90,3 +90,42 @@ class DepthwiseBranch(nn.Module):
         u_BLD = F.gelu(self.depthwise(self.inner(x_BLD), grid))
         out: Tensor = self.outer(self.attention(u_BLD))
         return out
+
+
+class TextConv(nn.Module):
+    """A depthwise convolution whose kernels are a caption: each sample has its own (DiCo, text-to-image).
+
+    Two layers take each text token to D channels; the tokens are the places of a square kernel, row by row, the last
+    one again where the text has fewer (77 tokens of CLIP fill 9 x 9 so).
+
+    Args:
+        width: channels of a row. text: of a text token. side: of the kernel, odd.
+    """
+
+    def __init__(self, width: int, text: int, side: int = 9) -> None:
+        super().__init__()
+        self.side = side
+        self.inner, self.outer = nn.Linear(text, width), nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, text_BSE: Tensor, grid: Grid) -> Tensor:
+        """Convolve rows [B, L, D] under the text [B, S, E].
+
+        Raises:
+            ShapeError: the text has more tokens than the kernel has places.
+        """
+        kernels = self.kernels(text_BSE)
+        B, D = kernels.shape[:2]
+        one = to_map(x_BLD, grid).reshape(1, B * D, grid.height, grid.width)
+        out = F.conv2d(
+            one, kernels.reshape(B * D, 1, self.side, self.side), padding=self.side // 2, groups=B * D
+        )
+        return to_rows(out.reshape(B, D, grid.height, grid.width))
+
+    def kernels(self, text_BSE: Tensor) -> Tensor:
+        """Return each sample's kernels, [B, D, side, side]."""
+        places, given = self.side**2, text_BSE.shape[1]
+        if given > places:
+            raise ShapeError(f"TextConv: {given} text tokens, expected at most {self.side} x {self.side}")
+        k_BSD = self.outer(F.gelu(self.inner(text_BSE)))
+        k_BSD = torch.cat([k_BSD, k_BSD[:, -1:].expand(-1, places - given, -1)], 1)
+        return k_BSD.mT.unflatten(2, (self.side, self.side))
