@@ -56,8 +56,8 @@ class DepthwiseConv(MapConv):
 class ChannelAttention(nn.Module):
     """Compact channel attention (DiCo, section 3.2): u * sigmoid(P mean(u) + b), the mean over all rows.
 
-    One square matrix on the pooled vector, without a squeeze. The mean runs over the whole picture, so a network that is
-    cut into tiles or spread over ranks must reduce it over all of them.
+    One square matrix on the pooled vector, without a squeeze. The mean runs over the whole picture, so a network that
+    is cut into tiles or spread over ranks must reduce it over all of them.
     """
 
     def __init__(self, width: int) -> None:
