@@ -11,7 +11,6 @@ from itertools import pairwise
 import pytest
 import torch
 from rich.console import Console
-from rig import TINY, tiny_dit
 
 from ditkit.api.compare import compare
 from ditkit.bench import bench
@@ -25,6 +24,7 @@ from ditkit.metrics.features import EfficientNetLite0
 from ditkit.report.plots import Box, place, ticks
 from ditkit.report.report import Report
 from ditkit.sample import ClassifierFree, Euler, Heun, Unguided, sample
+from rig import TINY, tiny_dit
 
 STEPS, CONVERGED, SEEDS = 12, 60, (0, 1, 2)
 POLICIES = (TaylorSeer(interval=1), TaylorSeer(interval=4, order=0), TaylorSeer(interval=4, order=2))

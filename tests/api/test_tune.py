@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_support import save_tiny, tiny_model
 
 import ditkit
 from ditkit.api.tune import Target, Tuned, expanded, front_of, tune
@@ -18,6 +17,7 @@ from ditkit.bench.rows import Row
 from ditkit.cli.main import main
 from ditkit.cli.tune import decibels
 from ditkit.core.errors import ConfigError
+from models_support import save_tiny, tiny_model
 
 Capture = pytest.CaptureFixture[str]
 COLUMNS = 80

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from models_support import save_tiny, tiny_model
 from test_tune import QUICK, Capture
 
 from ditkit.api.tune import Target, error_db, tune
 from ditkit.cli.main import main
 from ditkit.core.errors import NoEffectError
+from models_support import save_tiny, tiny_model
 
 OFF = "off 16 keys, dense attention is faster below 256"
 

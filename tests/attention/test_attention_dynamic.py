@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from patterns_support import predicted, prompt, tiny_clip_model
 from torch import Tensor, nn
 
 from ditkit.attention.dynamic import Dynamic
@@ -23,6 +22,7 @@ from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.ops.block_sparse_attention import BlockPlan, attend, attend_reference, build_plan, narrowed
 from ditkit.sample.workload import SamplingJob
+from patterns_support import predicted, prompt, tiny_clip_model
 
 BLOCK, EACH = 16, 2
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from patterns_support import planned_mask, tiny_clip_model
 from torch import Tensor
 
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Policy
 from ditkit.models.video_dit import VideoDiT
 from ditkit.sample.workload import SamplingJob
+from patterns_support import planned_mask, tiny_clip_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

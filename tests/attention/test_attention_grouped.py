@@ -7,6 +7,14 @@ from math import prod
 
 import pytest
 import torch
+
+from ditkit.attention import Grouped
+from ditkit.attention.grouped import group_order
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, ShapeError
+from ditkit.core.grid import Grid
+from ditkit.core.run import Call
+from ditkit.core.trajectory import Trajectory
 from patterns_support import (
     MaskedClipDataset,
     grouped_meets,
@@ -16,14 +24,6 @@ from patterns_support import (
     tiny_clip_model,
     token_mask,
 )
-
-from ditkit.attention import Grouped
-from ditkit.attention.grouped import group_order
-from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, ShapeError
-from ditkit.core.grid import Grid
-from ditkit.core.run import Call
-from ditkit.core.trajectory import Trajectory
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 8, 12), Grid(1, 9, 7), Grid(4, 4, 8), Grid(5, 6, 7)])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import band_meets, planned_mask, tiny_clip_model, token_mask
 from torch import Tensor
 
 from ditkit.attention import Band, Reshaped, ReshapedGrouped, ReshapedNeighbourhood
@@ -19,6 +18,7 @@ from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.nn.blocks import attention
 from ditkit.ops.block_sparse_attention import attend_reference
+from patterns_support import band_meets, planned_mask, tiny_clip_model, token_mask
 
 CORE = (Site("c", "core", "joint"),)
 KEY = ("main", "cond", "c")

@@ -25,6 +25,8 @@ from expectations import Claim, judged
 from forecasting import spent, steps_of
 from layouts import BEST, FULL, PLAIN, Arguments
 
+pytestmark = pytest.mark.usefixtures("drawn_digits")
+
 TINY = Arguments(size=16, frames=2, width=32, steps=2, batch=2, seeds=1, clips=4)
 FEWER = 2
 """Networks that have not all layers, of 12 blocks."""

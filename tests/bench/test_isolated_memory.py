@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rig import tiny_dit
 
 from ditkit.api.compare import compare
 from ditkit.bench.memory import describe, revive
@@ -16,6 +15,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler
 from ditkit.sample.workload import SamplingJob
+from rig import tiny_dit
 
 STEPS, SEEDS = 12, (0, 1, 2)
 

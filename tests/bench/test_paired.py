@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models_support import tiny_model
 from torch import Tensor, nn
 
 from ditkit.bench.paired import Draws, PairedLosses, bootstrap, paired_loss
@@ -24,6 +23,7 @@ from ditkit.train.optimizers import optimizers_of
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
+from models_support import tiny_model
 
 SHAPE = (2, 4, 4)
 FEW = Draws(count=96)

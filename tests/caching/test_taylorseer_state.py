@@ -8,7 +8,6 @@ from math import factorial
 
 import pytest
 import torch
-from rig import BRANCH, STEPS, call_at, calls, evaluate, noise, play, tiny_dit
 from torch import Tensor
 
 from ditkit.caching.taylorseer import Forecaster, TaylorSeer
@@ -16,6 +15,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
+from rig import BRANCH, STEPS, call_at, calls, evaluate, noise, play, tiny_dit
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, exit_code, output, save_photos
-from models_support import CLASSES, save_tiny, tiny_model
 from PIL import Image
 
 import ditkit
+from cli_support import Capture, exit_code, output, save_photos
 from ditkit.api.generate import Generated
 from ditkit.cli import compare as compare_command
 from ditkit.cli import generate as generate_command
@@ -29,6 +28,7 @@ from ditkit.core.model import Model
 from ditkit.report.sheet import grid
 from ditkit.sample import Autoguidance, ClassifierFree, Unguided
 from ditkit.tasks.image.recipe import write_sheet
+from models_support import CLASSES, save_tiny, tiny_model
 
 COLUMNS = 80
 SMALL = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2", "--warmup", "0"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint
-from models_support import save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
+from cli_support import Capture, complaint
 from ditkit.cli.main import main
+from models_support import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")

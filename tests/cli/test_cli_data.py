@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_support import Capture, complaint, exit_code, output, save_photos
-from models_support import perturbed, save_tiny
 from PIL import Image
 
 import ditkit
+from cli_support import Capture, complaint, exit_code, output, save_photos
 from ditkit.cli.compare import told
 from ditkit.cli.train import found
 from ditkit.core.convention import Convention
@@ -27,6 +26,7 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.tasks.forecast.recipe import ClipForecastRecipe
 from ditkit.tasks.video.recipe import VideoRecipe
+from models_support import perturbed, save_tiny
 
 FRAMES, SIDE = 4, 16
 CLIP_RECIPES = [

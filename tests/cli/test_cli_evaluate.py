@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, output, save_photos
-from models_support import save_tiny, tiny_model
 from PIL import Image
 
+from cli_support import Capture, complaint, output, save_photos
 from ditkit.cli import evaluate as evaluate_command
 from ditkit.metrics.features import HEAD_TAP, POOLED_TAP
+from models_support import save_tiny, tiny_model
 
 
 @pytest.fixture

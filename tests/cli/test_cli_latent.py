@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, exit_code
 from PIL import Image
 
 import ditkit
+from cli_support import Capture, complaint, exit_code
 from ditkit.cli.train import found
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits

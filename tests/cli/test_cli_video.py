@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, output
-from models_support import perturbed, save_tiny
 from PIL import Image
 from torch import Tensor
 
 import ditkit
+from cli_support import Capture, complaint, output
 from ditkit.cli import video as video_command
 from ditkit.cli.video import TOLD
 from ditkit.core.convention import Convention
@@ -23,6 +22,7 @@ from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report import film as films
 from ditkit.tasks.video.scores import complete
+from models_support import perturbed, save_tiny
 
 FRAMES, SIDE = 8, 16
 EVERY = (*TOLD, "unconditional")

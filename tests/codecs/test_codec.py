@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from codecs_support import CLIPS, PICTURES, equal, one_line, small
 from torch import Tensor
 
+from codecs_support import CLIPS, PICTURES, equal, one_line, small
 from ditkit.codecs.standardised import Standardised
 from ditkit.core.catalog import every
 from ditkit.core.codec import IDENTITY, Codec, fingerprint, frame_by_frame

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from codecs_support import CLIPS, PICTURES, SMALL, one_line, small
 from diffusers import AutoencoderKL
 
+from codecs_support import CLIPS, PICTURES, SMALL, one_line, small
 from ditkit.codecs import ImageVae
 from ditkit.core.errors import CheckpointError, DataError, DitkitError, ShapeError
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from codecs_support import equal
-from models_support import perturbed
-from scripts.toy_run import losses
 from torch import Tensor
 
 import ditkit
+from codecs_support import equal
 from ditkit.api.generate import generate
 from ditkit.bench.memory import describe as described
 from ditkit.bench.memory import revive
@@ -39,6 +37,8 @@ from ditkit.tasks.video.recipe import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
+from models_support import perturbed
+from scripts.toy_run import losses
 
 SIDE, FRAMES = 16, 4
 VAE = ImageVaeConfig(size=SIDE, latent_channels=4, widths=(8, 16), groups=4)

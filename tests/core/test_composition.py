@@ -10,18 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import flux_support as fluxes
-import hosts_support as hosts
-import lumina_wan_support as lumina_wan
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from pipelines_support import asked, computed, latents, pipeline, prompt
-from rig import noise, tiny_dit
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import ditkit
+import flux_support as fluxes
+import hosts_support as hosts
+import lumina_wan_support as lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import RAS, ConfidentTaylor, TaylorSeer
 from ditkit.core.cond import Cond
@@ -31,6 +29,8 @@ from ditkit.core.run import Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
+from pipelines_support import asked, computed, latents, pipeline, prompt
+from rig import noise, tiny_dit
 
 GRID = Grid(1, 4, 4)
 POLICIES: dict[str, Policy] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed, tiny_model
 from torch import Tensor
 
 from ditkit.api.generate import Generated, generate
@@ -19,6 +18,7 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.tasks.video import recipe as video
 from ditkit.tasks.video.recipe import SHEET_KINDS, conditioned, write_strips
+from models_support import perturbed, tiny_model
 
 T, SIDE = 4, 8
 SIZE: dict[str, Any] = {"channels": 3, "frames": T, "size": SIDE, "depth": 1, "heads": 2}

@@ -8,7 +8,6 @@ from types import FunctionType, ModuleType
 
 import pytest
 import torch
-from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 from torch import Tensor, nn
 
 from ditkit.attention.pattern import Pattern
@@ -20,6 +19,7 @@ from ditkit.core.run import DIRECT, Call
 from ditkit.core.trajectory import DEPTH, Trajectory
 from ditkit.models.dit import DiT
 from ditkit.nn.modulation import Parts
+from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 
 LANES = ("cond", "uncond")
 GRID = Grid(1, 4, 4)

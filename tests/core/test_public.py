@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import CLASSES, save_tiny, tiny_model
 
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
@@ -19,6 +18,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, ConflictError
 from ditkit.core.labels import class_index, class_names, resolve_labels
 from ditkit.models.dit import DiT
 from ditkit.sample import ClassifierFree, Heun
+from models_support import CLASSES, save_tiny, tiny_model
 
 HEAVY = ("diffusers", "transformers", "matplotlib", "torchmetrics", "accelerate", "PIL", "tyro", "rich")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -20,6 +19,7 @@ from ditkit.core.run import DIRECT, Run
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast
+from models_support import perturbed
 
 TINY = PredFormerConfig(
     channels=2, frames=4, size=(8, 12), patch=4, width=32, heads=4, hidden=48, layout="TS*2"

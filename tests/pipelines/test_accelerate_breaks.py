@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from flux_support import at, call, call_inputs, transformer
-from pipelines_support import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 from torch import Tensor
 
 import ditkit
@@ -25,6 +23,8 @@ from ditkit.hosts import flux
 from ditkit.hosts.view import view
 from ditkit.pipelines.call import PipelineCall
 from ditkit.pipelines.replay import CallSnapshot
+from flux_support import at, call, call_inputs, transformer
+from pipelines_support import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 
 Callback = Callable[..., dict[str, Any]]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import perturbed, save_tiny
 from rich.console import Console
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from ditkit.report.report import Report
 from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
 from ditkit.sample.loop import sample
 from ditkit.tasks.video.recipe import conditioned
+from models_support import perturbed, save_tiny
 
 STEPS, CONVERGED, SEEDS, FRAMES, SIZE = 8, 20, (0, 1, 2), 4, 16
 POLICIES = (TaylorSeer(interval=1), TaylorSeer(interval=4, order=0))

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import predicted, tiny_clip_model
-from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 from torch import Tensor, nn
 
 from ditkit.attention import Neighbourhood
@@ -23,9 +21,13 @@ from ditkit.sample import (
     Ddim,
     SampleNoise,
     Solver,
+    Stepper,
     initial_noise,
 )
 from ditkit.sample.denoiser import GuidedDenoiser
+from ditkit.sample.steppers import OneEstimate
+from patterns_support import predicted, tiny_clip_model
+from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 
 
 def guided_by_hand(model: DiT, scale: float) -> Tensor:
@@ -94,8 +96,17 @@ class RecordFraction(Solver):
     def evaluations(self, steps: int) -> int:
         return 1
 
-    def solve(self, field: Any, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
-        self.seen.append(field(x, 999.0).fraction)
+    def begin(self, path: Any, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
+        return RecordFractionStepper(self, path, times)
+
+
+class RecordFractionStepper(OneEstimate):
+    def __init__(self, solver: RecordFraction, path: Any, times: Tensor) -> None:
+        super().__init__(solver, path, times)
+        self.seen = solver.seen
+
+    def move(self, x: Tensor, estimate: Any, t: float, s: float) -> Tensor:
+        self.seen.append(estimate.fraction)
         return x
 
 

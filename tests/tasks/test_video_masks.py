@@ -18,8 +18,6 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from models_support import perturbed
-
 import common
 import video_masks
 from bouncing_ball import BouncingBall, Exam, Track, centres, velocity_error
@@ -31,6 +29,7 @@ from ditkit.models.vdt import VDT
 from ditkit.sample.noise import initial_noise
 from ditkit.tasks.video.recipe import MaskedClipDataset, conditioned
 from ditkit.train.log import LOSSES
+from models_support import perturbed
 from replacement import Replacement
 from video_masks import CLAIMS, COLUMNS, REPLACED, TASKS, TRUTH, VARIANTS, WITHOUT_NETWORK, Arguments
 

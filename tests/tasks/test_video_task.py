@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_support import perturbed
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -42,6 +41,7 @@ from ditkit.tasks.video.scores import (
     complete,
     imagine,
 )
+from models_support import perturbed
 
 T, SIDE = 8, 8
 TINY = VDTConfig(channels=1, frames=T, size=SIDE, patch=4, width=8, depth=1, heads=1, convention=Convention())

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
 from torch import Tensor, nn
 
 from ditkit.api.generate import generate
@@ -32,6 +31,7 @@ from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
+from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
 
 CLEAR = Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1)))
 CYLINDER = Neighbourhood(radius=3, span=2, block=8, kernel="cpu")

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from scripts.toy_run import DIFFUSION, toy_model
 from torch import Tensor
 
 from ditkit.core.catalog import every
@@ -26,6 +25,7 @@ from ditkit.train.terms.variational_bound import (
     gaussian_kl,
 )
 from ditkit.train.timesteps import LogitNormal, Shifted, Uniform
+from scripts.toy_run import DIFFUSION, toy_model
 
 CONVENTIONS = [
     Convention(path, prediction)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def test_dit_objective_is_both_terms_with_their_weights():
 @pytest.mark.parametrize("kind", every(Term), ids=lambda k: k.__name__)
 def test_term_of_weight_zero_is_not_computed(kind, monkeypatch):
     monkeypatch.setattr(kind, "loss", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(kind, "reads", lambda *_: pytest.fail("asked for its sites"))
+    monkeypatch.setattr(kind, "taps", lambda *_: pytest.fail("asked for its sites"))
     objective = Denoising((kind(weight=0.0), Kept()))
     model = toy_model()
     data, noise = torch.randn(2, 2, 1, 8, 8)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 from ditkit.core.convention import DDPM, SIT, Convention
 from ditkit.core.errors import ConfigError
@@ -31,6 +30,7 @@ from ditkit.train.loop import train
 from ditkit.train.randomness import SampleRNG, batch_indices, epoch_order
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
+from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 SCRIPTS = Path(__file__).parents[1] / "support" / "scripts"
 

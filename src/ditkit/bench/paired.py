@@ -245,9 +245,9 @@ def _common_prediction(models: Mapping[str, Denoiser], target: Target) -> Predic
             mend = "" if what == "path" else "; name a common target, such as target='velocity'"
             raise ConfigError(f"paired_loss: arms of different {what} ({arms}) {reason}{mend}")
     first = next(iter(conventions.values()))
-    if target == "velocity" and first.path == "ddpm":
+    if target == "velocity" and first.discrete:
         raise ConfigError(
-            "paired_loss: path='ddpm' is discrete and has no velocity; target 'noise' or 'data'"
+            f"paired_loss: path={first.path!r} is discrete and has no velocity; target 'noise' or 'data'"
         )
     if target == "own" or all(convention.prediction == target for convention in conventions.values()):
         return None

@@ -16,16 +16,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ditkit.caching.taylorseer import (
-    Branch,
-    Coefficients,
-    Geometry,
-    geometry_of,
-    output_weights,
-    push,
-    replace_latest,
-    update_coefficients,
-)
+from ditkit.caching.branch_cache import Branch, Geometry, geometry_of, push, replace_latest
+from ditkit.caching.taylorseer import Coefficients, output_weights, update_coefficients
 from ditkit.core.config import Natural
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment

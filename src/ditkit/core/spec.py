@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from torch import nn
+
 from ditkit.core.catalog import find
 from ditkit.core.config import SCALARS, union_members
 from ditkit.core.errors import ConfigError, unknown
@@ -65,7 +67,9 @@ def spec(value: Any) -> str:
 
 
 def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, a literal, a tuple as `12+20`, or a union of these.
+    """`text` as a value of the annotation `kind`: a scalar, a literal, a tuple as `12+20`, a union, or a component.
+
+    A component inside another is given one field at most, since commas part the outer one's.
 
     Args:
         where: what an error quotes.
@@ -75,6 +79,8 @@ def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:
     Raises:
         ConfigError: it is no such value, or no text can say one.
     """
+    if _is_component(kind):
+        return component(kind, text)
     members = union_members(kind)
     several = [member for member in members if get_origin(member) in (tuple, Sequence)]
     single = [member for member in members if member not in several]
@@ -114,6 +120,11 @@ def _read_tuple(kind: Any, parts: Sequence[str], where: str) -> tuple[Any, ...]:
     return tuple(read_value(member, part, where) for member, part in zip(kinds, parts, strict=True))
 
 
+def _is_component(kind: Any) -> bool:
+    """Return whether a field holds a component, whose fields are text as well; a model is none."""
+    return isinstance(kind, type) and hasattr(kind, "homes") and not issubclass(kind, nn.Module)
+
+
 def _fields(kind: type) -> list[Field[Any]]:
     return [f for f in fields(kind) if f.init]
 
@@ -123,7 +134,8 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _written(kind: type, name: str, given: Any) -> str:
-    text, where = as_text(given), f"{kind.__name__}: {name}={given!r}"
-    if "," in text or read_value(get_type_hints(kind)[name], text, where) != given:
+    annotation, where = get_type_hints(kind)[name], f"{kind.__name__}: {name}={given!r}"
+    text = spec(given) if _is_component(annotation) else as_text(given)
+    if "," in text or read_value(annotation, text, where) != given:
         raise ConfigError(f"{where} has no text that reads back as the same")
     return text

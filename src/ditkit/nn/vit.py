@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, divides_into_heads, names_every_class
+from ditkit.core.config import Checked, Count, Depth, divides_into_heads, names_every_class
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import patchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.blocks import Attention, Block, Mlp
+from ditkit.nn.blocks import Attention, Mlp
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Checked):
     """Architecture of a `ViT`.
 
     Args:
@@ -28,17 +29,17 @@ class ViTConfig:
         class_names: one a class, or empty.
     """
 
-    size: int = 32
-    patch: int = 4
-    channels: int = 1
-    width: int = 128
-    depth: int = 5
-    heads: int = 4
-    classes: int = 10
+    size: Count = 32
+    patch: Count = 4
+    channels: Count = 1
+    width: Count = 128
+    depth: Depth = 5
+    heads: Count = 4
+    classes: Count = 10
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "patch", "channels", "width", "depth", "heads", "classes")
+        super().__post_init__()
         if self.size % self.patch:
             raise ShapeError(f"ViT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)
@@ -61,13 +62,25 @@ class ViTBlock(nn.Module):
     def attend(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
         return self.attn(self.norm_attn(x_BLD), run, at)
 
-    def feed(self, x_BLD: Tensor) -> Tensor:
-        return self.mlp(self.norm_mlp(x_BLD))
+    def feed(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
+        return self.mlp(self.norm_mlp(x_BLD), run, at)
+
+    def sites(self, at: str) -> list[Site]:
+        """List the sites of the block named `at`, in the order of the call."""
+        width = self.attn.out.out_features
+        attn, mlp = Site(f"{at}.attn", "branch", width=width), Site(f"{at}.mlp", "branch", width=width)
+        return [
+            Site(at, "block", width=width),
+            attn,
+            *self.attn.sites(attn.name),
+            mlp,
+            self.mlp.site(mlp.name),
+        ]
 
     def forward(self, x_BLD: Tensor, run: Run, at: str) -> Tensor:
         attn, mlp = f"{at}.attn", f"{at}.mlp"
         x_BLD = x_BLD + run.site(attn, partial(self.attend, run, attn), x_BLD)
-        return x_BLD + run.site(mlp, self.feed, x_BLD)
+        return x_BLD + run.site(mlp, partial(self.feed, run, mlp), x_BLD)
 
 
 class ViT(nn.Module):
@@ -90,7 +103,9 @@ class ViT(nn.Module):
         self.place_head = nn.Linear(c.width, c.tokens)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(site for i in range(len(self.blocks)) for site in Block.sites(f"blocks.{i}"))
+        return tuple(
+            site for i, block in enumerate(self.blocks) for site in cast(ViTBlock, block).sites(f"blocks.{i}")
+        )
 
     def patches(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] as patches [B, L, P].

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from ditkit.recipes.vdt import vdt
 from ditkit.recipes.video_dit import video_dit
-from ditkit.tasks.video.recipe import FullVideoRecipe
+from ditkit.tasks.video.recipe import VideoRecipe
 from ditkit.train.ema import Power
 
 
-def digits_video_dit() -> FullVideoRecipe:
+def digits_video_dit() -> VideoRecipe:
     """1.9 M parameters, 16 frames of 32 x 32 in 1,024 tokens that all see each other; one slow digit, by its class.
 
     298 TMAC in all. What ships as `digits-video-dit` (see its card). Its snapshots at 25, 50 and 75 % are

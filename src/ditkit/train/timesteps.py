@@ -12,6 +12,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from ditkit.core.config import Checked
+from ditkit.core.time_grid import Shift
 
 
 class Timesteps(Checked, ABC):
@@ -47,11 +48,10 @@ class LogitNormal(Timesteps):
 
 @dataclass(frozen=True)
 class Shifted(Timesteps):
-    """t' = a t / (1 + (a - 1) t): a > 1 moves mass to noise; the same as adding ln a to the logit."""
+    """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit."""
 
     shift: Annotated[float, Gt(0)] = 3.0
     inner: Uniform | LogitNormal = UNIFORM
 
     def quantile(self, u: Tensor) -> Tensor:
-        t = self.inner.quantile(u)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return Shift(self.shift).warp(self.inner.quantile(u))

@@ -67,7 +67,7 @@ class VideoRecipe(Recipe):
             ConfigError: the network is told classes, and the clips have none.
         """
         names = clips.classes if isinstance(clips, LabelledClips) else ()
-        if not names and isinstance(self.model, VideoDiTConfig) and self.model.classes:
+        if not names and self.model.classes:
             raise ConfigError(
                 f"{self.data}: its clips have no labels, the network has {self.model.classes} classes; "
                 "try: --option labels=true"

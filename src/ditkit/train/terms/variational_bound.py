@@ -35,7 +35,7 @@ class VariationalBound(Term):
 
     def check(self, model: Model) -> str:
         convention = model.config.convention
-        if convention.path == "ddpm" and convention.extra == "variance":
+        if convention.discrete and convention.extra == "variance":
             return ""
         given = f"path={convention.path!r} and extra={convention.extra!r}"
         return f"a learned variance, path='ddpm' and extra='variance'; the model has {given}"
