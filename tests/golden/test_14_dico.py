@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import formula
 import pytest
 import torch
-from golden_support import assert_golden, float64, read
 from torch import Tensor
 
+import formula
 from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
@@ -19,6 +18,7 @@ from ditkit.models.dico import SIZES, DiCo, DiCoBlock, DiCoConfig, renamed
 from ditkit.nn.convolution import to_map, to_rows
 from ditkit.nn.stages import Downsample, Upsample
 from ditkit.sample.guidance import ClassifierFree
+from golden_support import assert_golden, float64, read
 
 CASES = read("14-dico")
 IN_FLOAT32 = 1e-6

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
 from torch import Tensor, nn
 
 from ditkit.bench.macs import count_macs
@@ -22,6 +21,7 @@ from ditkit.core.run import DIRECT, Run
 from ditkit.models.dico import DiCo, DiCoBlock, DiCoConfig
 from ditkit.nn.convolution import ChannelAttention, DepthwiseBranch, TextConv, to_map, to_rows
 from ditkit.sample import ClassifierFree, Ddim, sample
+from models_support import perturbed
 
 README_GMAC = {"S": 4.25, "B": 16.88, "L": 60.24, "XL": 87.30, "H": 194.15}
 """Of one forward pass at 256 pixels, from the repository."""

@@ -2,6 +2,7 @@
 
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dico import DiCo, DiCoConfig
+from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
@@ -13,6 +14,8 @@ __all__ = [
     "ConvLSTMConfig",
     "DiCo",
     "DiCoConfig",
+    "DiMR",
+    "DiMRConfig",
     "DiT",
     "DiTConfig",
     "PredFormer",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,3 +34,35 @@ class Upsample(nn.Module):
     def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
         """Pixel-shuffle; `grid` is that of the rows that come in."""
         return to_rows(F.pixel_shuffle(to_map(self.conv(x_BLD, grid), grid), 2))
+
+
+def spread_channels(x_BLD: Tensor, grid: Grid, ratio: int) -> Tensor:
+    """Rows [B, L, ratio^2 D] of `grid` to rows [B, ratio^2 L, D], channels fastest: not `torch.nn.PixelShuffle`'s order.
+
+    Channel (i, j, d) of a row becomes channel d of the row i down and j to the right inside of it (DiMR).
+    """
+    x = x_BLD.unflatten(2, (ratio, ratio, -1)).unflatten(1, (grid.height, grid.width))
+    return x.transpose(2, 3).flatten(1, 4)
+
+
+class LongSkips(nn.ModuleList):
+    """U-ViT's skips inside one stage of an odd number of blocks (arXiv 2209.12152, section 3): last in, first out.
+
+    The first half of the blocks put their outputs on a pile; each block of the second half takes one off, joined to its
+    input by a linear layer of 2 D to D.
+    """
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__(nn.Linear(2 * width, width) for _ in range(blocks // 2))
+
+    def joined(self, i: int, x_BLD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the input of block i: x, with the skip that it takes.
+
+        Args:
+            outputs: of the blocks before it, in order.
+        """
+        middle = len(self)
+        if i <= middle:
+            return x_BLD
+        joined: Tensor = self[i - middle - 1](torch.cat([x_BLD, outputs[2 * middle - i]], -1))
+        return joined

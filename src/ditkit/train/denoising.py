@@ -44,12 +44,16 @@ class NoisyBatch(Batch):
         A score's target, -noise / sigma, grows without bound towards the data; its error is weighted by
         sigma^2 (SiT), which makes it DDPM's loss too.
         """
-        kind, t = self.convention.prediction, self.t.to(self.data.dtype)
-        if kind == "score":
+        if self.convention.prediction == "score":
+            t = self.t.to(self.data.dtype)
             return self.noise + self.path.at(spread(t, self.x)).sigma * self.prediction
-        if kind == "velocity":
-            return self.path.velocity(self.data, self.noise, t) - self.prediction
-        return (self.data if kind == "data" else self.noise) - self.prediction
+        return self.target() - self.prediction
+
+    def target(self) -> Tensor:
+        """What the network should predict, [B, ...], in noise-time: velocity, data or noise, whose scale is bounded."""
+        if self.convention.prediction == "velocity":
+            return self.path.velocity(self.data, self.noise, self.t.to(self.data.dtype))
+        return self.data if self.convention.prediction == "data" else self.noise
 
 
 @dataclass(frozen=True)

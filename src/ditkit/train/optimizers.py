@@ -35,9 +35,11 @@ def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
         raise ConfigError(
             f"training: optimizer='muon' is for linear layers in blocks; a {type(model).__name__} has none"
         )
-    apart = set(of_muon)
+    spared = [weight for weight in undecayed(model) if weight not in set(of_muon)]
+    apart = {*of_muon, *spared}
+    others = [weight for weight in model.parameters() if weight not in apart]
     adamw = AdamW(
-        [weight for weight in model.parameters() if weight not in apart],
+        [{"params": others}, {"params": spared, "weight_decay": 0.0}] if spared else others,
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -52,6 +54,13 @@ def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
         adjust_lr_fn="match_rms_adamw",
     )
     return (muon, adamw)
+
+
+def undecayed(model: Model) -> list[Tensor]:
+    """Weights that weight decay leaves out: those that a module's class names in `undecayed`."""
+    modules = (module for module in model.modules() if hasattr(type(module), "undecayed"))
+    named = (getattr(module, name) for module in modules for name in type(module).undecayed)
+    return list(dict.fromkeys(named))
 
 
 def matrices(model: Model) -> list[Tensor]:

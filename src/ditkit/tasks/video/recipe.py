@@ -19,7 +19,6 @@ from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, Model
 from ditkit.data.clips import ClipSet, LabelledClips, class_labels
 from ditkit.data.loading import load_clips
-from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
