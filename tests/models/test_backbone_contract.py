@@ -83,7 +83,7 @@ class Recording(Run):
 
 
 def loss(model: Model, given: tuple[Any, ...]) -> tuple[Tensor, list[str]]:
-    """Return a number that all predictions count in, those of lower resolutions too, and the sites that were visited."""
+    """Return a number that all predictions count in, those of lower resolutions too, and the sites visited."""
     run = Recording(model)
     out = model(*given, run=run)
     return sum((one.square().sum() for one in run.predictions), out.square().sum()), run.seen

@@ -1,8 +1,8 @@
 """DiMR (arXiv 2406.09416): transformer blocks at a low resolution, ConvNeXt blocks at higher ones, time in the norms.
 
 Every stage embeds the same noisy sample, the first in the largest patches, and predicts at its own resolution; the last
-one's prediction is the network's. A stage is handed all features of the one before: its embedding and the output of each
-of its blocks, side by side.
+one's prediction is the network's. A stage is handed all features of the one before: its embedding and the output of
+each of its blocks, side by side.
 
 B batch, L rows of a stage, D width of a stage.
 """
@@ -113,7 +113,7 @@ class DiMRConfig(ModelConfig):
 
 
 class TransformerBlock(nn.Module):
-    """x + Attn(N(x)), then x + GEGLU(N(x)), N an RMS norm that depends on time; queries, keys and values have no bias."""
+    """x + Attn(N(x)), then x + GEGLU(N(x)), N an RMS norm that depends on time; no bias in queries, keys, values."""
 
     def __init__(self, width: int, config: DiMRConfig) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class DiMR(Denoiser):
             CheckpointError: a tensor is missing, left over, of another shape or not finite.
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
-        ours = {_renamed(name): tensor for name, tensor in state.items()}
+        ours = {renamed(name): tensor for name, tensor in state.items()}
         return cls.holding(config, ours, source if isinstance(source, str | Path) else "state dict")
 
     def reset_parameters(self) -> None:
@@ -396,7 +396,7 @@ ORIGINAL_NAMES = (
 )
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
     """Return our name of a tensor of the DiMR repository."""
     for pattern, ours in ORIGINAL_NAMES:
         name = re.sub(pattern, ours, name)

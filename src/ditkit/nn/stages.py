@@ -37,7 +37,7 @@ class Upsample(nn.Module):
 
 
 def spread_channels(x_BLD: Tensor, grid: Grid, ratio: int) -> Tensor:
-    """Rows [B, L, ratio^2 D] of `grid` to rows [B, ratio^2 L, D], channels fastest: not `torch.nn.PixelShuffle`'s order.
+    """Cut rows [B, L, ratio^2 D] of `grid` into rows [B, ratio^2 L, D], channels fastest: not pixel-shuffle's order.
 
     Channel (i, j, d) of a row becomes channel d of the row i down and j to the right inside of it (DiMR).
     """

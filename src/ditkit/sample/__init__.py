@@ -1,7 +1,7 @@
 """From noise to samples: solvers, guidance, and the loop that joins them with policies."""
 
 from ditkit.sample.forecast import forecast
-from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Unguided
+from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, PowerCosine, Unguided
 from ditkit.sample.inversion import DdimInversion, invert
 from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.multistep import DpmSolverPP, UniPc
@@ -25,6 +25,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "MovingWindows",
+    "PowerCosine",
     "SampleNoise",
     "Sampled",
     "Solver",

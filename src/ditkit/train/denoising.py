@@ -122,7 +122,7 @@ class Denoising(Objective):
         told = x, convention.model_time(t).to(data.dtype), cond
         times = path.noise_time(t).to(data.dtype)
         out, seen = run_with_taps(forward, model, taps, shape, *told, times=times)
-        prediction, fraction = convention.split(out.float())
+        prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
             prediction=prediction,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class MultiScale(Term):
     def loss(self, batch: NoisyBatch) -> Tensor:
         losses = self.scales[-1] * batch.counted(batch.residual()).square().flatten(1).mean(1)
         for name, scale in zip(self.taps(batch.sites), self.scales, strict=False):
-            prediction, _ = batch.convention.split(batch.taps[name].float())
+            tap = batch.taps[name]
+            prediction, _ = batch.convention.split(tap.to(torch.promote_types(tap.dtype, torch.float32)))
             target = at_resolution(batch.target(), prediction.shape[-2:])
             losses = losses + scale * (target - prediction).square().flatten(1).mean(1)
         return losses
