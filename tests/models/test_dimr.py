@@ -205,7 +205,9 @@ def test_one_stage_is_a_plain_u_vit() -> None:
         if i < 2:
             pile.append(h)
     picture = stage.norm(h[:, 1:], tau).mT.unflatten(2, (4, 4))
-    expected = F.conv2d(picture, stage.out.weight, stage.out.bias, padding=1)
+    patches = F.conv2d(picture, stage.out.weight, stage.out.bias, padding=1).unflatten(1, (2, 2, 3))
+    expected = patches.permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+    assert model(x, t, LABELS).shape == x.shape
     assert torch.allclose(model(x, t, LABELS), expected, atol=1e-12)
 
 

@@ -194,7 +194,9 @@ class Stage(nn.Module):
         )
         self.skips = LongSkips(width, len(self.blocks))
         self.norm = TimeDependentLayerNorm(width)
-        self.out = MapConv(width, config.channels * (1 if config.convention.extra == "none" else 2))
+        channels = config.channels * (1 if config.convention.extra == "none" else 2)
+        self.cut = self.patch if index + 1 == len(config.width) else 1
+        self.out = MapConv(width, channels * self.cut**2)
         if index:
             self.ratio = config.patch[index - 1] // self.patch
             self.norm_lower = TimeDependentLayerNorm(lower)
@@ -227,8 +229,10 @@ class Stage(nn.Module):
         return Tokens(self.tokenize(x, grid) + self.norm_expanded(expanded, tau_B11))
 
     def predict(self, x_BLD: Tensor, tau_B11: Tensor, grid: Grid) -> Tensor:
-        """Predict at the stage's resolution, [B, C, h, w], from the picture's rows."""
-        return to_map(self.out(self.norm(x_BLD[:, -grid.length :], tau_B11), grid), grid)
+        """Predict at the stage's resolution, [B, C, h, w], from the picture's rows; the last stage at the sample's."""
+        rows = self.out(self.norm(x_BLD[:, -grid.length :], tau_B11), grid)
+        fine = Grid(1, grid.height * self.cut, grid.width * self.cut)
+        return to_map(spread_channels(rows, grid, self.cut) if self.cut > 1 else rows, fine)
 
 
 class DiMR(Denoiser):
@@ -316,7 +320,7 @@ class DiMR(Denoiser):
             x: [B, C, H, W]. t: [B], in the unit the convention names. cond: `label` [B].
 
         Returns:
-            The last stage's prediction, [B, C, H, W] where its patch is 1.
+            The last stage's prediction, [B, C, H, W], or 2C channels where the convention has an extra half.
 
         Raises:
             ShapeError: channels differ from the config's, or the sides do not divide by the first stage's patch.
