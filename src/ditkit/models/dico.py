@@ -9,11 +9,11 @@ B batch, L rows of a stage, D width of a level.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,13 +208,13 @@ class DiCo(Denoiser):
             elif isinstance(layer, nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.xavier_uniform_(self.stem.weight.flatten(1).detach())  # as a layer of patches (the code)
-        for time in self.time:
-            for layer in (time.inner, time.outer):
-                nn.init.normal_(layer.weight, std=0.02)
+        for part in self.modules():
+            if isinstance(part, TimeEmbedding):
+                nn.init.normal_(part.inner.weight, std=0.02)
+                nn.init.normal_(part.outer.weight, std=0.02)
         gates = [part.modulation for part in self.modules() if isinstance(part, DiCoBlock | DiCoHead)]
-        for layer in (*gates, self.head.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (p for layer in (*gates, self.head.out) for p in layer.parameters()):
+            nn.init.zeros_(weight)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -232,14 +232,13 @@ class DiCo(Denoiser):
     def sites(self) -> tuple[Site, ...]:
         widths = self.config.widths
         found = [Site("time", "time"), Site("tokens", "tokens", width=widths[0], ordered=True)]
-        for i, (stage, width, blocks) in enumerate(zip(STAGES, widths, self.levels, strict=True)):
+        for i, (stage, width) in enumerate(zip(STAGES, widths, strict=True)):
             if i:
                 name = f"down.{i - 1}" if i < 3 else f"up.{i - 3}"
                 found.append(Site(name, "tokens", width=width, stage=stage, ordered=True))
             found.append(Site(f"levels.{i}", "stack", width=width, stage=stage, ordered=True))
-            found += [
-                site for j, block in enumerate(blocks) for site in block.sites(f"levels.{i}.{j}", stage)
-            ]
+            for j, block in enumerate(self._blocks(i)):
+                found += block.sites(f"levels.{i}.{j}", stage)
         head = Site("head", "head", width=widths[-1], ordered=True)
         return (*found, head, Site("head.modulation", "modulation", width=widths[-1]))
 
@@ -272,10 +271,13 @@ class DiCo(Denoiser):
                 rows.append(
                     run.site(f"up.{i - 3}", partial(self.ascend, i - 3), lower, skip, grids[stage + 1]).x
                 )
-            stack = Stack(self.levels[i], run, f"levels.{i}", self.recomputes)
+            stack = Stack(self._blocks(i), run, f"levels.{i}", self.recomputes)
             rows[-1] = run.site(f"levels.{i}", stack.beside, rows[-1], c[TOLD[i]], grids[stage])
         head = partial(self.head, run, "head")
         return to_map(run.site("head", head, rows[-1], c[TOLD[-1]], grids[0]), grids[0])
+
+    def _blocks(self, level: int) -> Sequence[DiCoBlock]:
+        return cast(Sequence[DiCoBlock], self.levels[level])
 
     def condition(self, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
         """c1, c2, c3: time embedding + label embedding, [B, D], [B, 2 D], [B, 4 D], with one drop for all three."""

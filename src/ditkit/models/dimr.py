@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from annotated_types import MinLen
@@ -300,10 +300,13 @@ class DiMR(Denoiser):
 
     def sites(self) -> tuple[Site, ...]:
         found = [Site("time", "time")]
-        for i, (width, stage) in enumerate(zip(self.config.width, self.stages, strict=True)):
+        for i, (width, stage) in enumerate(
+            zip(self.config.width, cast(Sequence[Stage], self.stages), strict=True)
+        ):
             at, site = f"stages.{i}", partial(Site, width=width, stage=i, ordered=True)
             found.append(site(f"{at}.tokens", "tokens"))
-            found += [one for j, block in enumerate(stage.blocks) for one in block.sites(f"{at}.{j}", i)]
+            for j, block in enumerate(cast(Sequence[TransformerBlock], stage.blocks)):
+                found += block.sites(f"{at}.{j}", i)
             found.append(site(f"{at}.head", "head"))
         return tuple(found)
 
@@ -332,7 +335,8 @@ class DiMR(Denoiser):
         label = drop_labels(label, cond.drop, self.config.classes, rate)
         tau = run.site("time", self.place, t)
         features: Tensor | None = None
-        for i, (stage, grid) in enumerate(zip(self.stages, grids, strict=True)):
+        stages = cast(Sequence[Stage], self.stages)
+        for i, (stage, grid) in enumerate(zip(stages, grids, strict=True)):
             at = f"stages.{i}"
             if features is None:
                 rows = run.site(f"{at}.tokens", stage.begin, x, label, grid).x
@@ -345,10 +349,10 @@ class DiMR(Denoiser):
         return out
 
     def _through(
-        self, stage: nn.Module, run: Run, at: str, rows: Tensor, tau: Tensor, grid: Grid
+        self, stage: Stage, run: Run, at: str, rows: Tensor, tau: Tensor, grid: Grid
     ) -> Sequence[Tensor]:
         """Return the output of each block of a stage: all are features of the next."""
-        stack, outputs = Stack(stage.blocks, run, at, self.recomputes), []
+        stack, outputs = Stack(stage.blocks, run, at, self.recomputes), list[Tensor]()
         for i in range(len(stack)):
             rows = stage.skips.joined(i, rows, outputs)
             rows = stack.beside(rows, tau, grid, i, i + 1)

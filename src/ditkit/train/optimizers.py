@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -38,8 +39,9 @@ def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
     spared = [weight for weight in undecayed(model) if weight not in set(of_muon)]
     apart = {*of_muon, *spared}
     others = [weight for weight in model.parameters() if weight not in apart]
+    groups: list[dict[str, Any]] = [{"params": others}]
     adamw = AdamW(
-        [{"params": others}, {"params": spared, "weight_decay": 0.0}] if spared else others,
+        [*groups, {"params": spared, "weight_decay": 0.0}] if spared else groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -58,9 +60,8 @@ def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
 
 def undecayed(model: Model) -> list[Tensor]:
     """Weights that weight decay leaves out: those that a module's class names in `undecayed`."""
-    modules = (module for module in model.modules() if hasattr(type(module), "undecayed"))
-    named = (getattr(module, name) for module in modules for name in type(module).undecayed)
-    return list(dict.fromkeys(named))
+    of_class = ((module, getattr(type(module), "undecayed", ())) for module in model.modules())
+    return list(dict.fromkeys(getattr(module, name) for module, names in of_class for name in names))
 
 
 def matrices(model: Model) -> list[Tensor]:
