@@ -260,7 +260,7 @@ def replaced(model: VDT, steps: int, fresh: bool, cond: Cond) -> Tensor:
 def drawn_by(model: VDT, steps: int, count: int, **options: Any) -> Tensor:
     return generate(
         model, seeds=range(count), steps=steps, **{"guidance": 1.0, "batch_size": 32, **options}
-    ).images
+    ).samples
 
 
 def distances(models: Mapping[str, Trained], arguments: Arguments) -> dict[str, ClipDistance]:

@@ -45,7 +45,7 @@ def main(
     label = [i % network.config.classes for i in range(count)]
     drawn = ditkit.generate(
         network, label, range(count), steps=steps, guidance=guidance, solver="ddim", batch_size=20
-    ).images.clamp(-1, 1)
+    ).samples.clamp(-1, 1)
     test = load(SIZE_PX, split="test")
     real = test.images_float(slice(max(count, ENOUGH)))
     figures = {

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.api.compare import compare as compare
+    from ditkit.api.compress import adapt as adapt
+    from ditkit.api.compress import compress as compress
+    from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
     from ditkit.pipelines.accelerate import accelerate as accelerate
     from ditkit.pipelines.accelerate import restore as restore
+    from ditkit.sample.sampler import Sampling as Sampling
 
     __version__: str
 
 HOMES = {
     "accelerate": "ditkit.pipelines.accelerate",
     "compare": "ditkit.api.compare",
+    "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
+    "Sampling": "ditkit.sample.sampler",
+    "tune": "ditkit.api.tune",
 }
-"""Where the public functions live; each module is imported when its name is first used."""
+"""Modules of the public names; each is imported when its name is first used."""
+VERBS = {"adapt": "ditkit.api.compress", "compress": "ditkit.api.compress"}
+"""Modules of the functions whose names are packages as well: the package is called."""
 
-__all__ = ["__version__", "accelerate", "compare", "errors", "generate", "load", "restore"]
+__all__ = [
+    "Sampling",
+    "__version__",
+    "accelerate",
+    "adapt",
+    "compare",
+    "compress",
+    "errors",
+    "evaluate",
+    "generate",
+    "load",
+    "restore",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,9 +59,31 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("ditkit")
+    if name in VERBS:
+        return import_module(f"ditkit.{name}")
     if name in HOMES:
         return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module 'ditkit' has no attribute {name!r}")
+
+
+class _Verb(ModuleType):
+    """A package that is called as the function of its name: `ditkit.compress(model, ...)`, `ditkit.compress.Kept`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(VERBS[name]), name)(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This one, which makes packages of `VERBS` callable when the import system hands them over."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in VERBS and isinstance(value, ModuleType):
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -121,7 +121,7 @@ def attended(
     """Attention [B, N, text + L, K] of one layer over text, then the image, in the model's order."""
     text = q.shape[2] - grid.length
     layout = (Segment("text", Grid(text), text), Segment("image", grid, grid.length))
-    session = pattern.start(CORE, 1, pooling)
+    session = pattern.start(CORE, 1, nn.ModuleDict({"core": pooling}) if pooling else None)
     handler = session.enter(Call(0, 1, 0.5, layout=layout))["core"]
     plan = cached_plan(pattern, grid, text)
     if plan.order is None:
@@ -156,30 +156,30 @@ def drawn(grid: Grid, text: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("order", ["tiles", "raster"])
 def test_pooled_attention_is_its_definition(order: str) -> None:
-    grid, pooling = Grid(1, 10, 6), Pooling(1, 2).double()
+    grid, pooling = Grid(1, 10, 6), Pooling(2).double()
     pattern = Neighbourhood(radius=3, pooled=2, block=8, order=order, kernel="cpu")  # type: ignore[arg-type]
     nn.init.normal_(pooling.weight, generator=torch.Generator().manual_seed(1))
     q, k, v = drawn(grid)
-    expected = by_definition(pattern, grid, q, k, v, pooling.weight[0])
+    expected = by_definition(pattern, grid, q, k, v, pooling.weight)
     assert torch.allclose(attended(pattern, grid, q, k, v, pooling), expected, atol=1e-12)
 
 
 def test_pooling_begins_as_the_average_and_one_hot_weights_sample() -> None:
-    grid, pooling = Grid(1, 12, 8), Pooling(3, 4)
+    grid, pooling = Grid(1, 12, 8), Pooling(4)
     x = torch.randn(2, 3, grid.length, 8)
     image = x.unflatten(2, (grid.height, grid.width))
     average = image.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)).flatten(2, 3)
-    assert torch.allclose(pooling(x, 2, cells(grid, 4)), average, atol=1e-6)
+    assert torch.allclose(pooling(x, cells(grid, 4)), average, atol=1e-6)
     with torch.no_grad():
-        pooling.weight[2] = 0
-        pooling.weight[2, 1, 3] = 1
-    assert torch.equal(pooling(x, 2, cells(grid, 4)), image[:, :, 1::4, 3::4].flatten(2, 3))
+        pooling.weight.zero_()
+        pooling.weight[1, 3] = 1
+    assert torch.equal(pooling(x, cells(grid, 4)), image[:, :, 1::4, 3::4].flatten(2, 3))
 
 
 def test_pooled_keys_change_no_bit_of_the_text() -> None:
     grid = Grid(1, 10, 6)
     pattern = Neighbourhood(radius=3, pooled=2, block=8, kernel="cpu")
-    pooling, q, k, v = Pooling(1, 2).double(), *drawn(grid)
+    pooling, q, k, v = Pooling(2).double(), *drawn(grid)
     before = attended(pattern, grid, q, k, v, pooling)
     nn.init.normal_(pooling.weight)
     after = attended(pattern, grid, q, k, v, pooling)
@@ -188,7 +188,7 @@ def test_pooled_keys_change_no_bit_of_the_text() -> None:
 
 
 def test_gradients_of_the_pooling_weights() -> None:
-    grid, pooling = Grid(1, 4, 6), Pooling(1, 2).double()
+    grid, pooling = Grid(1, 4, 6), Pooling(2).double()
     pattern = Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu")
     q, k, v = drawn(grid, 3)
 
@@ -305,16 +305,17 @@ def test_what_does_not_fit_a_model_is_refused_before_its_first_block() -> None:
     with pytest.raises(ShapeError, match="pooled=4 does not divide a grid of 6 x 10 tokens"):
         predicted(model, Neighbourhood(span=1, pooled=4), x, Cond())
     with pytest.raises(
-        ConfigError, match=r"pooled=2 takes weights of \[2, 2, 2\], the model was trained with \[2, 4, 4\]"
+        ConfigError, match=r"pooled=2 takes weights '.*' of \[2, 2\], the model was trained with \[4, 4\]"
     ):
-        Neighbourhood(pooled=2).start(model.sites(), 1, Pooling(2, 4))
+        Neighbourhood(pooled=2).start(model.sites(), 1, Neighbourhood(pooled=4).modules(model.sites()))
 
 
 def test_weights_of_the_model_are_used() -> None:
     model, x = tiny_clip_model(), torch.randn(1, 2, 4, 12, 20).double()
     pattern = Neighbourhood(radius=2, span=1, pooled=2, block=8, kernel="cpu")
-    learned = nn.ModuleDict({"Neighbourhood": (pooling := Pooling(2, 2))})
+    learned = nn.ModuleDict({"Neighbourhood": (pooling := pattern.modules(model.sites()))})
     initial = predicted(model, pattern, x, Cond())
     assert torch.equal(predicted(model, pattern, x, Cond(), learned=learned), initial)
-    nn.init.normal_(pooling.weight)
+    for part in pooling.values():
+        nn.init.normal_(part.weight)
     assert not torch.allclose(predicted(model, pattern, x, Cond(), learned=learned), initial)

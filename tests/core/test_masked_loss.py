@@ -16,6 +16,7 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.objective import Term
 from ditkit.train.taps import Output
+from ditkit.train.teacher import Held
 from ditkit.train.terms.distillation import PredictionDistillation
 from ditkit.train.terms.regression import AbsoluteError, Regression
 from ditkit.train.terms.variational_bound import VariationalBound
@@ -59,8 +60,9 @@ def losses(
 ) -> dict[str, Tensor]:
     teacher = model.with_weights({k: 0.9 * v for k, v in model.state_dict().items()}, "teacher")
     path = DiscretePath.linear()
+    held = Held(teachers={type(term).__name__: teacher for term in terms})
     return Denoising(terms).at(
-        model, model, path=path, data=DATA, noise=noise, t=TIMES, cond=told(mask), teacher=teacher
+        model, model, path=path, data=DATA, noise=noise, t=TIMES, cond=told(mask), held=held
     )
 
 
@@ -96,7 +98,7 @@ def of_random(mask: Tensor | None, index: tuple[Tensor, ...] | None = None, samp
     if index is not None:
         fields, t = {name: v[sample][index][None, None] for name, v in fields.items()}, TIMES[[sample]]
     teacher = Output(fields.pop("out"), {})
-    return NoisyBatch(path=path, convention=DDPM, t=t, mask=mask, taps={}, teacher=teacher, **fields)
+    return NoisyBatch(path=path, convention=DDPM, t=t, mask=mask, taps={}, taught=teacher, **fields)
 
 
 @pytest.mark.parametrize("term", TERMS, ids=NAMES)

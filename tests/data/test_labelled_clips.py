@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ditkit.api.generate import generate
-from ditkit.cli.compare import told
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.core.model import Model
@@ -20,7 +19,9 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.recipes.digits_video_dit import digits_video_dit
 from ditkit.tasks.recipe import describe, train_recipe
-from ditkit.tasks.video.recipe import FullVideoRecipe, MaskedClipDataset, conditioned, labels_for
+from ditkit.tasks.video import VideoTask
+from ditkit.tasks.video.masks import PREDICT
+from ditkit.tasks.video.recipe import MaskedClipDataset, VideoRecipe, conditioned, labels_for
 from ditkit.tasks.video.scores import complete
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
@@ -40,7 +41,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving_digits, "_read_each", parts)
 
 
-def small(**changes: object) -> FullVideoRecipe:
+def small(**changes: object) -> VideoRecipe:
     like = digits_video_dit()
     model = replace(like.model, frames=FRAMES, size=SIDE, width=16, depth=1, heads=1)
     return replace(
@@ -109,8 +110,8 @@ def test_the_recipe_trains_by_classes_that_the_data_name(tmp_path: Path) -> None
     assert model.last_training is not None and model.last_training["options"]["labels"] is True
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
     again = Model.load(tmp_path / "run" / "model")
-    drawn = generate(again, "3", [0], steps=1)
-    assert drawn.labels == ("3",) and drawn.images.shape == (1, 1, FRAMES, SIDE, SIDE)
+    drawn = generate(again, "3", seeds=[0], steps=1)
+    assert drawn.labels == ("3",) and drawn.samples.shape == (1, 1, FRAMES, SIDE, SIDE)
 
 
 def test_classes_need_labels_and_labels_no_classes(tmp_path: Path) -> None:
@@ -148,18 +149,18 @@ def test_a_clip_is_completed_under_its_own_class() -> None:
     assert label is not None and label.tolist() != [0, 5], "else the default would do as well"
     given = clips.clips(torch.arange(2))
     drawn = generate(
-        model, seeds=[4, 5], steps=1, guidance=1.0, cond=conditioned(given, "predict", [4, 5], label)
+        model, seeds=[4, 5], steps=1, guidance=1.0, cond=conditioned(given, PREDICT, [4, 5], label)
     )
     assert drawn.labels == tuple(str(i) for i in label.tolist())
-    done = complete(model, given, "predict", [4, 5], label=label.tolist(), steps=1, guidance=1.0)
-    assert torch.equal(done.made, drawn.images)
-    others = complete(model, given, "predict", [4, 5], steps=1, guidance=1.0)
-    assert not torch.equal(others.made, drawn.images)
+    done = complete(model, given, PREDICT, label=label, seeds=[4, 5], steps=1, guidance=1.0)
+    assert torch.equal(done.generated, drawn.samples)
+    others = complete(model, given, PREDICT, seeds=[4, 5], steps=1, guidance=1.0)
+    assert not torch.equal(others.generated, drawn.samples)
 
 
 def test_the_commands_tell_a_model_the_class_of_given_clips() -> None:
-    _, cond = told(tiny(), "moving-digits", "predict", [0, 1], **ONE)
+    _, cond = VideoTask().reference(tiny(), "moving-digits", PREDICT, [0, 1], **ONE)
     clips = spread(moving_digits.load(SIDE, FRAMES, split="test", **ONE), 2)
     assert cond.label is not None and torch.equal(cond.label, clips.class_labels(torch.arange(2)))
     without = VDT(VDTConfig(1, FRAMES, SIDE, patch=4, width=16, depth=1, heads=1, convention=Convention()))
-    assert told(without, "moving-digits", "predict", [0, 1], **ONE)[1].label is None
+    assert VideoTask().reference(without, "moving-digits", PREDICT, [0, 1], **ONE)[1].label is None

@@ -14,6 +14,7 @@ from ditkit.caching import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
 from ditkit.sample import (
     Autoguidance,
@@ -148,16 +149,24 @@ def test_autoguidance_extrapolates_from_a_weaker_model() -> None:
 def test_each_network_samples_with_the_weights_that_its_policies_learned() -> None:
     pattern = Neighbourhood(radius=3, span=2, pooled=2, block=8, kernel="cpu")
     model, guide = (tiny_clip_model(depth=1).adopt([pattern]).double() for _ in range(2))
-    nn.init.constant_(guide.learned["Neighbourhood"].weight, 2.0)
+    for part in guide.learned["Neighbourhood"].values():
+        nn.init.constant_(part.weight, 2.0)
     x = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0)).double()
     c, g = (predicted(n, pattern, x, Cond(), 1, learned=n.learned) for n in (model, guide))
     assert not torch.allclose(c, g)  # the pooling weights are all that differs
-    field = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [pattern], 1)
+    field = GuidedDenoiser(
+        model, Cond(), Autoguidance(3.0, guide), Trajectory(model.sites(), [pattern], 1, None, model.learned)
+    )
     with torch.no_grad():
         torch.testing.assert_close(field(x, 0.5).value, g + 3 * (c - g))
     receipts = [receipt for trajectory in field.trajectories for receipt in trajectory.finish()]
     assert [list(receipt.rows) for receipt in receipts] == [["cond"], ["guide/cond"]]
-    cached = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [TaylorSeer()], 8)
+    cached = GuidedDenoiser(
+        model,
+        Cond(),
+        Autoguidance(3.0, guide),
+        Trajectory(model.sites(), [TaylorSeer()], 8, None, model.learned),
+    )
     assert cached.trajectories == [cached.trajectory]  # which has learned nothing
 
 

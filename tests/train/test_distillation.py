@@ -24,11 +24,12 @@ from ditkit.models.video_dit import VideoDiT
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
-from ditkit.train.loop import train
+from ditkit.train.loop import Training, train
 from ditkit.train.objective import Batch, Term
 from ditkit.train.parts import train_only
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
+from ditkit.train.teacher import Held
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
 from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
@@ -36,6 +37,7 @@ from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_
 CLEAR = Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1)))
 CYLINDER = Neighbourhood(radius=3, span=2, block=8, kernel="cpu")
 """Of tiles that reach beyond the grid of 4 x 6 x 10."""
+POOLING = {f"learned.Neighbourhood.blocks/{i}/attn/core.weight" for i in (0, 1)}
 
 
 def small(text: int = 0, **sizes: object) -> VideoDiT:
@@ -52,7 +54,9 @@ def told() -> Cond:
 def losses(model: VideoDiT, objective: Denoising = CLEAR, teacher: Model | None = None) -> dict[str, Tensor]:
     """On two clips and prompts of different length, at t = 0.3 and 0.7."""
     data, noise = torch.randn(2, 2, 2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
-    teacher = objective.teacher(model) if teacher is None else teacher
+    if teacher is None:
+        teacher = model.with_weights(model.state_dict(), "teacher").requires_grad_(False)
+        teacher.policies = ()
     return objective.at(
         model,
         model,
@@ -61,7 +65,7 @@ def losses(model: VideoDiT, objective: Denoising = CLEAR, teacher: Model | None 
         noise=noise,
         t=torch.tensor([0.3, 0.7]),
         cond=told(),
-        teacher=teacher,
+        held=Held(teachers={type(term).__name__: teacher for term in objective.active}),
     )
 
 
@@ -116,10 +120,14 @@ def test_places_that_are_compared() -> None:
         AttentionDistillation(every=0)
 
 
-def test_no_teacher_is_made_where_nothing_compares_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_teacher_is_made_where_nothing_compares_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(Model, "with_weights", lambda *_: pytest.fail("copied"))
     weightless = Denoising((Regression(), PredictionDistillation(0.0), AttentionDistillation(0.0)))
-    assert weightless.teacher(small()) is None
+    run = Training(small(), Clips(), weightless, Settings(batch=2), tmp_path)
+    run.hire()
+    assert run.teachers == {}
     with pytest.raises(
         ConfigError, match="Forecasting has no teacher, which PredictionDistillation compares with"
     ):
@@ -149,7 +157,7 @@ def test_attention_learns_from_its_outputs_also_under_checkpointing() -> None:
     for name, gradient in plain.items():
         assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-9), name
     assert all(plain[f"blocks.{i}.attn.qkv.weight"].abs().max() > 1e-6 for i in (0, 1))
-    assert plain["learned.Neighbourhood.weight"].abs().amin((1, 2)).min() > 1e-8
+    assert all(plain[name].abs().max() > 1e-8 for name in POOLING)
 
 
 def test_projections_and_pooling_weights_learn_and_nothing_else() -> None:
@@ -157,7 +165,7 @@ def test_projections_and_pooling_weights_learn_and_nothing_else() -> None:
     found = gradients(model, CLEAR, False)
     layers = [f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("qkv", "out")]
     names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert found.keys() == names | {"learned.Neighbourhood.weight"}
+    assert found.keys() == names | POOLING
     assert parameter_count(model) == 2 * 4 * (D * D + D) + 2 * 4
     assert {name for name, p in model.named_parameters() if p.requires_grad} == found.keys()
 
@@ -218,12 +226,13 @@ def test_a_student_comes_nearer_and_is_saved_with_what_it_learned(tmp_path: Path
     assert again.policies == (replace(CYLINDER, pooled=2),)
     assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
     drawn = {"seeds": [0], "steps": 2, "guidance": 1.0, "policies": again.policies}
-    images = generate(again, **drawn).images
-    assert torch.equal(images, generate(student, **drawn).images)
-    nn.init.constant_(again.learned["Neighbourhood"].weight, 1 / 4)
-    assert not torch.allclose(generate(again, **drawn).images, images)
+    images = generate(again, **drawn).samples
+    assert torch.equal(images, generate(student, **drawn).samples)
+    for part in again.learned["Neighbourhood"].values():
+        nn.init.constant_(part.weight, 1 / 4)
+    assert not torch.allclose(generate(again, **drawn).samples, images)
     with pytest.raises(
-        ConfigError, match=r"takes weights of \[2, 3, 3\], the model was trained with \[2, 2, 2\]"
+        ConfigError, match=r"takes weights '.*' of \[3, 3\], the model was trained with \[2, 2\]"
     ):
         generate(again, **{**drawn, "policies": replace(CYLINDER, pooled=3)})
 
@@ -269,10 +278,14 @@ def test_rows_in_an_unknown_order_are_not_read() -> None:
 
 def test_what_a_policy_learned_goes_on_where_it_fits() -> None:
     model = clip_student()
-    nn.init.constant_(model.learned["Neighbourhood"].weight, 9.0)
-    for changed, weight in (({"block": 16, "radius": 2, "kernel": "auto"}, 9.0), ({"pooled": 4}, 1 / 16)):
-        model.adopt([replace(CYLINDER, **{"pooled": 2, **changed})])
-        assert (model.learned["Neighbourhood"].weight == weight).all()
+    for part in model.learned["Neighbourhood"].values():
+        nn.init.constant_(part.weight, 9.0)
+    model.adopt([replace(CYLINDER, pooled=2, block=16, radius=2, kernel="auto")])
+    assert all((part.weight == 9).all() for part in model.learned["Neighbourhood"].values())
+    with pytest.raises(
+        ConfigError, match=r"the model has learned '.*' of \(2, 2\), this setting has \(4, 4\)"
+    ):
+        model.adopt([replace(CYLINDER, pooled=4)])
     assert not model.adopt([]).learned
 
 
@@ -306,7 +319,7 @@ def test_a_folder_names_policies_that_exist(tmp_path: Path) -> None:
         (["neighbourhod:radius=2"], "unknown policy 'neighbourhod'"),
         (["neighbourhood:radius=none"], "radius='none', expected an integer"),
         ("neighbourhood", "'policies' should be a list of texts"),
-        (["neighbourhood:pooled=2"], "missing tensor 'learned.Neighbourhood.weight'"),
+        (["neighbourhood:pooled=2"], "missing tensor 'learned.Neighbourhood.blocks/0/attn/core.weight'"),
     ):
         (folder / "config.json").write_text(json.dumps({**described, "policies": policies}))
         with pytest.raises(CheckpointError) as caught:

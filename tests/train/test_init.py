@@ -90,7 +90,8 @@ def test_a_model_is_trained_under_a_policy_and_keeps_its_name(
     said(capsys, *words, "--policy", policy, "--sheet-every", "0", "--out", tmp_path)
     model = ditkit.load(tmp_path / "model")
     assert model.policies == (Neighbourhood(block=8, kernel="cpu", pooled=2, radius=2),)
-    assert not torch.equal(model.learned["Neighbourhood"].weight, torch.full((1, 2, 2), 0.25))
+    (pooling,) = model.learned["Neighbourhood"].values()
+    assert not torch.equal(pooling.weight, torch.full((2, 2), 0.25))
 
 
 def test_clear_on_clips(clips: Path, tmp_path: Path) -> None:
@@ -126,7 +127,8 @@ def test_a_given_policy_takes_the_place_of_the_recipe_s(clips: Path, capsys: Cap
 
 def test_a_student_goes_on_with_the_weights_that_its_policies_learned(clips: Path, tmp_path: Path) -> None:
     model = VideoDiT(CLIP).adopt([CYLINDER])
-    torch.nn.init.normal_(model.learned["Neighbourhood"].weight)
+    for part in model.learned["Neighbourhood"].values():
+        torch.nn.init.normal_(part.weight)
     recipe = clear_video_dit()
     still = replace(
         recipe.settings, steps=1, batch=1, warmup=0, sheet_every=0, save_every=0, learning_rate=1e-12

@@ -5,11 +5,11 @@ B batch, N heads, K head width, L tokens of the image, P pooled keys, c side of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log, sqrt
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ditkit.attention.pattern import Pattern, Sparse, append_dense_rows, sparse_
 from ditkit.core.config import Count, Natural
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of
+from ditkit.core.policy import site_key
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, near_blocks
 
@@ -63,19 +64,31 @@ class Neighbourhood(Pattern):
     def small(cls, grid: Grid) -> Self:
         return cls(radius=2, pooled=2, span=0 if grid.frames == 1 else 2, block=8, kernel="cpu")
 
-    def modules(self, sites: Sequence[Site]) -> Pooling | None:
-        return Pooling(len(sparse_sites(sites)), self.pooled) if self.pooled else None
+    def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
+        if not self.pooled:
+            return None
+        return nn.ModuleDict({site_key(name): Pooling(self.pooled) for name in sparse_sites(sites)})
+
+    def upgraded(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Weights were one tensor [attentions, c, c]."""
+        old = f"learned.{type(self).__name__}."
+        whole = state.get(old + "weight")
+        if whole is None or len(whole) != len(cores := sparse_sites(sites)):
+            return state
+        parts = {f"{old}{site_key(name)}.weight": part for name, part in zip(cores, whole, strict=True)}
+        return {**{name: value for name, value in state.items() if name != old + "weight"}, **parts}
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Near:
         self._check(sites, total)
         own = self.modules(sites)
         if modules is None or own is None:
             return Near(self, sites, own)
-        if not isinstance(modules, Pooling) or modules.weight.shape != own.weight.shape:
-            given = list(modules.weight.shape) if isinstance(modules, Pooling) else type(modules).__name__
+        held, wanted = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (modules, own))
+        if held != wanted:
+            key = next(key for key in {**wanted, **held} if held.get(key) != wanted.get(key))
             raise ConfigError(
-                f"Neighbourhood: pooled={self.pooled} takes weights of {list(own.weight.shape)}, the model was "
-                f"trained with {given}"
+                f"Neighbourhood: pooled={self.pooled} takes weights {key!r} of {wanted.get(key)}, the model was "
+                f"trained with {held.get(key)}"
             )
         return Near(self, sites, modules)
 
@@ -138,19 +151,19 @@ class Neighbourhood(Pattern):
 
 
 class Pooling(nn.Module):
-    """Weights of the tokens of a cell, shared by keys and values, heads and channels.
+    """Weights of the tokens of a cell of one attention, shared by keys and values, heads and channels.
 
     Args:
-        attentions: of the model; each has its own weights. cell: c.
+        cell: c.
     """
 
-    def __init__(self, attentions: int, cell: int) -> None:
+    def __init__(self, cell: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((attentions, cell, cell), 1 / cell**2))
+        self.weight = nn.Parameter(torch.full((cell, cell), 1 / cell**2))
 
-    def forward(self, x: Tensor, place: int, cells: Tensor) -> Tensor:
-        """Rows of x [B, N, rows, K] at `cells` [P, c c], summed with the weights of an attention: [B, N, P, K]."""
-        return self.weight[place].flatten().to(x) @ x[:, :, cells.flatten()].unflatten(2, cells.shape)
+    def forward(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Rows of x [B, N, rows, K] at `cells` [P, c c], summed with the weights: [B, N, P, K]."""
+        return self.weight.flatten().to(x) @ x[:, :, cells.flatten()].unflatten(2, cells.shape)
 
 
 class Near(Sparse):
@@ -158,21 +171,22 @@ class Near(Sparse):
 
     policy: Neighbourhood
 
-    def __init__(self, policy: Neighbourhood, sites: Sequence[Site], pooling: Pooling | None) -> None:
+    def __init__(self, policy: Neighbourhood, sites: Sequence[Site], pooling: nn.Module | None) -> None:
         super().__init__(policy, sites)
-        self.pooling = pooling
+        self.pooling: Any = pooling
 
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        at, tokens = None, plan.tokens
+        at, tokens, pooling = None, plan.tokens, None
         if self.pooling is not None:
             at = plan.inverse[cells(image_of(call.layout, self.stage).grid, self.policy.pooled)]
             tokens -= len(at)
-        return partial(self.near, plan, self.places[name], at, self.policy.scale(tokens))
+            pooling = self.pooling[site_key(name)]
+        return partial(self.near, plan, pooling, at, self.policy.scale(tokens))
 
     def near(
         self,
         plan: BlockPlan,
-        place: int,
+        pooling: Pooling | None,
         cells: Tensor | None,
         scale: float,
         q: Tensor,
@@ -181,9 +195,9 @@ class Near(Sparse):
         valid: Tensor | None,
     ) -> Tensor:
         """Attention, pooled keys behind the others; `cells` [P, c c] are rows, the scale is relative."""
-        if cells is not None and self.pooling is not None:
+        if cells is not None and pooling is not None:
             at = cells.to(k.device)
-            k, v = (torch.cat((x, self.pooling(x, place, at)), 2) for x in (k, v))
+            k, v = (torch.cat((x, pooling(x, at)), 2) for x in (k, v))
         return self.execute(plan, q if scale == 1 else q * scale, k, v, valid).out
 
 

@@ -26,7 +26,7 @@ from ditkit.core.errors import ConfigError, DitkitError, unknown
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.sample.denoiser import placement
-from ditkit.sample.workload import Drawn, SamplingJob
+from ditkit.sample.sampler import Sampler, Samples
 
 CHILD = "from ditkit.bench.memory import child; child()"
 DEVICES = ("cpu", "cuda")
@@ -147,15 +147,15 @@ def _max_resident_bytes() -> int:
 
 
 class Isolated:
-    """A workload written to `folder`, to be drawn by other processes under any of `policies`.
+    """A sampler written to `folder`, to be drawn by other processes under any of `policies`.
 
     Its models are written once.
 
     Raises:
-        ConfigError: the workload or a policy holds something that JSON and model folders cannot describe.
+        ConfigError: the sampler or a policy holds something that JSON and model folders cannot describe.
     """
 
-    def __init__(self, work: SamplingJob, policies: Sequence[Policy], folder: Path) -> None:
+    def __init__(self, work: Sampler, policies: Sequence[Policy], folder: Path) -> None:
         self.device = placement(work.model)[0].type
         self.folder = folder
         self.described = describe(work.first_batch(), folder)
@@ -172,11 +172,11 @@ class Isolated:
         return measure_peak(f"{__name__}:prepare", request, device=self.device)
 
 
-def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], Drawn]:
+def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], Samples]:
     """In the other process: the call that is measured."""
     torch.set_num_threads(threads)
-    workload, owned = revive(work), revive(policies)
-    return lambda: workload.draw(owned, steps)
+    sampler, owned = revive(work), revive(policies)
+    return lambda: sampler.draw(policies=owned, steps=steps)
 
 
 def describe(value: Any, folder: Path) -> Any:

@@ -12,7 +12,18 @@ from importlib import import_module
 from ditkit.cli.parsing import Command, Group
 from ditkit.core.errors import DitkitError
 
-COMMANDS = ("generate", "train", "evaluate", "compare", "tune", "plan", "video", "forecast", "systems")
+COMMANDS = (
+    "generate",
+    "train",
+    "compress",
+    "evaluate",
+    "compare",
+    "tune",
+    "plan",
+    "video",
+    "forecast",
+    "systems",
+)
 BAD_INPUT, INTERRUPTED = 2, 130
 
 

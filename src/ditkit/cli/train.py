@@ -95,7 +95,7 @@ def command_of(name: str, build: Build) -> Command:
 
     words = f"{name} --init MODEL" if any(term.needs_teacher for term in recipe.objective.active) else name
     for argument, flags in (("network", own), ("settings", run_flags)):  # each config has its own
-        flattened = Annotated[type(flags), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+        flattened: Any = Annotated[type(flags), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
         run.__annotations__[argument] = flattened
     run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
 

@@ -37,7 +37,7 @@ class ImageVaeConfig(ModelConfig):
         post_quant_conv: a 1 x 1 convolution after the latents.
     """
 
-    task: ClassVar[str] = "image-vae"
+    task: ClassVar[str] = "image-codec"
 
     size: Count = 32
     channels: Count = field(default=3, metadata=FROM_DATA)
@@ -76,6 +76,7 @@ class ImageVae(VariationalCodec):
     """
 
     Config = ImageVaeConfig
+    task = "image-codec"
     config: ImageVaeConfig
     shift: Tensor
     scale: Tensor

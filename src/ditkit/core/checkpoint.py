@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ditkit.core.errors import CheckpointError, ConfigError, nearest
 
+TIED = "tied"
+"""Key of a file's metadata: further names of its tensors, as JSON of name to name."""
 PICKLED = (".pt", ".pth", ".bin")
 """Suffixes of files that `torch.load` reads, and only as plain tensors."""
 
@@ -87,8 +89,23 @@ def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors as safetensors, at once in their place."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, dict(metadata or {}))
+    """Tensors as safetensors, at once in their place; several names of one storage are written once."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() and key in first:
+            tied[name] = first[key]
+        elif value.numel():
+            first[key] = name
+    written, storages = {}, set[int]()
+    for name in (name for name in state if name not in tied):
+        value = state[name].detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        written[name] = value.clone() if place in storages else value  # a part of another is written whole
+        storages.add(place)
+    about = {**(metadata or {}), **({TIED: json.dumps(tied)} if tied else {})}
+    save_file(written, path, about)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -134,10 +151,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as {expected}: {first}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{path} should hold tensors by name, nothing else")
+    if path.suffix not in PICKLED:
+        state |= {name: state[other] for name, other in _tied(path, state).items()}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"{path}: {name!r} should be a dense tensor; only tensors by name are read")
     return state
+
+
+def _tied(path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Further names of a file's tensors."""
+    try:
+        tied = json.loads(read_metadata(path).get(TIED, "{}"))
+        if all(isinstance(name, str) and other in state for name, other in tied.items()):
+            return dict(tied)
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise CheckpointError(f"{path}: the metadata's {TIED!r} should name tensors of the file")
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

@@ -102,7 +102,8 @@ def check_fields(config: Any, name: str = "") -> None:
         ConfigError: a field holds something else than its annotation declares.
     """
     name = name or network(config)
-    for field_name, kind in _declared(type(config)):
+    cls: Any = type(config)
+    for field_name, kind in _declared(cls):
         given = getattr(config, field_name)
         check_value(f"{name}: {field_name}", given, kind)
         if (plain := _plain(given)) is not given:
@@ -140,7 +141,10 @@ def integer(name: str, given: object, least: int, most: int | None = None) -> in
         value = operator.index(given)
     except TypeError as error:  # a torch tensor has __index__, and refuses when it holds something else
         raise ConfigError(f"{name}={given!r} should be an integer") from error
-    check_value(name, value, Annotated[int, Interval(ge=least, le=most)])
+    if value < least:
+        raise ConfigError(f"{name}={value} should be at least {least}")
+    if most is not None and value > most:
+        raise ConfigError(f"{name}={value} should be at most {most}")
     return value
 
 
@@ -199,10 +203,10 @@ def union_members(kind: Any) -> tuple[Any, ...]:
 
 
 @cache
-def _declared(kind: type) -> tuple[tuple[str, Any], ...]:
+def _declared(kind: Any) -> tuple[tuple[str, Any], ...]:
     """Fields of a dataclass with their annotations."""
     hints = get_type_hints(kind, include_extras=True)
-    return tuple((f.name, hints[f.name]) for f in fields(kind))  # type: ignore[arg-type]
+    return tuple((f.name, hints[f.name]) for f in fields(kind))
 
 
 def _bare(kind: Any) -> Any:
@@ -219,7 +223,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
     return union_members(_bare(kind)) if union_members(_bare(kind)) != (_bare(kind),) else (kind,)
 
 
-def _is_of(given: object, kind: Any) -> bool:
+def _is_of(given: Any, kind: Any) -> bool:
     """Whether a value is of the type of an annotation, whatever its bounds."""
     bare = _bare(kind)
     if get_origin(bare) is Literal:
@@ -348,7 +352,8 @@ def config_of(kind: type[C], given: object, source: object) -> C:
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise CheckpointError(f"{source}: missing config key {name!r}{nearest(name, given)}")
-    hints = dict(_declared(kind))
+    cls: Any = kind
+    hints = dict(_declared(cls))
     values = {name: _from_json(hints[name], value, f"{source}: {name}") for name, value in given.items()}
     try:
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Which class each sample is told."""
+"""Labels: the class of each sample, by name or index."""
 
 from __future__ import annotations
 

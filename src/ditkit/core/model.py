@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,25 +27,44 @@ from ditkit.core.checkpoint import (
     to_disk,
     write_json,
 )
-from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity
+from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
-from ditkit.core.errors import CheckpointError, ConfigError, unknown
+from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy
 from ditkit.core.run import Site
 from ditkit.core.spec import component, spec
+from ditkit.core.trajectory import Trajectory
+from ditkit.core.transform import (
+    Report,
+    Stacked,
+    Transform,
+    check_named,
+    described,
+    origin_of,
+    standing,
+    transforms_of,
+)
+
+LOG = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 DIGEST = "config_sha256"
 """Key of the weights' metadata: of the config.json that they were saved with."""
+HOST = "Host"
+"""The model that holds a transformer of diffusers, in a folder of ours or of diffusers'; no backbone of `models`."""
 CODEC = "codec"
 """Folder of the codec, and key of config.json: of the config.json in that folder."""
 FILES = (WEIGHTS, CONFIG, f"{CODEC}/{CODEC_CONFIG}", f"{CODEC}/{CODEC_WEIGHTS}")
 POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
-DESCRIBED = ("model", "config", "history", CODEC, POLICIES)
+TRANSFORMS = "transforms"
+"""Key of config.json: what was done to the structure that the config gives, in order."""
+TASK = "task"
+"""Key of config.json: the name of the task that the weights were trained for."""
+DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES, TRANSFORMS)
 """Keys of config.json."""
 
 
@@ -57,11 +78,16 @@ class Model(nn.Module, ModelHubMixin, ABC):
     """What was done to the weights, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for; a class has that of its paper."""
     codec: Codec = IDENTITY
     """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
     to train, and it goes to its input's device by itself."""
     policies: tuple[Policy, ...] = ()
-    """What the weights are trained under; saved with them. Sampling is under those that it is given."""
+    """What the weights are trained under; saved with them. Sampling is under those that are inherent and those that
+    it is given."""
+    transforms: tuple[Transform, ...] = ()
+    """What was done to the structure that the config gives, in order; saved, and replayed whenever it is rebuilt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,9 +110,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def sites(self) -> tuple[Site, ...]:
         """Every place a policy can act on, in the order of the forward pass."""
 
-    @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        """The token segments of a call on a sample of `shape`, without the batch axis."""
+        """The token segments of a call on a sample of `shape`, without the batch axis; none where it is no grid."""
+        return ()
 
     @property
     def recomputes(self) -> bool:
@@ -94,15 +120,14 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
-    @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample, without the batch axis."""
+        """The shape of one sample, without the batch axis; empty where samples have no shape in common."""
+        return ()
 
     @property
     def last_training(self) -> Mapping[str, Any] | None:
-        """The last entry of `history` that names what the weights were trained on; None if no entry does."""
-        runs = [run for run in self.history if isinstance(run, dict) and run.get("trained") is not None]
-        return runs[-1] if runs else None
+        """The last entry of `history` that names the data of a training; None if no entry does."""
+        return last_training(self.history)
 
     @property
     def signal_shape(self) -> tuple[int, ...]:
@@ -112,22 +137,103 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def adopt(self, policies: Sequence[Policy]) -> Self:
         """Train under `policies` from now on; parameters of their own are then the model's.
 
-        They go on as the model has them, of a policy of that class and with the same shapes; else as they begin.
+        They go on as the model has them, where it has that policy; else as they begin.
 
         Raises:
-            ConfigError: a policy that config.json cannot name, so that what is trained under it could not be loaded.
+            ConfigError: a policy that config.json cannot name, so that what is trained under it could not be loaded;
+                or what the model has learned of it has other shapes.
         """
         for policy in policies:
             _check_named(policy)
         sites, known = self.sites(), dict(self.learned.items())
         begun = {type(policy).__name__: policy.modules(sites) for policy in policies}
-        self.policies = tuple(policies)
-        self.learned = nn.ModuleDict(
-            {name: _taken(known.get(name), own) for name, own in begun.items() if own is not None}
-        )
-        others = (p for name, p in self.named_parameters() if not name.startswith("learned."))
-        self.learned.to(next(others))
+        taken = {name: _taken(name, known.get(name), own) for name, own in begun.items() if own is not None}
+        if fresh := [name for name in taken if name not in known and not _on_meta(self)]:
+            LOG.info("%s: what %s learns begins anew", type(self).__name__, " and ".join(fresh))
+        self.policies, self.learned = tuple(policies), nn.ModuleDict(taken)
+        self.learned.to(next(p for name, p in self.named_parameters() if not name.startswith("learned.")))
         return self
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        """The lists of blocks that a transform may name, by the names of their sites; none by default."""
+        return {}
+
+    def origin(self, name: str) -> str:
+        """What a site or tensor was called before all `transforms`."""
+        return origin_of(self.transforms, name)
+
+    def transform(self, transform: Transform, calibration: Any = None) -> Report:
+        """Apply `transform` in place and list it; the neutral setting does nothing.
+
+        What adopted policies learned at a site goes where the site went.
+
+        Args:
+            calibration: samples, for a transform whose values follow from what is seen.
+
+        Raises:
+            ConfigError, ConflictError: it does not fit the model, or an adopted policy not what the model would
+                become. Nothing was changed then.
+        """
+        if transform == transform.exact():
+            return {}
+        check_named(transform)
+        transform.check(self)
+        listed = standing((*self.transforms, transform))
+        trial = self.rebuilt(listed)
+        Trajectory(trial.sites(), self.policies, 1)
+        learned, self.learned = self.learned, nn.ModuleDict()
+        with torch.random.fork_rng(devices=()):
+            _, report = transform.apply(self, calibration)
+        self.transforms = listed
+        self.history += ({"transform": described(transform), "report": dict(report)},)
+        self._check_structure(transform, trial)
+        if self.policies:
+            self.adopt(self.policies)
+            self._keep_learned(learned, transform)
+        self.train(self.training)
+        return report
+
+    def shaped(self, transforms: Sequence[Transform]) -> Self:
+        """The structure of `transforms`, in order, whose tensors are to be filled.
+
+        Raises:
+            ConfigError, ConflictError: one does not fit what those before it leave.
+        """
+        for transform in transforms:
+            transform.check(self)
+            transform.shape(self)
+            self.transforms = (*self.transforms, transform)
+        return self
+
+    def rebuilt(self, transforms: Sequence[Transform]) -> Self:
+        """The structure that `transforms` make of the config's, on the meta device, without what policies learn."""
+        with torch.device("meta"):
+            bare: Self = type(self)(self.config)  # type: ignore[call-arg]
+            return bare.shaped(transforms)
+
+    def _keep_learned(self, before: nn.ModuleDict, transform: Transform) -> None:
+        """Put the learned modules of sites that outlived a transform under the names that the sites have now."""
+        held: dict[str, Any] = dict(before.items())
+        for policy, own in self.learned.items():
+            if not isinstance(own, nn.ModuleDict):
+                continue
+            for key in tuple(own.keys()):
+                was = transform.origin(key.replace("/", ".")).replace(".", "/")
+                if was and was in held.get(policy, ()):
+                    own[key] = held[policy][was]
+
+    def _check_structure(self, transform: Transform, expected: Model) -> None:
+        """Refuse a transform of two minds: what `apply` makes is what `shape` makes."""
+        own, other = (
+            {k: v.shape for k, v in model.state_dict().items() if not k.startswith("learned.")}
+            for model in (self, expected)
+        )
+        if own != other:
+            name = next(k for k in {**own, **other} if own.get(k) != other.get(k))
+            raise ConfigError(
+                f"{type(transform).__name__}: its apply makes {name!r} of {own.get(name)}, its shape of "
+                f"{other.get(name)}, expected the same"
+            )
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
         """config.json and safetensors in `folder`, with the codec's own in `codec`; all on disk before any takes its
@@ -145,20 +251,26 @@ class Model(nn.Module, ModelHubMixin, ABC):
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"weights are saved in a floating-point type, not {dtype}")
         folder = Path(folder)
+        for transform in self.transforms:
+            transform.ready(self)
+        kept = tuple(ending for transform in self.transforms for ending in transform.keeps)
         state = {
-            k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()
+            k: v.to(dtype) if dtype and v.is_floating_point() and not k.endswith(kept) else v
+            for k, v in self.state_dict().items()
         }
         with self._codec_drafted(folder) as codec, replacing(folder / WEIGHTS) as weights:
-            described = {
+            content = {
                 "model": type(self).__name__,
+                **({TASK: self.task} if self.task else {}),
                 "config": dataclasses.asdict(self.config),
                 "history": [*self.history, *history],
                 **codec,
                 **({POLICIES: [spec(policy) for policy in self.policies]} if self.policies else {}),
+                **({TRANSFORMS: [described(t) for t in self.transforms]} if self.transforms else {}),
             }
-            dump_state(weights, state, {DIGEST: digest(described)})
+            dump_state(weights, state, {DIGEST: digest(content)})
             to_disk(weights)  # then config.json takes its place; `load` finds out if these weights never do
-            write_json(folder / CONFIG, described)
+            write_json(folder / CONFIG, content)
         return folder
 
     @contextmanager
@@ -167,8 +279,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
         if isinstance(self.codec, Identity):
             yield {}
             return
-        with self.codec.drafted(folder / CODEC) as described:
-            yield {CODEC: digest(described)}
+        with self.codec.drafted(folder / CODEC) as content:
+            yield {CODEC: digest(content)}
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -179,44 +291,58 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 codec that were not saved together (weights that do not say with which are taken as they are).
         """
         path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-        described = read_json(path)
-        kind = model_class(described, path)
+        content = read_json(path)
+        kind = model_class(content, path)
+        if "_class_name" in content and kind is not cls:
+            return kind.load(folder)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{folder} holds a {kind.__name__}, expected a {cls.__name__}")
-        config: Any = config_of(kind.Config, described.get("config"), path)
-        model = kind.holding(config, read_state(weights), weights, _policies(described, path))
-        if read_metadata(weights).get(DIGEST, saved := digest(described)) != saved:
+        config: Any = config_of(kind.Config, content.get("config"), path)
+        policies, transforms = _policies(content, path), transforms_of(content.get(TRANSFORMS), path)
+        model = kind.holding(config, read_state(weights), weights, policies, transforms)
+        if read_metadata(weights).get(DIGEST, saved := digest(content)) != saved:
             raise CheckpointError(
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
             )
-        model.history = tuple(described.get("history", ()))
-        if CODEC in described:
-            model.codec = _codec(described, path)
+        model.history = tuple(content.get("history", ()))
+        model.task = content.get(TASK, kind.task)
+        if CODEC in content:
+            model.codec = _codec(content, path)
         return model
 
     @classmethod
     def holding(
-        cls, config: Any, state: Mapping[str, Tensor], source: object, policies: Sequence[Policy] = ()
+        cls,
+        config: Any,
+        state: Mapping[str, Tensor],
+        source: object,
+        policies: Sequence[Policy] = (),
+        transforms: Sequence[Transform] = (),
     ) -> Self:
         """A model in eval mode with the weights `state`; no memory is taken before their shapes are checked.
 
         Raises:
-            CheckpointError: the tensors are not those of `config`; `source` is what the message names.
+            CheckpointError: the tensors are not those of `config` and `transforms`, or these do not fit; `source` is
+                what the message names.
         """
         try:
             with torch.device("meta"):
-                model = cls(config).adopt(policies)  # type: ignore[call-arg]
+                model: Self = cls(config)  # type: ignore[call-arg]
+                model = _replayed(model, transforms, source).adopt(policies)
         except (RuntimeError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"{source}: the config's sizes make no tensor: {_first_line(error)}"
             ) from error
-        fill(model, state, source)
+        fill(model, _upgraded(state, policies, model.sites()), source)
+        empty = [name for name, v in (*model.named_parameters(), *model.named_buffers()) if v.is_meta]
+        if empty:
+            raise CheckpointError(f"{source}: {empty[0]!r} has no value, as it is not among what is saved")
         return model.eval()
 
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
         """A copy in eval mode that holds `state` instead, with all else that is saved."""
-        copy = self.holding(self.config, state, source, self.policies)
-        copy.history, copy.codec = self.history, self.codec
+        copy = self.holding(self.config, state, source, self.policies, self.transforms)
+        copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
     def save_pretrained(
@@ -266,6 +392,25 @@ class Denoiser(Model):
     """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
     `convention`, which says what its numbers mean."""
 
+    completes: ClassVar[bool] = False
+    """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
+
+    def sites(self) -> tuple[Site, ...]:
+        """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
+
+        Where text stands in the sequence of the image, all of the stack is of the stream "joint".
+        """
+        parts: Any = self
+        with_text = any(segment.stream == "text" for segment in self.layout(self.sample_shape))
+        stream, width = "joint" if with_text else "image", self.config.width
+        return (
+            Site("time", "time", width=width),
+            Site("tokens", "tokens", stream, width),
+            Site("blocks", "stack", stream, width),
+            *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),
+            *parts.head.sites(),
+        )
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
         """The same batch, told nothing."""
@@ -277,6 +422,9 @@ def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
     Raises:
         CheckpointError: it names none, or holds something that is not a model's.
     """
+    if described.get("model") == HOST or "_class_name" in described:
+        host: type[Model] = getattr(import_module("ditkit.hosts.hosted"), HOST)
+        return host
     for key in described:
         if key not in DESCRIBED:
             raise CheckpointError(f"{source}: " + unknown("key", key, DESCRIBED))
@@ -315,12 +463,43 @@ def _check_named(policy: Policy) -> None:
         raise ConfigError(f"{policy} is of {type(policy).__module__}, its name is that of {expected}")
 
 
-def _taken(known: nn.Module | None, begun: nn.Module) -> nn.Module:
-    """`known`, if it is of the kind and the shapes of `begun`."""
-    if type(known) is not type(begun):
+def _taken(name: str, known: nn.Module | None, begun: nn.Module) -> nn.Module:
+    """`known`, which has the shapes of `begun`; or `begun`, where nothing is known.
+
+    Raises:
+        ConfigError: the shapes are others.
+    """
+    if known is None:
         return begun
-    held, wanted = ({k: v.shape for k, v in module.state_dict().items()} for module in (known, begun))
-    return known if held == wanted else begun
+    held, wanted = ({k: tuple(v.shape) for k, v in module.state_dict().items()} for module in (known, begun))
+    if held != wanted:
+        key = next(k for k in {**held, **wanted} if held.get(k) != wanted.get(k))
+        raise ConfigError(
+            f"{name}: the model has learned {key!r} of {held.get(key)}, this setting has {wanted.get(key)}; "
+            "adopt no policy of that class first, to begin anew"
+        )
+    return known
+
+
+def _replayed(model: Any, transforms: Sequence[Transform], source: object) -> Any:
+    """`shaped`, whose refusals are the folder's."""
+    try:
+        return model.shaped(transforms)
+    except DitkitError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _upgraded(
+    state: Mapping[str, Tensor], policies: Sequence[Policy], sites: Sequence[Site]
+) -> Mapping[str, Tensor]:
+    """`state`, what an older version saved of policies under today's names."""
+    for policy in policies:
+        state = policy.upgraded(state, sites)
+    return state
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _codec(described: Mapping[str, Any], path: Path) -> Codec:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditkit.core.config import Checked
-from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.core.run import Call, Handler, Site
-from ditkit.core.spec import component
 
 Claim = Literal["own", "wrap", "see"]
 Key = tuple[str, ...]
@@ -81,7 +79,14 @@ class Session:
 class Policy(Checked, ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
-    homes: ClassVar[tuple[str, ...]] = ("ditkit.caching", "ditkit.attention")
+    homes: ClassVar[tuple[str, ...]] = (
+        "ditkit.caching",
+        "ditkit.attention",
+        "ditkit.adapt",
+        "ditkit.compress",
+    )
+    inherent: ClassVar[bool] = False
+    """Whether a model that was trained under it cannot do without: see `with_inherent`."""
 
     @abstractmethod
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -99,34 +104,33 @@ class Policy(Checked, ABC):
     def exact(self) -> Self:
         """The neutral setting: bit-identical to not using the policy."""
 
-    @classmethod
-    def small(cls, grid: Grid) -> Self:
-        """A setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
-        return cls()
-
-    def modules(self, sites: Sequence[Site]) -> nn.Module | None:
-        """Parameters that the policy trains, saved beside the model."""
+    def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
+        """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
         return None
 
+    def upgraded(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Tensors of a model, those that an older version of the policy saved under today's names."""
+        return state
 
-def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:
-    """One policy or several, each itself or as its text (`ditkit.core.spec`).
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        """Return a setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
+        return cls()
 
-    Raises:
-        ConfigError: something else, or a text that describes no policy.
+
+def site_key(name: str) -> str:
+    """A site's name as a key of a ModuleDict, which takes no dots."""
+    return name.replace(".", "/")
+
+
+def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
+    """`policies`, after those inherent ones of the model whose class they do not name.
+
+    Whoever wants a model without one names its `exact()`.
     """
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    return tuple(_as_policy(one) for one in several)
-
-
-def _as_policy(given: object) -> Policy:
-    if isinstance(given, str):
-        return component(Policy, given)  # type: ignore[type-abstract]
-    if not isinstance(given, Policy):
-        raise ConfigError(
-            f"policies: got {given!r}, expected a Policy or a text such as 'taylorseer:interval=4'"
-        )
-    return given
+    given = {type(policy) for policy in policies}
+    own = (p for p in getattr(model, "policies", ()) if p.inherent and type(p) not in given)
+    return (*own, *policies)
 
 
 def detached(value: Any) -> Any:

@@ -142,6 +142,7 @@ class PolicyReceipt:
         whole = sum(all_rows for lane in self.token_rows.values() for _, all_rows in lane.values())
         return {
             "policy": str(self.policy),
+            **({"inherent": True} if self.policy.inherent else {}),
             "sites": len(self.sites),
             "site_calls_saved": self.saved,
             **({"rows_saved": self.rows_saved / whole} if self.rows_saved else {}),

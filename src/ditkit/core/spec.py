@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from ditkit.core.catalog import find
+from ditkit.core.catalog import every, find
 from ditkit.core.config import SCALARS, union_members
 from ditkit.core.errors import ConfigError, unknown
 
@@ -52,6 +52,29 @@ def component(base: type[T], spec: str) -> T:
     if missing:
         raise ConfigError(f"{spec!r}: {kind.__name__} needs {missing[0]}=..., which has no default")
     return kind(**given)
+
+
+def components(name: str, base: type[T], given: T | str | Iterable[T | str]) -> tuple[T, ...]:
+    """One component or several, each itself or as its text.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ConfigError: something else, or a text that describes no component of `base`.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    found = [component(base, one) if isinstance(one, str) else one for one in several]
+    for one in found:
+        if not isinstance(one, base):
+            raise ConfigError(f"{name}: got {one!r}, expected a {base.__name__} or its text")
+    return tuple(found)
+
+
+def named_alone(base: type[T]) -> list[str]:
+    """Names of the components of `base` whose fields all have defaults, in lower case."""
+    kinds = every(base)
+    return [k.__name__.lower() for k in kinds if all(_default(f) is not MISSING for f in _fields(k))]
 
 
 def spec(value: Any) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
-from ditkit.core.policy import RESOURCES, Claim, Policy, Session, as_policies
+from ditkit.core.policy import RESOURCES, Claim, Policy, Session
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
+from ditkit.core.spec import components
 
 DEPTH: dict[Claim, int] = {"own": 0, "wrap": 1, "see": 2}
 
@@ -42,7 +43,8 @@ class Trajectory:
         max_bytes: int | None = None,
         learned: nn.ModuleDict | None = None,
     ) -> None:
-        self.policies, self.total = as_policies(policies), total
+        self.policies = components("policies", Policy, policies)  # type: ignore[type-abstract]
+        self.total = total
         self.claims = claim(sites, self.policies)
         known = {} if learned is None else dict(learned.items())
         self.sessions = [
@@ -124,6 +126,8 @@ class Trajectory:
             if not receipt.sites:
                 line = f"{policy} met none of its sites in {receipt.calls} evaluations"
                 raise NoEffectError("; ".join([line, *receipt.said()]))
+            if policy.inherent:
+                continue  # the model was trained so: it is no saving that could fail
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
             if owns and not receipt.saved and not receipt.rows_saved:
                 raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")

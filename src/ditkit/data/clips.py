@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ditkit.core.config import integer
+from ditkit.core.config import Checked, Count, integer
 from ditkit.core.errors import ConfigError, DataError, unknown
 
 
@@ -58,20 +58,16 @@ class LabelledClips(ClipSet, Protocol):
 
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(Checked):
     """Clips cut out of longer films: `frames` frames, `stride` apart; the next clip starts `step` later.
 
     A film shorter than `span` gives no clip.
     """
 
     lengths: tuple[int, ...]  # frames of each film
-    frames: int
-    stride: int = 1
-    step: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "stride", "step"):
-            integer(name, getattr(self, name), least=1)
+    frames: Count
+    stride: Count = 1
+    step: Count = 1
 
     @property
     def span(self) -> int:

@@ -15,6 +15,9 @@ from ditkit.core.errors import ConfigError, DataError, unknown
 from ditkit.core.spec import read_value
 from ditkit.data.clips import ClipSet
 from ditkit.data.decode import SUFFIXES
+from ditkit.data.event_files import is_event_list
+from ditkit.data.event_files import load as load_event_file
+from ditkit.data.events import EventSet
 from ditkit.data.fields import FieldSet
 from ditkit.data.fields import load as load_netcdf
 from ditkit.data.folder import load as load_folder
@@ -25,9 +28,14 @@ from ditkit.data.video_folder import holds_videos
 from ditkit.data.video_folder import load as load_video_folder
 
 SETS = "ditkit.data.sets"
-Data = ImageSet | ClipSet | FieldSet
-KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", ClipSet: "clips"}
-FILES: dict[str, Callable[..., FieldSet]] = {".csv": load_csv, ".nc": load_netcdf, ".nc4": load_netcdf}
+Data = ImageSet | ClipSet | FieldSet | EventSet
+KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", EventSet: "events", ClipSet: "clips"}
+FILES: dict[str, Callable[..., Any]] = {
+    ".csv": load_csv,
+    ".nc": load_netcdf,
+    ".nc4": load_netcdf,
+    ".parquet": load_event_file,
+}
 """The reader of files of each suffix."""
 PART = ("split", "length", "episodes", "max_bad", "max_bytes")
 """Options of loaders that say how much of the data is taken, not what they look like."""
@@ -39,8 +47,14 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name.replace("_", "-") for name in found))
 
 
+def names_of(kind: str) -> tuple[str, ...]:
+    """Return the named sets of one kind: images, clips or fields."""
+    return tuple(name for name in names() if KINDS[_kind(_loader(name))] == kind)
+
+
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
-    """Load a named set, a folder of images or of videos, a CSV file of series or a netCDF file of fields.
+    """Load a named set, a folder of images or of videos, a CSV file of series, a netCDF file of fields,
+    or an event list in CSV (columns `source` and `destination`) or Parquet.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.
@@ -69,7 +83,10 @@ def read_options(
         DataError: no such data, as `load` says.
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
-    known = {name: kind for name, kind in _options(_loader(name_or_path)).items() if name not in decided}
+    own = _options(_loader(name_or_path))
+    if Path(name_or_path).suffix.lower() == ".csv" and os.path.isfile(name_or_path):
+        own = {**_options(partial(load_event_file, name_or_path)), **own}  # which it is, the recipe knows
+    known = {name: kind for name, kind in own.items() if name not in decided}
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -122,6 +139,12 @@ def load_fields(name_or_path: str | Path, **options: Any) -> FieldSet:
     return found
 
 
+def load_events(name_or_path: str | Path, **options: Any) -> EventSet:
+    """`load` of events of a graph. Raises `ConfigError` where the data are something else."""
+    found: EventSet = _load(_loader_of(EventSet, name_or_path), name_or_path, None, options)
+    return found
+
+
 def _load(
     loader: partial[Any],
     name_or_path: str | Path,
@@ -153,14 +176,21 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     path = Path(name_or_path)
     if kind is ImageSet and loader.func is load_video_folder and _holds_images(path):
         return partial(load_folder, path)  # a GIF among pictures does not make them films
-    made = get_type_hints(loader.func)["return"]
-    # ClipSet is a protocol with attributes, about which issubclass cannot be asked
-    held = next((k for k in (ImageSet, FieldSet) if issubclass(made, k)), ClipSet)
+    held = _kind(loader)
     if held is kind:
         return loader
+    if kind is EventSet and path.suffix.lower() == ".csv" and path.is_file():
+        return partial(load_event_file, path)  # its columns have other names
     if loader.func is load_folder and not _holds_images(path):
         raise DataError(f"{name_or_path} holds no videos and no images, expected {KINDS[kind]}")
     raise ConfigError(f"{name_or_path} holds {KINDS[held]}, expected {KINDS[kind]}")
+
+
+def _kind(loader: partial[Any]) -> type:
+    """Return the class of `KINDS` that a loader's annotation names."""
+    loaded = get_type_hints(loader.func)["return"]
+    # ClipSet is a protocol with attributes, which issubclass does not take
+    return next((k for k in (ImageSet, FieldSet) if issubclass(loaded, k)), ClipSet)
 
 
 def _holds_images(root: Path) -> bool:
@@ -183,10 +213,11 @@ def _loader(name_or_path: str | Path) -> partial[Any]:
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)
     if path.suffix.lower() in FILES and path.is_file():
-        return partial(FILES[path.suffix.lower()], path)
+        events = path.suffix.lower() == ".csv" and is_event_list(path)
+        return partial(load_event_file if events else FILES[path.suffix.lower()], path)
     if os.path.isdir(name_or_path):
         own = load_video_folder if holds_videos(path) else load_folder
         return partial(own, path)
     raise DataError(
-        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv or .nc file of that name"
+        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .parquet or .nc file of that name"
     )

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, merge_heads, modulation, split_heads
 from ditkit.hosts.streams import Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
 __all__ = ["CHANNEL_AXIS", "layout", "restore", "running", "sites", "view"]
 

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed_in_chunks, modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers", (0,))}
+"""The head is conditioned by block 0's embedding of time."""
 
 
 @stands_for(host_attention.BasicTransformerBlock)

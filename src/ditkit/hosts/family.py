@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ditkit import hosts
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.run import Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.view import VIEWS, View
 
 
@@ -22,12 +24,14 @@ class Family(NamedTuple):
     """The functions of a host module.
 
     The parameters of its `layout` are named after arguments of the transformer's forward, or are `model`, `shape`
-    (of the latents) and `text` (rows of it). `CHANNEL_AXIS` says where latents have their channels, if not at 1.
+    (of the latents) and `text` (rows of it). `CHANNEL_AXIS` says where latents have their channels, if not at 1, and
+    `STACKS` the lists of blocks that a transform may name.
     """
 
     sites: Callable[[nn.Module], tuple[Site, ...]]
     make_layout: Callable[..., tuple[Segment, ...]]
     channel_axis: int = 1
+    stacks: Mapping[str, Stacked] = MappingProxyType({})
 
     def asks(self) -> tuple[str, ...]:
         """List the arguments that `layout` needs."""
@@ -64,7 +68,7 @@ def family(model: nn.Module) -> Family:
         raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
     ours = VIEWS.get(type(model), type(model))
     home = next(module for module in modules if ours in vars(module).values())
-    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1))
+    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1), home.STACKS)
 
 
 def transformers() -> list[type]:

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed, modulation
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+
+STACKS = {
+    "blocks": Stacked("transformer_blocks", "num_layers"),
+    "single": Stacked("single_transformer_blocks", "num_single_layers"),
+}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, flip
 from ditkit.hosts.blocks import as_wide, attention_sites, modulation
 from ditkit.hosts.lumina_blocks import (
@@ -34,6 +35,8 @@ from ditkit.hosts.lumina_blocks import (
 )
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
+
+STACKS = {"blocks": Stacked("layers", "num_layers")}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.blocks import as_wide, attention_sites
 from ditkit.hosts.dit import call_basic_block
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

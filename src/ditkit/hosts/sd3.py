@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as
 from ditkit.hosts.blocks import (
     as_wide,
@@ -34,6 +35,9 @@ from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV
 from ditkit.nn.modulation import modulate
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers", (-1,), ("dual_attention_layers",))}
+"""The last block has no text to hand on."""
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

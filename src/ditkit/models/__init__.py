@@ -5,6 +5,7 @@ from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -20,6 +21,8 @@ __all__ = [
     "DiTConfig",
     "PredFormer",
     "PredFormerConfig",
+    "Todyformer",
+    "TodyformerConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",

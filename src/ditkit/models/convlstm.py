@@ -68,6 +68,7 @@ class ConvLSTM(Model):
     """
 
     Config = ConvLSTMConfig
+    task = "forecast"
     config: ConvLSTMConfig
 
     def __init__(self, config: ConvLSTMConfig) -> None:

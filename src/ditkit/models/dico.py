@@ -157,6 +157,7 @@ class DiCo(Denoiser):
     """Convolutions in three resolutions with adaLN-Zero conditioning on time and class."""
 
     Config = DiCoConfig
+    task = "image"
     config: DiCoConfig
 
     def __init__(self, config: DiCoConfig) -> None:

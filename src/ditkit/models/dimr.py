@@ -239,6 +239,7 @@ class DiMR(Denoiser):
     """Stages of rising resolution, each told what the one below found; time enters through the norms alone."""
 
     Config = DiMRConfig
+    task = "image"
     config: DiMRConfig
 
     def __init__(self, config: DiMRConfig) -> None:

@@ -28,9 +28,11 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
+from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
+from ditkit.nn.init import adaln_zero_
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width, heads (DiT, table 1)."""
@@ -82,6 +84,7 @@ class DiT(Denoiser):
     """A transformer over patches with adaLN-Zero conditioning on time and class."""
 
     Config = DiTConfig
+    task = "image"
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
@@ -94,7 +97,7 @@ class DiT(Denoiser):
         self.label = nn.Embedding(c.classes + 1, c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = Head(c.width, pixels * out)
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, convention: Convention = DDPM) -> Self:
@@ -122,19 +125,6 @@ class DiT(Denoiser):
         state = source if isinstance(source, Mapping) else read_state(Path(source))
         return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
 
-    def reset_parameters(self) -> None:
-        """Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output: the first output is 0."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        gates = [part.modulation for part in self.modules() if isinstance(part, Block | Head)]
-        for layer in (*gates, self.head.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         return (self.config.channels, self.config.size, self.config.size)
@@ -143,15 +133,8 @@ class DiT(Denoiser):
         grid = Grid.of(tuple(shape[-2:]), self.config.patch)
         return (Segment("image", grid, grid.length),)
 
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every label replaced by the null class."""

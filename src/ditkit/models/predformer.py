@@ -19,7 +19,7 @@ from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.axes import Axis, AxisAttention, Clip, ClipTokens, Layer, drop_lines, layers_of, spans
-from ditkit.nn.blocks import Stack
+from ditkit.nn.blocks import Stack, sites_of
 from ditkit.nn.mlp import PlainMLP, SwiGLU
 
 
@@ -84,6 +84,7 @@ class PredFormer(Model):
     """Patches embedded, gated transformer blocks along time, space or both, and one linear layer out."""
 
     Config = PredFormerConfig
+    task = "forecast"
     config: PredFormerConfig
 
     def __init__(self, config: PredFormerConfig) -> None:
@@ -135,7 +136,7 @@ class PredFormer(Model):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        blocks = sites_of(self.blocks)
         ends = (Site(*pair, width=self.config.width) for pair in (("tokens", "tokens"), ("blocks", "stack")))
         return (*ends, *blocks, Site("head", "head", width=self.config.width))
 

@@ -6,6 +6,7 @@ which know diffusers' classes only, can be measured on weights that mean somethi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -21,6 +22,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Handler, Run, Site, named
+from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import attention
 from ditkit.nn.embeddings import drop_labels
 
@@ -87,6 +89,7 @@ class SmallFlux(Denoiser):
     """`FluxTransformer2DModel` with the sites of its view; `pipeline` hands the same weights to diffusers."""
 
     Config = SmallFluxConfig
+    task = "image"
     config: SmallFluxConfig
 
     def __init__(self, config: SmallFluxConfig) -> None:
@@ -126,6 +129,12 @@ class SmallFlux(Denoiser):
         from ditkit.hosts import flux
 
         return flux.sites(self.transformer)
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {
+            "blocks": Stacked("transformer.transformer_blocks", "depth"),
+            "single": Stacked("transformer.single_transformer_blocks", "single_depth"),
+        }
 
     def unconditional(self, cond: Cond) -> Cond:
         """Every name replaced by none."""
@@ -171,8 +180,20 @@ class SmallFlux(Denoiser):
         from ditkit.hosts import flux
         from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
-        transformer = flux.restore(deepcopy(self.transformer)).eval()
+        self._register_plain(transformer := flux.restore(deepcopy(self.transformer)).eval())
         return ToyFluxPipeline.around(transformer, self.config.size, self.config.letters)
+
+    def _register_plain(self, transformer: Any) -> None:
+        """Write what transforms made of the structure into a copy's config.
+
+        Raises:
+            ConfigError: one has no form that plain diffusers opens.
+        """
+        if lost := [type(t).__name__ for t in self.transforms if t.plain(self) is None]:
+            raise ConfigError(f"SmallFlux: {lost[0]} has no form that plain diffusers opens; finish it first")
+        counts = {"num_layers": len(self.transformer.transformer_blocks)}
+        counts["num_single_layers"] = len(self.transformer.single_transformer_blocks)
+        transformer.register_to_config(**counts)
 
     def _switch_checkpointing(self) -> None:
         if self.recomputes != self.transformer.gradient_checkpointing:

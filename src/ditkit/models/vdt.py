@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -24,11 +25,13 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
+from ditkit.core.transform import Stacked
 from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import Head, Stack
-from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis, sincos_table
+from ditkit.nn.embeddings import TimeEmbedding, drop_labels, dtype_of, sincos_axis, sincos_table
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
 
 Mode = Literal["video", "image"]
@@ -102,6 +105,8 @@ class VDT(Denoiser):
     """DiT's blocks with attention along time before each, and given content in the place of noise."""
 
     Config = VDTConfig
+    task = "video"
+    completes = True
     config: VDTConfig
 
     def __init__(self, config: VDTConfig) -> None:
@@ -116,7 +121,7 @@ class VDT(Denoiser):
         self.head = Head(c.width, pixels * (1 if c.convention.extra == "none" else 2))
         self.pool = nn.Linear(c.width, c.width) if c.conditioning == "adaln" else None
         self.nothing = nn.Parameter(torch.zeros(c.width)) if cross else None
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -145,18 +150,6 @@ class VDT(Denoiser):
                 nn.init.zeros_(part.fc.weight)
         return model
 
-    def reset_parameters(self) -> None:
-        """As DiT, and the temporal branches Xavier-uniform throughout: they are not zero at first, the output is."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
-
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         return (self.config.channels, *self.config.shape)
@@ -166,15 +159,8 @@ class VDT(Denoiser):
         image = Segment("image", grid, grid.length)
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
 
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """All to be made, of the null class.
@@ -251,7 +237,7 @@ class VDT(Denoiser):
         """Tokens of the given content, [B, L, D], and which of them hold any, [B, L]."""
         assert cond.context is not None and cond.mask is not None
         made = cond.mask.bool()
-        tokens = self._embed(cond.context.to(self.embed.weight.dtype).masked_fill(made, 0))
+        tokens = self._embed(cond.context.to(dtype_of(self.embed)).masked_fill(made, 0))
         return tokens, ~patchify(made, self.config.patch).all(-1)
 
     def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ rows weights of their own. Here one sequence, text rows first, runs through DiT'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Self
@@ -30,9 +31,11 @@ from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
+from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
 
 
@@ -125,6 +128,8 @@ class VideoDiT(Denoiser):
     """A transformer over space-time patches with adaLN-Zero conditioning on time and class; text is a prefix."""
 
     Config = VideoDiTConfig
+    task = "video"
+    completes = True
     config: VideoDiTConfig
 
     def __init__(self, config: VideoDiTConfig) -> None:
@@ -138,7 +143,7 @@ class VideoDiT(Denoiser):
         self.text = nn.Linear(c.text_width, c.width) if c.text_width else None
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.qk_norm) for _ in range(c.depth))
         self.head = Head(c.width, values * (1 if c.convention.extra == "none" else 2))
-        self.reset_parameters()
+        adaln_zero_(self, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -151,20 +156,6 @@ class VideoDiT(Denoiser):
             raise ConfigError(unknown("VideoDiT preset", name, PRESETS))
         return cls(PRESETS[name])
 
-    def reset_parameters(self) -> None:
-        """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output."""
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-        for layer in (self.time.inner, self.time.outer):
-            nn.init.normal_(layer.weight, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
-
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         return (self.config.channels, *self.config.shape)
@@ -174,17 +165,8 @@ class VideoDiT(Denoiser):
         prefix = (Segment("text", Grid(text), text),) if text else ()
         return (*prefix, Segment("image", grid, grid.length))
 
-    def sites(self) -> tuple[Site, ...]:
-        stream = "joint" if self.text else "image"
-        width = self.config.width
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}", stream)]
-        return (
-            Site("time", "time", width=width),
-            Site("tokens", "tokens", stream, width),
-            Site("blocks", "stack", stream, width),
-            *blocks,
-            *self.head.sites(),
-        )
+    def stacks(self) -> Mapping[str, Stacked]:
+        return {"blocks": Stacked("blocks", "depth")}
 
     def unconditional(self, cond: Cond) -> Cond:
         """Null class, absent text, and all of the clip to be made."""
@@ -230,7 +212,7 @@ class VideoDiT(Denoiser):
             raise ConfigError("VideoDiT: a class label is needed; Cond.label is None")
         self._check_text(text, valid, batch)
         if drop is None and self.training and self.config.label_dropout:
-            drop = torch.rand(batch, device=self.embed.weight.device) < self.config.label_dropout
+            drop = torch.rand(batch, device=next(self.parameters()).device) < self.config.label_dropout
         if text is not None and valid is not None:
             text = text.masked_fill(~valid[..., None], 0)
         if drop is not None:

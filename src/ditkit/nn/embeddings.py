@@ -18,6 +18,12 @@ def sinusoid(t: Tensor, width: int, period: float = 10_000.0) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type of a module's first floating-point tensor: layers may be wrapped, or hold whole numbers."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((v.dtype for v in tensors if v.is_floating_point()), torch.float32)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoid of 256 channels, then two layers (DiT): [B] to [B, D]."""
 
@@ -29,7 +35,7 @@ class TimeEmbedding(nn.Module):
         self.outer = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        wave = sinusoid(t, self.channels).to(self.inner.weight.dtype)
+        wave = sinusoid(t, self.channels).to(dtype_of(self))
         return self.outer(nn.functional.silu(self.inner(wave)))
 
 

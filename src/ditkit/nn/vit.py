@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ditkit.core.config import Checked, Count, Depth, divides_into_heads, names_
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import patchify
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.blocks import Attention, Mlp
+from ditkit.nn.blocks import Attention, Mlp, sites_of
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,7 @@ class ViT(nn.Module):
         self.place_head = nn.Linear(c.width, c.tokens)
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(
-            site for i, block in enumerate(self.blocks) for site in cast(ViTBlock, block).sites(f"blocks.{i}")
-        )
+        return tuple(sites_of(self.blocks))
 
     def patches(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] as patches [B, L, P].

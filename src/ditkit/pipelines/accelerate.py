@@ -15,7 +15,8 @@ from ditkit.bench.timing import seconds_of
 from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.core.policy import Policy, as_policies
+from ditkit.core.policy import Policy
+from ditkit.core.spec import components
 from ditkit.core.trajectory import claim
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
@@ -52,7 +53,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """
     if isinstance(pipe, Accelerated):
         raise ConflictError(f"accelerate: got {pipe!r}, expected the pipeline that it was made of")
-    chosen = as_policies(policies) or (DEFAULT,)
+    chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
     models = _transformers(pipe)

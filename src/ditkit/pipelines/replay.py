@@ -21,9 +21,11 @@ from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
-from ditkit.metrics.error import errors, pooled_psnr_db
+from ditkit.metrics.error import clip_errors, errors, picture_errors, pooled_psnr_db
 
 EXACT = "exact"
+ERRORS = {4: picture_errors, 5: clip_errors}
+"""By the number of axes: nothing else of a pipeline's output says whether it is of pictures or of clips."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Replay:
             policy_bytes=took.policy_bytes,
             receipt=tuple(receipt.as_dict() for receipt in took.receipts),
             psnr_converged_db=None if converged is None else pooled_psnr_db(samples, converged),
-            **errors(samples, self.samples[EXACT], None),
+            **ERRORS.get(samples.ndim, errors)(samples, self.samples[EXACT]),
             **self._control(None if exact else count, converged),
         )
 

@@ -22,13 +22,9 @@ INK, PALE, PAPER = "#1b1f24", "#667085", "#ffffff"
 
 
 def as_pictures(samples: Tensor) -> Tensor:
-    """[n, C, H, W] in [-1, 1] as uint8 [n, 1 or 3, H, W]; of other numbers of channels, the first.
-
-    Clips [n, C, T, H, W] become [n, T, 1 or 3, H, W].
-    """
+    """Return [n, C, ...] in [-1, 1] as uint8 [n, 1 or 3, ...]; of other numbers of channels, the first."""
     shown = samples if samples.shape[1] in (1, 3) else samples[:, :1]
-    pictures = ((shown.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pictures.transpose(1, 2) if pictures.ndim == 5 else pictures
+    return ((shown.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def as_frames(clip: Tensor) -> Tensor:

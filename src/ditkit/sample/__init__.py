@@ -1,11 +1,11 @@
-"""From noise to samples: solvers, guidance, and the loop that joins them with policies."""
+"""From noise to samples: solvers, guidance, and the sampler that joins them with policies."""
 
 from ditkit.sample.forecast import forecast
 from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, PowerCosine, Unguided
 from ditkit.sample.inversion import DdimInversion, invert
-from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.multistep import DpmSolverPP, UniPc
 from ditkit.sample.noise import SampleNoise, initial_noise
+from ditkit.sample.sampler import Sampler, Samples, Sampling, sample
 from ditkit.sample.scheduler import DiffusersScheduler
 from ditkit.sample.solvers import Ancestral, Ddim, Euler, EulerMaruyama, Heun, Solver
 from ditkit.sample.steppers import Stepper
@@ -27,7 +27,9 @@ __all__ = [
     "MovingWindows",
     "PowerCosine",
     "SampleNoise",
-    "Sampled",
+    "Sampler",
+    "Samples",
+    "Sampling",
     "Solver",
     "Stepper",
     "Unguided",

@@ -8,6 +8,9 @@ from torch import Tensor
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.model import Denoiser, Model
+from ditkit.core.policy import with_inherent
+from ditkit.core.run import Call
+from ditkit.core.trajectory import Trajectory
 
 
 def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
@@ -30,6 +33,15 @@ def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
         raise ShapeError(f"forecast: observed {list(observed.shape)} should be [B, C, T, H, W]")
     place = next((parameter.device for parameter in model.parameters()), observed.device)
     seen, made = observed.to(place), list[Tensor]()
-    for _ in range(0, horizon, observed.shape[2]):
-        made.append(model(made[-1] if made else seen))
+    total = len(range(0, horizon, observed.shape[2]))
+    inherent = with_inherent(model, ())
+    trajectory = Trajectory(model.sites(), inherent, total, learned=model.learned) if inherent else None
+    for index in range(total):
+        given = made[-1] if made else seen
+        if trajectory is None:
+            made.append(model(given))
+            continue
+        layout, times = model.layout(tuple(given.shape[1:])), torch.zeros(len(given), device=place)
+        call = Call(index, total, 0.0, layout=layout, times=times)
+        made.append(trajectory.leave(call, model(given, run=trajectory.run(call))))
     return torch.cat(made, 2)[:, :, :horizon].to(observed.device)

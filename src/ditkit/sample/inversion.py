@@ -15,8 +15,9 @@ from ditkit.core.ddpm import Spacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.time_grid import EVEN, TimeGrid
+from ditkit.core.trajectory import Trajectory
 from ditkit.sample.denoiser import Estimate, GuidedDenoiser
 from ditkit.sample.guidance import Guidance, Unguided
 from ditkit.sample.solvers import check_where, spaced
@@ -109,8 +110,11 @@ def invert(
         ConfigError: steps below 1, or a setting that does not fit the model. NoEffectError: a policy saved nothing.
     """
     integer("steps", steps, least=1)
-    field = GuidedDenoiser(model, cond, guidance, policies, inversion.evaluations(steps))
+    trajectory = Trajectory(
+        model.sites(), with_inherent(model, policies), inversion.evaluations(steps), None, model.learned
+    )
+    field = GuidedDenoiser(model, cond, guidance, trajectory)
     noise = inversion.solve(field, data.double(), field.path, steps)
-    for trajectory in field.trajectories:
-        trajectory.finish()
+    for one in field.trajectories:
+        one.finish()
     return noise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,17 +15,21 @@ from ditkit.bench.macs import count_macs
 from ditkit.core.catalog import every
 from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
 from ditkit.core.errors import ConfigError
+from ditkit.core.inherit import Inherit, inherit
 from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
+from ditkit.core.task import task_named
+from ditkit.core.transform import Transform
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
-from ditkit.train.loop import Samples, Sheet, train
+from ditkit.train.loop import Sheet, TrainingSet, train
 from ditkit.train.objective import Objective
 from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.settings import Settings
+from ditkit.train.state import STATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +44,21 @@ class Recipe(ABC):
         options: of the set's own loader.
         codec: folder of a trained codec, whose latents are learned instead of the data themselves.
         init: a trained model to go on from, as `ditkit.load` takes it; `model` is then its config.
+        inherit: how a network of `model` takes its weights from `init`, which may be of another class or size.
+        transforms: put on the network before it is trained, in order.
         policies: that the network is trained under.
     """
 
     sources: ClassVar[str] = "A named set, or a folder."
     """What `data` may be, for a person who types it."""
-    then: ClassVar[str] = "ditkit generate"
-    """The command that takes the trained model."""
-    then_data: ClassVar[bool] = False
-    """Whether that command cannot do without data."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
     """Whether the network is a model, which policies act on, and which `init` finds."""
+    one_forward: ClassVar[bool] = False
+    """Whether all samples of a step share a forward pass, of which `example` is then."""
     task: ClassVar[str]
-    """The task of every config that `model` may be."""
+    """The name of the task of the trained model, and so of every config that `model` may be."""
 
     data: str
     model: Any
@@ -63,6 +68,8 @@ class Recipe(ABC):
     options: Mapping[str, Any] = field(default_factory=dict)
     codec: str = ""
     init: str = ""
+    inherit: Inherit | None = None
+    transforms: tuple[Transform, ...] = ()
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,7 +83,9 @@ class Recipe(ABC):
             raise ConfigError(
                 f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none"
             )
-        if not self.has_sites and (self.init or self.policies):
+        if self.inherit and not self.init:
+            raise ConfigError("inherit is how weights are taken from init, expected init, got none")
+        if not self.has_sites and (self.init or self.policies or self.transforms):
             given = f"init={self.init!r}" if self.init else f"policies={self.policies}"
             raise ConfigError(f"{given}: a {type(self).__name__} trains no model with sites, expected none")
 
@@ -92,7 +101,18 @@ class Recipe(ABC):
         """A network of `model` under `policies`, with fresh weights of torch's global generator."""
         kinds = every(Model)  # type: ignore[type-abstract]
         kind = next(kind for kind in kinds if kind.Config is type(self.model))
-        return kind(self.model).adopt(self.policies)  # type: ignore[call-arg]
+        model: Model = kind(self.model)  # type: ignore[call-arg]
+        return _put_on(model, self, next(model.parameters()).is_meta)
+
+    @property
+    def then(self) -> str:
+        """The command that takes the trained model."""
+        return task_named(self.task).command
+
+    @property
+    def then_data(self) -> bool:
+        """Whether that command cannot do without data."""
+        return self.has_sites and not task_named(self.task).generates
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -100,18 +120,18 @@ class Recipe(ABC):
         return {**self.options, **({} if self.max_bad is None else {"max_bad": self.max_bad})}
 
     @abstractmethod
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         """What the data are, in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
 
-    def finish(self, model: Model, samples: Samples) -> None:  # noqa: B027
+    def finish(self, model: Model, samples: TrainingSet) -> None:  # noqa: B027
         """What is left to do with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
-    def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet | None:
         """What writes a picture of how far training is into `folder`, now and then."""
 
 
@@ -119,19 +139,23 @@ class Prepared(NamedTuple):
     """A recipe with what the data decide, its samples, and the codec that makes them of signals."""
 
     recipe: Recipe
-    samples: Samples
+    samples: TrainingSet
     codec: Codec = IDENTITY
 
 
 class Started(NamedTuple):
-    """A prepared recipe, and the model that it goes on from, if any, under its policies."""
+    """A prepared recipe, the model that it goes on from, if any, under its transforms and policies, and a digest."""
 
     prepared: Prepared
     model: Model | None
+    digest: str = ""
 
 
-def started(recipe: Recipe) -> Started:
+def started(recipe: Recipe, resume: bool = False) -> Started:
     """The recipe with what the data and `init` decide.
+
+    Args:
+        resume: transforms are not applied again, only their structure: a state brings the values.
 
     Raises:
         ConfigError: `init` is no model of the recipe's kind, the data need another than it is, it was trained under
@@ -147,6 +171,13 @@ def started(recipe: Recipe) -> Started:
                 f"{comparing[0]} compares with the trained model that it goes on from; expected init, got none"
             )
         return Started(ready, None)
+    if recipe.inherit is not None:
+        ready = recipe.prepared()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(recipe.settings.seed)
+            student = replace(ready.recipe, transforms=(), policies=()).network()
+        inherit(student, model, recipe.inherit)
+        return Started(ready, _put_on(student, recipe, resume), fingerprint(model.state_dict()))
     if type(model.config) is not type(recipe.model):
         expected = type(recipe.model).__name__.removesuffix("Config")
         raise ConfigError(f"init={recipe.init!r} is a {type(model).__name__}, expected a {expected}")
@@ -161,7 +192,19 @@ def started(recipe: Recipe) -> Started:
         own, needed = getattr(model.config, f.name), getattr(ready.recipe.model, f.name)
         if own != needed:
             raise ConfigError(f"init={recipe.init!r} has {f.name}={own!r}, the data need {needed!r}")
-    return Started(ready, model.adopt(recipe.policies))
+    digest = fingerprint(model.state_dict()) if recipe.transforms else ""
+    model = _put_on(model, recipe, resume)
+    return Started(ready, model, digest or fingerprint(model.state_dict()))
+
+
+def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
+    """The model with the recipe's transforms, or their structure alone, under its policies."""
+    if resume and recipe.transforms:
+        model.adopt(()).shaped(recipe.transforms)
+    else:
+        for transform in recipe.transforms:
+            model.transform(transform)
+    return model.adopt(recipe.policies)
 
 
 def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
@@ -171,11 +214,12 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         ConfigError: resuming with another recipe than the folder's, or any of `train`'s and `started`'s reasons.
         DataError: the data are missing or damaged.
     """
-    (recipe, samples, codec), start = started(recipe)
+    goes_on = resume and (folder / STATE).exists()
+    (recipe, samples, codec), start, digest = started(recipe, goes_on)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
-    model.codec = codec
+    model.codec, model.task = codec, recipe.task
     run = recipe.settings
     model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(
@@ -188,13 +232,14 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
             "data": recipe.data,
             "options": dict(recipe.options),
             "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
-            "init": {"folder": recipe.init, FINGERPRINT: fingerprint(model.state_dict() if start else {})},
+            "init": {"folder": recipe.init, FINGERPRINT: digest or fingerprint({})},
             "policies": [spec(policy) for policy in recipe.policies],
             "task": _own(recipe),
         },
         resume=resume,
         sheet=recipe.sheet(folder / "samples", signals(samples)),
         finish=lambda trained: recipe.finish(trained, samples),
+        start=None if start is None else partial(load, recipe.init),
     )
 
 
@@ -216,7 +261,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         ConfigError, DataError: what `train_recipe` would refuse before its first step.
     """
-    (recipe, samples, _), _ = started(recipe)
+    (recipe, samples, _), _, _ = started(recipe)
     with torch.device("meta"):
         model = recipe.network().eval()
     recipe.objective.check(model)
@@ -253,8 +298,10 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     return {
         "parameters": f"{parameters:,}",
         **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
-        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training{counted}",
-        "MACs of a step": f"{passes * forward * run.batch:,}{counted}",
+        f"MACs of a {'step' if recipe.one_forward else 'sample'}": (
+            f"{forward:,} forward, {passes * forward:,} in training{counted}"
+        ),
+        **({} if recipe.one_forward else {"MACs of a step": f"{passes * forward * run.batch:,}{counted}"}),
         "state": f"{kept / 1e6:.1f} MB on disk, {memory / 1e6:.1f} MB in memory with gradients"
         + (" and the teacher" if teachers else ""),
     }

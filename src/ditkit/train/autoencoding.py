@@ -11,8 +11,9 @@ from torch import Tensor
 from ditkit.core.codec import VariationalCodec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
-from ditkit.train.objective import Batch, Objective
+from ditkit.train.objective import NOTHING, Batch, Objective
 from ditkit.train.randomness import SampleRNG
+from ditkit.train.teacher import Held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Autoencoding(Objective):
         data: Tensor,
         cond: Cond,
         rng: SampleRNG,
-        teacher: Any = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
         noise, _, _ = rng.draws(model.latent_shape(tuple(data.shape[1:])))
         prediction, mean, log_variance = forward(data, noise.to(data.device))
@@ -54,5 +55,7 @@ class Autoencoding(Objective):
                 taps={},
                 mean=mean.float(),
                 log_variance=log_variance.float(),
-            )
+                rng=rng,
+            ),
+            held,
         )

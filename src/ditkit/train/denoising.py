@@ -7,18 +7,31 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.path import Path, spread
-from ditkit.train.objective import Batch, Objective, Term
+from ditkit.core.policy import Policy
+from ditkit.core.transform import origin_of
+from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import Output, run_with_taps
+from ditkit.train.teacher import Ask, Held
 from ditkit.train.terms.regression import Regression
-from ditkit.train.timesteps import UNIFORM, LogitNormal, Shifted, Uniform
+from ditkit.train.timesteps import (
+    INDEPENDENT,
+    UNIFORM,
+    Independent,
+    LogitNormal,
+    Paired,
+    PerFrame,
+    Shifted,
+    Stratified,
+    Uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +40,7 @@ class NoisyBatch(Batch):
 
     Args:
         noise, x: [B, ...] in float32; x = alpha data + sigma noise.
-        t: [B] noise-time, or the index of a discrete path.
+        t: [B] or [B, T] noise-time, or the index of a discrete path. other: [B], a second one, of paired times.
         prediction: the network's, in noise-time. fraction: of the learned variance, or None.
     """
 
@@ -37,6 +50,7 @@ class NoisyBatch(Batch):
     x: Tensor
     t: Tensor
     fraction: Tensor | None
+    other: Tensor | None = None
 
     def residual(self) -> Tensor:
         """The target that the convention names, less the prediction.
@@ -62,17 +76,20 @@ class Denoising(Objective):
 
     Args:
         timesteps: which noise-times are visited.
+        clock: what has a time of its own: a sample, drawn alone or stratified over the batch; each frame; or a pair.
     """
 
     supports_teacher: ClassVar[bool] = True
     terms: tuple[Term, ...] = (Regression(),)
     timesteps: Uniform | LogitNormal | Shifted = UNIFORM
+    clock: Independent | Stratified | PerFrame | Paired = INDEPENDENT
 
     def check(self, model: Model) -> None:
         if not isinstance(model, Denoiser):
             raise ConfigError(
                 f"Denoising: a {type(model).__name__} has no noise-time; train it by Forecasting"
             )
+        self.clock.check(model)
         super().check(model)
 
     def __call__(
@@ -82,9 +99,10 @@ class Denoising(Objective):
         data: Tensor,
         cond: Cond,
         rng: SampleRNG,
-        teacher: Model | None = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
         noise, time, drop = rng.draws(tuple(data.shape[1:]))
+        time, other = self.clock.uniforms(time, rng, data.shape)
         dropped = drop < getattr(model.config, "label_dropout", 0.0)
         path = model.config.convention.make_path()
         return self.at(
@@ -94,8 +112,10 @@ class Denoising(Objective):
             data=data,
             noise=noise.to(data.device),
             t=path.place(self.timesteps.quantile(time)).to(data.device),
+            other=None if other is None else path.place(self.timesteps.quantile(other)).to(data.device),
             cond=replace(cond, drop=dropped.to(data.device)),
-            teacher=teacher,
+            rng=rng,
+            held=held,
         )
 
     def at(
@@ -108,9 +128,11 @@ class Denoising(Objective):
         noise: Tensor,
         t: Tensor,
         cond: Cond,
-        teacher: Model | None = None,
+        other: Tensor | None = None,
+        rng: SampleRNG | None = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
-        """The losses at noise [B, ...] and times [B], which are moved to where the prediction can be trained.
+        """The losses at noise [B, ...] and times [B] or [B, T], which are moved to where the prediction can be trained.
 
         A loss is the mean over all elements, given ones counted as 0 (VDT); beside it stands the mean over
         those that were made, as NAME_made, unless the term counts others as well.
@@ -118,10 +140,7 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype))
-        taps, shape = self.taps(model), tuple(x.shape[1:])
-        told = x, convention.model_time(t).to(data.dtype), cond
-        times = path.noise_time(t).to(data.dtype)
-        out, seen = run_with_taps(forward, model, taps, shape, *told, times=times)
+        out, seen = _asked(forward, model, self.taps(model, held.step), x, t, cond)
         prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
@@ -129,27 +148,94 @@ class Denoising(Objective):
             mask=cond.mask,
             taps=seen,
             sites=model.sites(),
-            teacher=None if teacher is None else _taught(teacher, taps, shape, *told, times=times),
+            cond=cond,
+            rng=rng,
+            step=held.step,
             path=path,
             convention=convention,
             noise=noise,
             x=x,
             t=t,
+            other=None if other is None else path.trainable(other, convention.prediction),
             fraction=fraction,
         )
-        losses = self.weigh(batch)
+        losses = self.weigh(batch, held, self._answers(forward, model, batch, held))
         if cond.mask is None:
             return losses
         share = cond.mask.float().mean().clamp_min(1 / data[0].numel())
         return losses | {
             f"{type(term).__name__}_made": losses[type(term).__name__].detach() / share
-            for term in self.active
+            for term in self.active_at(held.step)
             if not (term.on_given or term.taps(model.sites()))  # a loss at sites is a mean over all rows
         }
 
+    def _answers(
+        self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
+    ) -> dict[str, Output | None]:
+        """What each term's teacher says, or what it asked: teachers that are asked the same are asked once."""
+        answers: dict[str, Output | None] = {}
+        alike: dict[Any, list[Term]] = {}
+        for term in self.active_at(held.step):
+            name = type(term).__name__
+            taps = {tap: batch.taps[tap] for tap in term.taps(batch.sites)}
+            ask = term.asks(replace(batch, own=held.modules.get(name), taps=taps))
+            if ask is not None:
+                network = model if ask.student else held.teachers[name]
+                answers[name] = _answer(forward if ask.student else network, network, batch, ask)
+            elif term.teacher is not None:
+                alike.setdefault(term.teacher, []).append(term)
+        for terms in alike.values():
+            network = held.teachers[type(terms[0]).__name__]
+            read = {
+                type(term).__name__: {tap: _origin(model, network, tap) for tap in term.taps(batch.sites)}
+                for term in terms
+            }
+            names = tuple(sorted({was for taps in read.values() for was in taps.values()}))
+            said = _answer(network, network, batch, Ask(taps=names))
+            for name, taps in read.items():
+                answers[name] = Output(said.out, {tap: said.taps[was] for tap, was in taps.items()})
+        return answers
 
-@torch.no_grad()
-def _taught(teacher: Model, taps: Sequence[str], shape: tuple[int, ...], *told: Any, times: Tensor) -> Output:
-    """What a teacher says, its prediction in noise-time."""
-    out, seen = run_with_taps(teacher, teacher, taps, shape, *told, times=times)
-    return Output(teacher.config.convention.split(out.float())[0], seen)
+
+def _asked(
+    network: Callable[..., Any],
+    model: Model,
+    taps: Sequence[str],
+    x: Tensor,
+    t: Tensor,
+    cond: Cond,
+    stop: str = "",
+    policies: Sequence[Policy] | None = None,
+) -> Output:
+    """What a network says of x [B, ...] at times of its own path, with the noise-times of this very call."""
+    convention = model.config.convention
+    times = convention.make_path().noise_time(t).to(x.dtype)
+    told = x, convention.model_time(t).to(x.dtype), cond
+    return run_with_taps(
+        network, model, taps, tuple(x.shape[1:]), *told, times=times, stop=stop, policies=policies
+    )
+
+
+def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Output:
+    """What a term asked; of a denoiser a prediction in noise-time. A teacher draws nothing of the student's."""
+    x = batch.x if ask.x is None else ask.x
+    if not isinstance(model, Denoiser):
+        with torch.no_grad():
+            return Output(network(x), {})
+    t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
+    assert cond is not None
+    if ask.student:
+        out, seen = _asked(network, model, ask.taps, x, t, cond, policies=ask.policies)
+    else:
+        cards = [x.device] if x.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(cards):
+            out, seen = _asked(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
+    return Output(None if out is None else model.config.convention.split(out.float())[0], seen)
+
+
+def _origin(model: Model, teacher: Model, tap: str) -> str:
+    """What the student's tap was called where the teacher, which has not all of its transforms, has it."""
+    site, colon, part = tap.partition(":")
+    if model.transforms[: len(teacher.transforms)] != teacher.transforms:
+        return tap
+    return origin_of(model.transforms[len(teacher.transforms) :], site) + colon + part

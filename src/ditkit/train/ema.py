@@ -66,20 +66,31 @@ def relative_std(gamma: float) -> float:
 
 
 class Average:
-    """A running average of a module's parameters, in float32 or wider on their device; buffers are copied."""
+    """A running average of a module's trained parameters, in float32 or wider on their device.
+
+    Buffers are copied, unless some parameters are frozen: then neither these nor buffers are kept (`whole`).
+    """
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
         self.decay = decay
-        self.state = {k: _wide(v.detach()).clone() for k, v in module.state_dict().items()}
+        trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        frozen = any(not p.requires_grad for p in module.parameters())
+        values = module.state_dict(keep_vars=True)
+        kept = {k for k, v in values.items() if k in trained or not (frozen or isinstance(v, nn.Parameter))}
+        self.state = {k: _wide(v.detach()).clone() for k, v in values.items() if k in kept}
+
+    def whole(self, module: nn.Module) -> dict[str, Tensor]:
+        """The average with all else that the module holds."""
+        return {**module.state_dict(), **self.state}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
         fresh = module.state_dict(keep_vars=True)
-        trained = [k for k, v in fresh.items() if isinstance(v, nn.Parameter)]
+        trained = [k for k in self.state if isinstance(fresh[k], nn.Parameter)]
         averages = [self.state[k] for k in trained]
         torch._foreach_lerp_(averages, [_wide(fresh[k].detach()) for k in trained], 1 - self.decay.beta(step))
-        for name in fresh.keys() - set(trained):
+        for name in self.state.keys() - set(trained):
             self.state[name].copy_(fresh[name])
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
-from ditkit.train.objective import Batch, Objective, Term
+from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import run_with_taps
+from ditkit.train.teacher import Held
 from ditkit.train.terms.regression import Regression
 
 
@@ -35,11 +36,13 @@ class Forecasting(Objective):
         data: Tensor,
         cond: Cond,
         rng: SampleRNG,
-        teacher: Model | None = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
         assert cond.context is not None
         out, taps = run_with_taps(
-            forward, model, self.taps(model), tuple(cond.context.shape[1:]), cond.context
+            forward, model, self.taps(model, held.step), tuple(cond.context.shape[1:]), cond.context
         )
-        batch = Batch(data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites())
-        return self.weigh(batch)
+        batch = Batch(
+            data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites(), rng=rng
+        )
+        return self.weigh(batch, held)

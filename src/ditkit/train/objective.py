@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditkit.core.cond import Cond
 from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
+from ditkit.core.policy import detached
 from ditkit.core.run import Site
-from ditkit.train.randomness import SampleRNG
-from ditkit.train.taps import Output, check_policies
+from ditkit.train.randomness import TERMS, SampleRNG, seed_of
+from ditkit.train.schedules import Schedule, Weight, never, weight_at
+from ditkit.train.taps import Output, check_policies, site_of
+from ditkit.train.teacher import Ask, Held, SelfTeacher, Teacher
+
+NOTHING = Held()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,11 @@ class Batch:
     Args:
         data: [B, ...] in float32, what is to be said. prediction: [B, ...].
         mask: 1 where content counts, broadcast to the data; None where all does.
-        taps: outputs of the sites that the terms read, by name.
+        taps: outputs, or arguments, of the sites that the term reads, by the names that it asked for.
         sites: of the network.
-        teacher: what a teacher said of the same, where a term compares with it.
+        own: the term's modules. taught: what its teacher, or what it asked, said.
+        cond, rng: what the network was told, and what is random about these samples.
+        step: of the optimiser, from 0.
     """
 
     data: Tensor
@@ -36,7 +44,11 @@ class Batch:
     mask: Tensor | None = None
     taps: Mapping[str, Any]
     sites: Sequence[Site] = ()
-    teacher: Output | None = None
+    own: Any = None
+    taught: Output | None = None
+    cond: Cond | None = None
+    rng: SampleRNG | None = None
+    step: int = 0
 
     def residual(self) -> Tensor:
         """What a perfect network would make zero, [B, ...]."""
@@ -48,18 +60,42 @@ class Batch:
 
 
 class Term(Checked, ABC):
-    """One part of the loss. With weight 0 nothing of it is computed."""
+    """One part of the loss. At a step where its weight is 0 nothing of it is computed: no tap, no teacher, no data.
+
+    A term with `opposed` is an adversary: an optimiser of its own, at `rate`, steps its modules on that loss at every
+    `every`-th step; the network's loss, through `loss`, leaves them alone.
+    """
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.train.terms",)
-    needs_teacher: ClassVar[bool] = False
-    """Whether it needs a teacher: the model as it was before the first step, without its policies."""
+    teacher: Teacher | None = None
+    """Who it compares the network with."""
+    rate: float | None = None
+    """Learning rate of an adversary's modules; None is the network's."""
+    every: int = 1
     on_given: bool = False
     """Whether its mean is over given content, too, where others count 0."""
-    weight: float
+    weight: Weight
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares with the model that training goes on from."""
+        return isinstance(self.teacher, SelfTeacher)
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
-        """Names of the sites whose outputs the term needs."""
+        """Names of the sites whose outputs the term needs; with ":in", ":q", ":k" or ":v", those arguments."""
         return ()
+
+    def asks(self, batch: Any) -> Ask | None:
+        """Something else than what the student was given and tapped, of its teacher or of the student."""
+        return None
+
+    def modules(self, model: Model) -> nn.Module | None:
+        """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
+        return None
+
+    def opposed(self, batch: Any) -> Tensor | None:
+        """An adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
+        return None
 
     def check(self, model: Model) -> str:
         """What the term needs and the model does not give; empty for nothing."""
@@ -75,18 +111,20 @@ class Objective(ABC):
     """Weighted terms over one forward pass; a subclass says what the network is asked."""
 
     supports_teacher: ClassVar[bool] = False
-    """Whether a teacher can be asked the same."""
+    """Whether a teacher, or the student anew, can be asked."""
+    in_order: ClassVar[bool] = False
+    """Whether batches keep the order of the samples, as events in time need it, instead of being shuffled."""
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
         for term in self.terms:
-            if term.weight < 0:
+            if not isinstance(term.weight, Schedule) and term.weight < 0:
                 raise ConfigError(f"{type(term).__name__}: weight={term.weight} should not be negative")
         names = [type(term).__name__ for term in self.terms]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Objective: {repeated[0]} is given twice; give it once, with a weight")
         if comparing := [
-            type(term).__name__ for term in self.active if term.needs_teacher and not self.supports_teacher
+            type(term).__name__ for term in self.active if term.teacher and not self.supports_teacher
         ]:
             raise ConfigError(f"{type(self).__name__} has no teacher, which {comparing[0]} compares with")
         if not self.active:
@@ -97,23 +135,31 @@ class Objective(ABC):
         self,
         forward: Callable[..., Any],
         model: Model,
-        data: Tensor,
+        data: Any,
         cond: Cond,
         rng: SampleRNG,
-        teacher: Model | None = None,
+        held: Held = NOTHING,
     ) -> dict[str, Tensor]:
         """Mean loss of each active term, and their weighted sum under `loss`.
 
         Args:
             forward: what is called, `model` itself or a wrapper around it (DDP).
-            data: [B, ...] float32, with `cond`, on the model's device.
-            chance: all that is random about these samples.
-            teacher: of `teacher`, on the same device.
+            data: [B, ...] float32, or what else the samples are, with `cond`, on the model's device.
+            rng: all that is random about these samples.
+            held: the step, and modules and teachers of the terms, on the same device.
         """
+
+    def begin(self, run: Any) -> Cursor | None:
+        """What training steps through, where it is not one batch of the samples a step."""
+        return None
 
     @property
     def active(self) -> tuple[Term, ...]:
-        return tuple(term for term in self.terms if term.weight)
+        """Terms that have a weight at any step."""
+        return tuple(term for term in self.terms if not never(term.weight))
+
+    def active_at(self, step: int) -> tuple[Term, ...]:
+        return tuple(term for term in self.terms if weight_at(term.weight, step))
 
     def check(self, model: Model) -> None:
         """Refuse a model that an active term cannot learn from, before the first step.
@@ -127,9 +173,11 @@ class Objective(ABC):
             name = type(term).__name__
             if missing := term.check(model):
                 raise ConfigError(f"{name} needs {missing}")
-            for site in term.taps(model.sites()):
-                if site not in sites:
-                    raise ConfigError(unknown(f"site that {name} reads:", site, sites))
+            for tap in term.taps(model.sites()):
+                if site_of(tap) not in sites:
+                    raise ConfigError(unknown(f"site that {name} reads:", site_of(tap), sites))
+            if term.teacher is not None:
+                term.teacher.check(model)
         check_policies(model, self.taps(model))
 
     def describe(self) -> dict[str, Any]:
@@ -137,27 +185,93 @@ class Objective(ABC):
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "terms"}
         return {"kind": type(self).__name__, **own, "terms": [_plain(term) for term in self.active]}
 
-    def taps(self, model: Model) -> list[str]:
-        """The sites that active terms read."""
-        return sorted({name for term in self.active for name in term.taps(model.sites())})
+    def taps(self, model: Model, step: int | None = None) -> list[str]:
+        """What active terms read, at a step or at any."""
+        terms = self.active if step is None else self.active_at(step)
+        return sorted({name for term in terms for name in term.taps(model.sites())})
 
-    def teacher(self, model: Model) -> Model | None:
-        """The model as it is now, frozen and without its policies; None where no active term compares with it."""
-        if not any(term.needs_teacher for term in self.active):
-            return None
-        teacher = model.with_weights(model.state_dict(), "teacher").requires_grad_(False)
-        teacher.policies = ()
-        return teacher
+    def weigh(
+        self, batch: Batch, held: Held = NOTHING, answers: Mapping[str, Output | None] | None = None
+    ) -> dict[str, Tensor]:
+        """Mean loss of each term that has a weight at this step, and their weighted sum under `loss`.
 
-    def weigh(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean loss of each active term, and their weighted sum under `loss`."""
-        losses = {type(term).__name__: term.loss(batch).mean() for term in self.active}
-        weighted = [term.weight * losses[type(term).__name__] for term in self.active]
+        A term sees its own modules, its own taps and what it asked. Adversaries' batches go to `held.opponents`.
+        """
+        losses, weighted = {}, []
+        for term in self.active_at(held.step):
+            name = type(term).__name__
+            wanted = term.taps(batch.sites)
+            own = replace(
+                batch,
+                own=held.modules.get(name),
+                taught=(answers or {}).get(name),
+                taps={tap: batch.taps[tap] for tap in wanted},
+                step=held.step,
+            )
+            losses[name] = term.loss(own).mean()
+            weighted.append(weight_at(term.weight, held.step) * losses[name])
+            if held.opponents is not None and type(term).opposed is not Term.opposed:
+                held.opponents.append((term, cut(own)))
+        if not weighted:
+            raise ConfigError(f"Objective: every term has weight 0 at step {held.step}")
         return losses | {"loss": torch.stack(weighted).sum()}
+
+    def make_modules(self, model: Model, seed: int) -> nn.ModuleDict:
+        """Modules of the active terms, by their names; their first values follow from `seed` and the term's name."""
+        made = nn.ModuleDict()
+        for term in self.active:
+            name = type(term).__name__
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed_of(seed, TERMS, zlib.crc32(name.encode())))
+                own = term.modules(model)
+            if own is not None:
+                made[name] = own
+        return made
+
+
+class Cursor(ABC):
+    """What an objective steps through, and what it remembers from one step of the optimiser to the next.
+
+    Randomness belongs to the number of what is walked, not to the step, so that a resume goes on with the same.
+    """
+
+    rests: bool = True
+    """Whether nothing is under way, so that another number of processes may go on from here."""
+
+    @abstractmethod
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """What the next step of the optimiser is made of: losses by name, their sum under `loss`."""
+
+    def state(self) -> Mapping[str, Tensor] | None:
+        """All that it remembers, as tensors by name; None where it cannot be said until it rests."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on from a `state`."""
+
+
+def cut(batch: Any) -> Any:
+    """A batch whose tensors carry no gradient."""
+    fields_of = {f.name: detached(getattr(batch, f.name)) for f in fields(batch) if f.name != "own"}
+    return replace(batch, **fields_of)
 
 
 def _plain(value: Any) -> Any:
     """A dataclass as its name and fields, as JSON has them; anything else as it is."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    return {"is": type(value).__name__, **asdict(value)}
+    held = {f.name: getattr(value, f.name) for f in fields(value)}
+    return {
+        "is": type(value).__name__,
+        **{k: _plain(v) if _has_name(v) else _json(v) for k, v in held.items()},
+    }
+
+
+def _has_name(value: Any) -> bool:
+    return isinstance(value, Schedule | Teacher)
+
+
+def _json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return getattr(value, "__qualname__", "function") if callable(value) else value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
-from ditkit.train.settings import Settings
+from ditkit.train.parts import PART, part_of
+from ditkit.train.settings import Group, Settings
 
 MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
     AdamW: ("exp_avg", "exp_avg_sq", "step"),
@@ -18,57 +21,107 @@ MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
 }
 """What each keeps of a weight from step to step, by the name of its state."""
 MUON_MOMENTUM = 0.95
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
-def optimizers_of(model: Model, settings: Settings) -> tuple[Optimizer, ...]:
-    """What steps the model's weights; no weight belongs to two.
+def optimizers_of(
+    model: Model,
+    settings: Settings,
+    modules: nn.ModuleDict | None = None,
+    opponents: Mapping[str, float] = NONE,
+) -> tuple[Optimizer, ...]:
+    """What steps the weights of the model and of terms' modules; no weight belongs to two.
 
     Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) gives a matrix's momentum singular values near 1.
     Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982, eq. 4), so that one learning rate serves
     both; embeddings, heads, norms and biases are AdamW's, as in both sources. Queries, keys and values that are one
     layer are one matrix here.
 
+    Args:
+        modules: of terms, by their names. opponents: of those that an optimiser of their own steps, last and in this
+            order, its rate as a multiple of the run's.
+
     Raises:
         ConfigError: Muon is asked for and the model has no matrix in a stack of blocks.
     """
-    of_muon = matrices(model) if settings.optimizer == "muon" else []
+    modules = nn.ModuleDict() if modules is None else modules
+    of_muon = set(matrices(model)) if settings.optimizer == "muon" else set()
     if settings.optimizer == "muon" and not of_muon:
         raise ConfigError(
             f"training: optimizer='muon' is for linear layers in blocks; a {type(model).__name__} has none"
         )
-    spared = [weight for weight in undecayed(model) if weight not in set(of_muon)]
-    apart = {*of_muon, *spared}
-    others = [weight for weight in model.parameters() if weight not in apart]
-    groups: list[dict[str, Any]] = [{"params": others}]
-    adamw = AdamW(
-        [*groups, {"params": spared, "weight_decay": 0.0}] if spared else groups,
+    apart = {weight for name in opponents for weight in modules[name].parameters()}
+    rest = {n: w for n, w in named_weights(model, modules).items() if w not in apart}
+    grouped = partial(_grouped, model, modules, settings)
+    adamw = partial(
+        AdamW,
         lr=settings.learning_rate,
         betas=settings.betas,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay,  # torch's default is 0.01
     )
-    if not of_muon:
-        return (adamw,)
-    muon = Muon(
-        of_muon,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        momentum=MUON_MOMENTUM,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return (muon, adamw)
+    steppers: list[Optimizer] = [adamw(grouped({n: w for n, w in rest.items() if w not in of_muon}))]
+    if of_muon:
+        muon = Muon(
+            grouped({n: w for n, w in rest.items() if w in of_muon}),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=MUON_MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        steppers.insert(0, muon)
+    own = [
+        adamw([{"params": list(modules[name].parameters()), "factor": factor}])
+        for name, factor in opponents.items()
+    ]
+    return (*steppers, *own)
 
 
-def undecayed(model: Model) -> list[Tensor]:
+def named_weights(model: nn.Module, modules: nn.ModuleDict) -> dict[str, nn.Parameter]:
+    """All that is trained, or could be, by the names that a state has."""
+    parts = {f"{PART}{name}": weight for name, weight in modules.named_parameters()}
+    return {**dict(model.named_parameters()), **parts}
+
+
+def _grouped(
+    model: Model, modules: nn.ModuleDict, settings: Settings, named: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The weights by the first group that has them; what is in none has the run's own rate.
+
+    What a module's class names in `undecayed` stands apart and does not decay.
+    """
+    spared = undecayed(model)
+    owned: dict[str, Group] = {}
+    for group in settings.groups:
+        for name in part_of(model, group.part, modules):
+            owned.setdefault(name, group)
+    found: dict[tuple[Group | None, bool], list[nn.Parameter]] = {}
+    for name, weight in named.items():
+        found.setdefault((owned.get(name), weight in spared), []).append(weight)
+    return [
+        {
+            "params": weights,
+            "factor": 1.0 if group is None else group.rate,
+            **({} if group is None or group.decay is None else {"weight_decay": group.decay}),
+            **({"weight_decay": 0.0} if is_spared else {}),
+        }
+        for (group, is_spared), weights in found.items()
+    ]
+
+
+def undecayed(model: nn.Module) -> set[Tensor]:
     """Weights that weight decay leaves out: those that a module's class names in `undecayed`."""
     of_class = ((module, getattr(type(module), "undecayed", ())) for module in model.modules())
-    return list(dict.fromkeys(getattr(module, name) for module, names in of_class for name in names))
+    return {getattr(module, name) for module, names in of_class for name in names}
 
 
 def matrices(model: Model) -> list[Tensor]:
-    """Weights of the linear layers that stand in a list of blocks, each once."""
+    """Trained weights of the linear layers in a list of blocks, each once; not those that a transform added."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = (layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear))
-    return list(dict.fromkeys(layer.weight for layer in layers))
+    added = {name for transform in model.transforms for name in transform.trains(model)}
+    apart = {weight for name, weight in model.named_parameters() if name in added}
+    found = dict.fromkeys(layer.weight for layer in layers)
+    return [weight for weight in found if weight.requires_grad and weight not in apart]
 
 
 def moments_of(optimizers: Sequence[Optimizer]) -> int:

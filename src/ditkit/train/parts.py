@@ -1,33 +1,77 @@
-"""Which weights of a network are trained; the others are frozen."""
+"""Which weights of a network are trained, and which go in a group; the others are frozen.
+
+A part is found by class and structure, or by the name of the transform, policy or term that its weights belong to.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from torch import nn
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
-from ditkit.nn.blocks import Attention
+from ditkit.nn.blocks import Attention, RMSNorm
 
-Part = Literal["all", "attention"]
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm, nn.modules.batchnorm._BatchNorm)
+PART = "part."
+"""What names of weights of terms' modules begin with."""
 
 
-def train_only(model: Model, part: Part) -> None:
-    """Freeze what is not of `part`.
+def train_only(model: Model, trained: str) -> None:
+    """Freeze what is in none of the parts that `trained` joins by "+".
 
     Args:
-        part: "attention" is the projections to queries, keys and values and that of the output, without norms, and
+        trained: "attention" is the projections to queries, keys and values and that of the output, without norms, and
             what policies train of their own (CLEAR, arXiv 2412.16112).
 
     Raises:
-        ConfigError: the model has no attention.
+        ConfigError: a part is unknown, or the model has none of it.
     """
-    if part == "all":
+    if trained == "all":
         return
-    model.requires_grad_(False)
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    if not attentions:
-        raise ConfigError(f"trained='attention': a {type(model).__name__} has none that can be told apart")
-    for module in attentions:
-        module.qkv.requires_grad_()
-        module.out.requires_grad_()
-    model.learned.requires_grad_()
+    chosen = {name for part in trained.split("+") for name in part_of(model, part)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> set[str]:
+    """Names of the weights of a part; those of terms' modules begin with "part.TERM.".
+
+    Raises:
+        ConfigError: it is unknown, or empty.
+    """
+    modules = nn.ModuleDict() if modules is None else modules
+    learned = {f"learned.{name}" for name, _ in model.learned.named_parameters()}
+    own = {f"{PART}{name}" for name, _ in modules.named_parameters()}
+    attention = _inside(model, (Attention,), ("qkv", "out"))
+    parts = {
+        "all": {name for name, _ in model.named_parameters()},
+        "attention": attention and attention | learned,
+        "norms": _inside(model, NORMS),
+        "learned": learned,
+        "parts": own,
+        **{type(t).__name__.lower(): set(t.trains(model)) for t in model.transforms},
+        **{type(p).__name__.lower(): _under(f"learned.{type(p).__name__}.", learned) for p in model.policies},
+        **{term.lower(): _under(f"{PART}{term}.", own) for term in modules},
+    }
+    if part.lower() not in parts:
+        raise ConfigError(f"training: {unknown('part', part, parts)}")
+    if not parts[part.lower()]:
+        raise ConfigError(f"trained={part!r}: a {type(model).__name__} has none that can be told apart")
+    return parts[part.lower()]
+
+
+def _under(prefix: str, names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(prefix)}
+
+
+def _inside(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], layers: tuple[str, ...] = ("",)
+) -> set[str]:
+    """Weights of the modules of these kinds, or of those layers of theirs."""
+    return {
+        ".".join(filter(None, (at, layer, name)))
+        for at, module in model.named_modules()
+        if isinstance(module, kinds)
+        for layer in layers
+        for name, _ in module.get_submodule(layer).named_parameters()
+    }

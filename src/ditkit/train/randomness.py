@@ -5,6 +5,7 @@ So a run that is resumed, or split over processes, draws what a single uninterru
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from ditkit.core.errors import ConfigError
+
+TERMS = 1000
+"""Uses of randomness from here on belong to names."""
 
 
 def seed_of(*key: int) -> int:
@@ -38,6 +44,24 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
     return torch.cat([epoch_order(size, seed, e)[place[epoch == e]] for e in epoch.unique().tolist()])
 
 
+def ordered_indices(size: int, batch: int, step: int) -> Tensor:
+    """List the samples of the global batch of `step` where the order of the data is kept, [batch].
+
+    No batch reaches over the end of an epoch. What is left there, fewer samples than a batch, is left out; in every
+    second epoch it is what comes first, so that every sample has its turn.
+
+    Raises:
+        ConfigError: there are fewer samples than one batch.
+    """
+    if size < batch:
+        raise ConfigError(
+            f"training: batch={batch} of {size} samples that are kept in order, expected no more"
+        )
+    epoch, number = divmod(step, size // batch)
+    first = number * batch + (size % batch if epoch % 2 else 0)
+    return torch.arange(first, first + batch)
+
+
 @dataclass(frozen=True)
 class SampleRNG:
     """All that is random about some places of the global batch of one step."""
@@ -54,6 +78,11 @@ class SampleRNG:
             drop.append(torch.rand((), generator=g))
             noise.append(torch.randn(shape, generator=g))
         return torch.stack(noise), torch.stack(time), torch.stack(drop)
+
+    def of_term(self, name: str, n: int = 1) -> Tensor:
+        """For each place, `n` uniform numbers that belong to a name: other terms, or none, change none of them."""
+        use = TERMS + zlib.crc32(name.encode())
+        return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in self._generators(use)])
 
     def of_data(self) -> Iterator[torch.Generator]:
         """A generator a place, for what the data themselves draw: masks, crops."""

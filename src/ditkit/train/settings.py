@@ -11,10 +11,33 @@ from annotated_types import Interval
 from ditkit.core.config import Count, Natural, Share, check_fields
 from ditkit.core.errors import ConfigError
 from ditkit.train.ema import Constant, Power
-from ditkit.train.parts import Part
 
 Precision = Literal["float32", "bf16"]
 Rule = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of the weights with a rate of its own.
+
+    Args:
+        part: as of `Settings.trained`, or "parts": all modules of terms, or a term's name: its own.
+        rate: times the run's learning rate. decay: of the weights; None is the run's.
+    """
+
+    part: str
+    rate: float = 1.0
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(
+                f"training: group {self.part!r}: rate={self.rate} should be positive and finite"
+            )
+        if self.decay is not None and not 0 <= self.decay < math.inf:
+            raise ConfigError(
+                f"training: group {self.part!r}: decay={self.decay} should be 0 or more, and finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,9 @@ class Settings:
         weight_decay: of AdamW and Muon.
         clip: largest gradient norm; 0 for none.
         precision: of the forward pass.
-        trained: weights that are; "attention" is its projections, and what policies train of their own.
+        trained: parts whose weights are, joined by "+": "all"; "attention", its projections, and what policies train of
+            their own; "norms"; "learned"; or the name of a transform or a policy, for what it trains.
+        groups: parts with a learning rate of their own; the first that fits owns a weight.
         averages: of the weights; the first is what is sampled and saved.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: the network, by torch.compile.
@@ -57,7 +82,8 @@ class Settings:
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     clip: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     precision: Precision = "float32"
-    trained: Part = "all"
+    trained: str = "all"
+    groups: tuple[Group, ...] = ()
     averages: tuple[Constant | Power, ...] = (Constant(),)
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -68,6 +94,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
+        self._check_parts()
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
         if self.cosine and self.decay_after:
@@ -82,6 +109,15 @@ class Settings:
             raise ConfigError("training: averages is empty; the first average is what is sampled and saved")
         if len(set(self.averages)) < len(self.averages):
             raise ConfigError(f"training: averages={self.averages} names one twice")
+
+    def _check_parts(self) -> None:
+        if not all(self.trained.split("+")):
+            raise ConfigError(
+                f"training: trained={self.trained!r}, expected parts joined by '+', as in 'lora+norms'"
+            )
+        named = [group.part.lower() for group in self.groups]
+        if repeated := [part for part in named if named.count(part) > 1]:
+            raise ConfigError(f"training: groups name {repeated[0]!r} twice, expected each part once")
 
     def rate(self, step: int) -> float:
         """Learning rate of optimiser step `step`, counted from 0."""

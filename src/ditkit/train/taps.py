@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError, NoEffectError
+from ditkit.core.errors import ConfigError, NoEffectError, unknown
 from ditkit.core.model import Model
+from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Call, Handler, Run, named
 from ditkit.core.trajectory import Trajectory
 
@@ -22,29 +23,66 @@ class Output(NamedTuple):
     taps: Mapping[str, Any]
 
 
+PARTS = {"in": 0, "q": 0, "k": 1, "v": 2}
+"""Ends of a tap's name, after a colon, that ask for an argument of the site instead of its output: "blocks.3:in" is
+what block 3 was given, "blocks.3.attn.core:k" the keys that its attention saw."""
+
+
+class Stopped(Exception):
+    """Nothing after this site was asked for."""
+
+
+def site_of(tap: str) -> str:
+    """The site of a tap.
+
+    Raises:
+        ConfigError: it asks for a part that there is not.
+    """
+    name, colon, part = tap.partition(":")
+    if colon and part not in PARTS:
+        raise ConfigError(f"tap {tap!r}: " + unknown("part", part, PARTS))
+    return name
+
+
 class Tap(Run):
-    """A run within a run that keeps the outputs of some sites.
+    """A run within a run that keeps the outputs, or arguments, of some sites.
 
     Where a block is computed again in the backward pass, the same is done again and nothing more is kept.
 
     Args:
+        names: of sites, or of their arguments (`PARTS`).
         rows: by site, the rows of an output [..., rows, K] that are kept, in their order; without, all are.
+        stop: the site after which `Stopped` is raised.
     """
 
-    __slots__ = ("inside", "rows", "seen")
+    __slots__ = ("inside", "rows", "seen", "stop")
 
     def __init__(
-        self, names: Sequence[str], inside: Run = DIRECT, rows: Mapping[str, Tensor] | None = None
+        self,
+        names: Sequence[str],
+        inside: Run = DIRECT,
+        rows: Mapping[str, Tensor] | None = None,
+        stop: str = "",
     ) -> None:
         self.seen: dict[str, Any] = {}
-        self.inside, self.rows = inside, rows or {}
-        super().__init__({**inside.handlers, **{name: self._keep(name) for name in names}})
+        self.inside, self.rows, self.stop = inside, rows or {}, stop
+        taps: dict[str, list[str]] = {stop: []} if stop else {}
+        for name in names:
+            taps.setdefault(site_of(name), []).append(name)
+        super().__init__({**inside.handlers, **{site: self._keep(site, own) for site, own in taps.items()}})
 
-    def _keep(self, name: str) -> Handler:
+    def _keep(self, site: str, taps: Sequence[str]) -> Handler:
         def handler(fn: Handler, *args: Any) -> Any:
-            out = self.inside.site(name, fn, *args)
-            rows = self.rows.get(name)
-            self.seen.setdefault(name, out if rows is None else out.index_select(-2, rows.to(out.device)))
+            out = self.inside.site(site, fn, *args)
+            rows = self.rows.get(site)
+            for tap in taps:
+                part = tap.partition(":")[2]
+                value = args[PARTS[part]] if part else out
+                self.seen.setdefault(
+                    tap, value if rows is None else value.index_select(-2, rows.to(value.device))
+                )
+            if site == self.stop:
+                raise Stopped
             return out
 
         return handler
@@ -57,6 +95,8 @@ def run_with_taps(
     shape: tuple[int, ...],
     *inputs: Any,
     times: Tensor | None = None,
+    stop: str = "",
+    policies: Sequence[Policy] | None = None,
 ) -> Output:
     """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
 
@@ -64,13 +104,19 @@ def run_with_taps(
         taps: sites whose outputs are kept.
         shape: of one sample, without the batch axis.
         times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
+        stop: the site after which nothing is computed; the output is then None.
+        policies: in the place of the model's.
 
     Raises:
         NoEffectError: a policy touched nothing or saved nothing.
     """
-    trajectory, call, run = _under(model, shape, torch.zeros(1) if times is None else times)
-    tap = Tap(taps, run, trajectory.rows(call))
-    out = trajectory.leave(call, network(*inputs, tap if taps else run))
+    times = torch.zeros(1) if times is None else times
+    trajectory, call, run = _under(model, shape, times, model.policies if policies is None else policies)
+    tap = Tap(taps, run, trajectory.rows(call), stop)
+    try:
+        out = trajectory.leave(call, network(*inputs, tap if taps or stop else run))
+    except Stopped:
+        return Output(None, tap.seen)
     trajectory.finish()
     return Output(out, tap.seen)
 
@@ -83,11 +129,11 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
             of `taps` in an order that is known of attentions only.
         NoEffectError: one would do nothing; the message says why.
     """
-    trajectory, call, run = _under(model, model.sample_shape, torch.tensor([0.5]))
+    trajectory, call, run = _under(model, model.sample_shape, torch.tensor([0.5]), model.policies)
     policies = ", ".join(str(policy) for policy in model.policies)
     ordered = trajectory.rows(call)
     inside = named(model.sites(), "stack", "block", "branch", "kv", "core") if ordered else ()
-    if lost := [name for name in taps if name in inside and name not in ordered]:
+    if lost := [tap for tap in taps if site_of(tap) in inside and site_of(tap) not in ordered]:
         raise ConfigError(
             f"a term reads {lost[0]!r}, whose rows {policies} reorders; expected attentions only"
         )
@@ -98,8 +144,10 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
         raise NoEffectError("; ".join([f"{policies} would do nothing in training", *why]))
 
 
-def _under(model: Model, shape: tuple[int, ...], times: Tensor) -> tuple[Trajectory, Call, Run]:
+def _under(
+    model: Model, shape: tuple[int, ...], times: Tensor, policies: Sequence[Policy]
+) -> tuple[Trajectory, Call, Run]:
     """A trajectory of one evaluation, whose samples have each a time of their own."""
-    trajectory = Trajectory(model.sites(), model.policies, 1, learned=model.learned)
-    call = Call(0, 1, nan, layout=model.layout(shape) if model.policies else (), times=times)
+    trajectory = Trajectory(model.sites(), policies, 1, learned=model.learned)
+    call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times)
     return trajectory, call, trajectory.run(call)

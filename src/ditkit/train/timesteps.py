@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Gt
+from annotated_types import Gt, Interval
 from torch import Tensor
 
-from ditkit.core.config import Checked
+from ditkit.core.config import Checked, Count
+from ditkit.core.errors import ConfigError
+from ditkit.core.model import Model
 from ditkit.core.time_grid import Shift
+from ditkit.train.randomness import SampleRNG
 
 
 class Timesteps(Checked, ABC):
@@ -55,3 +58,64 @@ class Shifted(Timesteps):
 
     def quantile(self, u: Tensor) -> Tensor:
         return Shift(self.shift).warp(self.inner.quantile(u))
+
+
+class Clock(Checked, ABC):
+    """What has a noise-time of its own; numbers are uniform, and `Timesteps` places them."""
+
+    @abstractmethod
+    def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """From one uniform number a sample, [B] float64: those of the times [B] or [B, T], and a second time's [B]."""
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that cannot be told such times, before the first step."""
+
+
+@dataclass(frozen=True)
+class Independent(Clock):
+    """Each sample by itself."""
+
+    def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        return u, None
+
+
+INDEPENDENT = Independent()
+
+
+@dataclass(frozen=True)
+class Stratified(Clock):
+    """Place i of the global batch in stratum i mod `strata` of [0, 1): each has as many, whatever the processes."""
+
+    strata: Count = 4
+
+    def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        stratum = torch.tensor([place % self.strata for place in rng.places], dtype=u.dtype)
+        return (stratum + u) / self.strata, None
+
+
+@dataclass(frozen=True)
+class PerFrame(Clock):
+    """Each frame of a clip by itself (diffusion forcing, arXiv 2407.01392)."""
+
+    def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        return rng.of_term("PerFrame", shape[2]), None
+
+    def check(self, model: Model) -> None:
+        if not getattr(model, "takes_frame_times", False):
+            raise ConfigError(
+                f"PerFrame: a {type(model).__name__} is told one time a sample; expected a model of clips with "
+                "takes_frame_times"
+            )
+
+
+@dataclass(frozen=True)
+class Paired(Clock):
+    """A second time beside each, nearer to the data by up to `gap`: u' = max(u - gap v, 0), v uniform (SRA).
+
+    Terms find it as `batch.other`.
+    """
+
+    gap: Annotated[float, Interval(gt=0, le=1)] = 0.2
+
+    def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        return u, (u - self.gap * rng.of_term("Paired")[:, 0]).clamp_min(0)

@@ -20,7 +20,7 @@ from ditkit.data.loading import load_clips, load_fields
 from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_sheet
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.forecasting import Forecasting
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -31,8 +31,6 @@ SQUARED_ERROR = Forecasting()
 class ForecastRecipe(Recipe):
     """A network that says as many frames as it has seen, in one pass."""
 
-    then: ClassVar[str] = "ditkit forecast"
-    then_data: ClassVar[bool] = True
     task: ClassVar[str] = "forecast"
     objective: Objective = SQUARED_ERROR
 
@@ -57,14 +55,14 @@ class ClipForecastRecipe(ForecastRecipe):
             replace(self, model=replace(self.model, channels=clips.channels)), ForecastDataset(clips)
         )
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ForecastDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return (
             f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}], half of each observed"
         )
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, ForecastDataset)
         return partial(write_sheet, folder, partial(clip_examples, samples.clips, 0, self.model.frames))
 
@@ -93,12 +91,12 @@ class FieldForecastRecipe(ForecastRecipe):
         model = replace(self.model, channels=channels, size=(height, width))
         return Prepared(replace(self, model=model), samples, codec)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, Windows)
         fields = samples.fields
         return f"{len(fields)} steps of {list(fields.values.shape[1:])} ({', '.join(fields.variables)}) to train on"
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, Windows)
         frames = samples.frames
         return partial(write_sheet, folder, partial(field_examples, samples.fields, 0, frames, frames))

@@ -22,7 +22,7 @@ from ditkit.sample import Ddim, Euler
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -62,7 +62,7 @@ class ClassImageRecipe(Recipe):
         model = replace(self.model, channels=images.images.shape[1], classes=len(names), class_names=names)
         return replace(self, model=model)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images
         return (
@@ -77,7 +77,7 @@ class ClassImageRecipe(Recipe):
             Cond(label=torch.zeros(1, dtype=torch.long)),
         )
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         return partial(write_sheet, folder)
 
 
@@ -101,10 +101,10 @@ def write_sheet(folder: Path, model: Model, step: int) -> None:
     drawn = generate(
         model,
         labels,
-        range(SHEET_CLASSES * SHEET_EACH),
+        seeds=range(SHEET_CLASSES * SHEET_EACH),
         steps=SHEET_STEPS,
         solver=Ddim() if isinstance(model.config.convention.make_path(), DiscretePath) else Euler(),
         batch_size=16,
         policies=model.policies,
     )
-    write_png(folder / f"{step:06d}.png", grid(drawn.images, columns=SHEET_EACH))
+    write_png(folder / f"{step:06d}.png", grid(drawn.samples, columns=SHEET_EACH))

@@ -24,9 +24,9 @@ from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
-from ditkit.tasks.video.masks import MaskMixture, mask_kind
+from ditkit.tasks.video.masks import KINDS, MaskKind, MaskMixture
 from ditkit.train.denoising import Denoising
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -46,9 +46,8 @@ class VideoRecipe(Recipe):
     """
 
     sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
-    then: ClassVar[str] = "ditkit video"
-    latent: ClassVar[bool] = True
     task: ClassVar[str] = "video"
+    latent: ClassVar[bool] = True
     objective: Objective = FLOW_MATCHING
     masks: MaskMixture = EVERY_MASK
 
@@ -60,20 +59,20 @@ class VideoRecipe(Recipe):
         return Prepared(replace(self, model=model), coded(MaskedClipDataset(clips, self.masks), codec), codec)
 
     def _classes(self, clips: ClipSet) -> dict[str, Any]:
-        """The model's fields on classes, as clips with labels decide them.
+        """Return the model's fields on classes, as clips with labels decide them.
 
         Raises:
-            ConfigError: the network is told classes, and the clips have none.
+            ConfigError: the network takes classes, and the clips have none.
         """
         names = clips.classes if isinstance(clips, LabelledClips) else ()
-        if not names and self.model.classes:
+        if not names and self.model.classes > 1:  # a VDT of one class takes no labels
             raise ConfigError(
                 f"{self.data}: its clips have no labels, the network has {self.model.classes} classes; "
                 "try: --option labels=true"
             )
         return {"classes": len(names), "class_names": names} if names else {}
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, MaskedClipDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
@@ -82,7 +81,7 @@ class VideoRecipe(Recipe):
         label = torch.zeros(1, dtype=torch.int64) if model.config.classes else None
         return torch.empty(1, *model.sample_shape), torch.empty(1), Cond(label=label)
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, MaskedClipDataset)
         first = torch.tensor([0])
         return partial(write_strips, folder, samples.clips.clips(first), label=samples.label(first))
@@ -110,42 +109,41 @@ class MaskedClipDataset:
 
 
 def labels_for(model: Model, clips: ClipSet) -> Tensor | None:
-    """The class of each clip of a set, int64 [n], for a model of the same classes; None for any other."""
+    """Return the class of each clip of a set, int64 [n], for a model of the same classes; None for any other."""
     if not isinstance(clips, LabelledClips) or not clips.classes or clips.classes != class_names(model):
         return None
     return clips.class_labels(torch.arange(len(clips)))
 
 
-def conditioned(clips: Tensor, kind: str, seeds: Sequence[int], label: Tensor | None = None) -> Cond:
-    """Clips [B, C, T, H, W] told in part: what a mask of this kind leaves, drawn by one seed a clip, and `label` [B].
+def conditioned(clips: Tensor, kind: MaskKind, seeds: Sequence[int], label: Tensor | None = None) -> Cond:
+    """Give of clips [B, C, T, H, W] what masks of this kind leave, drawn by one seed a clip, and `label` [B].
 
     Raises:
-        ConfigError: an unknown kind, a clip too short for it, or not one distinct seed a clip.
+        ConfigError: a clip too short for it, or not one distinct seed a clip.
     """
     size = clips.shape[2], clips.shape[3], clips.shape[4]
-    task, generators = mask_kind(kind), [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
-    return Cond(label=label, context=clips, mask=torch.stack([task(size, g) for g in generators]))
+    generators = [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
+    return Cond(label=label, context=clips, mask=torch.stack([kind(size, g) for g in generators]))
 
 
 def write_strips(
     folder: Path, clip: Tensor, model: Denoiser, step: int, *, label: Tensor | None = None
 ) -> None:
-    """What the model makes of one clip [1, C, T, H, W] under the masks that fit it, as `folder`/STEP.png."""
+    """Write one clip [1, C, T, H, W] as the model completes it under the masks that fit it, as `folder`/STEP.png."""
     rows, masks = {"the clip": clip[0]}, {}
     size = clip.shape[2], clip.shape[3], clip.shape[4]
-    for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
+    for kind in (KINDS[name] for name in SHEET_KINDS if KINDS[name].fits(size)):
         cond = conditioned(clip, kind, [0], label)
         assert cond.mask is not None
-        masks[kind] = cond.mask[0]
-        rows[kind] = generate(
+        masks[kind.name] = cond.mask[0]
+        rows[kind.name] = generate(
             model,
-            seeds=[0],
+            cond=Cond(label=label) if kind.gives_nothing else cond,
+            shape=clip.shape[1:],
             steps=SHEET_STEPS,
             guidance=1.0,
-            cond=Cond(label=label) if cond.mask.all() else cond,
-            shape=clip.shape[1:],
             policies=model.policies,
-        ).images[0]
+        ).samples[0]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:
         draft.write_bytes(png(strip(rows, masks=masks)))

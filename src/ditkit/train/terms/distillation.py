@@ -13,6 +13,8 @@ from ditkit.core.config import Count, Natural
 from ditkit.core.model import Model
 from ditkit.core.run import Site, attended
 from ditkit.train.objective import Batch, Term
+from ditkit.train.schedules import Weight
+from ditkit.train.teacher import SelfTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class PredictionDistillation(Term):
     The mean is over all elements, given ones counted as 0.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    weight: float = 0.5
+    teacher: ClassVar[Teacher] = SelfTeacher()  # type: ignore[misc]
+    weight: Weight = 0.5
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.teacher is not None
-        return batch.counted(batch.prediction - batch.teacher.out).square().flatten(1).mean(1)
+        assert batch.taught is not None
+        return batch.counted(batch.prediction - batch.taught.out).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class AttentionDistillation(Term):
         first: the least place compared: for FLUX 19, as its blocks of two streams are not.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    weight: float = 0.5
+    teacher: ClassVar[Teacher] = SelfTeacher()  # type: ignore[misc]
+    weight: Weight = 0.5
     every: Count = 4
     first: Natural = 0
 
@@ -56,7 +58,7 @@ class AttentionDistillation(Term):
         )
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.teacher is not None
-        pairs = [(batch.taps[name], batch.teacher.taps[name]) for name in self.taps(batch.sites)]
+        assert batch.taught is not None
+        pairs = [(batch.taps[name], batch.taught.taps[name]) for name in self.taps(batch.sites)]
         errors = [(own.float() - taught.float()).square().flatten(1).mean(1) for own, taught in pairs]
         return torch.stack(errors).mean(0)

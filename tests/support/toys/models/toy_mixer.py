@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -14,7 +15,7 @@ from ditkit.core.convention import Convention
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Kind, Run, Site
 from ditkit.nn.blocks import Head, Mlp, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels
 
@@ -74,6 +75,11 @@ class MixerBlock(nn.Module):
         x_BLD = x_BLD + run.site(at + ".pool", self.mix, x_BLD)
         return x_BLD + run.site(at + ".mlp", self.feed, x_BLD, c_BD)
 
+    def sites(self, at: str, stream: str = "image") -> list[Site]:
+        kinds: dict[str, Kind] = {"": "block", ".pool": "branch", ".mlp": "branch"}
+        width = self.pool.out_features
+        return [Site(at + name, kind, stream, width) for name, kind in kinds.items()]
+
 
 class ToyMixer(Denoiser):
     """Patches, a few blocks, and DiT's head."""
@@ -99,19 +105,6 @@ class ToyMixer(Denoiser):
         grid = Grid.of(tuple(shape[-2:]), self.config.patch)
         return (Segment("image", grid, grid.length),)
 
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [
-            site
-            for i in range(self.config.depth)
-            for site in (
-                Site(f"blocks.{i}", "block"),
-                Site(f"blocks.{i}.pool", "branch"),
-                Site(f"blocks.{i}.mlp", "branch"),
-            )
-        ]
-        first = (Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack"))
-        return (*first, *blocks, Site("head", "head"))
-
     def unconditional(self, cond: Cond) -> Cond:
         return replace(cond, label=torch.full_like(label_of(self.config, cond), self.config.classes))
 
@@ -121,7 +114,7 @@ class ToyMixer(Denoiser):
         tokens = run.site("tokens", self.tokenize, x)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack, tokens.x, c_BD)
-        return unpatchify(run.site("head", self.head, h_BLD, c_BD), grid, self.config.patch)
+        return unpatchify(run.site("head", partial(self.head, run=run), h_BLD, c_BD), grid, self.config.patch)
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         rate = self.config.label_dropout if self.training else 0.0

@@ -1,0 +1,40 @@
+"""`ditkit compress`: a model folder in, a model folder out, with what was done in its config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ditkit.api.compress import as_transforms
+from ditkit.api.compress import compress as compressed
+from ditkit.cli.options import ModelName, writable
+from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
+
+Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TRANSFORM ...")]
+
+
+def compress(model: ModelName, transforms: Transforms, *, out: Path) -> None:
+    """Apply transforms to a model, in order, and save the result.
+
+    Examples:
+        ditkit compress emoji kept:blocks=0+2+4+6+8+10 --out outputs/pruned
+        ditkit compress runs/tuned/model merged --out outputs/merged
+
+    Args:
+        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        transforms: Such as kept:blocks=0+2+3 or lora:rank=8.
+        out: Folder to write.
+    """
+    chosen = as_transforms(transforms)
+    if (out / "config.json").exists():
+        raise ConfigError(f"--out {out} holds a model already, expected another folder")
+    before = load(model)
+    after = compressed(before, *chosen)
+    with writable(out):
+        after.save(out)
+    numbers = [sum(t.numel() for t in network.state_dict().values()) for network in (before, after)]
+    Console().print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before", highlight=False, soft_wrap=True)

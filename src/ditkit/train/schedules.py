@@ -1,0 +1,99 @@
+"""Weights of terms that change in training: 0 at a step means that nothing of the term is computed then."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from ditkit.core.errors import ConfigError
+
+
+class Schedule(ABC):
+    """A number a step, counted from 0."""
+
+    @abstractmethod
+    def at(self, step: int) -> float:
+        """The number at `step`, not negative."""
+
+    @abstractmethod
+    def last(self) -> float:
+        """The last step at which the number is above 0; infinite if there is none, -1 if it never is."""
+
+    def ends(self, step: int) -> bool:
+        """Whether it is 0 from `step` on."""
+        return step > self.last()
+
+
+@dataclass(frozen=True)
+class Between(Schedule):
+    """`value` from step `first` to before step `stop`, and 0 otherwise: HASTE's hard stop (arXiv 2505.16792).
+
+    Raises:
+        ConfigError: it ends before it starts, or the value is negative.
+    """
+
+    value: float = 1.0
+    first: int = 0
+    stop: int = 1
+
+    def __post_init__(self) -> None:
+        _check("Between", self.value, self.first, self.stop)
+
+    def at(self, step: int) -> float:
+        return self.value if self.first <= step < self.stop else 0.0
+
+    def last(self) -> float:
+        return self.stop - 1 if self.value else -1
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """From `start` at step `first` in a straight line to `end` at step `stop`, constant before and after.
+
+    Raises:
+        ConfigError: it ends before it starts, or a value is negative.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    first: int = 0
+    stop: int = 1
+
+    def __post_init__(self) -> None:
+        _check("Ramp", self.start, self.first, self.stop)
+        _check("Ramp", self.end, self.first, self.stop)
+
+    def at(self, step: int) -> float:
+        done = min(max((step - self.first) / (self.stop - self.first), 0.0), 1.0)
+        return self.start + (self.end - self.start) * done
+
+    def last(self) -> float:
+        if self.end:
+            return math.inf
+        return self.stop - 1 if self.start else -1
+
+
+Weight = float | Schedule
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """A number or a schedule, at a step."""
+    return weight.at(step) if isinstance(weight, Schedule) else weight
+
+
+def never(weight: Weight) -> bool:
+    """Whether it is 0 at all steps."""
+    return weight.last() < 0 if isinstance(weight, Schedule) else not weight
+
+
+def ended(weight: Weight, step: int) -> bool:
+    """Whether it is 0 from `step` on."""
+    return weight.ends(step) if isinstance(weight, Schedule) else not weight
+
+
+def _check(name: str, value: float, first: int, stop: int) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{name}: value={value}, expected a finite number of at least 0")
+    if type(first) is not int or type(stop) is not int or not 0 <= first < stop:
+        raise ConfigError(f"{name}: first={first} and stop={stop}, expected steps 0 <= first < stop")

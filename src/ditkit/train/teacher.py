@@ -1,0 +1,172 @@
+"""Who a term compares the network with: itself before, its running average, a trained model, or a frozen encoder.
+
+A teacher is made once a run, after the state was restored, and kept until its term's weight is 0 for good.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.core.codec import fingerprint
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.core.loading import load
+from ditkit.core.model import Model
+from ditkit.core.policy import Policy
+from ditkit.train.ema import Average
+
+
+class Run(Protocol):
+    """What a teacher is made from: the model in training and its averages."""
+
+    model: Model
+    device: torch.device
+
+    @property
+    def averages(self) -> Sequence[Average]:
+        """The averages of the model's weights."""
+        ...
+
+    def start(self) -> Model:
+        """The model as it stood before this run's transforms and policies."""
+        ...
+
+
+class Teacher(ABC):
+    """A frozen dataclass that says who it is."""
+
+    @abstractmethod
+    def make(self, run: Run) -> nn.Module:
+        """The frozen network, in eval mode, on the run's device."""
+
+    def identity(self) -> str:
+        """A digest of weights that come from outside of the run, which a resume must find again; or nothing."""
+        return ""
+
+    def check(self, model: Model) -> None:  # noqa: B027
+        """Refuse a model that it cannot teach, before the first step.
+
+        Raises:
+            ConfigError, CheckpointError: names what was given and expected.
+        """
+
+
+@dataclass(frozen=True)
+class SelfTeacher(Teacher):
+    """The model as it stood before this run's transforms and policies, under those inherent ones that it had."""
+
+    def make(self, run: Run) -> nn.Module:
+        return frozen(run.start()).to(run.device)
+
+
+@dataclass(frozen=True)
+class EmaTeacher(Teacher):
+    """A running average of the weights, as it is at each step: it shares the average's memory.
+
+    Args:
+        which: of the run's averages.
+    """
+
+    which: int = 0
+
+    def make(self, run: Run) -> nn.Module:
+        if self.which >= len(run.averages):
+            raise ConfigError(f"EmaTeacher: which={self.which}, expected one of {len(run.averages)} averages")
+        model = run.model
+        copy = model.rebuilt(model.transforms)
+        with torch.device("meta"):
+            copy.adopt(model.policies)
+        copy.load_state_dict(run.averages[self.which].whole(model), assign=True)
+        return frozen(copy)
+
+
+@dataclass(frozen=True)
+class GivenTeacher(Teacher):
+    """A trained model, as `ditkit.load` takes it.
+
+    Args:
+        folder: its name or folder.
+    """
+
+    folder: str
+
+    def make(self, run: Run) -> nn.Module:
+        return frozen(load(self.folder)).to(run.device)
+
+    def identity(self) -> str:
+        return fingerprint(load(self.folder).state_dict())
+
+    def check(self, model: Model) -> None:
+        given = load(self.folder)
+        if given.sample_shape != model.sample_shape:
+            raise ConfigError(
+                f"GivenTeacher: {self.folder} is of samples {list(given.sample_shape)}, expected "
+                f"{list(model.sample_shape)}, as the model that it teaches"
+            )
+
+
+@dataclass(frozen=True)
+class EncoderTeacher(Teacher):
+    """A frozen network that is no model of ours, asked with what its term's `asks` gives as x alone.
+
+    Args:
+        build: makes it, the same at each call. name: what the record calls it.
+    """
+
+    build: Callable[[], nn.Module] = field(compare=False)
+    name: str = "encoder"
+
+    def make(self, run: Run) -> nn.Module:
+        return self._built().to(run.device)
+
+    def identity(self) -> str:
+        return fingerprint(self._built().state_dict())
+
+    def _built(self) -> nn.Module:
+        with torch.random.fork_rng(devices=()):
+            return self.build().eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a term wants to know beside what the student said of its own inputs.
+
+    Args:
+        x: another input; None for the student's. t: other times, of the student's path; None for the student's.
+        cond: other conditioning; None for the student's.
+        taps: sites whose outputs, or inputs, are kept.
+        stop: the site after which nothing more is computed; of a teacher only.
+        student: ask the network in training once more, with gradients, instead of the teacher.
+        policies: in the place of those that it is under.
+    """
+
+    x: Tensor | None = None
+    t: Tensor | None = None
+    cond: Cond | None = None
+    taps: tuple[str, ...] = ()
+    stop: str = ""
+    student: bool = False
+    policies: tuple[Policy, ...] | None = None
+
+
+class Held(NamedTuple):
+    """What a run holds for the terms of its objective at a step, by their names."""
+
+    step: int = 0
+    modules: Any = {}  # noqa: RUF012
+    teachers: Any = {}  # noqa: RUF012
+    opponents: list[Any] | None = None
+    """Where batches of adversaries are put, with their terms."""
+
+
+def frozen(model: Model) -> Model:
+    """`model` in eval mode, without gradients, under its inherent policies only."""
+    model.policies = tuple(policy for policy in model.policies if policy.inherent)
+    model.eval().requires_grad_(False)
+    return model
