@@ -353,7 +353,8 @@ class DiMR(Denoiser):
         self, stage: Stage, run: Run, at: str, rows: Tensor, tau: Tensor, grid: Grid
     ) -> Sequence[Tensor]:
         """Return the output of each block of a stage: all are features of the next."""
-        stack, outputs = Stack(stage.blocks, run, at, self.recomputes), list[Tensor]()
+        stack = Stack(stage.blocks, run, at, self.recomputes)
+        outputs: list[Tensor] = []
         for i in range(len(stack)):
             rows = stage.skips.joined(i, rows, outputs)
             rows = stack.beside(rows, tau, grid, i, i + 1)
