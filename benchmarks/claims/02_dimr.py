@@ -206,7 +206,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 150) -> None:
+def main(steps: int = 100) -> None:
     """Try the claims.
 
     Args:

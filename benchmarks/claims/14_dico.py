@@ -191,7 +191,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 300) -> None:
+def main(steps: int = 150) -> None:
     """Try the claims.
 
     Args:
