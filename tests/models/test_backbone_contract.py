@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -17,7 +18,7 @@ from ditkit.core.checkpoint import read_state
 from ditkit.core.cond import Cond
 from ditkit.core.errors import DitkitError
 from ditkit.core.model import Denoiser, Model
-from ditkit.core.run import DIRECT, Run
+from ditkit.core.run import DIRECT, Run, named
 from models_support import perturbed
 
 BATCH, CLIP = 3, 5
@@ -67,24 +68,35 @@ def has(kind: type[Model], *kinds: str) -> bool:
 
 
 class Recording(Run):
-    """Notes the name of each site as it is entered."""
+    """Notes the name of each site as it is entered, and what the heads return."""
 
-    __slots__ = ("seen",)
+    __slots__ = ("heads", "predictions", "seen")
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.heads, self.predictions = named(model.sites(), "head"), []
 
     def site(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         self.seen.append(name)
-        return super().site(name, fn, *args)
+        out = super().site(name, fn, *args)
+        if name in self.heads:
+            self.predictions.append(out)
+        return out
+
+
+def loss(model: Model, given: tuple[Any, ...]) -> tuple[Tensor, list[str]]:
+    """Return a number that all predictions count in, those of lower resolutions too, and the sites visited."""
+    run = Recording(model)
+    out = model(*given, run=run)
+    return sum((one.square().sum() for one in run.predictions), out.square().sum()), run.seen
 
 
 def test_every_site_is_visited_once_in_the_stated_order(kind):
     if is_hosted(kind):
         return  # its sites are named where a handler is
     model = awake(kind)
-    run = Recording()
+    run = Recording(model)
     out = model(*inputs(model), run=run)
     names = [site.name for site in model.sites()]
     assert run.seen == names
@@ -111,7 +123,9 @@ def test_blocks_and_branches_take_tokens_first_and_keep_their_shape(kind):
         return  # two streams
     model = awake(kind)
     given = inputs(model)
-    length = sum(segment.length for segment in model.layout(model.sample_shape))
+    lengths = Counter()
+    for segment in model.layout(model.sample_shape):
+        lengths[segment.stage] += segment.length
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
     def note(name: str) -> Callable[..., Any]:
@@ -122,15 +136,16 @@ def test_blocks_and_branches_take_tokens_first_and_keep_their_shape(kind):
 
         return handler
 
-    names = [site.name for site in model.sites() if site.kind in ("stack", "block", "branch")]
-    model(*given, run=Run({name: note(name) for name in names}))
-    assert set(shapes) == set(names) and bool(names) == has(kind, "block")
-    for before, after in shapes.values():
-        assert before == after and before[:2] == (BATCH, length)
+    stages = {site.name: site.stage for site in model.sites() if site.kind in ("stack", "block", "branch")}
+    model(*given, run=Run({name: note(name) for name in stages}))
+    assert set(shapes) == set(stages) and bool(stages) == has(kind, "block")
+    for name, (before, after) in shapes.items():
+        assert before == after and before[:2] == (BATCH, lengths[stages[name]])
 
 
 def test_a_branch_can_run_on_some_rows_only(kind):
-    """Row-wise branches give the same rows; so nothing that is aligned with tokens hides in a closure."""
+    """Row-wise branches give the same rows; so nothing that is aligned with tokens hides in a closure. One that reads
+    its rows as a grid says so, and takes them all."""
     if is_hosted(kind):
         return  # two streams
     model = awake(kind).double()
@@ -144,14 +159,14 @@ def test_a_branch_can_run_on_some_rows_only(kind):
         compared.append(torch.allclose(some, out[:, even], atol=1e-12))
         return out
 
-    branches = [site.name for site in model.sites() if site.kind == "branch"]
+    branches = [site.name for site in model.sites() if site.kind == "branch" and not site.ordered]
     model(*double(inputs(model)), run=Run(dict.fromkeys(branches, handler)))
     assert len(compared) == len(branches) and any(compared) == has(kind, "branch")
 
 
 def test_gradient_reaches_every_parameter(kind):
     model = awake(kind).train()
-    model(*inputs(model)).square().sum().backward()
+    loss(model, inputs(model))[0].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
 
@@ -207,7 +222,7 @@ def test_a_loaded_model_can_be_trained(kind, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    model(*inputs(model)).square().sum().backward()
+    loss(model, inputs(model))[0].backward()
     optimizer.step()
     assert not any(torch.equal(p, q) for p, q in zip(trained, before, strict=True))
 
@@ -250,11 +265,11 @@ def test_checkpointing_gives_equal_gradients_and_computes_blocks_again(kind):
     given = inputs(model)
     gradients, visits = [], []
     for model.gradient_checkpointing in (False, True):
-        run = Recording()
         model.zero_grad()
-        model(*given, run=run).square().sum().backward()
+        value, seen = loss(model, given)
+        value.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-        visits.append(sum(run.seen.count(site.name) for site in model.sites() if site.kind == "branch"))
+        visits.append(sum(seen.count(site.name) for site in model.sites() if site.kind == "branch"))
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
     assert visits[1] == 2 * visits[0] and bool(visits[0]) == has(kind, "branch")
@@ -265,9 +280,9 @@ def test_checkpointing_is_off_outside_training(kind):
         return  # tests/models/test_small_flux.py has its own
     model = awake(kind)
     model.gradient_checkpointing = True
-    run = Recording()
-    model(*inputs(model), run=run).square().sum().backward()
-    assert run.seen == [site.name for site in model.sites()]
+    value, seen = loss(model, inputs(model))
+    value.backward()
+    assert seen == [site.name for site in model.sites()]
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -1,6 +1,8 @@
 """Backbones, one file each."""
 
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
+from ditkit.models.dico import DiCo, DiCoConfig
+from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
@@ -11,6 +13,10 @@ __all__ = [
     "VDT",
     "ConvLSTM",
     "ConvLSTMConfig",
+    "DiCo",
+    "DiCoConfig",
+    "DiMR",
+    "DiMRConfig",
     "DiT",
     "DiTConfig",
     "PredFormer",

@@ -85,16 +85,17 @@ class Attention(nn.Module):
 
     Args:
         qk_norm: RMS norm of queries and keys in each head, with a learned scale (SD3, section 5.3.2).
+        qkv_bias: of queries, keys and values.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, qkv_bias: bool = True) -> None:
         if width % heads:
             raise ShapeError(
                 f"Attention: width={width} does not divide into heads={heads} (remainder {width % heads})"
             )
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
         self.norm_q = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(width // heads) if qk_norm else nn.Identity()

@@ -27,6 +27,14 @@ class SwiGLU(nn.Module):
         return F.dropout(F.silu(self.gate(u)) * self.value(u), self.dropout, self.training)
 
 
+class GEGLU(SwiGLU):
+    """W2 drop(GELU(Wg u) * Wx u), all three with bias; GELU is exact (Shazeer, arXiv 2002.05202; DiMR)."""
+
+    def hidden(self, u: Tensor) -> Tensor:
+        """The values before the last layer; row-wise."""
+        return F.dropout(F.gelu(self.gate(u)) * self.value(u), self.dropout, self.training)
+
+
 class PlainMLP(nn.Module):
     """W2 drop(GELU(W1 u)), both with bias: what a SwiGLU is measured against."""
 

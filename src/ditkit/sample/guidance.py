@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from ditkit.core.config import Checked, Count, Finite, Fraction, check_value
@@ -76,6 +78,32 @@ class ClassifierFree(Guidance):
             return branches("cond")[0]
         cond, uncond = branches("cond", "uncond")
         return extrapolate(cond, uncond, self.scale, self.channels)
+
+    def networks(self) -> Mapping[str, Denoiser]:
+        return {}
+
+
+@final
+@dataclass(frozen=True)
+class PowerCosine(Guidance):
+    """u + w(t) (c - u), w = 1 + (scale - 1) (1 - cos(pi (1 - t)^power)) / 2: weak at high noise (DiMR).
+
+    Args:
+        scale: at the data; 1 is no guidance. power: how late it rises.
+    """
+
+    scale: Finite
+    power: Annotated[float, Interval(gt=0, lt=math.inf)] = 4.0
+
+    def __call__(self, branches: Branches, t: float) -> Tensor:
+        if self.scale == 1:
+            return branches("cond")[0]
+        cond, uncond = branches("cond", "uncond")
+        return extrapolate(cond, uncond, self.at(t))
+
+    def at(self, t: float) -> float:
+        """Return the scale at noise-time t."""
+        return 1 + (self.scale - 1) * (1 - math.cos(math.pi * (1 - t) ** self.power)) / 2
 
     def networks(self) -> Mapping[str, Denoiser]:
         return {}

@@ -61,12 +61,17 @@ class NoisyBatch(Batch):
         A score's target, -noise / sigma, grows without bound towards the data; its error is weighted by
         sigma^2 (SiT), which makes it DDPM's loss too.
         """
-        kind, t = self.convention.prediction, self.t.to(self.data.dtype)
-        if kind == "score":
+        if self.convention.prediction == "score":
+            t = self.t.to(self.data.dtype)
             return self.noise + self.path.at(spread(t, self.x, time_axis(t))).sigma * self.prediction
-        if kind == "velocity":
-            return self.path.velocity(self.data, self.noise, t, time_axis(t)) - self.prediction
-        return (self.data if kind == "data" else self.noise) - self.prediction
+        return self.target() - self.prediction
+
+    def target(self) -> Tensor:
+        """Return the prediction that is right, [B, ...], in noise-time: velocity, data or noise, of bounded scale."""
+        if self.convention.prediction == "velocity":
+            t = self.t.to(self.data.dtype)
+            return self.path.velocity(self.data, self.noise, t, time_axis(t))
+        return self.data if self.convention.prediction == "data" else self.noise
 
 
 def time_axis(t: Tensor) -> int | None:
@@ -145,7 +150,7 @@ class Denoising(Objective):
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
         out, seen = _asked(forward, model, self.taps(model, held.step), x, t, cond)
-        prediction, fraction = convention.split(out.float())
+        prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
             prediction=prediction,

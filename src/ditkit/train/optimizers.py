@@ -85,22 +85,33 @@ def named_weights(model: nn.Module, modules: nn.ModuleDict) -> dict[str, nn.Para
 def _grouped(
     model: Model, modules: nn.ModuleDict, settings: Settings, named: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """The weights by the first group that has them; what is in none has the run's own rate."""
+    """The weights by the first group that has them; what is in none has the run's own rate.
+
+    What a module's class names in `undecayed` stands apart and does not decay.
+    """
+    spared = undecayed(model)
     owned: dict[str, Group] = {}
     for group in settings.groups:
         for name in part_of(model, group.part, modules):
             owned.setdefault(name, group)
-    found: dict[Group | None, list[nn.Parameter]] = {}
+    found: dict[tuple[Group | None, bool], list[nn.Parameter]] = {}
     for name, weight in named.items():
-        found.setdefault(owned.get(name), []).append(weight)
+        found.setdefault((owned.get(name), weight in spared), []).append(weight)
     return [
         {
             "params": weights,
             "factor": 1.0 if group is None else group.rate,
             **({} if group is None or group.decay is None else {"weight_decay": group.decay}),
+            **({"weight_decay": 0.0} if is_spared else {}),
         }
-        for group, weights in found.items()
+        for (group, is_spared), weights in found.items()
     ]
+
+
+def undecayed(model: nn.Module) -> set[Tensor]:
+    """Weights that weight decay leaves out: those that a module's class names in `undecayed`."""
+    of_class = ((module, getattr(type(module), "undecayed", ())) for module in model.modules())
+    return {getattr(module, name) for module, names in of_class for name in names}
 
 
 def matrices(model: Model) -> list[Tensor]:
