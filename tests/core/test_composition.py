@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import flux_support as fluxes
 import hosts_support as hosts
-import lumina_wan_support as lumina_wan
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -75,22 +74,13 @@ def a_flux() -> Subject:
 
 
 def a_host(name: str) -> Subject:
-    family = hosts.FAMILIES[name]
+    family = hosts.EVERY[name]
+    inputs = family.inputs()
 
     def call(model: Any, run: Run, dtype: torch.dtype) -> Tensor:
-        return hosts.call(model, hosts.in_type(family.inputs(), dtype), run)[:, : hosts.C]
+        return hosts.call(model, hosts.in_type(inputs, dtype), run)[:, : hosts.C]
 
-    return Subject(family.transformer(), family.view.sites, family.layout, call)
-
-
-def a_lumina_or_wan(name: str) -> Subject:
-    case = lumina_wan.CASES[name]
-    inputs = case.inputs()
-
-    def call(model: Any, run: Run, dtype: torch.dtype) -> Tensor:
-        return lumina_wan.call(model, lumina_wan.in_type(inputs, dtype), run)[:, : lumina_wan.C]
-
-    return Subject(case.transformer(), case.sites, lambda model: case.layout(model, inputs), call)
+    return Subject(family.transformer(), hosts.sites_of, lambda model: hosts.layout_of(model, inputs), call)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
@@ -98,8 +88,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "FLUX": a_flux,
     "SD3.5": lambda: a_host("sd3.5"),
     "diffusers' DiT": lambda: a_host("dit"),
-    "Lumina 2": lambda: a_lumina_or_wan("lumina2 ragged"),
-    "Wan": lambda: a_lumina_or_wan("wan"),
+    "Lumina 2": lambda: a_host("lumina2"),
+    "Wan": lambda: a_host("wan one time"),
 }
 
 

@@ -30,7 +30,8 @@ from family_pipelines_support import (
     wan_two_experts,
     wan_vae,
 )
-from pipelines_support import SIDE, computed, picture
+from hosts_support import ROTARY, SIZED
+from pipelines_support import SIDE, cogvideox, computed, picture, pixart, text
 
 import ditkit
 from ditkit.caching import RAS
@@ -48,6 +49,27 @@ EXPERTS = {
 VIDEO = {"kind": diffusers.WanVideoToVideoPipeline, "parts": wan_vae}
 FRAMES = {"kind": diffusers.WanImageToVideoPipeline, "in_channels": 36}
 SEEN = {"text": 512, "parts": clip_encoder, "image_dim": 16, "added_kv_proj_dim": 24}
+DPM = diffusers.CogVideoXDPMScheduler
+VIDEO_9 = torch.rand(1, 9, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+PICTURE = {
+    "kind": diffusers.CogVideoXImageToVideoPipeline,
+    "told": {"image": FIRST},
+    "in_channels": 8,
+    "out_channels": 4,
+    **ROTARY,
+}
+LATER = {"kind": diffusers.CogVideoXVideoToVideoPipeline, "told": {"video": VIDEO_9, "strength": 0.75}}
+CONTROL = {
+    "kind": diffusers.CogVideoXFunControlPipeline,
+    "told": {"control_video": VIDEO_9},
+    "in_channels": 8,
+    "out_channels": 4,
+}
+TWO_CLIPS = {
+    name: text(i).repeat(2, 1, 1) for i, name in enumerate(("prompt_embeds", "negative_prompt_embeds"))
+}
+BOTH = {"cond_uncond": "0-2 4 7"}
+"""CogVideoX names the context of its one call a step."""
 
 CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "sd3": (sd3, STEPS),
@@ -148,6 +170,26 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
         ),
         STEPS,
     ),
+    "cogvideox": (cogvideox, BOTH),
+    "cogvideox dpm": (partial(cogvideox, DPM), BOTH),
+    "cogvideox rotary": (partial(cogvideox, **ROTARY), BOTH),
+    "cogvideox 1.5": (partial(cogvideox, patch_size_t=2, **ROTARY), BOTH),
+    "cogvideox unguided": (partial(cogvideox, told={"guidance_scale": 1.0}), BOTH),
+    "cogvideox guided by the step": (partial(cogvideox, DPM, told={"use_dynamic_cfg": True}), BOTH),
+    "cogvideox two clips": (partial(cogvideox, told=TWO_CLIPS), BOTH),
+    "cogvideox first frame": (partial(cogvideox, DPM, **PICTURE), BOTH),
+    "cogvideox 1.5 first frame": (partial(cogvideox, DPM, patch_size_t=2, ofs_embed_dim=24, **PICTURE), BOTH),
+    "cogvideox video": (partial(cogvideox, **LATER), {"cond_uncond": "2-4 6"}),
+    "cogvideox video dpm": (partial(cogvideox, DPM, **LATER), {"cond_uncond": "2-4 6"}),
+    "cogvideox control": (partial(cogvideox, **CONTROL), BOTH),
+    "pixart": (pixart, STEPS),
+    "pixart sigma": (partial(pixart, kind=diffusers.PixArtSigmaPipeline), STEPS),
+    "pixart at 1024": (partial(pixart, **SIZED | {"sample_size": 128}), STEPS),
+    "pixart unguided": (partial(pixart, told={"guidance_scale": 1.0}), STEPS),
+    "pixart without variance": (partial(pixart, out_channels=4), STEPS),
+    "pixart two pictures": (partial(pixart, told={"num_images_per_prompt": 2}), STEPS),
+    "pixart heun": (partial(pixart, diffusers.HeunDiscreteScheduler), HEUN),
+    "pixart sigma ddim": (partial(pixart, diffusers.DDIMScheduler, diffusers.PixArtSigmaPipeline), STEPS),
 }
 
 
@@ -162,6 +204,7 @@ def test_every_family_is_exact_when_neutral_and_saves_by_default(case: str) -> N
     fast = ditkit.accelerate(pipe)
     assert not torch.equal(draw(fast, told), exact)
     assert computed(fast) == receipt
+    assert torch.equal(draw(ditkit.restore(fast), told), exact)
 
 
 @pytest.mark.parametrize("family", ONE_EACH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -10,8 +11,9 @@ import pipelines_support as fluxes
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from flux_support import transformer as flux_transformer
+from hosts_support import ROTARY
 from PIL import Image
-from pipelines_support import SIDE, Options, picture, vae
+from pipelines_support import SIDE, Options, cogvideox, picture, pixart, vae
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -235,4 +237,6 @@ ONE_EACH: dict[str, Make] = {
     "lumina-next": lumina_next,
     "wan": wan_two_experts,
     "flux": flux,
+    "cogvideox": partial(cogvideox, patch_size_t=2, **ROTARY),
+    "pixart": pixart,
 }
