@@ -45,7 +45,10 @@ def sample(inputs: Inputs, i: int) -> Inputs:
     def cut(v: Any) -> Any:
         return v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == B else v
 
-    return tree_map(cut, inputs)
+    return {
+        name: v[i : i + 1] if isinstance(v, list) and len(v) == B else tree_map(cut, v)
+        for name, v in inputs.items()
+    }
 
 
 @every

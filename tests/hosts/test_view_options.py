@@ -194,6 +194,59 @@ PIXART = {
     "a pixel too many": Option(lambda: {"hidden_states": drawn(B, C, 9, 13)}),
     "one token": Option(lambda: {"hidden_states": drawn(B, C, 2, 2)}),
 }
+HUNYUAN_VIDEO = {
+    "no guidance embedding": Option(lambda: {"guidance": None}, {"guidance_embeds": False}),
+    "scale of LoRA": scale_of_lora("attention_kwargs"),
+    "shorter text": Option(lambda: {"encoder_attention_mask": captions(2, 5, rows=S)}),
+    "a mask with holes": Option(lambda: {"encoder_attention_mask": captions(6, 3, rows=S).flip(1)}),
+    "more text": Option(
+        lambda: {
+            "encoder_hidden_states": drawn(B, 11, 20),
+            "encoder_attention_mask": captions(11, 2, rows=11),
+        }
+    ),
+    # a first picture beside the latents, or in the place of their first frame
+    "more channels": Option(
+        lambda: {"hidden_states": drawn(B, 2 * C + 1, 2, 6, 8)},
+        {"in_channels": 2 * C + 1, "image_condition_type": "latent_concat"},
+    ),
+    "a first frame": Option(dict, {"image_condition_type": "token_replace"}),
+    "patches of frames": Option(lambda: {"hidden_states": drawn(B, C, 4, 6, 8)}, {"patch_size_t": 2}),
+    "a pixel too many": Option(lambda: {"hidden_states": drawn(B, C, 2, 7, 9)}),
+    "one token": Option(lambda: {"hidden_states": drawn(B, C, 1, 2, 2)}),
+}
+QWEN_IMAGE = {
+    "scale of LoRA": scale_of_lora("attention_kwargs"),
+    "no mask of text": Option(lambda: {"encoder_hidden_states_mask": None}),
+    "a mask of ones and zeros": Option(
+        lambda: {"encoder_hidden_states_mask": captions(5, 2, rows=S)},
+    ),
+    "more text": Option(
+        lambda: {"encoder_hidden_states": drawn(B, 11, 20), "encoder_hidden_states_mask": None}
+    ),
+    "control": Option(lambda: {"controlnet_block_samples": [0.1 * drawn(B, 24, 24)] * 2}),
+    "a kind of condition": Option(
+        lambda: {"additional_t_cond": torch.tensor([0, 1])}, {"use_additional_t_cond": True}
+    ),
+    "pictures that it refers to": Option(
+        lambda: {
+            "hidden_states": drawn(B, 40, 4 * C),
+            "img_shapes": [[(1, 4, 6), (1, 4, 2), (1, 2, 4)]] * B,
+        }
+    ),
+    "clean pictures that it refers to": Option(
+        lambda: {"hidden_states": drawn(B, 32, 4 * C), "img_shapes": [[(1, 4, 6), (1, 4, 2)]] * B},
+        {"zero_cond_t": True},
+    ),
+    "layers": Option(
+        lambda: {"hidden_states": drawn(B, 72, 4 * C), "img_shapes": [[(1, 4, 6)] * 3] * B},
+        {"use_layer3d_rope": True},
+    ),
+    "one shape a sample": Option(
+        lambda: {"hidden_states": drawn(B, 20, 4 * C), "img_shapes": [(1, 4, 5)] * B}
+    ),
+    "one token": Option(lambda: {"hidden_states": drawn(B, 1, 4 * C), "img_shapes": [[(1, 1, 1)]] * B}),
+}
 OPTIONS: dict[str, dict[str, Option]] = {
     "flux": FLUX,
     "sd3": SD3,
@@ -204,9 +257,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "wan one time": WAN,
     "cogvideox 2b": COGVIDEOX,
     "pixart": PIXART,
+    "hunyuan-video": HUNYUAN_VIDEO,
+    "qwen-image": QWEN_IMAGE,
 }
-UNSEEN = {"pixart": {"cross_attention_kwargs"}}
-"""Optional inputs that change nothing: no processor takes any."""
+UNSEEN = {"pixart": {"cross_attention_kwargs"}, "qwen-image": {"guidance"}}
+"""Optional inputs that change nothing: no processor takes any; or that no model of diffusers can take."""
 
 
 @pytest.mark.parametrize("name", OPTIONS)

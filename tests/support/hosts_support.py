@@ -360,6 +360,72 @@ def of_wan(draw: Callable[[Draws], Inputs], **config: Any) -> Family:
     return Family(diffusers.WanTransformer3DModel, WAN | config, (3, C, 2, 6, 8), draw)
 
 
+# HunyuanVideo
+
+
+def hunyuan_inputs(*lengths: int, guidance: bool = True) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        embedded: Inputs = {"guidance": torch.tensor([3000.0, 5000.0])} if guidance else {}
+        return {
+            "timestep": torch.tensor([700.0, 300.0]),
+            "encoder_hidden_states": draw(B, S, 20),
+            "encoder_attention_mask": captions(*lengths, rows=S),
+            "pooled_projections": draw(B, 12),
+            **embedded,
+        }
+
+    return inputs
+
+
+HUNYUAN_VIDEO = {
+    "in_channels": C,
+    "out_channels": C,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 20,
+    "pooled_projection_dim": 12,
+    "rope_axes_dim": (4, 4, 4),
+}
+HUNYUANS = partial(
+    Family,
+    diffusers.HunyuanVideoTransformer3DModel,
+    shape=(B, C, 2, 6, 8),
+    graphs=3,
+    tolerance=1e-5,  # gradients of the time are summed over its modulations in another order
+)
+
+# Qwen-Image
+
+
+def qwen_inputs(*pictures: tuple[int, int, int], ragged: bool = True) -> Callable[[Draws], Inputs]:
+    """The picture itself, and those that it refers to."""
+
+    def inputs(draw: Draws) -> Inputs:
+        known = torch.tensor([[1] * 7, [1, 1, 0, 1, 0, 0, 0]]).bool()
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            **({"encoder_hidden_states_mask": known} if ragged else {}),
+            "timestep": torch.tensor([0.7, 0.3]),
+            "img_shapes": [list(pictures)] * B,
+        }
+
+    return inputs
+
+
+QWEN_IMAGE = {
+    "in_channels": 4 * C,
+    "out_channels": C,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "joint_attention_dim": 20,
+    "axes_dims_rope": (4, 4, 4),
+}
+QWENS = partial(Family, diffusers.QwenImageTransformer2DModel, time=1.0, tolerance=1e-5)
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         diffusers.FluxTransformer2DModel,
@@ -399,6 +465,8 @@ FAMILIES: dict[str, Family] = {
         kwargs="cross_attention_kwargs",
     ),
     "wan": of_wan(wan_inputs(times=(CLIP_ROWS,))),
+    "hunyuan-video": HUNYUANS(HUNYUAN_VIDEO, draw=hunyuan_inputs(7, 3)),
+    "qwen-image": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6))),
 }
 """One of each."""
 VARIANTS: dict[str, Family] = {
@@ -410,6 +478,13 @@ VARIANTS: dict[str, Family] = {
     "lumina2 full": LUMINAS(lumina2_inputs(9, 9, 9)),
     "wan one time": of_wan(wan_inputs()),
     "wan picture": of_wan(wan_inputs(text=512, picture=True), image_dim=16, added_kv_proj_dim=48),
+    "hunyuan-video first frame": HUNYUANS(
+        HUNYUAN_VIDEO | {"image_condition_type": "token_replace"}, draw=hunyuan_inputs(7, 7)
+    ),
+    "qwen-image no mask": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6), ragged=False)),
+    "qwen-image edit": QWENS(
+        QWEN_IMAGE | {"zero_cond_t": True}, (B, 40, 4 * C), qwen_inputs((1, 4, 6), (1, 4, 2), (1, 2, 4))
+    ),
     "wan plain norm": of_wan(wan_inputs(), cross_attn_norm=False),
 }
 """Other kinds of them."""
