@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import ditkit
 import flux_support as fluxes
-import lumina_wan_support as lumina_wan
+import hosts_support as hosts
 from ditkit.attention import Neighbourhood, Reshaped
 from ditkit.attention.pattern import Pattern
 from ditkit.core.grid import Grid
@@ -152,10 +152,11 @@ def test_all_of_it_in_a_pipeline(kind: str) -> None:
 @pytest.mark.parametrize("times", [(), (60,)], ids=["time", "time a token"])
 def test_reshaped_wan_is_that_of_the_equations(times: tuple[int, ...]) -> None:
     """A clip of 2 x 5 x 6 tokens, which blocks of 8 do not divide; text is only looked at."""
-    case = replace(lumina_wan.wan_case(times=times), shape=(lumina_wan.B, lumina_wan.C, 2, 10, 12))
+    case = replace(hosts.of_wan(hosts.wan_inputs(times=times)), shape=(3, hosts.C, 2, 10, 12))
     twin = Explicit(band_meets(BAND, Grid(2, 5, 6)), BAND)
     runs = [
-        lumina_wan.run_steps(case, view(case.transformer()), policies) for policies in ([BAND], [twin], [])
+        hosts.run_steps(case, view(case.transformer()), case.inputs(), policies)
+        for policies in ([BAND], [twin], [])
     ]
     (found, trajectory), (expected, _), (dense, _) = runs
     assert skipped(receipt(trajectory), "2-3 5-6")

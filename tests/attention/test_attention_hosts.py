@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 import flux_support as of_flux
-import lumina_wan_support as of_lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import NoEffectError
@@ -18,20 +15,28 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
-from hosts_support import FAMILIES, LATER, run_steps
+from hosts_support import EVERY, run_steps
 from patterns_support import MaskedClipDataset, grouped_meets
 
-HOSTS = {**FAMILIES, **LATER}
-CASES = {name: of_lumina_wan.CASES[name] for name in ("lumina2 ragged", "wan time a token")}
+HOSTS = (
+    "sd3",
+    "sd3.5",
+    "dit",
+    "pixart",
+    "pixart sized",
+    "cogvideox",
+    "cogvideox 2b",
+    "cogvideox rotary",
+    "lumina2",
+    "wan",
+)
 
 
 def outcome(name: str, policies: list[Policy]) -> tuple[Tensor, Trajectory]:
     """Eight Euler steps of a small random transformer in float32."""
     if name == "flux":
         return of_flux.run_steps(flux.view(of_flux.transformer()), of_flux.call_inputs(), policies)
-    if name in CASES:
-        return of_lumina_wan.run_steps(CASES[name], view(CASES[name].transformer()), policies)
-    family = HOSTS[name]
+    family = EVERY[name]
     return run_steps(family, view(family.transformer()), family.inputs(), policies)
 
 
@@ -39,7 +44,7 @@ def is_clip(name: str) -> bool:
     return name.startswith(("wan", "cogvideox"))
 
 
-every_host = pytest.mark.parametrize("name", ["flux", *HOSTS, *CASES])
+every_host = pytest.mark.parametrize("name", ["flux", *HOSTS])
 
 
 def pattern_for(name: str, **setting: object) -> Grouped:
@@ -78,9 +83,8 @@ def test_with_a_cache_it_is_the_cache_of_the_masked_model(name: str, cache: Poli
 
 def test_attention_with_a_scale_of_its_own_is_refused() -> None:
     """Lumina-Next's logits grow with the number of keys: a kernel that divides by sqrt(K) is another model."""
-    case = of_lumina_wan.CASES["lumina-next"]
     with pytest.raises(NoEffectError, match="Grouped: this model has no site that it can use"):
-        partial(of_lumina_wan.run_steps, case, view(case.transformer()))([pattern_for("lumina-next")])
+        outcome("lumina-next", [pattern_for("lumina-next")])
 
 
 def test_a_reference_picture_keeps_its_rows() -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_flux as host
 from diffusers.utils import apply_lora_scale
@@ -20,7 +19,7 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, clip_half, feed, modulation, rotate
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -68,7 +67,7 @@ class FluxAttention(host.FluxAttention):
             q = torch.cat([self.norm_added_q(self._split(text_q)), q], 1)
             k = torch.cat([self.norm_added_k(self._split(text_k)), k], 1)
             v = torch.cat([self._split(text_v), v], 1)
-        q, k = _rotate(q, table), _rotate(k, of_keys)
+        q, k = rotate(q, table), rotate(k, of_keys)
         masks = () if attention_mask is None else (attention_mask,)
         o = run.site(at + ".core", partial(dispatched, self.processor), flip(q), flip(k), flip(v), *masks)
         o = flip(o).flatten(2, 3).to(q.dtype)
@@ -112,7 +111,7 @@ class FluxTransformerBlock(host.FluxTransformerBlock):
         text = text + text_gate * a_text
         mlp = partial(feed, self.norm2_context, self.ff_context)
         text = text + text_mlp[2] * run.site(at + ".text.mlp", mlp, text, *text_mlp[:2])
-        return _clip(text), image
+        return clip_half(text), image
 
     def _attend(
         self,
@@ -156,7 +155,7 @@ class FluxSingleTransformerBlock(host.FluxSingleTransformerBlock):
         shift, scale, gate = modulation(self.norm, temb, 3)
         rotary = image_rotary_emb and Rotary.of(image_rotary_emb)
         branch = partial(self._branch, run, at + ".attn", joint_attention_kwargs or {})
-        x = _clip(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
+        x = clip_half(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
         return x[:, :S], x[:, S:]
 
     def _branch(
@@ -298,14 +297,6 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _rotate(x_BLNK: Tensor, table: tuple[Tensor, ...]) -> Tensor:
-    if table[0].ndim == 2:
-        return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
-    # rows chosen for each sample have tables of their own, and diffusers knows one: all samples as one sequence
-    one = (table[0].flatten(0, 1), table[1].flatten(0, 1))
-    return apply_rotary_emb(x_BLNK.flatten(0, 1)[None], one, sequence_dim=1).view_as(x_BLNK)
-
-
 def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
     return table[0][..., start:stop, :], table[1][..., start:stop, :]
 
@@ -314,10 +305,6 @@ def _joined(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple[
     """Join the rotary table of the text tokens with the image's, which may differ between samples."""
     parts = zip(text, image, strict=True)
     return tuple(torch.cat([a.expand(*b.shape[:-2], -1, -1), b], -2) for a, b in parts)
-
-
-def _clip(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def _flat(ids: Tensor, name: str) -> Tensor:

@@ -30,11 +30,15 @@ with all of them at once."""
 
 
 class KV(NamedTuple):
-    """Keys and values before norm and rotation, [B, N, L, K], with the positions of the keys."""
+    """Keys and values before norm and rotation, [B, N, L, K], with the positions of the keys.
+
+    Args:
+        position: a rotary table, `Rotary` or a host's own; tokens can be selected from it.
+    """
 
     k: Tensor
     v: Tensor
-    position: Rotary | None = None
+    position: Any = None
 
 
 def keep(kv: KV) -> KV:

@@ -25,7 +25,13 @@ from ditkit.hosts.view import running
 from ditkit.pipelines.adapters import Adapters
 from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, instrumented, listening, parameters_of
 
-PROMPTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "class_labels")
+PROMPTS = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "class_labels",
+)
 """Arguments of diffusers' transformers that say what shall be drawn, the same at every step."""
 
 
