@@ -11,15 +11,8 @@ import torch
 from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 from torch import Tensor, nn
 
-from ditkit.attention import (
-    Band,
-    Grouped,
-    Neighbourhood,
-    Reshaped,
-    ReshapedGrouped,
-    ReshapedNeighbourhood,
-)
 from ditkit.core.catalog import every
+from ditkit.core.grid import Grid
 from ditkit.core.policy import RESOURCES, Policy
 from ditkit.core.run import DIRECT, Call
 from ditkit.core.trajectory import DEPTH, Trajectory
@@ -27,18 +20,9 @@ from ditkit.models.dit import DiT
 from ditkit.nn.modulation import Parts
 
 LANES = ("cond", "uncond")
-SETTINGS: dict[str, Policy] = {
-    "Band": Band(keep=0.2, block=8, kernel="cpu"),
-    "Grouped": Grouped(group=(2, 4), block=8, reach=0, kernel="cpu"),
-    "Neighbourhood": Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu"),
-    "Reshaped": Reshaped(keep=0.2, block=8, warmup=1, every=4, kernel="cpu"),
-    "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
-    "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
-}
-"""For a model of 16 tokens, where a default would be switched off."""
 STATELESS = {"Band", "Grouped", "Neighbourhood"}
 pytestmark = pytest.mark.parametrize(
-    "policy", [SETTINGS.get(cls.__name__) or cls() for cls in every(Policy)], ids=lambda p: type(p).__name__
+    "policy", [cls.small(Grid(1, 4, 4)) for cls in every(Policy)], ids=lambda p: type(p).__name__
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ class Band(Pattern):
         super().__post_init__()
         if not isinstance(self.keep, int | float) or isinstance(self.keep, bool) or not 0 < self.keep <= 1:
             raise ConfigError(f"{type(self).__name__}: keep={self.keep!r}, expected above 0 and at most 1")
+
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        return {**super().small_fields(), "keep": 0.2}
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         area, length = grid.height * grid.width, grid.length

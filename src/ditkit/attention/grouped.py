@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,10 @@ class Grouped(Pattern):
                 raise ConfigError(
                     f"Grouped: a group of {_times(sides)} tokens, expected a multiple of block={self.block}"
                 )
+
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        return {**super().small_fields(), "group": (2, 4), "reach": 0}
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         sides = self._sides(grid)

@@ -91,6 +91,10 @@ class Neighbourhood(Pattern):
             )
         return Near(self, sites, modules)
 
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        return {**super().small_fields(), "radius": 2, "pooled": 2}
+
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         if grid.frames > 1 and not self.span:
             raise ConfigError(

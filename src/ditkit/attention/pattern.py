@@ -77,6 +77,15 @@ class Pattern(Policy):
     def exact(self) -> Self:
         return replace(self, kernel="none")
 
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(**cls.small_fields())
+
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        """Fields with which a pattern leaves out keys of a few tokens, where the default one would be switched off."""
+        return {"block": 8, "kernel": "cpu"}
+
     def _check(self, sites: Sequence[Site], total: int) -> None:
         name, cores = type(self).__name__, len(sparse_sites(sites))
         if self.kernel == "none":

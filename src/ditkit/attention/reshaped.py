@@ -69,6 +69,10 @@ class Reshape(Pattern):
         if self.residual not in get_args(Residual):
             raise ConfigError(f"{name}: " + unknown("residual", self.residual, get_args(Residual)))
 
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        return {**super().small_fields(), "warmup": 1, "every": 4}
+
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Reshaping:
         self._check(sites, total)
         if self.kernel != "none" and "sparse" not in self.modes(total):
@@ -113,6 +117,10 @@ class ReshapedGrouped(Reshape, Grouped):
 @dataclass(frozen=True)
 class ReshapedNeighbourhood(Reshape, Neighbourhood):  # type: ignore[misc]  # another session: Near adds keys
     """The correction on CLEAR's circle, of a model that was not fine-tuned for it; neither paper's."""
+
+    @classmethod
+    def small_fields(cls) -> dict[str, Any]:
+        return {**super().small_fields(), "pooled": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
