@@ -6,6 +6,10 @@ READY := .venv/.ready
 
 DEMO ?= ditkit compare emoji --demo --out outputs/demo $(addprefix --label ,face-smiling country-flag heart \
 	animal-bird food-fruit time place-building person)
+# As on a machine where nobody has worked: nothing downloaded or cached by hand helps a test
+FRESH := tools/fresh
+# A worker holds 1 GB; a file's tests stay in one worker, which keeps what they share
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 BENCHMARKS ?= $(shell grep -l __main__ benchmarks/*.py)
 
 .DEFAULT_GOAL := help
@@ -18,11 +22,11 @@ demo: $(READY) ## draw with the shipped model, exactly and accelerated; writes o
 	$(BIN)/$(DEMO)
 
 test: $(READY) .venv/.kernels ## lint, types, import layers and the fast tests: what CI runs
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -m "not slow"
+	$(FRESH) $(BIN)/ruff check .
+	$(FRESH) $(BIN)/ruff format --check .
+	$(FRESH) $(BIN)/mypy
+	$(FRESH) $(BIN)/lint-imports --no-logo
+	$(FRESH) $(BIN)/pytest -m "not slow" $(WORKERS)
 
 parity: $(READY) ## the tests of host views on every supported version of diffusers
 	$(BIN)/python tools/parity.py

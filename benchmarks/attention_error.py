@@ -43,7 +43,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.spec import component, spec
 from ditkit.metrics.error import pooled_psnr_db
-from ditkit.sample.workload import SamplingJob
+from ditkit.sample import Sampler
 
 UNGUIDED = 1.0
 PATTERNS = (
@@ -101,8 +101,8 @@ def experiment(model: Denoiser, arguments: Arguments) -> list[dict[str, Any]]:
     seeds = range(arguments.count)
     report = compare(
         model,
-        patterns,
-        seeds,
+        policies=patterns,
+        seeds=seeds,
         steps=arguments.steps,
         guidance=UNGUIDED,
         converged_steps=arguments.converged_steps,
@@ -136,12 +136,11 @@ class Controls:
     """What costs as much as a pattern, drawn once for each setting."""
 
     def __init__(self, model: Denoiser, seeds: Sequence[int], steps: int) -> None:
-        self.work = SamplingJob.of(model, None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
+        self.work = Sampler.of(model, seeds=seeds, steps=steps, guidance=UNGUIDED, batch_size=len(seeds))
         self.grid, self.others = rows_of(model, model.sample_shape)
         self.attention = count_macs(self.work.draw).by_kind["attention"]
         self.dense = self.work.draw()
         self.psnr_db = cache(self._psnr_db)
-        self.drawing = seeds, steps
 
     def row(self, pattern: Pattern, dense: Row, row: Row) -> dict[str, Any]:
         plan = Planned.of(pattern, self.grid, self.others)
@@ -175,13 +174,12 @@ class Controls:
         """To the dense run of the teacher; None where no student was taught under the pattern."""
         if pattern not in students:
             return None
-        seeds, steps = self.drawing
-        work = SamplingJob.of(students[pattern], None, seeds, steps, "euler", UNGUIDED, len(seeds), None)
-        return pooled_psnr_db(work.draw([pattern]).samples, self.dense.samples)
+        work = Sampler.of(students[pattern], sampling=self.work.sampling)
+        return pooled_psnr_db(work.draw(policies=[pattern]).samples, self.dense.samples)
 
     def _psnr_db(self, policy: Policy) -> float | None:
         """To the dense run; None where nothing is off."""
-        return pooled_psnr_db(self.work.draw([policy]).samples, self.dense.samples)
+        return pooled_psnr_db(self.work.draw(policies=[policy]).samples, self.dense.samples)
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.core.numbers import integer
+from ditkit.core.config import integer
 from ditkit.metrics.error import finite, pooled_psnr_db
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
 
 FAINT = 0.1
@@ -112,7 +113,7 @@ class Exam:
     def of(cls, balls: BouncingBall, kinds: Sequence[str]) -> Exam:
         every = torch.arange(len(balls))
         clips = balls.clips(every)
-        told = {kind: conditioned(clips, kind, range(len(balls))) for kind in kinds}
+        told = {kind: conditioned(clips, mask_kind(kind), range(len(balls))) for kind in kinds}
         return cls(clips, balls.track(every), told)
 
     def scores(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
+
+from ditkit.bench.origin import device, origin
+
+__all__ = ["Row", "device", "origin", "record", "show"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,29 +40,6 @@ def record(name: str, rows: Sequence[Row]) -> Path:
     beside.replace(path)
     Console().print(f"wrote {path.relative_to(RESULTS.parents[1])}")
     return path
-
-
-def origin() -> dict[str, object]:
-    """Where numbers come from; where `load` is above `threads`, others were at work too."""
-    return {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "ditkit")}},
-    }
-
-
-def device() -> str:
-    """The GPU's name, or the processor's with the number of cores this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.machine()}, {cores} cores"
 
 
 def _text(value: object) -> str:

@@ -34,8 +34,8 @@ from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call
 from ditkit.core.spec import spec
+from ditkit.sample import Samples, sample
 from ditkit.sample.guidance import ClassifierFree
-from ditkit.sample.loop import Sampled, sample
 from ditkit.sample.solvers import Ddim, Euler, Solver
 
 PUBLISHED = ConfidentTaylor()
@@ -127,7 +127,7 @@ def draw(
     *policies: Policy,
     steps: int | None = None,
     solver: Solver = EULER,
-) -> Sampled:
+) -> Samples:
     labels = seeds * model.config.classes // arguments.count
     return sample(
         model,

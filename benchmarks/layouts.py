@@ -19,7 +19,6 @@ from statistics import mean, stdev
 
 import tyro
 
-from claims import Claim, judged
 from common import device, record, show
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model, parameter_count
@@ -31,6 +30,7 @@ from ditkit.tasks.forecast.recipe import ClipForecastRecipe
 from ditkit.tasks.forecast.scores import score_clips
 from ditkit.tasks.recipe import forward_macs, train_recipe
 from ditkit.train.record import RECIPE
+from expectations import Claim, judged
 from forecasting import spent
 
 BEST = "Quadruplet-TSST"

@@ -32,9 +32,10 @@ from ditkit.core.grid import image_of, patchify
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site
+from ditkit.core.trajectory import Trajectory
+from ditkit.sample import sample
 from ditkit.sample.denoiser import GuidedDenoiser
 from ditkit.sample.guidance import ClassifierFree
-from ditkit.sample.loop import sample
 from ditkit.sample.noise import SampleNoise
 from ditkit.sample.solvers import Euler
 
@@ -148,7 +149,7 @@ def draw(model: Model, arguments: Arguments, steps: int, *policies: Policy) -> T
 def exact_run(model: Model, arguments: Arguments, steps: int) -> tuple[Tensor, Tensor]:
     """Guided velocities [S, B, C, H, W] of the exact Euler run, and its samples [B, C, H, W]."""
     guidance = ClassifierFree(arguments.guidance)
-    field = GuidedDenoiser(model, told(model, arguments), guidance, (), steps, batched=True)
+    field = GuidedDenoiser(model, told(model, arguments), guidance, Trajectory((), (), steps), batched=True)
     x = SampleNoise(range(arguments.count), model.sample_shape).draw(torch.device("cpu")).double()
     velocities = []
     for t, after in pairwise(Euler().times(field.path, steps).tolist()):

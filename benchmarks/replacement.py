@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import final
 
 from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.path import Path
-from ditkit.sample.denoiser import GuidedDenoiser
+from ditkit.sample.denoiser import Estimate
 from ditkit.sample.noise import SampleNoise
-from ditkit.sample.solvers import Euler, Solver
+from ditkit.sample.solvers import Euler, Solver, drawn
+from ditkit.sample.steppers import OneEstimate, Stepper
 
 
 @final
@@ -36,13 +36,29 @@ class Replacement(Solver):
     def evaluations(self, steps: int) -> int:
         return steps
 
-    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
-        given, drawn = self.given.to(x.device), x
+    def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
+        return ReplacementStepper(self, path, times, drawn(self, noise))
+
+
+@final
+class ReplacementStepper(OneEstimate):
+    """Keeps the noise with which given content is mixed."""
+
+    def __init__(self, solver: Replacement, path: Path, times: Tensor, noise: SampleNoise) -> None:
+        super().__init__(solver, path, times)
+        self.solver, self.noise = solver, noise
+
+    def start(self, x: Tensor) -> Tensor:
+        self.drawn = x
+        return self._given(x, self.times[0])
+
+    def move(self, x: Tensor, estimate: Estimate, t: float, s: float) -> Tensor:
+        x = x + (s - t) * estimate.to("velocity")
+        if self.solver.fresh:
+            self.drawn = self.noise.draw(x.device)
+        return self._given(x, s)
+
+    def _given(self, x: Tensor, t: float) -> Tensor:
+        given = self.solver.given.to(x.device)
         assert given.context is not None
-        for t, s in pairwise(self.times(field.path, steps).tolist()):
-            noised = field.path.mix(given.context, drawn, x.new_tensor([t]))
-            x = replace(given, context=noised).given(x)
-            x = x + (s - t) * field(x, t).to("velocity")
-            if self.fresh:
-                drawn = noise.draw(x.device)
-        return given.given(x)
+        return replace(given, context=self.path.mix(given.context, self.drawn, x.new_tensor([t]))).given(x)

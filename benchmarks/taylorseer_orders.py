@@ -23,8 +23,8 @@ from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
+from ditkit.sample import sample
 from ditkit.sample.guidance import ClassifierFree
-from ditkit.sample.loop import sample
 from ditkit.sample.solvers import Ddim, Euler, Solver
 
 ALMOST = 1.1  # how much worse O=2 may be than O=1 to count as "about as good"

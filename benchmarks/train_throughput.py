@@ -21,7 +21,7 @@ from common import device, record, show
 from ditkit.core.cond import Cond
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
-from ditkit.recipes.fashion import fashion
+from ditkit.recipes.fashion_dit import fashion_dit
 from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.tasks.recipe import forward_macs
 from ditkit.train.loop import train
@@ -69,12 +69,12 @@ def main(steps: int = 12, batch: int = 64) -> None:
         steps: of each row, half of them measured. batch: images a step.
     """
     rows = []
-    for name, recipe in (("emoji", emoji()), ("fashion", fashion())):
+    for name, recipe in (("emoji", emoji()), ("fashion-dit", fashion_dit())):
         for precision in ("float32", "bf16"):
             settings = replace(recipe.settings, steps=steps, warmup=0, batch=batch, precision=precision)
             rows.append(measure(f"{name} {precision}", recipe, settings))
     if torch.cuda.is_available():
-        large = replace(fashion(), model=DiT.preset("XL/2").config)
+        large = replace(fashion_dit(), model=DiT.preset("XL/2").config)
         plain = Settings(steps=steps, batch=batch, precision="bf16")
         rows.append(measure("XL/2 bf16", large, plain))
         rows.append(measure("XL/2 bf16 compiled", large, replace(plain, compile=True)))

@@ -21,7 +21,6 @@ import tyro
 from torch import Tensor
 
 from bouncing_ball import BouncingBall, Exam
-from claims import Claim, judged, shown
 from common import device, record, show
 from ditkit.api.generate import generate
 from ditkit.core.cond import Cond
@@ -41,6 +40,7 @@ from ditkit.train.loop import train
 from ditkit.train.record import RECIPE
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
+from expectations import Claim, judged, shown
 from forecasting import spent
 from replacement import Replacement
 
@@ -260,7 +260,7 @@ def replaced(model: VDT, steps: int, fresh: bool, cond: Cond) -> Tensor:
 def drawn_by(model: VDT, steps: int, count: int, **options: Any) -> Tensor:
     return generate(
         model, seeds=range(count), steps=steps, **{"guidance": 1.0, "batch_size": 32, **options}
-    ).images
+    ).samples
 
 
 def distances(models: Mapping[str, Trained], arguments: Arguments) -> dict[str, ClipDistance]:

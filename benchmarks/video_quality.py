@@ -21,6 +21,7 @@ from common import Row, record, show
 from ditkit.core.model import Denoiser
 from ditkit.data.clips import spread
 from ditkit.data.loading import load_held_out
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.scores import Scores, complete
 
 NO_HISTORY = {"trained": "moving-digits"}
@@ -56,7 +57,9 @@ def rows_of(
     clips = held_out(model, count)
     for mask in masks:
         for i, scale in enumerate(scales):
-            found = complete(model, clips, mask, range(count), steps=steps, guidance=scale).scores
+            found = complete(
+                model, clips, mask_kind(mask), seeds=range(count), steps=steps, guidance=scale
+            ).scores
             assert found.baseline is not None and found.model is not None
             if i == 0:
                 yield row(name, mask, None, "baseline", found.baseline)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
+from digits_support import squares
+
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: pytest-xdist has a worker a core
+# a deadline and "too slow" are the machine's, not the code's
+hypothesis.settings.register_profile(
+    "ditkit", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("ditkit")
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +42,12 @@ def nothing_installed(
     monkeypatch.setenv("HOME", str(elsewhere))
     monkeypatch.delenv("DITKIT_DATA", raising=False)
     monkeypatch.setattr("ditkit.data.sets.fashion.DEBIAN_FOLDER", elsewhere / "absent")
+
+
+@pytest.fixture
+def drawn_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving digits without their download: squares bounce."""
+    monkeypatch.setattr("ditkit.data.sets.moving_digits.read_digits", squares)
 
 
 @pytest.fixture

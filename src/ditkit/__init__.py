@@ -11,35 +11,44 @@ if TYPE_CHECKING:
     from ditkit.api.compare import compare as compare
     from ditkit.api.compress import adapt as adapt
     from ditkit.api.compress import compress as compress
+    from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
     from ditkit.pipelines.accelerate import accelerate as accelerate
     from ditkit.pipelines.accelerate import restore as restore
+    from ditkit.sample.sampler import Sampling as Sampling
 
     __version__: str
 
 HOMES = {
     "accelerate": "ditkit.pipelines.accelerate",
     "compare": "ditkit.api.compare",
+    "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
+    "Sampling": "ditkit.sample.sampler",
+    "tune": "ditkit.api.tune",
 }
-"""Where the public functions live; each module is imported when its name is first used."""
+"""Modules of the public names; each is imported when its name is first used."""
 VERBS = {"adapt": "ditkit.api.compress", "compress": "ditkit.api.compress"}
-"""Likewise, of functions whose names are packages, too: the package is called."""
+"""Modules of the functions whose names are packages as well: the package is called."""
 
 __all__ = [
+    "Sampling",
     "__version__",
     "accelerate",
     "adapt",
     "compare",
     "compress",
     "errors",
+    "evaluate",
     "generate",
     "load",
     "restore",
+    "tune",
 ]
 
 

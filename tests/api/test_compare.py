@@ -11,7 +11,6 @@ from itertools import pairwise
 import pytest
 import torch
 from rich.console import Console
-from rig import TINY, tiny_dit
 
 from ditkit.api.compare import compare
 from ditkit.bench import bench
@@ -25,6 +24,7 @@ from ditkit.metrics.features import EfficientNetLite0
 from ditkit.report.plots import Box, place, ticks
 from ditkit.report.report import Report
 from ditkit.sample import ClassifierFree, Euler, Heun, Unguided, sample
+from rig import TINY, tiny_dit
 
 STEPS, CONVERGED, SEEDS = 12, 60, (0, 1, 2)
 POLICIES = (TaylorSeer(interval=1), TaylorSeer(interval=4, order=0), TaylorSeer(interval=4, order=2))
@@ -37,7 +37,7 @@ REQUIRED = {
 
 def compared(policies=(), seeds=SEEDS, **settings) -> Report:
     quick = {"steps": STEPS, "converged_steps": CONVERGED, "rounds": 1, "memory": False}
-    return compare(tiny_dit(), policies, seeds, **(quick | settings))
+    return compare(tiny_dit(), policies=policies, seeds=seeds, **(quick | settings))
 
 
 def drawn(steps=STEPS, policies=(), labels=(0, 1, 2)) -> torch.Tensor:
@@ -346,14 +346,16 @@ def test_the_headline_takes_the_fastest_that_is_close_and_tells_when_its_control
     slow = replace(base, name="slow", psnr_db=50.0, speedup=1.5, control_psnr_db=40.0)
     quick = replace(base, name="quick", psnr_db=31.0, speedup=3.0, control_psnr_db=33.0)
     far = replace(base, name="far", psnr_db=12.0, speedup=9.0, control_psnr_db=10.0)
-    assert headline([exact, slow, quick, far]) == (
+    assert headline([exact, slow, quick, far], "picture") == (
         "quick is 3.00 times as fast as the exact sampler, at 31.0 dB PSNR to its pictures; "
         "the same MACs spent on 4 exact steps would be closer, 33.0 dB."
     )
-    assert headline([exact, slow, far]).endswith("on 4 exact steps reach only 40.0 dB.")
-    assert headline([exact, far]).startswith("No policy keeps a PSNR of 30 dB to the exact sampler.")
-    assert headline([exact, rows[NEUTRAL.name]]).endswith("identical pictures.")
-    assert headline([exact]).startswith("The exact sampler alone: ")
+    assert headline([exact, slow, far], "picture").endswith("on 4 exact steps reach only 40.0 dB.")
+    assert headline([exact, far], "picture").startswith(
+        "No policy keeps a PSNR of 30 dB to the exact sampler."
+    )
+    assert headline([exact, rows[NEUTRAL.name]], "picture").endswith("identical pictures.")
+    assert headline([exact], "picture").startswith("The exact sampler alone: ")
 
 
 def test_labels_of_a_cluster_do_not_cover_each_other():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_support import save_tiny, tiny_model
 
 import ditkit
 from ditkit.api.tune import Target, Tuned, expanded, front_of, tune
@@ -18,6 +17,7 @@ from ditkit.bench.rows import Row
 from ditkit.cli.main import main
 from ditkit.cli.tune import decibels
 from ditkit.core.errors import ConfigError
+from models_support import save_tiny, tiny_model
 
 Capture = pytest.CaptureFixture[str]
 COLUMNS = 80
@@ -53,7 +53,7 @@ def test_a_bar_has_values_on_both_sides() -> None:
         ({"at_most": float("nan")}, "at_most=nan"),
     ],
 )
-def test_a_wish_is_one_number_in_range(given: dict[str, float], line: str) -> None:
+def test_a_target_is_one_number_in_range(given: dict[str, float], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         Target(**given)
 
@@ -61,10 +61,12 @@ def test_a_wish_is_one_number_in_range(given: dict[str, float], line: str) -> No
 @pytest.fixture(scope="module")
 def tuned() -> Tuned:
     """Three settings of a tiny model; what they measured is replaced where a test says so."""
-    return tune(tiny_model(), ["taylorseer:interval=2|3|4,order=1"], [0, 1], Target(at_least_db=20), **QUICK)
+    return tune(
+        tiny_model(), ["taylorseer:interval=2|3|4,order=1"], Target(at_least_db=20), seeds=[0, 1], **QUICK
+    )
 
 
-def with_figures(tuned: Tuned, wish: Target, *figures: tuple[float, float | None]) -> Tuned:
+def with_figures(tuned: Tuned, target: Target, *figures: tuple[float, float | None]) -> Tuned:
     """The exact run, and each setting with a speed-up and a PSNR; None for one that is identical."""
     exact, *rows = tuned.report.rows
     measured = [
@@ -72,7 +74,7 @@ def with_figures(tuned: Tuned, wish: Target, *figures: tuple[float, float | None
         for row, (speed, psnr) in zip(rows, figures, strict=True)
     ]
     report = replace(tuned.report, rows=(replace(exact, seconds=1.0), *measured))
-    return replace(tuned, report=report, wish=wish)
+    return replace(tuned, report=report, target=target)
 
 
 def front(tuned: Tuned) -> list[str]:
@@ -85,15 +87,15 @@ TWO, THREE, FOUR = (f"taylorseer:interval={n},order=1" for n in (2, 3, 4))
 
 def test_the_front_has_what_no_other_row_beats(tuned: Tuned) -> None:
     names = [row.name for row in tuned.report.rows]
-    found = with_figures(tuned, tuned.wish, *FIGURES)
+    found = with_figures(tuned, tuned.target, *FIGURES)
     assert front(found) == names[:3]
-    assert front(with_figures(tuned, tuned.wish, (2.0, 30.0), (2.0, 30.0), (2.0, 29.0))) == names[:3]
-    slower_than_exact = with_figures(tuned, tuned.wish, (0.9, 50.0), (1.0, None), (2.0, 1.0))
+    assert front(with_figures(tuned, tuned.target, (2.0, 30.0), (2.0, 30.0), (2.0, 29.0))) == names[:3]
+    slower_than_exact = with_figures(tuned, tuned.target, (0.9, 50.0), (1.0, None), (2.0, 1.0))
     assert front(slower_than_exact) == [names[0], names[2], names[3]]
 
 
 @pytest.mark.parametrize(
-    ("wish", "best"),
+    ("target", "best"),
     [
         (Target(at_least_db=25), THREE),
         (Target(at_least_db=30), THREE),
@@ -105,18 +107,18 @@ def test_the_front_has_what_no_other_row_beats(tuned: Tuned) -> None:
     ],
     ids=str,
 )
-def test_the_best_setting(tuned: Tuned, wish: Target, best: str | None) -> None:
-    assert with_figures(tuned, wish, *FIGURES).best == best
+def test_the_best_setting(tuned: Tuned, target: Target, best: str | None) -> None:
+    assert with_figures(tuned, target, *FIGURES).best == best
 
 
 def test_the_verdict_says_plainly_that_none_does(tuned: Tuned) -> None:
     far = with_figures(tuned, Target(at_least_db=41), *FIGURES).verdict
     assert far.startswith(
-        f"None of 3 settings meets the wish, at least 41 dB. The nearest: {TWO}, 1.50 times as fast, 40.0"
+        f"None of 3 settings meets the target, at least 41 dB. The nearest: {TWO}, 1.50 times as fast, 40.0"
     )
     slow = with_figures(tuned, Target(at_most=0.25), *FIGURES).verdict
     assert slow.startswith(
-        "None of 3 settings meets the wish, at most 0.25 of the exact run's time. The nearest: " + THREE
+        "None of 3 settings meets the target, at most 0.25 of the exact run's time. The nearest: " + THREE
     )
 
 
@@ -129,7 +131,7 @@ def test_what_is_slower_than_the_exact_run_is_never_best(tuned: Tuned) -> None:
     some = with_figures(tuned, Target(at_least_db=20), (0.21, 50.0), (1.1, 10.0), (1.2, 5.0))
     assert some.best is None
     assert some.verdict.startswith(
-        f"None of 3 settings meets the wish, at least 20 dB. The nearest: {THREE}, 1.1"
+        f"None of 3 settings meets the target, at least 20 dB. The nearest: {THREE}, 1.1"
     )
 
 
@@ -139,7 +141,7 @@ def test_an_identical_setting_is_near_enough(tuned: Tuned) -> None:
 
 
 def test_rows_are_those_of_compare(tuned: Tuned) -> None:
-    report = ditkit.compare(tiny_model(), [TWO, THREE, FOUR], seeds=[0, 1], memory=False, **QUICK)
+    report = ditkit.compare(tiny_model(), policies=[TWO, THREE, FOUR], seeds=[0, 1], memory=False, **QUICK)
     exact: list[Row] = [*report.rows]
     assert [row.psnr_db for row in tuned.report.rows] == [row.psnr_db for row in exact]
     assert [row.macs for row in tuned.report.rows] == [row.macs for row in exact]
@@ -149,7 +151,9 @@ def test_rows_are_those_of_compare(tuned: Tuned) -> None:
 def test_what_is_saved(tuned: Tuned, tmp_path: Path) -> None:
     found = with_figures(tuned, Target(at_least_db=30), *FIGURES)
     saved = json.loads(found.save(tmp_path).read_text())
-    assert saved["wish"] == "at least 30 dB" and saved["best"] == THREE and saved["verdict"] == found.verdict
+    assert (
+        saved["target"] == "at least 30 dB" and saved["best"] == THREE and saved["verdict"] == found.verdict
+    )
     assert saved["front"] == [TWO, THREE] and len(saved["rows"]) == 4
     assert saved["settings"]["seeds"] == [0, 1] and "psnr_db" in saved["definitions"]
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from models_support import save_tiny, tiny_model
 from test_tune import QUICK, Capture
 
 from ditkit.api.tune import Target, error_db, tune
 from ditkit.cli.main import main
 from ditkit.core.errors import NoEffectError
+from models_support import save_tiny, tiny_model
 
 OFF = "off 16 keys, dense attention is faster below 256"
 
@@ -19,7 +19,7 @@ OFF = "off 16 keys, dense attention is faster below 256"
 def test_settings_that_skip_are_rows_and_the_others_are_named() -> None:
     """The wider of two bands is nearer to the exact run and computes more; "auto" leaves 16 tokens alone."""
     given = "band:block=8,kernel=cpu|auto,keep=0.1|0.6"
-    found = tune(tiny_model(), [given], [0, 1], Target(at_least_db=5), **QUICK)
+    found = tune(tiny_model(), [given], Target(at_least_db=5), seeds=[0, 1], **QUICK)
     narrow, wide = found.settings
     names = [f"band:block=8,kernel=cpu,keep={keep}" for keep in (0.1, 0.6)]
     assert [found.specs[row.name] for row in (narrow, wide)] == names
@@ -33,7 +33,7 @@ def test_settings_that_skip_are_rows_and_the_others_are_named() -> None:
 
 def test_nothing_but_switched_off_settings_is_refused() -> None:
     with pytest.raises(NoEffectError, match=OFF):
-        tune(tiny_model(), ["band:block=8,keep=0.1|0.6"], [0], Target(at_least_db=5), **QUICK)
+        tune(tiny_model(), ["band:block=8,keep=0.1|0.6"], Target(at_least_db=5), **QUICK)
 
 
 def test_the_command(tmp_path: Path, capsys: Capture) -> None:

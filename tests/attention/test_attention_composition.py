@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import flux_support as fluxes
-import lumina_wan_support as lumina_wan
 import pytest
 import torch
-from patterns_support import MaskedClipDataset, band_meets, circle_meets
-from pipelines_support import asked, latents
 from test_attention_reshaped_models import Explicit
 from test_composition import GRAPHS, a_pipeline, compiled, in_int8
 from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import ditkit
+import flux_support as fluxes
+import lumina_wan_support as lumina_wan
 from ditkit.attention import Neighbourhood, Reshaped
 from ditkit.attention.pattern import Pattern
 from ditkit.core.grid import Grid
@@ -26,6 +24,8 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
+from patterns_support import MaskedClipDataset, band_meets, circle_meets
+from pipelines_support import asked, latents
 
 GRID, STEPS = Grid(1, 12, 12), 6
 BAND = Reshaped(keep=0.1, block=8, warmup=1, every=3, kernel="cpu")

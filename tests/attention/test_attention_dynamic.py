@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from patterns_support import predicted, prompt, tiny_clip_model
 from torch import Tensor, nn
 
 from ditkit.attention.dynamic import Dynamic
@@ -22,7 +21,8 @@ from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.ops.block_sparse_attention import BlockPlan, attend, attend_reference, build_plan, narrowed
-from ditkit.sample.workload import SamplingJob
+from ditkit.sample import Sampler
+from patterns_support import predicted, prompt, tiny_clip_model
 
 BLOCK, EACH = 16, 2
 
@@ -156,9 +156,9 @@ def test_the_receipt_tells_the_mean_over_the_trajectory_also_where_a_cache_forec
     ASKED.clear()
     model = tiny_clip_model(size=(16, 16))  # 16 blocks, two attentions
     policies = [TaylorSeer(interval=3, order=1, warmup=2)] if cached else []
-    work = SamplingJob.of(model.float(), None, [0], 6, "euler", 1.0, 1, None)
-    result = work.draw([*policies, Alternating(block=BLOCK, kernel="cpu")])
-    receipt = result.receipts[-1]
+    work = Sampler.of(model.float(), steps=6, guidance=1.0, batch_size=1)
+    result = work.draw(policies=[*policies, Alternating(block=BLOCK, kernel="cpu")])
+    receipt = result.receipts[-1].as_dict()
     assert len(ASKED) == (6 if cached else 12)
     assert receipt["visited"] == round((2 + (len(ASKED) - 2) / 16) / len(ASKED), 4)
     assert receipt["kernel"] == "cpu"

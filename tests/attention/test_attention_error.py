@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from patterns_support import planned_mask, tiny_clip_model
 from torch import Tensor
 
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Policy
 from ditkit.models.video_dit import VideoDiT
-from ditkit.sample.workload import SamplingJob
+from ditkit.sample import Sampler
+from patterns_support import planned_mask, tiny_clip_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -65,15 +65,15 @@ def test_the_best_blocks_keep_most_of_the_softmax() -> None:
 
 
 def drawn(model: VideoDiT, *policies: Policy) -> Tensor:
-    return SamplingJob.of(model, None, [0], STEPS, "euler", 1.0, 1, None).draw(policies).samples
+    return Sampler.of(model, steps=STEPS, guidance=1.0, batch_size=1).draw(policies=policies).samples
 
 
 def test_reuse_computes_as_often_as_it_says(model: VideoDiT) -> None:
     dense = drawn(model)
     assert torch.equal(drawn(model, Reuse(0)), dense)
-    work = SamplingJob.of(model, None, [0], STEPS, "euler", 1.0, 1, None).draw([Reuse(2)])
+    work = Sampler.of(model, steps=STEPS, guidance=1.0, batch_size=1).draw(policies=[Reuse(2)])
     (receipt,) = work.receipts
-    assert receipt["lanes"] == {"cond": {"computed": "0 3", "reused": "1-2 4-5"}}
+    assert receipt.as_dict()["lanes"] == {"cond": {"computed": "0 3", "reused": "1-2 4-5"}}
     assert not torch.allclose(work.samples, dense, atol=1e-3)
 
 

@@ -7,6 +7,14 @@ from math import prod
 
 import pytest
 import torch
+
+from ditkit.attention import Grouped
+from ditkit.attention.grouped import group_order
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, ShapeError
+from ditkit.core.grid import Grid
+from ditkit.core.run import Call
+from ditkit.core.trajectory import Trajectory
 from patterns_support import (
     MaskedClipDataset,
     grouped_meets,
@@ -16,14 +24,6 @@ from patterns_support import (
     tiny_clip_model,
     token_mask,
 )
-
-from ditkit.attention import Grouped
-from ditkit.attention.grouped import group_order
-from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, ShapeError
-from ditkit.core.grid import Grid
-from ditkit.core.run import Call
-from ditkit.core.trajectory import Trajectory
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 8, 12), Grid(1, 9, 7), Grid(4, 4, 8), Grid(5, 6, 7)])
@@ -210,7 +210,7 @@ def test_the_receipt_says_what_was_visited() -> None:
         ({"group": (16,)}, "group=(16,), expected two or three positive integers"),
         ({"reach": -1}, "reach=-1 should be at least 0"),
         ({"meeting": "cross"}, "unknown meeting 'cross'"),
-        ({"block": 100}, "block=100, expected a power of two from 8 to 256"),
+        ({"block": 100}, "block=100 should be one of 8, 16, 32, 64, 128, 256"),
         ({"warmup": -1}, "warmup=-1"),
         ({"kernel": "cuda"}, "unknown kernel 'cuda'"),
         ({"dense": (-2,)}, "dense=(-2,)"),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import flux_support as of_flux
-import lumina_wan_support as of_lumina_wan
 import pytest
 import torch
-from hosts_support import FAMILIES, LATER, run_steps
-from patterns_support import MaskedClipDataset, grouped_meets
 from torch import Tensor
 
+import flux_support as of_flux
+import lumina_wan_support as of_lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import NoEffectError
@@ -20,6 +18,8 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
+from hosts_support import FAMILIES, LATER, run_steps
+from patterns_support import MaskedClipDataset, grouped_meets
 
 HOSTS = {**FAMILIES, **LATER}
 CASES = {name: of_lumina_wan.CASES[name] for name in ("lumina2 ragged", "wan time a token")}

@@ -9,15 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from patterns_support import (
-    MaskedClipDataset,
-    circle_meets,
-    planned_mask,
-    predicted,
-    prompt,
-    tiny_clip_model,
-    token_mask,
-)
 from test_attention_hosts import outcome
 from torch import Tensor, nn
 
@@ -29,6 +20,15 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
 from ditkit.core.run import Call, Site
+from patterns_support import (
+    MaskedClipDataset,
+    circle_meets,
+    planned_mask,
+    predicted,
+    prompt,
+    tiny_clip_model,
+    token_mask,
+)
 
 PICTURES = [Grid(1, 12, 8), Grid(1, 9, 14), Grid(1, 16, 16)]
 CORE = (Site("core", "core", "joint"),)

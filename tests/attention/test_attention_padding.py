@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import planned_mask, prompt, tiny_clip_model
 from test_attention_reshaped_models import GRID, sampled
 from torch import nn
 
@@ -25,6 +24,7 @@ from ditkit.core.grid import image_of
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
 from ditkit.nn.rotary import RotaryTokens
+from patterns_support import planned_mask, prompt, tiny_clip_model
 
 TEXT, TOTAL = 7, 5
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from patterns_support import tiny_clip_model
 
 from ditkit.attention import Band, Grouped, Neighbourhood, Reshaped
 from ditkit.attention.pattern import Pattern, Sparse, cached_plan, place_plan
@@ -13,6 +12,7 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.ops.block_sparse_attention import BlockPlan
+from patterns_support import tiny_clip_model
 
 PATTERNS: dict[str, tuple[Pattern, Pattern]] = {
     "groups": (Grouped(group=(2, 2, 2), block=8), Grouped(group=(2, 2, 2), block=8, reach=2)),

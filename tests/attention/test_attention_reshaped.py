@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import band_meets, planned_mask, tiny_clip_model, token_mask
 from torch import Tensor
 
 from ditkit.attention import Band, Reshaped, ReshapedGrouped, ReshapedNeighbourhood
@@ -19,6 +18,7 @@ from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.nn.blocks import attention
 from ditkit.ops.block_sparse_attention import attend_reference
+from patterns_support import band_meets, planned_mask, tiny_clip_model, token_mask
 
 CORE = (Site("c", "core", "joint"),)
 KEY = ("main", "cond", "c")
@@ -236,13 +236,13 @@ def test_types_of_what_is_kept() -> None:
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"keep": 0}, "Reshaped: keep=0, expected above 0 and at most 1"),
+        ({"keep": 0}, "Reshaped: keep=0 should lie in (0, 1]"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"every": 1}, "every=1 should be at least 2"),
         ({"stages": 0}, "stages=0 should be at least 1"),
         ({"stages": 2}, "warmup=5, expected whole steps of stages=2 evaluations"),
-        ({"ramp": float("nan")}, "ramp=nan, expected a finite number"),
-        ({"clamp": 1}, "clamp=1, expected true or false"),
+        ({"ramp": float("nan")}, "ramp=nan should be a finite number"),
+        ({"clamp": 1}, "clamp=1 should be true or false"),
         ({"residual": "float8"}, "unknown residual 'float8'; did you mean 'bfloat16'?"),
         ({"block": 48}, "block=48"),
     ],

@@ -9,8 +9,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts_support import LATER, run_steps
-from patterns_support import MaskedClipDataset, MaskedSession, band_meets, tiny_clip_model
 from torch import Tensor, nn
 
 from ditkit.attention import Reshaped, ReshapedGrouped
@@ -23,6 +21,8 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.video_dit import VideoDiT
+from hosts_support import LATER, run_steps
+from patterns_support import MaskedClipDataset, MaskedSession, band_meets, tiny_clip_model
 
 GRID = Grid(4, 6, 10)
 POLICY = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")

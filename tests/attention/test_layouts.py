@@ -15,15 +15,17 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import common
 import forecasting
 import layouts
-from claims import Claim, judged
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import parameter_count
 from ditkit.metrics.forecast import PERSISTENCE
 from ditkit.models.predformer import VARIANTS, PredFormer
 from ditkit.train.log import LOSSES
 from ditkit.train.record import RECIPE
+from expectations import Claim, judged
 from forecasting import spent, steps_of
 from layouts import BEST, FULL, PLAIN, Arguments
+
+pytestmark = pytest.mark.usefixtures("drawn_digits")
 
 TINY = Arguments(size=16, frames=2, width=32, steps=2, batch=2, seeds=1, clips=4)
 FEWER = 2

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rig import tiny_dit
 
 from ditkit.api.compare import compare
 from ditkit.bench.memory import describe, revive
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
-from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Euler
-from ditkit.sample.workload import SamplingJob
+from ditkit.sample import Autoguidance, ClassifierFree, DiffusersScheduler, Sampler
+from rig import tiny_dit
 
 STEPS, SEEDS = 12, (0, 1, 2)
 
@@ -29,22 +28,20 @@ class Typed(TaylorSeer):
 
 def test_what_memory_cannot_be_measured_for_is_refused_before_anything_is_drawn(monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    monkeypatch.setattr(SamplingJob, "draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(Sampler, "draw", lambda *_, **__: pytest.fail("drawn"))
     scheduler = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     for policies, settings in (([Typed()], {}), ([], {"solver": scheduler})):
         with pytest.raises(ConfigError, match="or pass memory=False"):
-            compare(tiny_dit(), policies, SEEDS, steps=STEPS, **settings)
+            compare(tiny_dit(), policies=policies, seeds=SEEDS, steps=STEPS, **settings)
 
 
 def test_another_process_is_told_the_same_work(tmp_path):
     guide = tiny_dit(seed=1)
     guidance = Autoguidance(1.5, guide)
     model, cond = tiny_dit(), Cond(label=torch.tensor([0, 1, 2]))
-    work = SamplingJob(model, cond, SEEDS, model.sample_shape, STEPS, Euler(), guidance, batch_size=2)
-    told = json.loads(json.dumps(describe(work, tmp_path)))
-    assert torch.equal(
-        revive(told).draw([TaylorSeer(interval=4)]).samples, work.draw([TaylorSeer(interval=4)]).samples
-    )
+    work = Sampler.of(model, cond=cond, seeds=SEEDS, steps=STEPS, guidance=guidance, batch_size=2)
+    again, policies = revive(json.loads(json.dumps(describe(work, tmp_path)))), [TaylorSeer(interval=4)]
+    assert torch.equal(again.draw(policies=policies).samples, work.draw(policies=policies).samples)
     interval = ClassifierFree(2.0, interval=(0.2, 0.8))
     assert revive(json.loads(json.dumps(describe(interval, tmp_path)))) == interval
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from block_sparse_support import of_pairs, qkv, random_pairs
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from block_sparse_support import of_pairs, qkv, random_pairs
 from ditkit.bench.macs import MacCounter, count_macs
 from ditkit.metrics.features import EfficientNetLite0
 from ditkit.ops.block_sparse_attention import attend, build_plan, cpu, with_valid

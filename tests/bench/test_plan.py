@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import save_tiny
-from patterns_support import tiny_clip_model
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from ditkit.core.grid import Grid
 from ditkit.core.spec import component
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report.plan_picture import BLANK, PART, QUERY, SEEN, laid, plan_page
+from models_support import save_tiny
+from patterns_support import tiny_clip_model
 
 Capture = pytest.CaptureFixture[str]
 COLUMNS = 80

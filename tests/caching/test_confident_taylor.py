@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from rig import calls
 from torch import Tensor
 
 from ditkit.caching import ConfidentTaylor
@@ -19,6 +18,7 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
+from rig import calls
 
 STACK = (Site("blocks", "stack"), Site("blocks.0", "block"), Site("blocks.1", "block"))
 State = Callable[[Call], Any]

@@ -10,12 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from flux_support import B, D, L, S, call_inputs, controls, in_type, relative, run_steps, transformer
-from models_support import CLASSES, save_tiny
-from policies_support import Gate
-from rig import BRANCH, STEPS, TINY, call_at, evaluate, noise, tiny_dit
-from rig import sample as sample_lanes
-from sampling_support import batches
 from torch import Tensor, nn
 
 from ditkit.caching import ConfidentTaylor, TaylorSeer
@@ -33,6 +27,12 @@ from ditkit.models.dit import DiT
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.sample import ClassifierFree, sample
+from flux_support import B, D, L, S, call_inputs, controls, in_type, relative, run_steps, transformer
+from models_support import CLASSES, save_tiny
+from policies_support import Gate
+from rig import BRANCH, STEPS, TINY, call_at, evaluate, noise, tiny_dit
+from rig import sample as sample_lanes
+from sampling_support import batches
 
 
 def awake(model: Any) -> Any:
@@ -278,9 +278,9 @@ def test_a_model_without_one_stack_of_several_blocks_is_refused(sites):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"threshold": -0.1}, "threshold=-0.1, expected a number of at least 0"),
-        ({"threshold": nan}, "threshold=nan, expected a number of at least 0"),
-        ({"threshold": "0.1"}, "threshold='0.1', expected a number of at least 0"),
+        ({"threshold": -0.1}, "threshold=-0.1 should be at least 0"),
+        ({"threshold": nan}, "threshold=nan should be at least 0"),
+        ({"threshold": "0.1"}, "threshold='0.1' should be a number of at least 0"),
         ({"first_order": -1}, "first_order=-1 should be at least 0"),
         ({"last_order": 1.5}, "last_order=1.5 should be an integer"),
         ({"warmup": -1}, "warmup=-1 should be at least 0"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import rig
 import torch
-from rig import STEPS, call_at, calls, evaluate, noise, tiny_dit
 from test_confident_taylor import Toy, both, square, value
 
+import rig
 from ditkit.caching import ConfidentTaylor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
@@ -17,6 +16,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.spec import component, spec
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample import ClassifierFree, sample
+from rig import STEPS, call_at, calls, evaluate, noise, tiny_dit
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["two calls", "one call"])
@@ -112,7 +112,7 @@ def test_as_text() -> None:
         ({"schedule": (1, 4)}, r"schedule=\(1, 4\), expected indices from 0 upwards"),
         ({"schedule": (0, 4, 2)}, r"schedule=\(0, 4, 2\), expected indices from 0 upwards"),
         ({"schedule": (0, 2, 2)}, r"schedule=\(0, 2, 2\), expected indices from 0 upwards"),
-        ({"schedule": (0, 1.5)}, "schedule=1.5 should be an integer"),
+        ({"schedule": (0, 1.5)}, r"schedule=\(0, 1.5\) should be a tuple of integers of at least 0"),
         ({"schedule": (0, 2), "per_sample_gate": True}, r"schedule=\(0, 2\) asks no gate"),
     ],
 )

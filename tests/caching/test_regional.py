@@ -7,16 +7,13 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import flux_support as fluxes
-import hosts_support as hosts
 import pytest
 import test_hosts_lumina_wan as lumina_wan
 import torch
-from models_support import perturbed
-from policies_support import BandReuse
-from rig import STEPS, TINY, call_at, evaluate, noise, tiny_dit
 from torch import Tensor
 
+import flux_support as fluxes
+import hosts_support as hosts
 from ditkit.caching import RAS, TaylorSeer
 from ditkit.caching.regional import Choice, Regions, by_row
 from ditkit.core.cond import Cond
@@ -33,6 +30,9 @@ from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.blocks import attention
 from ditkit.nn.modulation import Parts
 from ditkit.sample import Ancestral, ClassifierFree, Heun, sample
+from models_support import perturbed
+from policies_support import BandReuse
+from rig import STEPS, TINY, call_at, evaluate, noise, tiny_dit
 
 # --- a partial evaluation right after a dense one ----------------------------------------------------------
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rig import STEPS, calls, evaluate, noise, play, sample, tiny_dit
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
@@ -20,6 +19,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.run import Call, Run, named
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
+from rig import STEPS, calls, evaluate, noise, play, sample, tiny_dit
 
 
 def forecasts(policy: TaylorSeer, F: Callable[[int], float], total: int) -> list[float]:

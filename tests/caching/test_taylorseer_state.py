@@ -8,7 +8,6 @@ from math import factorial
 
 import pytest
 import torch
-from rig import BRANCH, STEPS, call_at, calls, evaluate, noise, play, tiny_dit
 from torch import Tensor
 
 from ditkit.caching.taylorseer import Forecaster, TaylorSeer
@@ -16,6 +15,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
+from rig import BRANCH, STEPS, call_at, calls, evaluate, noise, play, tiny_dit
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +228,10 @@ def test_checkpointing_recomputes_the_same_gradients():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"interval": 0}, "interval=0, expected an integer of at least 1"),
-        ({"interval": 2.5}, "interval=2.5, expected an integer"),
-        ({"order": -1}, "order=-1, expected an integer of at least 0"),
-        ({"warmup": 0}, "warmup=0, expected an integer of at least 1"),
+        ({"interval": 0}, "interval=0 should be at least 1"),
+        ({"interval": 2.5}, "interval=2.5 should be an integer of at least 1"),
+        ({"order": -1}, "order=-1 should be at least 0"),
+        ({"warmup": 0}, "warmup=0 should be at least 1"),
         ({"axis": "sigmas"}, "unknown axis 'sigmas'; did you mean 'sigma'"),
         ({"basis": "lagrange"}, "unknown basis 'lagrange'.*choose from: taylor, newton"),
     ],

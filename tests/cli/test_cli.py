@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, exit_code, output, save_photos
-from models_support import CLASSES, save_tiny, tiny_model
 from PIL import Image
 
 import ditkit
-from ditkit.api.generate import Generated
+from cli_support import Capture, exit_code, output, save_photos
+from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli import compare as compare_command
 from ditkit.cli import generate as generate_command
 from ditkit.cli.generate import file_stems, slug
-from ditkit.cli.guiding import Guiding
 from ditkit.cli.main import COMMANDS, main
 from ditkit.cli.options import policies_of, seeds_of, writable
 from ditkit.cli.parsing import one_line
+from ditkit.cli.sampling import Guiding
 from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.report.sheet import grid
-from ditkit.sample import Autoguidance, ClassifierFree, Unguided
+from ditkit.sample import Autoguidance, ClassifierFree, Samples, Sampling, Unguided
 from ditkit.tasks.image.recipe import write_sheet
+from models_support import CLASSES, save_tiny, tiny_model
 
 COLUMNS = 80
 SMALL = ["--size", "16", "--width", "16", "--depth", "1", "--heads", "2", "--warmup", "0"]
@@ -107,7 +106,7 @@ def test_the_files_hold_what_generate_draws(model: Path, tmp_path: Path, capsys:
     output(
         capsys, "generate", model, "--label", CLASSES[0], "--seeds", "7", "--steps", "3", "--out", tmp_path
     )
-    drawn = ditkit.generate(ditkit.load(model), CLASSES[0], [7], steps=3).images[0]
+    drawn = ditkit.generate(ditkit.load(model), CLASSES[0], seeds=[7], steps=3).samples[0]
     expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     read = torch.frombuffer(
         bytearray(Image.open(tmp_path / "animal-bird-7.png").tobytes()), dtype=torch.uint8
@@ -155,16 +154,18 @@ def test_the_demo_is_what_it_says(
     class Stop(Exception):
         """What was asked is known."""
 
-    def noted(_: object, policies: object, seeds: object, **options: object) -> None:
-        asked.update(options, policies=policies, seeds=seeds)
+    def noted(_: object, **options: object) -> None:
+        asked.update(options)
         raise Stop
 
     monkeypatch.setattr(compare_command, "compared", noted)
     with pytest.raises(Stop):
         main(["compare", str(model), "--demo", "--out", str(tmp_path)])
-    pairs = [(policy.interval, policy.order) for policy in asked["policies"]]  # type: ignore[attr-defined]
+    sampling = asked["sampling"]
+    assert isinstance(sampling, Sampling)
+    pairs = [(policy.interval, policy.order) for policy in sampling.policies]  # type: ignore[attr-defined]
     assert pairs == [(n, o) for n in (3, 4, 6) for o in (0, 1, 2)]
-    assert asked["controls_as_rows"] is True and asked["seeds"] == tuple(range(8)) and asked["steps"] == 50
+    assert asked["controls_as_rows"] is True and sampling.seeds == tuple(range(8)) and sampling.steps == 50
 
 
 def test_train_from_a_folder_then_generate(photos: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -249,17 +250,19 @@ def test_receipts_of_every_label_are_kept_once(
 ) -> None:
     whole = generate_command.draw
 
-    def marked(network: Model, label: str, *args: object, **options: object) -> Generated:
+    def marked(network: Model, label: str, *args: object, **options: object) -> Samples:
         drawn = whole(network, label, *args, **options)  # type: ignore[arg-type]
-        kind = label.partition("-")[0]
-        return replace(drawn, receipts=tuple({**receipt, "policy": kind} for receipt in drawn.receipts))
+        (receipt,) = drawn.receipts
+        receipt.policy = TaylorSeer(interval=2 + CLASSES.index(label) // 3)
+        return drawn
 
     monkeypatch.setattr(generate_command, "draw", marked)
     labels = [word for name in (CLASSES[0], CLASSES[1], CLASSES[3]) for word in ("--label", name)]
     flags = ["--policy", "taylorseer:interval=2", "--seeds", "0", "--steps", "5", "--out", tmp_path]
     text = output(capsys, "generate", model, *labels, *flags)
     kept = [r["policy"] for r in json.loads((tmp_path / "generated.json").read_text())["receipts"]]
-    assert kept == ["animal", "food"] and "animal, " in text and "food, " in text
+    assert kept == [str(TaylorSeer(interval=2)), str(TaylorSeer(interval=3))]
+    assert all(f"{policy}, " in text for policy in kept)
 
 
 def test_a_trial_of_the_folder_leaves_a_users_files_and_takes_its_own_folders_away(tmp_path: Path) -> None:
@@ -284,7 +287,7 @@ def test_seeds_are_numbers_and_ranges() -> None:
 
 
 def test_policies_leave_exact_out() -> None:
-    assert policies_of(["exact"]) == [] and len(policies_of(["taylorseer", "exact"])) == 1
+    assert policies_of(["exact"]) == () and len(policies_of(["taylorseer", "exact"])) == 1
 
 
 def test_a_label_becomes_part_of_a_file_name() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint
-from models_support import save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
+from cli_support import Capture, complaint
 from ditkit.cli.main import main
+from models_support import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +130,16 @@ def test_compare_refuses(
 @pytest.mark.parametrize(
     ("words", "quoted"),
     [
-        (["--count", "2"], ["--count=2", "at least 4"]),
-        (["--neighbours", "0"], ["--neighbours=0", "at least 1"]),
-        (["--max-bad", "3"], ["--max-bad 3 with --data emoji", "a folder"]),
+        (["--count", "2"], ["count=2", "at least 4"]),
+        (["--neighbours", "0"], ["neighbours=0", "at least 1"]),
+        (["--max-bad", "3", "--data", "emoji"], ["--max-bad 3 with --data emoji", "a folder"]),
         (["--data", "emojy"], ["'emojy'", "did you mean 'emoji'?"]),
     ],
 )
 def test_evaluate_refuses(
     words: list[str], quoted: list[str], model: Path, out: Path, capsys: Capture
 ) -> None:
+    words = words if "--data" in words else ["--data", "emoji", *words]
     line = complaint(capsys, "evaluate", model, "--out", out, *words)
     assert [part for part in quoted if part not in line] == []
     assert not out.exists()
@@ -242,7 +243,9 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ditkit.sample.loop.Field", lambda *_, **__: pytest.fail("work has started"))
+    monkeypatch.setattr(
+        "ditkit.sample.sampler.GuidedDenoiser", lambda *_, **__: pytest.fail("work has started")
+    )
     taken = tmp_path / "taken"
     taken.write_text("earlier")
     folder = {"file": taken, "below a file": taken / "out", "not a real folder": Path("/proc/ditkit")}[place]
@@ -279,7 +282,7 @@ def test_an_interrupt_is_one_line(model: Path, capsys: Capture, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditkit.cli.generate.load_maker", interrupted)
+    monkeypatch.setattr("ditkit.cli.generate.load_generator", interrupted)
     assert main(["generate", str(model)]) == 130
     assert capsys.readouterr().err == "ditkit: interrupted\n"
 
@@ -303,7 +306,7 @@ def test_an_unexpected_error_keeps_its_traceback(model: Path, monkeypatch: pytes
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ditkit.cli.generate.load_maker", broken)
+    monkeypatch.setattr("ditkit.cli.generate.load_generator", broken)
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(model)])
 

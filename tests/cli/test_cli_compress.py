@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from rig import tiny_dit
 
 import ditkit
 from ditkit.cli.main import main
+from rig import tiny_dit
 
 
 @pytest.fixture

@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_support import Capture, complaint, exit_code, output, save_photos
-from models_support import perturbed, save_tiny
 from PIL import Image
 
 import ditkit
-from ditkit.cli.compare import told
+from cli_support import Capture, complaint, exit_code, output, save_photos
 from ditkit.cli.train import found
 from ditkit.core.convention import Convention
 from ditkit.data.clips import MemoryClips
@@ -26,7 +24,9 @@ from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.tasks.forecast.recipe import ClipForecastRecipe
+from ditkit.tasks.video import VideoTask
 from ditkit.tasks.video.recipe import VideoRecipe
+from models_support import perturbed, save_tiny
 
 FRAMES, SIDE = 4, 16
 CLIP_RECIPES = [
@@ -302,7 +302,7 @@ def test_another_split_is_given_where_it_is_asked_for(squares: None) -> None:
     config = VDTConfig(1, FRAMES, SIDE, patch=4, width=8, depth=1, heads=1, convention=Convention())
     model = VDT(config)
     for options, brightest in (({}, 200), ({"split": "train"}, 100)):
-        _, cond = told(model, "moving-digits", None, [0], **options)
+        _, cond = VideoTask().reference(model, "moving-digits", None, [0], **options)
         assert cond.context is not None
         assert ((cond.context.max() + 1) * 127.5).round().item() == brightest
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, output, save_photos
-from models_support import save_tiny, tiny_model
 from PIL import Image
 
-from ditkit.cli import evaluate as evaluate_command
+from cli_support import Capture, complaint, output, save_photos
 from ditkit.metrics.features import HEAD_TAP, POOLED_TAP
+from ditkit.tasks.image import scores
+from models_support import save_tiny, tiny_model
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_evaluate_measures_and_shows_neighbours(
 ) -> None:
     folder, out = tmp_path / "m", tmp_path / "out"
     tiny_model(classes=2, class_names=("cat", "dog")).save(folder)
-    monkeypatch.setattr(evaluate_command, "load_efficientnet_lite0", Features)
+    monkeypatch.setattr(scores, "load_efficientnet_lite0", Features)
     monkeypatch.setattr(
-        evaluate_command, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
+        scores, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
     )
     (photos / "dog" / "bad.png").write_bytes(b"no image")
     flags = ["--data", photos, "--max-bad", "1", "--count", "6", "--steps", "4", "--batch-size", "4"]
@@ -69,10 +69,10 @@ def test_evaluate_refuses_too_few_real_pictures_before_drawing(
     tiny_model(classes=2, class_names=("cat", "dog")).save(tmp_path / "m")
     for name in ("cat/0", "cat/1", "dog/2"):
         (photos / f"{name}.png").unlink()
-    monkeypatch.setattr(evaluate_command, "generate", lambda *_, **__: pytest.fail("work has started"))
+    monkeypatch.setattr(scores, "generate", lambda *_, **__: pytest.fail("work has started"))
     words = ["evaluate", tmp_path / "m", "--data", photos, "--out", tmp_path / "out"]
     assert "photos has 3 pictures, expected at least 4" in complaint(capsys, *words)
     words += ["--real-count", 5]
     (photos / "dog" / "3.png").write_bytes((photos / "dog" / "0.png").read_bytes())
-    assert "--real-count=5, expected 4 to 4, as photos has" in complaint(capsys, *words)
+    assert "real_count=5, expected 4 to 4, as photos has" in complaint(capsys, *words)
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, exit_code
 from PIL import Image
 
 import ditkit
+from cli_support import Capture, complaint, exit_code
 from ditkit.cli.train import found
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
@@ -157,7 +157,7 @@ def test_length_size_and_patch_of_a_clip_are_one_flag_each(
     assert f"ditkit video {tmp_path / 'model'}" in said(capsys, *words, "--out", tmp_path)
     model = ditkit.load(tmp_path / "model")
     assert isinstance(model, Denoiser) and model.sample_shape == shape
-    clip = ditkit.generate(model, seeds=[0], steps=1, guidance=1.0).images
+    clip = ditkit.generate(model, seeds=[0], steps=1, guidance=1.0).samples
     assert tuple(clip.shape[1:]) == shape and clip.isfinite().all()
 
 

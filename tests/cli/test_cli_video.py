@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, output
-from models_support import perturbed, save_tiny
 from PIL import Image
 from torch import Tensor
 
 import ditkit
-from ditkit.cli import video as video_command
-from ditkit.cli.video import TOLD
+from cli_support import Capture, complaint, output
 from ditkit.core.convention import Convention
 from ditkit.data.sets import moving_digits
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report import film as films
+from ditkit.tasks.video import evaluation
+from ditkit.tasks.video.masks import KINDS, LEARNED
 from ditkit.tasks.video.scores import complete
+from models_support import perturbed, save_tiny
 
 FRAMES, SIDE = 8, 16
-EVERY = (*TOLD, "unconditional")
+EVERY = (*LEARNED, "unconditional")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,9 @@ def test_what_is_given_can_be_favoured(model: Path, tmp_path: Path, capsys: Capt
         noted = json.loads((tmp_path / scale / "video.json").read_text())
         scores[scale] = [found["model"] for found in noted["masks"]]
         assert f"--guidance {float(scale)}" in noted["command"]
-        drawn = complete(ditkit.load(model), clips, "predict", (0, 1), steps=3, guidance=float(scale))
+        drawn = complete(
+            ditkit.load(model), clips, KINDS["predict"], seeds=(0, 1), steps=3, guidance=float(scale)
+        )
         assert json.loads(json.dumps(asdict(drawn.scores)))["model"] == scores[scale][0]
     assert scores["1"][0] != scores["3"][0]
     strips = [(tmp_path / scale / "unconditional.png").read_bytes() for scale in scores]
@@ -118,7 +120,7 @@ def test_without_data_only_what_needs_none(model: Path, tmp_path: Path, capsys: 
 def test_without_pyav_there_are_gifs_and_a_line_that_says_so(
     model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (video_command, films):
+    for module in (evaluation, films):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     text = output(capsys, "video", model, "--count", "1", "--steps", "1", "--out", tmp_path)
     assert "no MP4" in text and "ditkit[video]" in text
@@ -168,7 +170,7 @@ def test_a_film_shorter_than_the_clip_is_named(model: Path, tmp_path: Path, caps
 def test_other_channels_than_the_models(model: Path, tmp_path: Path, capsys: Capture) -> None:
     films.write_mp4(tmp_path / "rgb.mp4", torch.zeros(9, 3, SIDE, SIDE, dtype=torch.uint8), 10.0)
     line = complaint(capsys, "video", model, "--data", tmp_path, "--count", 2, "--out", tmp_path / "out")
-    assert "3 channels, the model makes 1" in line
+    assert "3 channels, the model draws 1" in line
 
 
 def test_each_command_names_the_one_for_another_kind_of_model(
@@ -178,14 +180,16 @@ def test_each_command_names_the_one_for_another_kind_of_model(
     config = PredFormerConfig(frames=2, size=(8, 8), patch=4, width=8, heads=1, hidden=8, layout="F1")
     forecasts = PredFormer(config).save(folder / "predformer")
     for command, given, named in (
-        ("generate", model, f"makes clips, expected a model of pictures; try: ditkit video {model}"),
-        ("evaluate", model, f"ditkit video {model}"),
-        ("generate", forecasts, f"ditkit forecast {forecasts}"),
-        ("evaluate", forecasts, f"ditkit forecast {forecasts}"),
+        ("generate", forecasts, f"ditkit forecast {forecasts} --data DATA"),
+        ("compare", forecasts, f"ditkit forecast {forecasts} --data DATA"),
+        ("tune", forecasts, f"ditkit forecast {forecasts} --data DATA"),
         ("video", pictures, f"makes pictures, expected a model of clips; try: ditkit generate {pictures}"),
         ("video", forecasts, f"ditkit forecast {forecasts}"),
+        ("forecast", model, f"makes clips, expected a model of forecasts; try: ditkit video {model}"),
     ):
-        assert named in complaint(capsys, command, given)
+        policy = ["--policy", "taylorseer"] if command in ("compare", "tune") else []
+        policy += {"tune": ["--at-most", "0.5"], "forecast": DIGITS}.get(command, [])
+        assert named in complaint(capsys, command, given, *policy)
     assert "makes pictures" in complaint(
         capsys, "video", pictures, "--mask", "predict"
     )  # not that it needs --data

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from codecs_support import CLIPS, PICTURES, equal, one_line, small
 from torch import Tensor
 
+from codecs_support import CLIPS, PICTURES, equal, one_line, small
 from ditkit.codecs.standardised import Standardised
 from ditkit.core.catalog import every
 from ditkit.core.codec import IDENTITY, Codec, fingerprint, frame_by_frame
@@ -90,7 +90,7 @@ def test_a_fingerprint_is_of_the_content():
         ("{}", "no 'codec' that names a codec"),
         ('{"codec": "ImageVea"}', "unknown codec 'ImageVea'; did you mean 'imagevae'?"),
         ('{"codec": "ImageVae", "confg": {}}', "unknown key 'confg'; did you mean 'config'?"),
-        ('{"codec": "ImageVae", "config": {"widths": 3}}', "widths=3 should be of type"),
+        ('{"codec": "ImageVae", "config": {"widths": 3}}', "widths=3 should be a tuple of integers"),
         ('{"codec": "ImageVae", "config": {}, "history": 1}', "'history' should be a list"),
         ('{"codec": "Identity", "config": {}}', "unexpected tensor"),
     ],

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from codecs_support import CLIPS, PICTURES, SMALL, one_line, small
 from diffusers import AutoencoderKL
 
+from codecs_support import CLIPS, PICTURES, SMALL, one_line, small
 from ditkit.codecs import ImageVae
 from ditkit.core.errors import CheckpointError, DataError, DitkitError, ShapeError
 
@@ -158,9 +158,9 @@ def test_latents_that_do_not_fit_are_refused_in_one_line():
     ("change", "expected"),
     [
         ({"latent_channels": 0}, "latent_channels=0 should be at least 1"),
-        ({"widths": ()}, "0 levels, expected 1 to 8"),
+        ({"widths": ()}, "widths=() should hold at least 1"),
         ({"widths": (8, 10)}, "a width of 10 does not divide into groups=4"),
-        ({"layers": 101}, "101 layers, expected 1 to 100"),
+        ({"layers": 101}, "layers=101 should be at most 100"),
         ({"size": 18}, "size=18 does not divide by 4"),
     ],
 )

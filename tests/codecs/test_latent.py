@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from codecs_support import equal
-from models_support import perturbed
-from scripts.toy_run import losses
 from torch import Tensor
 
 import ditkit
+from codecs_support import equal
 from ditkit.api.generate import generate
 from ditkit.bench.memory import describe as described
 from ditkit.bench.memory import revive
@@ -29,16 +27,17 @@ from ditkit.data.sets import moving_digits
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report.sheet import write_png
-from ditkit.sample import Euler, sample
-from ditkit.sample.workload import SamplingJob
+from ditkit.sample import Sampler, sample
 from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.tasks.latent import LatentDataset, coded, load_codec
 from ditkit.tasks.recipe import describe, train_recipe
-from ditkit.tasks.video.masks import KINDS, MaskMixture
+from ditkit.tasks.video.masks import KINDS, MaskMixture, mask_kind
 from ditkit.tasks.video.recipe import VideoRecipe, conditioned
 from ditkit.train.ema import Constant
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
+from models_support import perturbed
+from scripts.toy_run import losses
 
 SIDE, FRAMES = 16, 4
 VAE = ImageVaeConfig(size=SIDE, latent_channels=4, widths=(8, 16), groups=4)
@@ -132,7 +131,7 @@ def test_clips_go_on_under_the_masks_that_they_were_begun_with(tmp_path: Path) -
 
 def told(kind: str, count: int = 2, seed: int = 0) -> Cond:
     clips = torch.rand(count, 1, FRAMES, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return conditioned(clips, kind, range(count))
+    return conditioned(clips, mask_kind(kind), range(count))
 
 
 # pictures
@@ -146,9 +145,9 @@ def test_a_trained_model_carries_its_codec_and_draws_pictures(run: Path, codec: 
 
     drawn = ditkit.generate(model, label="warm", seeds=[3, 4], steps=2, guidance=1.0)
     latents = sample(model, Cond(label=torch.tensor([1, 1])), [3, 4], steps=2).samples
-    assert latents.shape == (2, *LATENTS) and drawn.images.shape == (2, 3, SIDE, SIDE)
+    assert latents.shape == (2, *LATENTS) and drawn.samples.shape == (2, 3, SIDE, SIDE)
     with torch.no_grad():
-        assert torch.equal(drawn.images, model.codec.decode(latents))
+        assert torch.equal(drawn.samples, model.codec.decode(latents))
 
 
 def test_its_weights_are_not_those_of_the_codec(run: Path, codec: Path) -> None:
@@ -159,7 +158,7 @@ def test_its_weights_are_not_those_of_the_codec(run: Path, codec: Path) -> None:
 def test_it_is_compared_as_pictures(run: Path) -> None:
     model = ditkit.load(run / "model")
     options: dict[str, Any] = {"steps": 4, "rounds": 1, "memory": False, "guidance": 1.0}
-    report = ditkit.compare(model, "taylorseer:interval=2,order=1", range(3), **options)
+    report = ditkit.compare(model, policies="taylorseer:interval=2,order=1", seeds=range(3), **options)
     exact, fast = report.rows
     assert exact.identical and not fast.identical and fast.macs < exact.macs
     assert report.settings["shape"] == [3, SIDE, SIDE]
@@ -167,7 +166,7 @@ def test_it_is_compared_as_pictures(run: Path) -> None:
 
 
 def test_another_process_is_told_the_codec_too(run: Path, tmp_path: Path) -> None:
-    work = SamplingJob.of(ditkit.load(run / "model"), None, [0, 1], 2, Euler(), 1.0, 2, None)
+    work = Sampler.of(ditkit.load(run / "model"), seeds=[0, 1], steps=2, guidance=1.0, batch_size=2)
     again = revive(json.loads(json.dumps(described(work, tmp_path))))
     assert torch.equal(again.draw().samples, work.draw().samples)
 
@@ -258,19 +257,19 @@ def test_what_is_given_comes_back_to_the_bit_and_what_is_hidden_is_never_seen(ki
     model, cond = latent_vdt(), told(kind)
     assert cond.context is not None and cond.mask is not None
     draw = partial(generate, model, seeds=[5, 6], steps=2, guidance=1.0)
-    clips = draw(cond=cond).images
+    clips = draw(cond=cond).samples
     given = ~cond.mask
     assert clips.shape == cond.context.shape and given.any()
     assert torch.equal(clips[given].view(torch.int32), cond.context[given].view(torch.int32))
     assert not torch.equal(clips[cond.mask], cond.context[cond.mask])
     other = torch.where(cond.mask, torch.nan, cond.context)
-    assert torch.equal(draw(cond=replace(cond, context=other)).images, clips)
+    assert torch.equal(draw(cond=replace(cond, context=other)).samples, clips)
 
 
 def test_clips_of_another_length_and_size_are_drawn() -> None:
     model = latent_vdt()
     assert model.signal_shape == (1, FRAMES, SIDE, SIDE)
-    drawn = generate(model, seeds=[0], steps=1, guidance=1.0, shape=(1, 6, 12, 20)).images
+    drawn = generate(model, seeds=[0], steps=1, guidance=1.0, shape=(1, 6, 12, 20)).samples
     assert drawn.shape == (1, 1, 6, 12, 20)
     with pytest.raises(ShapeError, match="sides 12 x 13 should divide by 2"):
         generate(model, seeds=[0], steps=1, guidance=1.0, shape=(1, 6, 12, 13))
@@ -284,9 +283,9 @@ def test_a_video_model_learns_latents_and_fills_in_frames(grey: Path, tmp_path: 
     assert all("Regression_made" in line for line in losses(tmp_path))
     cond = told("first-frame", 1)
     assert cond.context is not None
-    clip = ditkit.generate(model, seeds=[0], steps=2, guidance=1.0, cond=cond).images
+    clip = ditkit.generate(model, seeds=[0], steps=2, guidance=1.0, cond=cond).samples
     assert torch.equal(clip[:, :, 0], cond.context[:, :, 0])
-    report = ditkit.compare(model, (), [0], steps=2, guidance=1.0, cond=cond, rounds=1, memory=False)
+    report = ditkit.compare(model, steps=2, guidance=1.0, cond=cond, rounds=1, memory=False)
     assert report.rows[0].identical and report.settings["shape"] == [1, FRAMES, SIDE, SIDE]
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inherent_policies  # noqa: F401  two more that are found
 import pytest
 import torch
-from rig import call_at, noise, tiny_dit
 from torch import Tensor
 
+import inherent_policies  # noqa: F401  two more that are found
 from ditkit.core.catalog import every
 from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Policy
 from ditkit.core.trajectory import Trajectory
+from rig import call_at, noise, tiny_dit
 
 TOTAL = 6
 

@@ -7,35 +7,37 @@ itself, and rows that are left out already are what they would be. So it must gi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import flux_support as fluxes
-import hosts_support as hosts
-import lumina_wan_support as lumina_wan
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from pipelines_support import asked, computed, latents, pipeline, prompt
-from rig import noise, tiny_dit
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import ditkit
+import flux_support as fluxes
+import hosts_support as hosts
+import lumina_wan_support as lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import RAS, ConfidentTaylor, TaylorSeer
 from ditkit.core.cond import Cond
-from ditkit.core.grid import Segment
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
+from pipelines_support import asked, computed, latents, pipeline, prompt
+from rig import noise, tiny_dit
 
+GRID = Grid(1, 4, 4)
 POLICIES: dict[str, Policy] = {
-    "taylorseer": TaylorSeer(interval=3, order=1),
-    "confident": ConfidentTaylor(threshold=0.5, warmup=1),
-    "ras": RAS(warmup=2),
-    "grouped": Grouped(group=(2, 4), block=8, reach=9, kernel="cpu", warmup=2),
+    "taylorseer": TaylorSeer.small(GRID),
+    "confident": ConfidentTaylor.small(GRID),
+    "ras": RAS.small(GRID),
+    "grouped": replace(Grouped.small(GRID), reach=9, warmup=2),  # so that each group sees all
 }
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 

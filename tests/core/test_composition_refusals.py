@@ -17,14 +17,14 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
-from flux_support import D, relative
-from hosts_support import FAMILIES
-from pipelines_support import POLICY, asked, computed, latents, pipeline, prompt
 
 import ditkit
 from ditkit.caching import RAS, ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, DitkitError
 from ditkit.core.policy import Policy
+from flux_support import D, relative
+from hosts_support import FAMILIES
+from pipelines_support import POLICY, asked, computed, latents, pipeline, prompt
 
 REGIONS = RAS(warmup=2)
 

@@ -7,7 +7,6 @@ from functools import cache
 
 import pytest
 import torch
-from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, Tap
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
@@ -18,6 +17,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Call, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT, DiTConfig
+from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, Tap
 
 B, STEPS, CLASSES = 2, 12, 3
 

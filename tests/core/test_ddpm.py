@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from ditkit.core.convention import DDPM, SIT, Convention
-from ditkit.core.ddpm import DiscretePath
-from ditkit.core.errors import ConfigError
-from ditkit.core.path import Cosine, Linear, Path, VariancePreserving
+from ditkit.core.ddpm import DISCRETE, DiscretePath
+from ditkit.core.errors import ConfigError, ShapeError
+from ditkit.core.path import Cosine, Linear, Path, Trig, VariancePreserving, spread
 
-CONTINUOUS = [Linear(), Cosine(), VariancePreserving()]
+CONTINUOUS = [Linear(), Cosine(), VariancePreserving(), Trig()]
 PREDICTIONS = ("velocity", "noise", "data", "score")
 T = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
 
@@ -28,7 +30,9 @@ def pair() -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(len(T), 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("path", [Cosine(), VariancePreserving(), DiscretePath.linear()], ids=by_name)
+@pytest.mark.parametrize(
+    "path", [Cosine(), VariancePreserving(), Trig(), *(make() for make in DISCRETE.values())]
+)
 def test_variance_is_preserved(path: Path) -> None:
     t = (
         torch.arange(-1, 1000).double()
@@ -49,7 +53,7 @@ def test_velocity_is_the_derivative_of_the_mixture(path: Path) -> None:
 
 def test_ends_are_data_and_noise() -> None:
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    for path in (Linear(), Cosine()):
+    for path in (Linear(), Cosine(), Trig()):
         c = path.at(ends)
         torch.testing.assert_close(c.alpha, torch.tensor([1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-15)
         torch.testing.assert_close(c.sigma, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-15)
@@ -108,6 +112,88 @@ def test_cumulative_products_to_the_published_digits() -> None:
     assert abar[0].item() == pytest.approx(0.9999, abs=1e-12)
     assert f"{abar[499].item():.7f}" == "0.0785872"
     assert f"{abar[999].item():.5e}" == "4.03583e-05"
+
+
+def test_stable_diffusions_betas_to_the_published_digits() -> None:
+    """sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012); abar ends at 0.00466, not at zero."""
+    abar = DiscretePath.scaled_linear().abar
+    assert abar[0].item() == pytest.approx(1 - 0.00085, abs=1e-12)
+    assert f"{abar[999].item():.5f}" == "0.00466"
+    root = [0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5) for i in range(1000)]
+    assert DiscretePath.scaled_linear().beta.tolist() == pytest.approx([r * r for r in root], rel=1e-9)
+
+
+def test_improved_ddpms_cosine_to_the_formula() -> None:
+    """abar_t = f(t) / f(0), f(t) = cos^2((t / T + 0.008) / 1.008 pi / 2); only the last beta is cut to 0.999."""
+
+    def f(t: int) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    path = DiscretePath.cosine()
+    assert path.abar[:999].tolist() == pytest.approx([f(t) / f(0) for t in range(1, 1000)], rel=1e-9)
+    assert path.beta[-1].item() == pytest.approx(0.999, rel=1e-12) and (path.beta[:-1] < 0.76).all()
+    assert path.abar[999].item() == pytest.approx(f(999) / f(0) * 0.001, rel=1e-9)
+    assert path.beta[0].item() == pytest.approx(4.1284e-5, rel=1e-4)  # 1 - f(1) / f(0) by hand
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ddpm", {"beta_schedule": "linear"}),
+        ("ddpm-sd", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        ("ddpm-cosine", {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
+def test_paths_by_name_are_schedules_of_diffusers(name: str, config: dict[str, object]) -> None:
+    """Theirs are float32: betas to its precision, the products of a thousand of them to 1e-4."""
+    path, theirs = DISCRETE[name](), diffusers.DDPMScheduler(**config)
+    torch.testing.assert_close(path.beta.float(), theirs.betas, rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(path.abar, theirs.alphas_cumprod.double(), rtol=1e-4, atol=0)
+    convention = Convention(name, "noise", "index")
+    again = convention.make_path()
+    assert convention.discrete and isinstance(again, DiscretePath) and torch.equal(again.abar, path.abar)
+
+
+def test_trig_is_trigflow() -> None:
+    """The network is fed the angle and predicts dx / da = cos(a) noise - sin(a) data (Lu and Song 2024)."""
+    data, noise = pair()
+    convention = Convention("trig", "velocity")
+    path, angle = convention.make_path(), (T * math.pi / 2)[:, None, None]
+    torch.testing.assert_close(convention.model_time(T), T * math.pi / 2)
+    x = path.mix(data, noise, T)
+    torch.testing.assert_close(x, angle.cos() * data + angle.sin() * noise)
+    output = angle.cos() * noise - angle.sin() * data
+    value, _ = convention.split(output)
+    torch.testing.assert_close(value, path.velocity(data, noise, T))
+    torch.testing.assert_close(path.convert(value, x, T, "velocity", "data"), data)
+    total = (
+        angle.sin() + angle.cos()
+    )  # a velocity network of the linear path at tan(a) = s / (1 - s) says the same
+    s = (angle.sin() / total).flatten()
+    torch.testing.assert_close(Linear().mix(data, noise, s), x / total)
+    torch.testing.assert_close(((angle.cos() - angle.sin()) * x + (noise - data)) / total, output)
+    backwards = Convention("trig", "velocity", "data")
+    torch.testing.assert_close(backwards.model_time(T), (1 - T) * math.pi / 2)
+    assert torch.equal(backwards.split(output)[0], -value)
+
+
+def test_times_of_frames_follow_the_axis_that_is_named() -> None:
+    """[B, T] against five axes, a series, and tokens, of which all lengths are the same."""
+    t = torch.rand(3, 3, dtype=torch.float64)
+    for axis, shape in ((2, (3, 3, 3, 3, 3)), (2, (3, 3, 3)), (1, (3, 3, 3))):
+        x, noise = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+        mixed = Linear().mix(x, noise, t, axis)
+        for b in range(3):
+            for i in range(3):
+                one = Linear().mix(x[b : b + 1], noise[b : b + 1], t[b, i : i + 1]).select(axis, i)
+                torch.testing.assert_close(mixed[b : b + 1].select(axis, i), one, rtol=0, atol=0)
+        found = Linear().velocity(x, noise, t, axis)
+        back = Linear().convert(found, mixed, t, "velocity", "data", axis)
+        torch.testing.assert_close(back, x)
+    assert spread(t[:, 0], torch.zeros(3, 2, 2)).shape == (3, 1, 1)
+    for like, axis in ((torch.zeros(3, 3, 3), None), (torch.zeros(3, 4, 5), 2), (torch.zeros(3, 3), 2)):
+        with pytest.raises(ShapeError, match="times \\[3, 3\\] with axis="):
+            spread(t, like, axis)
 
 
 def test_respaced_maps() -> None:
@@ -189,6 +275,9 @@ def test_split_turns_every_convention_into_noise_time() -> None:
         ({"path": "ddpm", "prediction": "noise"}, "cannot be fed time='noise'"),
         ({"time": "index"}, "ddpm goes with index"),
         ({"path": "ddpm", "time": "index"}, "has no velocity"),
+        ({"path": "ddpm-cosin", "time": "index"}, "unknown path 'ddpm-cosin'; did you mean 'ddpm-cosine'"),
+        ({"path": "ddpm-sd", "prediction": "noise"}, "path='ddpm-sd' cannot be fed time='noise'"),
+        ({"path": "trig", "time": "index"}, "path='trig' cannot be fed time='index'"),
     ],
 )
 def test_conventions_that_make_no_sense_are_refused(settings: dict[str, str], message: str) -> None:

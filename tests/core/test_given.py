@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed, tiny_model
 from torch import Tensor
 
-from ditkit.api.generate import Generated, generate
+from ditkit.api.generate import generate
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
+from ditkit.sample import Samples
 from ditkit.tasks.video import recipe as video
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import SHEET_KINDS, conditioned, write_strips
+from models_support import perturbed, tiny_model
 
 T, SIDE = 4, 8
 SIZE: dict[str, Any] = {"channels": 3, "frames": T, "size": SIDE, "depth": 1, "heads": 2}
@@ -35,7 +37,7 @@ def model(request: pytest.FixtureRequest) -> VDT | VideoDiT:
 def told() -> Cond:
     """Three clips, each told its first half."""
     clips = torch.rand(3, 3, T, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return conditioned(clips, "predict", [0, 1, 2])
+    return conditioned(clips, mask_kind("predict"), [0, 1, 2])
 
 
 def masked(value: float, sample: int | slice = slice(None), frame: int | slice = slice(None)) -> Cond:
@@ -64,11 +66,19 @@ REFUSED = [
     (
         masked(1, sample=1),
         ConfigError,
-        "sample 1 is all 1, which gives nothing, expected some 0; to make all",
+        "sample 1 is all 1, which gives nothing, expected some 0; to generate all",
     ),
-    (masked(0), ConfigError, "Cond.mask: sample 0 is all 0, which leaves nothing to be made"),
-    (masked(0, sample=2), ConfigError, "sample 2 is all 0, which leaves nothing to be made, expected some 1"),
-    (masked(0.5), ConfigError, "Cond.mask: 0.5 in sample 0, frame 0, expected 0 (given) or 1 (to be made)"),
+    (masked(0), ConfigError, "Cond.mask: sample 0 is all 0, which leaves nothing to be generated"),
+    (
+        masked(0, sample=2),
+        ConfigError,
+        "sample 2 is all 0, which leaves nothing to be generated, expected some 1",
+    ),
+    (
+        masked(0.5),
+        ConfigError,
+        "Cond.mask: 0.5 in sample 0, frame 0, expected 0 (given) or 1 (to be generated)",
+    ),
     (masked(2, sample=1, frame=3), ConfigError, "Cond.mask: 2 in sample 1, frame 3, expected 0"),
     (masked(torch.nan, sample=2, frame=1), ConfigError, "Cond.mask: nan in sample 2, frame 1, expected 0"),
     (
@@ -107,7 +117,9 @@ def test_a_mask_without_a_frame_of_its_shape_is_refused(model: VDT | VideoDiT) -
 
 def test_a_model_of_pictures_is_given_none() -> None:
     cond = Cond(context=torch.zeros(1, 3, 16, 16), mask=torch.ones(1, 1, 16, 16).tril())
-    with pytest.raises(ConfigError, match=r"samples \[3, 16, 16\], expected clips \[C, T, H, W\]"):
+    with pytest.raises(
+        ConfigError, match=r"samples \[3, 16, 16\], which a DiT does not complete; expected a model that does"
+    ):
         generate(tiny_model(), seeds=[0], steps=1, guidance=1.0, cond=cond)
 
 
@@ -119,7 +131,7 @@ def test_what_can_be_completed_is_whatever_its_type_and_what_is_hidden(
     assert cond.mask is not None and cond.context is not None
     hidden = torch.where(cond.mask, torch.nan, cond.context)
     draws: list[Tensor] = [
-        generate(model, seeds=[0, 1, 2], steps=2, guidance=1.0, cond=told).images
+        generate(model, seeds=[0, 1, 2], steps=2, guidance=1.0, cond=told).samples
         for told in (cond, Cond(context=hidden, mask=cond.mask.to(kind)))
     ]
     assert torch.equal(*draws) and torch.equal(draws[0][:, :, : T // 2], cond.context[:, :, : T // 2])
@@ -130,7 +142,7 @@ def test_training_sheets_ask_for_whole_clips_without_a_mask(
 ) -> None:
     asked: list[Cond] = []
 
-    def watched(*args: Any, cond: Cond, **options: Any) -> Generated:
+    def watched(*args: Any, cond: Cond, **options: Any) -> Samples:
         asked.append(cond)
         return generate(*args, cond=cond, **{**options, "steps": 1})
 

@@ -38,6 +38,8 @@ def test_without_a_tile_the_order_is_unchanged():
 @pytest.mark.parametrize(
     ("size", "patch", "shape"),
     [
+        ((32,), 2, (16, 1, 1)),
+        ((12,), (3,), (4, 1, 1)),
         ((32, 32), 2, (1, 16, 16)),
         ((6, 4), (3, 1), (1, 2, 4)),
         ((5, 8, 4), 4, (5, 2, 1)),
@@ -59,7 +61,8 @@ def test_the_grid_of_a_signal(size, patch, shape):
         (lambda: Grid.of((32, 32), 0), "height=32 does not divide into patches of 0"),
         (lambda: Grid.of((-4, 4), 2), "at least one token, got (1, -2, 2)"),
         (lambda: Grid.of((32, 32), (2,)), "patch (2,) should have one side for each axis of (32, 32)"),
-        (lambda: Grid.of((32,), 2), "size (32,) should be"),
+        (lambda: Grid.of((2, 2, 32, 32), 2), "size (2, 2, 32, 32) should be"),
+        (lambda: Grid.of((33,), 2), "frames=33 does not divide into patches of 2"),
         (lambda: patchify(torch.zeros(1, 3, 9, 8), 2), "9 x 8 does not divide into patches of 2"),
         (lambda: unpatchify(torch.zeros(1, 5, 12), Grid(1, 2, 2), 2), "5 tokens do not fill"),
         (lambda: unpatchify(torch.zeros(1, 4, 12), Grid(4), 2), "4 tokens do not fill one frame"),
@@ -82,7 +85,18 @@ def test_the_grid_of_a_signal(size, patch, shape):
             lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (2, 1, 2)),
             "width 9 does not divide into patches of 2 x 1",
         ),
-        (lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (2,)), "patch (2,) should be (height, width) or"),
+        (
+            lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (2,)),
+            "width 9 does not divide into patches of 2",
+        ),
+        (
+            lambda: unpatchify(torch.zeros(1, 4, 6), Grid(1, 2, 2), (2,)),
+            "4 tokens do not fill a grid of (1, 2, 2)",
+        ),
+        (
+            lambda: unpatchify(torch.zeros(1, 2, 9), Grid(2), (1, 1, 1, 1)),
+            "should be (frames,), (height, width)",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(make, expected):
@@ -152,3 +166,14 @@ def test_rows_of_tokens_take_their_positions_along():
     assert torch.equal(taken.x, torch.stack([x[:, 4], x[:, 1]], 1))
     assert torch.equal(taken.position, torch.stack([position[4], position[1]]))
     assert Tokens(x).rows("image", torch.tensor([0])).position is None
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3))
+def test_a_series_is_cut_and_joined_along_its_one_axis(tokens, patch, channels):
+    x = torch.randn(2, channels, tokens * patch)
+    grid = Grid.of((tokens * patch,), patch)
+    assert grid == Grid(tokens) and grid.sides((tokens * patch,)) == (patch,) and grid.counts(1) == (tokens,)
+    cut = patchify(x, patch)
+    assert torch.equal(cut, x.reshape(2, channels, tokens, patch).transpose(1, 2).flatten(2))
+    fastest = cut.reshape(2, tokens, channels, patch).transpose(2, 3).flatten(2)
+    assert torch.equal(unpatchify(fastest, grid, (patch,)), x)

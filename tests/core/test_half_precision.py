@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor, nn
-from vdt_support import SMALL, frames_given, ways
 
 from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid, patchify
@@ -20,6 +18,8 @@ from ditkit.models.vdt import VDT
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.nn.embeddings import sincos_axis, sincos_table
 from ditkit.nn.rotary import axial_angles, rotary_table
+from models_support import perturbed
+from vdt_support import SMALL, frames_given, ways
 
 Half = Callable[[nn.Module], AbstractContextManager[Any]]
 

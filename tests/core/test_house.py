@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "ditkit"
 HEAVY = ("diffusers", "transformers", "matplotlib", "peft", "torchmetrics")
-LONGEST = 400
+LONGEST = 600
 
 
 def run(*command: str) -> str:
@@ -36,6 +36,16 @@ def test_every_package_has_a_layer() -> None:
     layered = {name.strip() for layer in contract["layers"] for name in layer.split("|")}
     packages = {f"ditkit.{folder.parent.name}" for folder in SOURCE.glob("*/__init__.py")}
     assert layered == packages
+
+
+def test_no_task_knows_another() -> None:
+    tasks = SOURCE / "tasks"
+    names = {folder.parent.name for folder in tasks.glob("*/__init__.py")}
+    assert {"image", "video", "forecast"} <= names
+    for path in tasks.glob("*/task.py"):
+        others = names - {path.parent.name}
+        text = path.read_text(encoding="utf-8")
+        assert [name for name in others if f"ditkit.tasks.{name}" in text] == [], path
 
 
 def test_files_stay_short() -> None:

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from rig import TINY, tiny_dit
 
 from ditkit.compress import Kept
 from ditkit.core.cond import Cond
@@ -14,6 +13,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.inherit import Inherit, inherit
 from ditkit.models.dit import DiT
 from ditkit.models.vdt import VDT, VDTConfig
+from rig import TINY, tiny_dit
 
 
 def test_a_shallow_student_is_its_teacher_cut():

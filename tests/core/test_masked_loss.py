@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor
 
 from ditkit.core.cond import Cond
@@ -21,6 +20,7 @@ from ditkit.train.teacher import Held
 from ditkit.train.terms.distillation import PredictionDistillation
 from ditkit.train.terms.regression import AbsoluteError, Regression
 from ditkit.train.terms.variational_bound import VariationalBound
+from models_support import perturbed
 
 TERMS: tuple[Term, ...] = (Regression(), AbsoluteError(), PredictionDistillation(), VariationalBound())
 NAMES = [type(term).__name__ for term in TERMS]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from codecs_support import LATENT, equal, latent_model, one_line, small
 from safetensors.torch import load_file, save_file
 
+from codecs_support import LATENT, equal, latent_model, one_line, small
 from ditkit.codecs import ImageVae
 from ditkit.core.checkpoint import read_state
 from ditkit.core.codec import IDENTITY, Identity

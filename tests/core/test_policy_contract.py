@@ -8,9 +8,10 @@ from types import FunctionType, ModuleType
 
 import pytest
 import torch
-from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 from torch import Tensor, nn
 
+from ditkit.attention.pattern import Pattern
+from ditkit.attention.reshaped import Reshape
 from ditkit.core.catalog import every
 from ditkit.core.grid import Grid
 from ditkit.core.policy import RESOURCES, Policy
@@ -18,11 +19,13 @@ from ditkit.core.run import DIRECT, Call
 from ditkit.core.trajectory import DEPTH, Trajectory
 from ditkit.models.dit import DiT
 from ditkit.nn.modulation import Parts
+from rig import STEPS, call_at, evaluate, noise, sample, tiny_dit
 
 LANES = ("cond", "uncond")
-STATELESS = {"Band", "Grouped", "Neighbourhood"}
+GRID = Grid(1, 4, 4)
+"""Tokens of `tiny_dit`, where the default of a pattern would be switched off."""
 pytestmark = pytest.mark.parametrize(
-    "policy", [cls.small(Grid(1, 4, 4)) for cls in every(Policy)], ids=lambda p: type(p).__name__
+    "policy", [cls.small(GRID) for cls in every(Policy)], ids=lambda p: type(p).__name__
 )
 
 
@@ -41,7 +44,7 @@ def test_the_neutral_setting_changes_no_bit(model, policy):
     assert equal(sample(model, [exact], LANES), sample(model, (), LANES))
 
 
-def test_the_default_changes_something(model, policy):
+def test_a_small_setting_changes_something(model, policy):
     assert not equal(sample(model, [policy], LANES), sample(model, (), LANES))
 
 
@@ -134,7 +137,7 @@ def test_memory_kept_is_the_memory_stated(model, policy):
 
     most: list[int] = []
     sample(model, [policy], LANES, evaluate=compared)
-    assert (max(most) == 0) == (type(policy).__name__ in STATELESS)
+    assert (max(most) == 0) == (isinstance(policy, Pattern) and not isinstance(policy, Reshape))
 
 
 @pytest.mark.parametrize("block", ["with the policy", "direct"])

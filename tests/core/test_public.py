@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import CLASSES, save_tiny, tiny_model
 
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
@@ -19,6 +18,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, ConflictError
 from ditkit.core.labels import class_index, class_names, resolve_labels
 from ditkit.models.dit import DiT
 from ditkit.sample import ClassifierFree, Heun
+from models_support import CLASSES, save_tiny, tiny_model
 
 HEAVY = ("diffusers", "transformers", "matplotlib", "torchmetrics", "accelerate", "PIL", "tyro", "rich")
 
@@ -37,13 +37,16 @@ def test_generate_needs_no_picture_library() -> None:
 
 def test_every_listed_name_exists_and_no_other() -> None:
     assert sorted(dir(ditkit)) == [
+        "Sampling",
         "__version__",
         "accelerate",
         "compare",
         "errors",
+        "evaluate",
         "generate",
         "load",
         "restore",
+        "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))
     assert ditkit.__version__ == importlib.metadata.version("ditkit")
@@ -121,41 +124,45 @@ def test_what_cannot_be_a_hub_id_is_never_looked_up(name: str, monkeypatch: pyte
 def test_generate_gives_a_picture_a_seed() -> None:
     model = tiny_model()
     drawn = ditkit.generate(model, label="animal-mammal", seeds=[3, 5, 4], steps=4)
-    assert drawn.images.shape == (3, 3, 16, 16) and drawn.images.dtype == torch.float32
+    assert drawn.samples.shape == (3, 3, 16, 16) and drawn.samples.dtype == torch.float32
     assert drawn.labels == ("animal-mammal",) * 3 and drawn.seeds == (3, 5, 4)
     assert drawn.receipts == () and drawn.policy_bytes == 0 and drawn.evaluations == 4
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
     model = tiny_model()
-    together = ditkit.generate(model, "flag / other", range(5), steps=4, batch_size=5)
-    apart = ditkit.generate(model, "flag / other", range(5), steps=4, batch_size=2)
-    torch.testing.assert_close(together.images, apart.images, rtol=0, atol=1e-5)
+    together = ditkit.generate(model, "flag / other", seeds=range(5), steps=4, batch_size=5)
+    apart = ditkit.generate(model, "flag / other", seeds=range(5), steps=4, batch_size=2)
+    torch.testing.assert_close(together.samples, apart.samples, rtol=0, atol=1e-5)
 
 
 def test_labels_and_scale_reach_the_model() -> None:
     model = tiny_model()
-    bird, fruit = (ditkit.generate(model, label, [0], steps=2).images for label in ("animal-bird", 3))
+    bird, fruit = (ditkit.generate(model, label, seeds=[0], steps=2).samples for label in ("animal-bird", 3))
     assert not torch.equal(bird, fruit)
-    mixed = ditkit.generate(model, ["food-fruit", "animal-bird"], [1, 0], steps=2, batch_size=1)
-    assert torch.equal(mixed.images[1:], bird)
-    scaled = ditkit.generate(model, 0, [0], steps=2, guidance=5.0).images
+    mixed = ditkit.generate(model, ["food-fruit", "animal-bird"], seeds=[1, 0], steps=2, batch_size=1)
+    assert torch.equal(mixed.samples[1:], bird)
+    scaled = ditkit.generate(model, 0, seeds=[0], steps=2, guidance=5.0).samples
     assert not torch.equal(scaled, bird)
-    assert torch.equal(scaled, ditkit.generate(model, 0, [0], steps=2, guidance=ClassifierFree(5.0)).images)
+    assert torch.equal(
+        scaled, ditkit.generate(model, 0, seeds=[0], steps=2, guidance=ClassifierFree(5.0)).samples
+    )
 
 
 def test_policies_and_solvers_are_used_and_leave_a_receipt() -> None:
     model = tiny_model()
-    fast = ditkit.generate(model, 0, range(3), steps=8, policies=[TaylorSeer(interval=3)], batch_size=2)
+    fast = ditkit.generate(model, 0, seeds=range(3), steps=8, policies=[TaylorSeer(interval=3)], batch_size=2)
     (receipt,) = fast.receipts
-    assert receipt["lanes"]["cond"] == {"computed": "0-1 4 7", "forecast": "2-3 5-6"}
+    assert receipt.as_dict()["lanes"]["cond"] == {"computed": "0-1 4 7", "forecast": "2-3 5-6"}
     assert fast.policy_bytes > 0
-    assert ditkit.generate(model, 0, [0], steps=4, solver=Heun()).evaluations == 7
+    assert ditkit.generate(model, 0, seeds=[0], steps=4, solver=Heun()).evaluations == 7
 
 
 def test_progress_counts_all_batches() -> None:
     seen: list[tuple[int, int]] = []
-    ditkit.generate(tiny_model(), 0, range(3), steps=2, batch_size=2, progress=lambda *at: seen.append(at))
+    ditkit.generate(
+        tiny_model(), 0, seeds=range(3), steps=2, batch_size=2, progress=lambda *at: seen.append(at)
+    )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -179,7 +186,7 @@ def test_progress_counts_all_batches() -> None:
         ({"guidance": "2"}, "guidance='2' should be a finite number"),
         ({"guidance": float("nan")}, "guidance=nan should be a finite number"),
         ({"solver": "huen"}, "did you mean 'heun'"),
-        ({"solver": 3}, "solver=3 should be a Solver"),
+        ({"solver": 3}, "solver: got 3, expected a Solver"),
         ({"policies": ["taylorser"]}, "did you mean 'taylorseer'"),
         ({"policies": [3]}, "got 3, expected a Policy"),
         ({"policies": None}, "got None, expected a Policy"),
@@ -205,7 +212,7 @@ def test_a_path_is_no_model() -> None:
 def test_components_are_taken_as_objects_or_texts() -> None:
     policy, model = TaylorSeer(interval=3), tiny_model()
     drawn = [
-        ditkit.generate(model, 0, [0], steps=4, solver=solver, policies=policies).images
+        ditkit.generate(model, 0, seeds=[0], steps=4, solver=solver, policies=policies).samples
         for solver, policies in (
             (Heun(), [policy]),
             ("heun", policy),
@@ -214,12 +221,12 @@ def test_components_are_taken_as_objects_or_texts() -> None:
         )
     ]
     assert all(torch.equal(images, drawn[0]) for images in drawn)
-    assert not torch.equal(ditkit.generate(model, 0, [0], steps=4, solver="heun").images, drawn[0])
+    assert not torch.equal(ditkit.generate(model, 0, seeds=[0], steps=4, solver="heun").samples, drawn[0])
 
 
 def test_two_owners_are_refused() -> None:
     with pytest.raises(ConflictError, match="both own"):
-        ditkit.generate(tiny_model(), 0, [0], steps=9, policies=[TaylorSeer(), TaylorSeer(interval=2)])
+        ditkit.generate(tiny_model(), 0, seeds=[0], steps=9, policies=[TaylorSeer(), TaylorSeer(interval=2)])
 
 
 def test_labels_spread_over_the_classes() -> None:

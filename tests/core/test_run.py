@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rig import STEPS, TINY, call_at, evaluate, noise, sample, tiny_dit
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.catalog import every
@@ -18,6 +17,7 @@ from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.receipt import spans
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
 from ditkit.core.trajectory import Trajectory
+from rig import STEPS, TINY, call_at, evaluate, noise, sample, tiny_dit
 
 SITES = (Site("a", "branch"), Site("b", "branch"), Site("b.core", "core"))
 

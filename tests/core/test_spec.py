@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from ditkit.caching.taylorseer import Axis, Basis, TaylorSeer
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
-from ditkit.core.spec import component, spec
-from ditkit.sample import ClassifierFree, EulerMaruyama, Guidance, Heun, Solver
+from ditkit.core.spec import component, read_value, spec
+from ditkit.models import DiT, DiTConfig
+from ditkit.sample import Autoguidance, ClassifierFree, EulerMaruyama, Guidance, Heun, Solver
 
 
 def policy(text: str) -> Policy:
@@ -100,9 +102,36 @@ def test_a_field_without_default_must_be_given() -> None:
 
 
 def test_a_field_that_is_not_plain_is_refused_both_ways() -> None:
-    assert "cannot be given as text" in refused("classifierfree:scale=2,interval=0.1", Guidance)
-    with pytest.raises(ConfigError, match="interval"):
-        spec(ClassifierFree(2.0, interval=(0.1, 0.9)))
+    assert "cannot be given as text" in refused("autoguidance:scale=2,guide=dit", Guidance)
+    with pytest.raises(ConfigError, match="guide"):
+        spec(Autoguidance(2.0, DiT(DiTConfig.tiny())))
+
+
+def test_a_tuple_of_fixed_length_is_read_whole() -> None:
+    assert spec(ClassifierFree(2.0, interval=(0.1, 0.9))) == "classifierfree:scale=2.0,interval=0.1+0.9"
+    read = component(Guidance, "classifierfree:scale=2,interval=0.1+0.9")  # type: ignore[type-abstract]
+    assert read == ClassifierFree(2.0, interval=(0.1, 0.9))
+    assert "interval='0.1', expected 2 values" in refused("classifierfree:scale=2,interval=0.1", Guidance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (tuple[float, ...], "1e+3+2", (1000.0, 2.0)),
+        (Sequence[str] | None, "none", None),
+        (Sequence[str] | None, "load", ("load",)),
+        (str | Sequence[str], "sort", "sort"),
+        (str | Sequence[str], "sort,first", ("sort", "first")),
+        (str | Sequence[str], "sort+first", ("sort", "first")),
+        (str | Sequence[str], "a+b,", ("a+b",)),
+        (int | tuple[int, int], "3", 3),
+        (int | tuple[int, int], "3,4", (3, 4)),
+        (tuple[int, ...], "", ()),
+    ],
+)
+def test_members_stand_between_pluses_or_commas(kind: Any, text: str, value: object) -> None:
+    assert read_value(kind, text, text, commas=True) == value
+    assert type(value) is type(read_value(kind, text, text, commas=True))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rig import call_at
 from torch import Tensor
-from two_stages import TwoStages, two_stages
 
 from ditkit.attention import Grouped
 from ditkit.caching import TaylorSeer
@@ -17,6 +15,8 @@ from ditkit.core.grid import Grid, image_of, sequence
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Run, attended, moving
 from ditkit.core.trajectory import Trajectory
+from rig import call_at
+from two_stages import TwoStages, two_stages
 
 TOTAL = 9
 REFUSED = {"RAS", "ConfidentTaylor"}

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rig import TINY, noise, tiny_dit
 from torch import Tensor, nn
-from toy_transforms import TOYS, ToyAffine, ToyInt8, ToyLowRank
 
 from ditkit.adapt.lora import LoRA, Merged, load_adapter, merged, save_adapter
 from ditkit.attention import Neighbourhood
@@ -23,6 +21,8 @@ from ditkit.core.model import Model
 from ditkit.core.transform import Transform
 from ditkit.models.dit import DiT
 from ditkit.train.ema import Average, Constant
+from rig import TINY, noise, tiny_dit
+from toy_transforms import TOYS, ToyAffine, ToyInt8, ToyLowRank
 
 POLICY = Neighbourhood(radius=2, pooled=2, block=8, kernel="cpu")
 KINDS = [kind for kind in every(Transform) if kind.__module__.startswith("ditkit")]

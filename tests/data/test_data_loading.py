@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from cli_support import save_photos
 
+from cli_support import save_photos
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data import folder, video_folder
 from ditkit.data.loading import (

@@ -16,6 +16,11 @@ from diffusers import FluxTransformer2DModel
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, apply_group_offloading
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers import transformer_flux
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import ConfigError, ConflictError
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import flux
 from flux_support import (
     SINGLE,
     B,
@@ -34,11 +39,6 @@ from flux_support import (
     with_lora,
 )
 from policies_support import Tap
-
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.errors import ConfigError, ConflictError
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import flux
 
 
 @pytest.fixture

@@ -6,6 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.grid import Grid, Segment
+from ditkit.core.run import Run
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import flux
 from flux_support import (
     COLUMNS,
     DOUBLE,
@@ -28,13 +35,6 @@ from flux_support import (
     with_lora,
 )
 from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, Tap
-from torch import Tensor
-
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.grid import Grid, Segment
-from ditkit.core.run import Run
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import flux
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import flux_support as fluxes
-import hosts_support as hosts
-import lumina_wan_support as others
 import pytest
 import torch
 from torch import Tensor
 
 import ditkit
+import flux_support as fluxes
+import hosts_support as hosts
+import lumina_wan_support as others
 from ditkit.adapt.lora import LoRA, Merged
 from ditkit.compress import Kept
 from ditkit.core.errors import CheckpointError, ConfigError

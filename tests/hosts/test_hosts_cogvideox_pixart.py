@@ -16,6 +16,12 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0, CogVideoXAttnProcessor2_0
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ditkit.core.errors import ConfigError, ConflictError
+from ditkit.core.run import Run, named
+from ditkit.hosts.view import restore, running, view
 from hosts_support import (
     DEPTH,
     LATER,
@@ -35,12 +41,6 @@ from hosts_support import (
     tapped,
 )
 from lumina_wan_support import with_lora
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
-from ditkit.core.errors import ConfigError, ConflictError
-from ditkit.core.run import Run, named
-from ditkit.hosts.view import restore, running, view
 
 later = pytest.mark.parametrize("family", LATER.values(), ids=LATER)
 EACH = ("cogvideox 1.5", "pixart")

@@ -10,9 +10,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from family_pipelines_support import FIRST, Make, draw, ready
-from hosts_support import ROTARY, SIZED
-from pipelines_support import Options, cogvideox, computed, lanes, pixart, text
 from torch import Tensor
 
 import ditkit
@@ -21,6 +18,9 @@ from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.policy import Policy
 from ditkit.pipelines.accelerate import DEFAULT
+from family_pipelines_support import FIRST, Make, draw, ready
+from hosts_support import ROTARY, SIZED
+from pipelines_support import Options, cogvideox, computed, lanes, pixart, text
 
 DPM = diffusers.CogVideoXDPMScheduler
 VIDEO = torch.rand(1, 9, 3, 32, 48, generator=torch.Generator().manual_seed(2))

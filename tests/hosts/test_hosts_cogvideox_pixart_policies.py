@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hosts_support import DEPTH, LATER, B, Family, S, call, in_type, run_steps
-from policies_support import Gate, Gated
 from torch import Tensor
 
 from ditkit.caching import RAS, ConfidentTaylor
@@ -19,6 +17,8 @@ from ditkit.core.run import Call, Run, named
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.family import family as family_of
 from ditkit.hosts.view import view
+from hosts_support import DEPTH, LATER, B, Family, S, call, in_type, run_steps
+from policies_support import Gate, Gated
 
 later = pytest.mark.parametrize("family", LATER.values(), ids=LATER)
 EACH = ("cogvideox 1.5", "pixart")

@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.grid import Grid, Segment
+from ditkit.core.run import Call, Run, named
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import lumina2, lumina_next, wan
+from ditkit.hosts.family import family
+from ditkit.hosts.view import view
 from lumina_wan_support import (
     CASES,
     CLIP_ROWS,
@@ -19,15 +28,6 @@ from lumina_wan_support import (
     run_steps,
 )
 from policies_support import Gate, Gated, RowSelector, SelectedRows
-from torch import Tensor
-
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.grid import Grid, Segment
-from ditkit.core.run import Call, Run, named
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import lumina2, lumina_next, wan
-from ditkit.hosts.family import family
-from ditkit.hosts.view import view
 
 
 def test_sites_and_layout() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_pipelines_support import ONE_EACH, draw, ready, sd3
-from pipelines_support import computed
 from torch import Tensor
 
 import ditkit
+from family_pipelines_support import ONE_EACH, draw, ready, sd3
+from pipelines_support import computed
 
 
 @pytest.mark.parametrize("family", ONE_EACH)

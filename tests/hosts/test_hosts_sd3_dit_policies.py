@@ -7,6 +7,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from torch import Tensor
+
+import ditkit
+from ditkit.attention import Grouped
+from ditkit.caching import RAS
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import ConflictError
+from ditkit.core.grid import Grid, Segment
+from ditkit.core.policy import Policy
+from ditkit.core.run import Call, Run, named
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import dit, sd3
+from ditkit.hosts.view import view
 from family_pipelines_support import draw, ready
 from family_pipelines_support import sd3 as sd3_pipeline
 from hosts_support import (
@@ -29,19 +42,6 @@ from hosts_support import (
     with_ip_adapter,
 )
 from policies_support import Gate, Gated, RowSelector, SelectedRows
-from torch import Tensor
-
-import ditkit
-from ditkit.attention import Grouped
-from ditkit.caching import RAS
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.errors import ConflictError
-from ditkit.core.grid import Grid, Segment
-from ditkit.core.policy import Policy
-from ditkit.core.run import Call, Run, named
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import dit, sd3
-from ditkit.hosts.view import view
 
 
 def test_sites_and_layout() -> None:

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models_support import perturbed
 
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import Run
 from ditkit.models.convlstm import Cell, ConvLSTM, ConvLSTMConfig
 from ditkit.sample.forecast import forecast
+from models_support import perturbed
 
 TINY = ConvLSTMConfig(
     channels=2, frames=4, size=(8, 12), patch=2, states=(6, 5), input_kernel=3, state_kernel=3

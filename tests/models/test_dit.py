@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
 from safetensors.torch import save_file
 
 from ditkit.bench.macs import count_macs
@@ -18,6 +17,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
 from ditkit.models.dit import SIZES, DiT, DiTConfig
+from models_support import perturbed
 
 SMALL = DiTConfig(size=8, patch=2, channels=4, width=32, depth=3, heads=4, classes=5)
 TOLD = Cond(label=torch.tensor([0]))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -20,6 +19,7 @@ from ditkit.core.run import DIRECT, Run
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast
+from models_support import perturbed
 
 TINY = PredFormerConfig(
     channels=2, frames=4, size=(8, 12), patch=4, width=32, heads=4, hidden=48, layout="TS*2"
@@ -105,7 +105,7 @@ def test_presets_have_the_blocks_and_the_skips_of_the_paper(data):
     [
         ({"size": 9}, "size=9x9"),
         ({"size": (8, 10)}, "size=8x10"),
-        ({"size": 0}, "size=0x0"),
+        ({"size": 0}, "size=(0, 0) should be at least 1"),
         ({"width": 30}, "width=30"),
         ({"heads": 0}, "heads=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),

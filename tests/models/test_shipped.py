@@ -30,7 +30,7 @@ def model() -> Model:
 
 @functools.cache
 def drawn(*policies: Policy, steps: int = STEPS) -> Tensor:
-    return ditkit.generate(model(), LABELS, range(4), steps=steps, policies=policies).images
+    return ditkit.generate(model(), LABELS, seeds=range(4), steps=steps, policies=policies).samples
 
 
 def error(x: Tensor) -> float:
@@ -94,7 +94,7 @@ CLIPS = ("digits", "vizdoom")
 @functools.cache
 def clips(name: str, *policies: Policy) -> Tensor:
     model = ditkit.load(name)
-    return ditkit.generate(model, seeds=range(2), steps=STEPS, guidance=1.0, policies=policies).images
+    return ditkit.generate(model, seeds=range(2), steps=STEPS, guidance=1.0, policies=policies).samples
 
 
 def moved(made: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_given_frames_come_out_as_they_went_in(name: str) -> None:
     mask = torch.ones_like(seen[:, :1])
     mask[:, :, :8] = 0
     cond = Cond(context=seen, mask=mask)
-    made = ditkit.generate(ditkit.load(name), seeds=[7], steps=20, guidance=1.0, cond=cond).images
+    made = ditkit.generate(ditkit.load(name), seeds=[7], steps=20, guidance=1.0, cond=cond).samples
     assert torch.equal(made[:, :, :8], seen[:, :, :8])
     step = seen.diff(dim=2).square().mean()
     assert (made[:, :, 8] - seen[:, :, 7]).square().mean() < 3 * step
@@ -157,7 +157,9 @@ def fashion() -> SmallFlux:
 def garments(*policies: Policy, steps: int = 28) -> Tensor:
     """A sample of each class."""
     labels = list(fashion().config.class_names)
-    return ditkit.generate(fashion(), labels, range(10), steps=steps, guidance=1.0, policies=policies).images
+    return ditkit.generate(
+        fashion(), labels, seeds=range(10), steps=steps, guidance=1.0, policies=policies
+    ).samples
 
 
 def test_its_pictures_are_garments_on_black() -> None:

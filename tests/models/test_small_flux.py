@@ -81,7 +81,7 @@ def test_our_sampler_and_the_pipeline_draw_the_same(model: SmallFlux, guidance: 
         return_dict=False,
         **told,
     )
-    torch.testing.assert_close(theirs, (drawn.images / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs, (drawn.samples / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
 
 def test_the_pipeline_is_a_copy_without_sites(model: SmallFlux) -> None:

@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
 from torch import Tensor
-from vdt_support import SMALL, awake, batch, frames_given
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, SIT, Convention
@@ -24,6 +22,8 @@ from ditkit.nn.axes import Clip
 from ditkit.nn.embeddings import sincos_axis, sincos_table
 from ditkit.nn.modulation import Parts
 from ditkit.nn.temporal import Scene, SpaceTimeBlock, TemporalAttention
+from models_support import perturbed
+from vdt_support import SMALL, awake, batch, frames_given
 
 
 @pytest.mark.parametrize(("name", "count"), [("S/2", 41_361_056), ("L/2", 859_704_224)])

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vdt_support import SMALL, awake, batch, frames_given, ways
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.cond import Cond
@@ -16,9 +15,10 @@ from ditkit.core.grid import Grid, patchify
 from ditkit.core.model import parameter_count
 from ditkit.core.run import Run
 from ditkit.models.vdt import VDT
+from ditkit.sample import sample
 from ditkit.sample.guidance import ClassifierFree
-from ditkit.sample.loop import sample
 from ditkit.sample.solvers import Ddim, Euler
+from vdt_support import SMALL, awake, batch, frames_given, ways
 
 
 @ways

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import perturbed
-from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, by_row
-from rig import call_at
 from torch import Tensor
 
 from ditkit.bench.macs import count_macs
@@ -30,6 +27,9 @@ from ditkit.nn.modulation import Parts, modulate
 from ditkit.nn.rotary import axial_angles, rotary_table
 from ditkit.sample import ClassifierFree
 from ditkit.sample import sample as draw
+from models_support import perturbed
+from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, by_row
+from rig import call_at
 
 B, S = 2, 5
 PLAIN = VideoDiTConfig(frames=4, size=(8, 12), patch=(2, 2, 2), channels=2, width=32, depth=3, heads=4)

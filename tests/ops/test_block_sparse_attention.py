@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from block_sparse_support import K, gradients, of_pairs, qkv, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from block_sparse_support import K, gradients, of_pairs, qkv, random_pairs
 from ditkit.attention.grouped import group_order
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError
 from ditkit.core.grid import Grid

@@ -16,6 +16,15 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
+from torch import Tensor
+
+import ditkit
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import ConfigError
+from ditkit.core.run import Call
+from ditkit.core.trajectory import Trajectory
+from ditkit.hosts import flux
+from ditkit.pipelines.accelerate import DEFAULT
 from flux_support import transformer
 from pipelines_support import (
     IMAGE_TO_IMAGE,
@@ -29,15 +38,6 @@ from pipelines_support import (
     pipeline,
     prompt,
 )
-from torch import Tensor
-
-import ditkit
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.errors import ConfigError
-from ditkit.core.run import Call
-from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import flux
-from ditkit.pipelines.accelerate import DEFAULT
 
 NEGATIVE = {**prompt(seed=9, prefix="negative_"), "true_cfg_scale": 2.0}
 

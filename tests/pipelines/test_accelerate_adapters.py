@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from flux_support import LORA, transformer
 from peft import LoraConfig
-from pipelines_support import POLICY, asked, computed, latents, pipeline, prompt
 
 import ditkit
 from ditkit.pipelines.adapters import Adapters
+from flux_support import LORA, transformer
+from pipelines_support import POLICY, asked, computed, latents, pipeline, prompt
 
 UNBROKEN, ANEW = {"cond": "0-1 4 7"}, {"cond": "2-3 6"}
 Change = Callable[[Any], object]

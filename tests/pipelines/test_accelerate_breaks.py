@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from flux_support import at, call, call_inputs, transformer
-from pipelines_support import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 from torch import Tensor
 
 import ditkit
@@ -25,6 +23,8 @@ from ditkit.hosts import flux
 from ditkit.hosts.view import view
 from ditkit.pipelines.call import PipelineCall
 from ditkit.pipelines.replay import CallSnapshot
+from flux_support import at, call, call_inputs, transformer
+from pipelines_support import POLICY, STEPS, asked, computed, latents, pipeline, pixart
 
 Callback = Callable[..., dict[str, Any]]
 
@@ -219,16 +219,16 @@ def test_the_reported_errors_are_those_computed_by_hand(policy: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "fields", "message"),
     [
-        (RAS, {"ratio": "0.5"}, "RAS: ratio='0.5', expected above 0 and at most 1"),
-        (RAS, {"ratio": None}, "RAS: ratio=None, expected above 0"),
-        (RAS, {"high_ratio": True}, "RAS: high_ratio=True, expected 0 to 1"),
-        (RAS, {"starvation": math.inf}, "RAS: starvation=inf, expected 0 or more"),
-        (RAS, {"slope": 1.5}, "RAS: slope=1.5, expected an integer"),
-        (RAS, {"slope": "1"}, "RAS: slope='1', expected an integer"),
-        (RAS, {"resets": 12}, "RAS: resets=12, expected a tuple of integers"),
-        (RAS, {"resets": [12, 22]}, r"RAS: resets=\[12, 22\], expected a tuple of integers"),
-        (ConfidentTaylor, {"schedule": 5}, "ConfidentTaylor: schedule=5, expected a tuple of indices"),
-        (ConfidentTaylor, {"schedule": [0, 3]}, r"schedule=\[0, 3\], expected a tuple of indices"),
+        (RAS, {"ratio": "0.5"}, "RAS: ratio='0.5' should be a number in .0, 1]"),
+        (RAS, {"ratio": None}, "RAS: ratio=None should be a number in .0, 1]"),
+        (RAS, {"high_ratio": True}, "RAS: high_ratio=True should be a number in .0, 1]"),
+        (RAS, {"starvation": math.inf}, "RAS: starvation=inf should be at least 0 and finite"),
+        (RAS, {"slope": 1.5}, "RAS: slope=1.5 should be an integer"),
+        (RAS, {"slope": "1"}, "RAS: slope='1' should be an integer"),
+        (RAS, {"resets": 12}, "RAS: resets=12 should be a tuple of integers"),
+        (RAS, {"resets": [12, 22]}, r"RAS: resets=\[12, 22\] should be a tuple of integers"),
+        (ConfidentTaylor, {"schedule": 5}, "ConfidentTaylor: schedule=5 should be a tuple of integers"),
+        (ConfidentTaylor, {"schedule": [0, 3]}, r"schedule=\[0, 3\] should be a tuple of integers"),
     ],
     ids=str,
 )

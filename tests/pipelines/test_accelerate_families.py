@@ -7,6 +7,11 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+
+import ditkit
+from ditkit.caching import RAS
+from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.policy import Policy
 from family_pipelines_support import (
     CLIP,
     FIRST,
@@ -31,11 +36,6 @@ from family_pipelines_support import (
     wan_vae,
 )
 from pipelines_support import SIDE, computed, picture
-
-import ditkit
-from ditkit.caching import RAS
-from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.core.policy import Policy
 
 STEPS, HEUN = {"call0": "0-2 4 7"}, {"call0": "0-2 4 7 10 13"}
 LANES, HEUN_LANES = (dict.fromkeys(("cond", "uncond"), places) for places in ("0-2 4 7", "0-2 4 7 10 13"))

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from family_pipelines_support import ONE_EACH, draw, ready
-from flux_support import DOUBLE, SINGLE, D, S, transformer
-from pipelines_support import POLICY, SIDE, STEPS, asked, latents, pipeline
 from torch import nn
 
 import ditkit
@@ -20,6 +17,9 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.streams import Streams
 from ditkit.hosts.view import view
+from family_pipelines_support import ONE_EACH, draw, ready
+from flux_support import DOUBLE, SINGLE, D, S, transformer
+from pipelines_support import POLICY, SIDE, STEPS, asked, latents, pipeline
 
 PARABOLA = TaylorSeer(interval=3, order=2)
 ROWS = (SIDE // 4) ** 2

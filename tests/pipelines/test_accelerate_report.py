@@ -20,14 +20,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import FirstBlockCacheConfig
-from flux_support import transformer
-from pipelines_support import IMAGE_TO_IMAGE, POLICY, STEPS, asked, computed, latents, pipeline
-from policies_support import Tap
 
 import ditkit
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.pipelines.accelerate import Accelerated
+from flux_support import transformer
+from pipelines_support import IMAGE_TO_IMAGE, POLICY, STEPS, asked, computed, latents, pipeline
+from policies_support import Tap
 
 
 def test_restore_gives_the_pipeline_back() -> None:

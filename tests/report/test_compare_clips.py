@@ -10,29 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import perturbed, save_tiny
 from rich.console import Console
 from torch import Tensor
 
 from ditkit.api.compare import compare
 from ditkit.bench.rows import headline
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.cli import compare as compare_command
 from ditkit.cli.main import main
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.data.sets import moving_digits
-from ditkit.metrics.error import errors, pooled_psnr_db
+from ditkit.metrics.error import clip_errors, picture_errors, pooled_psnr_db
 from ditkit.metrics.image import ssim
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.report.html import page
 from ditkit.report.report import Report
 from ditkit.report.strips import BETWEEN_PX, GIVEN_RGB, side_by_side
-from ditkit.sample.loop import sample
+from ditkit.sample import sample
+from ditkit.tasks.image import ImageTask
+from ditkit.tasks.video import VideoTask
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import conditioned
+from models_support import perturbed, save_tiny
 
 STEPS, CONVERGED, SEEDS, FRAMES, SIZE = 8, 20, (0, 1, 2), 4, 16
 POLICIES = (TaylorSeer(interval=1), TaylorSeer(interval=4, order=0))
@@ -57,12 +59,12 @@ def tiny_video_dit() -> VideoDiT:
 
 def told(kind: str = "predict", frames: int = FRAMES) -> Cond:
     clips = torch.rand(len(SEEDS), 1, frames, SIZE, SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return conditioned(clips, kind, SEEDS)
+    return conditioned(clips, mask_kind(kind), SEEDS)
 
 
 def compared(model: Denoiser, policies=POLICIES, **settings) -> Report:
     quick = {"steps": STEPS, "converged_steps": CONVERGED, "rounds": 1, "memory": False, "guidance": 1}
-    return compare(model, policies, SEEDS, **(quick | settings))
+    return compare(model, policies=policies, seeds=SEEDS, **(quick | settings))
 
 
 @pytest.fixture(scope="module", params=[tiny_vdt, tiny_video_dit], ids=["VDT", "VideoDiT"])
@@ -91,9 +93,9 @@ def test_errors_are_of_what_was_made_and_of_nothing_else():
     mask[:, :, 1] = False  # given to all
     mask[0, :, 2] = False  # given to one
     x = torch.where(mask, ref + 0.1 * torch.randn_like(ref), ref)
-    found = errors(x, ref, mask)
+    found = clip_errors(x, ref, mask)
     assert found["psnr_db"] == pytest.approx(of_values(x, ref, mask), abs=1e-4)
-    assert found["psnr_db"] < errors(x, ref, None)["psnr_db"]
+    assert found["psnr_db"] < clip_errors(x, ref, None)["psnr_db"]
     worst = min(of_values(x[i], ref[i], mask[i]) for i in range(3))
     assert found["psnr_worst_db"] == pytest.approx(worst, abs=1e-4)
     made = mask.expand_as(x)
@@ -114,25 +116,25 @@ def test_ssim_is_the_mean_over_frames_of_each_frame():
     ref = torch.rand(2, 3, 4, 8, 8) * 2 - 1
     x = ref + 0.1 * torch.randn_like(ref)
     each = [ssim(x[:, :, t], ref[:, :, t]) for t in range(4)]
-    assert errors(x, ref, None)["ssim"] == pytest.approx(float(torch.stack(each).mean()), abs=1e-9)
+    assert clip_errors(x, ref, None)["ssim"] == pytest.approx(float(torch.stack(each).mean()), abs=1e-9)
     mask = torch.ones(2, 1, 4, 8, 8, dtype=torch.bool)
     mask[:, :, :2] = False
-    assert errors(x, ref, mask)["ssim"] == pytest.approx(float(torch.stack(each[2:]).mean()), abs=1e-9)
+    assert clip_errors(x, ref, mask)["ssim"] == pytest.approx(float(torch.stack(each[2:]).mean()), abs=1e-9)
 
 
 def test_a_constant_shift_is_no_error_of_motion_and_flicker_is():
     ref = torch.rand(2, 1, 4, 8, 8).double()
-    assert errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None
+    assert clip_errors(ref + 0.25, ref, None)["clip"].temporal_psnr_db is None
     sign = torch.tensor([1, -1, 1, -1]).view(1, 1, 4, 1, 1)
-    found = errors(ref + 0.1 * sign, ref, None)
+    found = clip_errors(ref + 0.1 * sign, ref, None)
     assert found["psnr_db"] == pytest.approx(10 * math.log10(4 / 0.01))
     assert found["clip"].temporal_psnr_db == pytest.approx(10 * math.log10(4 / 0.04))
 
 
 def test_pictures_and_identical_clips_have_no_errors_of_clips():
     picture, clip = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 2, 8, 8)
-    assert errors(picture, 0.9 * picture, None)["clip"] is None
-    found = errors(clip, clip, None)
+    assert picture_errors(picture, 0.9 * picture, None)["clip"] is None
+    found = clip_errors(clip, clip, None)
     assert (found["identical"], found["psnr_db"], found["psnr_worst_db"], found["relative_l2"]) == (
         True, None, None, 0,
     )  # fmt: skip
@@ -159,7 +161,7 @@ def test_every_row_has_all_keys_and_neutral_is_identical(report):
         assert all(map(math.isfinite, row.clip.psnr_by_frame_db[FRAMES // 2 :]))
         assert row.ssim < 1
     assert set(saved["definitions"]) >= OF_CLIPS
-    assert saved["settings"]["made"] == 0.5
+    assert saved["settings"]["generated"] == 0.5
 
 
 def test_rows_say_what_separate_runs_say(model, report):
@@ -187,7 +189,7 @@ def test_rows_say_what_separate_runs_say(model, report):
 
 def test_unconditional_clips_need_no_cond_and_any_length_is_compared(model):
     report = compared(model, shape=(1, 6, SIZE, SIZE), control=False)
-    assert "made" not in report.settings
+    assert "generated" not in report.settings
     assert report.pictures["exact"].shape == (len(SEEDS), 6, 1, SIZE, SIZE)
     assert None not in report.rows[2].clip.psnr_by_frame_db
 
@@ -252,15 +254,17 @@ def test_the_table_reads_at_80_columns(report):
     heads, row = next(line for line in lines if "motion" in line), report.rows[2]
     assert f"{row.temporal_psnr_db:.1f}" in " ".join(lines)
     assert "…" not in heads
-    assert "to its clips" in headline(report.rows) or "identical clips" in headline(report.rows)
+    assert "to its clips" in headline(report.rows, "clip") or "identical clips" in headline(
+        report.rows, "clip"
+    )
 
 
 def test_pages_of_pictures_have_no_word_of_clips(report):
     rows = [replace(row, clip=None) for row in report.rows]
     settings = {**report.settings, "shape": [1, SIZE, SIZE], "seeds": [0]}
-    settings.pop("made")
+    settings.pop("generated")
     pictures = {name: clips[:1, 0] for name, clips in report.pictures.items()}
-    text = page(rows, settings, "", pictures=pictures, captions=report.captions(), heads=["0"])
+    text = page(rows, settings, "", ImageTask(), pictures=pictures, captions=report.captions(), heads=["0"])
     body = text.partition("<body>")[2].partition("<details>")[0]
     said = re.sub(r' title="[^"]*"', "", body)
     assert not re.search("clip|frame|motion|films", said)
@@ -274,9 +278,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
     whole = replace(cond, mask=cond.mask & torch.tensor([True, False, True]).view(3, 1, 1, 1, 1))
     odd = replace(cond, context=cond.context * torch.nan)
     for settings, message in (
-        ({"cond": whole}, "Cond.mask: sample 1 is all 0, which leaves nothing to be made"),
+        ({"cond": whole}, "Cond.mask: sample 1 is all 0, which leaves nothing to be generated"),
         ({"cond": odd}, "Cond.context: nan in sample 0, frame 0, expected finite numbers"),
-        ({"real": torch.zeros(5, 3, 8, 8)}, r"real: pictures are held against pictures.*\[1, 4, 16, 16\]"),
+        ({"real": torch.zeros(5, 3, 8, 8)}, "real: no distance of distributions for clips"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             compared(tiny_vdt(), **settings)
@@ -308,13 +312,13 @@ def command(folder: Path, out: Path, *words: str) -> int:
 def test_the_command_gives_clips_of_the_held_out_split_in_part(folder, tmp_path, digits, capsys):
     assert command(folder, tmp_path, "--data", "moving-digits", "--mask", "interpolate") == 0
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert saved["settings"]["made"] == 0.75
+    assert saved["settings"]["generated"] == 0.75
     assert [value is None for value in saved["rows"][1]["psnr_by_frame_db"]] == [True, False, False, False]
     assert "motion" in capsys.readouterr().out
 
 
 def test_clips_are_spread_over_the_held_out_split(folder, digits):
-    real, cond = compare_command.told(tiny_vdt(), "moving-digits", None, SEEDS)
+    real, cond = VideoTask().reference(tiny_vdt(), "moving-digits", None, SEEDS)
     held_out = moving_digits.load(SIZE, FRAMES, split="test")
     spread = held_out.clips(torch.tensor([0, 3333, 6666]))
     assert real is None
@@ -325,7 +329,7 @@ def test_clips_are_spread_over_the_held_out_split(folder, digits):
 
 def test_the_command_draws_whole_clips_without_data(folder, tmp_path):
     assert command(folder, tmp_path, "--mask", "unconditional") == 0
-    assert "made" not in json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert "generated" not in json.loads((tmp_path / "report.json").read_text())["settings"]
 
 
 @pytest.mark.parametrize(
@@ -355,4 +359,4 @@ def test_a_model_of_pictures_takes_no_mask_and_one_of_other_channels_no_such_cli
     assert (
         command(tiny_vdt(channels=3).save(tmp_path / "v"), tmp_path / "out", "--data", "moving-digits") == 2
     )
-    assert "moving-digits has 1 channels, the model makes 3" in capsys.readouterr().err
+    assert "moving-digits has 1 channels, the model draws 3" in capsys.readouterr().err

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from patterns_support import predicted, tiny_clip_model
-from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 from torch import Tensor, nn
 
 from ditkit.attention import Neighbourhood
@@ -16,6 +14,7 @@ from ditkit.caching import TaylorSeer
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
 from ditkit.sample import (
     Autoguidance,
@@ -23,9 +22,13 @@ from ditkit.sample import (
     Ddim,
     SampleNoise,
     Solver,
+    Stepper,
     initial_noise,
 )
 from ditkit.sample.denoiser import GuidedDenoiser
+from ditkit.sample.steppers import OneEstimate
+from patterns_support import predicted, tiny_clip_model
+from sampling_support import COND, SEEDS, batches, draw, solvers, tiny
 
 
 def guided_by_hand(model: DiT, scale: float) -> Tensor:
@@ -94,8 +97,17 @@ class RecordFraction(Solver):
     def evaluations(self, steps: int) -> int:
         return 1
 
-    def solve(self, field: Any, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
-        self.seen.append(field(x, 999.0).fraction)
+    def begin(self, path: Any, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
+        return RecordFractionStepper(self, path, times)
+
+
+class RecordFractionStepper(OneEstimate):
+    def __init__(self, solver: RecordFraction, path: Any, times: Tensor) -> None:
+        super().__init__(solver, path, times)
+        self.seen = solver.seen
+
+    def move(self, x: Tensor, estimate: Any, t: float, s: float) -> Tensor:
+        self.seen.append(estimate.fraction)
         return x
 
 
@@ -142,12 +154,19 @@ def test_each_network_samples_with_the_weights_that_its_policies_learned() -> No
     x = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0)).double()
     c, g = (predicted(n, pattern, x, Cond(), 1, learned=n.learned) for n in (model, guide))
     assert not torch.allclose(c, g)  # the pooling weights are all that differs
-    field = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [pattern], 1)
+    field = GuidedDenoiser(
+        model, Cond(), Autoguidance(3.0, guide), Trajectory(model.sites(), [pattern], 1, None, model.learned)
+    )
     with torch.no_grad():
         torch.testing.assert_close(field(x, 0.5).value, g + 3 * (c - g))
     receipts = [receipt for trajectory in field.trajectories for receipt in trajectory.finish()]
     assert [list(receipt.rows) for receipt in receipts] == [["cond"], ["guide/cond"]]
-    cached = GuidedDenoiser(model, Cond(), Autoguidance(3.0, guide), [TaylorSeer()], 8)
+    cached = GuidedDenoiser(
+        model,
+        Cond(),
+        Autoguidance(3.0, guide),
+        Trajectory(model.sites(), [TaylorSeer()], 8, None, model.learned),
+    )
     assert cached.trajectories == [cached.trajectory]  # which has learned nothing
 
 

@@ -33,6 +33,7 @@ from ditkit.sample import (
     Heun,
     SampleNoise,
     Solver,
+    Stepper,
     sample,
 )
 from ditkit.sample.denoiser import GuidedDenoiser
@@ -147,6 +148,9 @@ class Dopri5(Solver):
 
     def evaluations(self, steps: int) -> int:
         return steps
+
+    def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
+        raise NotImplementedError("its steps are adaptive, and asked for by scipy")
 
     def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
         def slope(t: float, flat: object) -> object:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import pipelines_support as fluxes
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-from flux_support import transformer as flux_transformer
 from PIL import Image
-from pipelines_support import SIDE, Options, picture, vae
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+import pipelines_support as fluxes
+from flux_support import transformer as flux_transformer
+from pipelines_support import SIDE, Options, picture, vae
 
 Made = tuple[Any, Options]
 Make = Callable[[], Made]

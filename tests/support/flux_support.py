@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
-from policies_support import Tap
 from torch import Tensor
 
 from ditkit.core.grid import Grid, Segment
@@ -16,6 +15,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Call, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
+from policies_support import Tap
 
 B, ROWS, COLUMNS, S, D = 2, 4, 6, 7, 64
 L = ROWS * COLUMNS

@@ -17,7 +17,6 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection, get_3d_rotary_pos_embed
-from policies_support import Tap
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -27,6 +26,7 @@ from ditkit.core.run import DIRECT, Call, Run
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import cogvideox, dit, pixart, sd3
 from ditkit.hosts.view import running
+from policies_support import Tap
 
 B, C, S, D, DEPTH, HEADS, PATCH, CLASSES = 2, 4, 7, 64, 3, 4, 2, 10
 Inputs = dict[str, Any]

@@ -16,7 +16,6 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from peft import LoraConfig, inject_adapter_in_model
-from policies_support import Tap
 from torch import Tensor, nn
 
 from ditkit.core.grid import Segment
@@ -24,6 +23,7 @@ from ditkit.core.run import DIRECT, Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import lumina2, lumina_next, wan
 from ditkit.hosts.view import running
+from policies_support import Tap
 
 B, C, S, DEPTH, L = 3, 4, 9, 2, 24
 Inputs = dict[str, Any]
@@ -170,6 +170,19 @@ def tapped(case: Case, model: Any) -> tuple[Run, dict[str, Any]]:
     return Trajectory(sites, [tap], 1).run(Call(0, 1, 1.0)), tap.seen
 
 
+def same(found: Tensor, expected: Tensor, inputs: Mapping[str, Any]) -> bool:
+    """Compare a view's output with diffusers': to the bit, but for ragged captions of Lumina 2.
+
+    There padding stands elsewhere in the view than in diffusers, and the last bit of a row of a product depends on the
+    row's place in it, on some processors.
+    """
+    mask = inputs.get("encoder_attention_mask")
+    if mask is None or len(set(mask.sum(1).tolist())) == 1:
+        return torch.equal(found, expected)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[expected.dtype]
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
 def same_in_both(case: Case, model: Any, inputs: Inputs, expected: Tensor, **given: Any) -> bool:
     """Whether a viewed transformer gives `expected`, without handlers and with one at each site."""
     run, seen = tapped(case, model)
@@ -177,7 +190,7 @@ def same_in_both(case: Case, model: Any, inputs: Inputs, expected: Tensor, **giv
     visited = set(seen) == {site.name for site in case.sites(model)}
     # a sum over an axis of other strides, as Lumina 2's pipeline takes one, can be another sum
     laid_out = plain.stride() == sited.stride() == expected.stride()
-    return visited and laid_out and torch.equal(plain, expected) and torch.equal(sited, expected)
+    return visited and laid_out and all(same(out, expected, {**inputs, **given}) for out in (plain, sited))
 
 
 def with_lora(model: Any) -> Any:

@@ -19,12 +19,12 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
-from flux_support import S, transformer
-from hosts_support import COGVIDEOX, PIXART
 from torch import Tensor
 
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.pipelines.accelerate import Accelerated
+from flux_support import S, transformer
+from hosts_support import COGVIDEOX, PIXART
 
 STEPS, SIDE = 8, 16
 POLICY = TaylorSeer(interval=3, order=1)

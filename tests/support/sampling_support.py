@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, SIT, Convention
+from ditkit.core.time_grid import Shift
 from ditkit.models.dit import DiT, DiTConfig
-from ditkit.sample import Ancestral, Ddim, Euler, EulerMaruyama, Heun, sample
+from ditkit.sample import Ancestral, Ddim, DpmSolverPP, Euler, EulerMaruyama, Heun, UniPc, sample
 
 VELOCITY = Convention()
 TINY = DiTConfig(size=4, patch=2, channels=4, width=32, depth=2, heads=2, classes=5)
@@ -49,6 +50,11 @@ SOLVERS = [
     (Heun(), SIT),
     (Ddim(), VELOCITY),
     (Ddim(), DDPM),
+    (Ddim("even"), DDPM),
+    (DpmSolverPP(), VELOCITY),
+    (DpmSolverPP(grid=Shift(2.0)), DDPM),
+    (UniPc(), SIT),
+    (UniPc(order=3, spacing="trailing"), DDPM),
     (Ancestral(), DDPM),
     (EulerMaruyama(), SIT),
 ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models_support import perturbed
 from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.models.vdt import VDT, VDTConfig
+from models_support import perturbed
 
 SMALL = VDTConfig(
     channels=3, frames=4, size=(4, 6), patch=2, width=16, depth=2, heads=2, classes=3, convention=Convention()

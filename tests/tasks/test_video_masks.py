@@ -18,8 +18,6 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from models_support import perturbed
-
 import common
 import video_masks
 from bouncing_ball import BouncingBall, Exam, Track, centres, velocity_error
@@ -29,8 +27,10 @@ from ditkit.data.clips import ClipSet
 from ditkit.metrics.perceptual import ClipFeature
 from ditkit.models.vdt import VDT
 from ditkit.sample.noise import initial_noise
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import MaskedClipDataset, conditioned
 from ditkit.train.log import LOSSES
+from models_support import perturbed
 from replacement import Replacement
 from video_masks import CLAIMS, COLUMNS, REPLACED, TASKS, TRUTH, VARIANTS, WITHOUT_NETWORK, Arguments
 
@@ -152,7 +152,7 @@ def test_what_is_wrong_elsewhere_does_not_count(balls: BouncingBall) -> None:
 @pytest.mark.parametrize("fresh", [False, True])
 def test_replacement_keeps_what_is_given(fresh: bool, kind: str, model: VDT, balls: BouncingBall) -> None:
     clips = balls.clips(MANY[:2])
-    cond = conditioned(clips, kind, [0, 1])
+    cond = conditioned(clips, mask_kind(kind), [0, 1])
     assert cond.mask is not None
     given = ~cond.mask
     made = video_masks.replaced(model, 4, fresh, cond)
@@ -172,7 +172,7 @@ def test_replacement_shows_what_is_given_as_noisy_as_the_rest(fresh: bool, balls
             assert cond.mask is None and cond.context is None
             return super().forward(x, t, cond, *run)
 
-    clips, cond = balls.clips(MANY[:2]), conditioned(balls.clips(MANY[:2]), "predict", [0, 1])
+    clips, cond = balls.clips(MANY[:2]), conditioned(balls.clips(MANY[:2]), mask_kind("predict"), [0, 1])
     video_masks.replaced(Watched(TINY).eval(), 3, fresh, cond)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     draws = [torch.stack([torch.randn(1, 16, 16, 16, generator=g) for g in generators]) for _ in range(3)]
@@ -184,7 +184,7 @@ def test_replacement_shows_what_is_given_as_noisy_as_the_rest(fresh: bool, balls
 
 
 def test_replacement_of_nothing_is_euler(model: VDT, balls: BouncingBall) -> None:
-    cond = conditioned(balls.clips(MANY[:2]), "unconditional", [0, 1])
+    cond = conditioned(balls.clips(MANY[:2]), mask_kind("unconditional"), [0, 1])
     assert torch.equal(video_masks.replaced(model, 3, False, cond), video_masks.drawn_by(model, 3, 2))
     assert Replacement(cond).evaluations(7) == 7
 

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_support import perturbed
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from ditkit.api.generate import Generated, generate
+from ditkit.api.generate import generate
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.clips import MemoryClips, spread
@@ -31,17 +30,18 @@ from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.report.film import BETWEEN_PX
 from ditkit.report.legend import GIVEN_RGB
 from ditkit.report.sheet import LINE
+from ditkit.sample import Samples
 from ditkit.tasks.video import scores as video_scores
 from ditkit.tasks.video.figures import leadtime, write_films
-from ditkit.tasks.video.masks import KINDS
+from ditkit.tasks.video.masks import KINDS, UNCONDITIONAL, MaskKind
 from ditkit.tasks.video.recipe import conditioned
 from ditkit.tasks.video.scores import (
-    UNCONDITIONAL,
     Scores,
     VideoScores,
     complete,
     imagine,
 )
+from models_support import perturbed
 
 T, SIDE = 8, 8
 TINY = VDTConfig(channels=1, frames=T, size=SIDE, patch=4, width=8, depth=1, heads=1, convention=Convention())
@@ -58,11 +58,13 @@ def clips() -> Tensor:
     return torch.rand(3, 1, T, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-TOLD = [name for name in KINDS if name != UNCONDITIONAL]
+GIVING = [kind for kind in KINDS.values() if not kind.gives_nothing]
+PREDICT = KINDS["predict"]
+of_masks = pytest.mark.parametrize("kind", GIVING, ids=lambda kind: kind.name)
 
 
-@pytest.mark.parametrize("kind", TOLD)
-def test_only_what_was_made_is_scored(kind: str, clips: Tensor) -> None:
+@of_masks
+def test_only_what_was_made_is_scored(kind: MaskKind, clips: Tensor) -> None:
     """Against a loop over pixels, clips and frames."""
     mask = conditioned(clips, kind, [0, 1, 2]).mask
     assert mask is not None
@@ -97,30 +99,30 @@ def test_the_truth_has_no_finite_psnr_and_stays_json(clips: Tensor) -> None:
     assert scores.ssim == pytest.approx(1) and scores.temporal_error == 0
 
 
-@pytest.mark.parametrize("kind", TOLD)
-def test_given_content_comes_out_to_the_bit(kind: str, model: VDT, clips: Tensor) -> None:
-    done = complete(model, clips, kind, [5, 6, 7], steps=2)
+@of_masks
+def test_given_content_comes_out_to_the_bit(kind: MaskKind, model: VDT, clips: Tensor) -> None:
+    done = complete(model, clips, kind, seeds=[5, 6, 7], steps=2)
     assert done.mask is not None and done.truth is clips
     given = ~done.mask
-    assert given.any() and torch.equal(done.made[given], clips[given])
-    assert not torch.equal(done.made[done.mask], clips[done.mask])
+    assert given.any() and torch.equal(done.generated[given], clips[given])
+    assert not torch.equal(done.generated[done.mask], clips[done.mask])
     assert done.scores.clips == 3 and done.scores.evaluations == 2
 
 
 def test_given_content_that_changed_is_an_error(
     model: VDT, clips: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(*args: Any, **options: Any) -> Generated:
+    def careless(*args: Any, **options: Any) -> Samples:
         drawn = generate(*args, **options)
-        return replace(drawn, images=drawn.images.nextafter(torch.tensor(9.0)))
+        return replace(drawn, samples=drawn.samples.nextafter(torch.tensor(9.0)))
 
     monkeypatch.setattr(video_scores, "generate", careless)
     with pytest.raises(AssertionError):
-        complete(model, clips, "predict", [0, 1, 2], steps=1)
+        complete(model, clips, PREDICT, seeds=[0, 1, 2], steps=1)
 
 
 def test_the_baseline_of_a_prediction_repeats_the_last_frame(model: VDT, clips: Tensor) -> None:
-    done = complete(model, clips, "predict", [0, 1, 2], steps=1)
+    done = complete(model, clips, PREDICT, seeds=[0, 1, 2], steps=1)
     half = T // 2
     repeated = clips[:, :, half - 1 : half].expand(-1, -1, T - half, -1, -1)
     assert done.baseline is not None and torch.equal(done.baseline[:, :, half:], repeated)
@@ -129,20 +131,20 @@ def test_the_baseline_of_a_prediction_repeats_the_last_frame(model: VDT, clips: 
 
 
 def test_scores_are_of_frames_as_they_are_shown(model: VDT, clips: Tensor) -> None:
-    done = complete(model, clips, "predict", [0, 1, 2], steps=1)
-    assert done.made.abs().max() > 1 and done.mask is not None
-    assert done.scores.model == Scores.of(done.made.clamp(-1, 1), clips, done.mask)
+    done = complete(model, clips, PREDICT, seeds=[0, 1, 2], steps=1)
+    assert done.generated.abs().max() > 1 and done.mask is not None
+    assert done.scores.model == Scores.of(done.generated.clamp(-1, 1), clips, done.mask)
 
 
 def test_a_clip_of_another_length_and_size(model: VDT) -> None:
-    assert imagine(model, (1, 3, 12, 8), [0, 1], steps=1).made.shape == (2, 1, 3, 12, 8)
+    assert imagine(model, (1, 3, 12, 8), seeds=[0, 1], steps=1).generated.shape == (2, 1, 3, 12, 8)
     longer = torch.rand(1, 1, 2 * T, 12, 8)
-    assert complete(model, longer, "predict", [0], steps=1).made.shape == longer.shape
+    assert complete(model, longer, PREDICT, steps=1).generated.shape == longer.shape
 
 
 def test_a_mask_that_gives_nothing_is_refused(model: VDT, clips: Tensor) -> None:
     with pytest.raises(ConfigError, match="'unconditional' gives nothing"):
-        complete(model, clips, UNCONDITIONAL, [0, 1, 2], steps=1)
+        complete(model, clips, UNCONDITIONAL, seeds=[0, 1, 2], steps=1)
 
 
 def test_frechet_distance_from_as_many_clips_as_it_needs(model: VDT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +156,12 @@ def test_frechet_distance_from_as_many_clips_as_it_needs(model: VDT, monkeypatch
         network = EfficientNetLite0()
     enough = ClipFeature(0).clips_needed
     real = torch.rand(enough, 1, 2, 4, 8) * 2 - 1
-    options: dict[str, Any] = {"network": network, "steps": 1, "batch_size": enough}
-    scores = imagine(model, (1, 2, 4, 8), range(enough), real=real, **options).scores
+    options: dict[str, Any] = {"extractor": network, "steps": 1, "batch_size": enough}
+    scores = imagine(model, (1, 2, 4, 8), seeds=range(enough), real=real, **options).scores
     found = scores.frechet
     assert found is not None and (found.n_real, found.n_fake) == (enough, enough) and found.frechet > 0
     assert f"n = {enough} drawn" in " ".join(shown(VideoScores((scores,))).split())
-    assert imagine(model, (1, 2, 4, 8), range(9), real=real[:9], **options).scores.frechet is None
+    assert imagine(model, (1, 2, 4, 8), seeds=range(9), real=real[:9], **options).scores.frechet is None
 
 
 def shown(scores: VideoScores, columns: int = 80) -> str:
@@ -170,9 +172,12 @@ def shown(scores: VideoScores, columns: int = 80) -> str:
 
 
 def test_the_table_and_the_json_say_the_same(model: VDT, clips: Tensor) -> None:
-    done = [complete(model, clips, kind, [0, 1, 2], steps=1).scores for kind in ("predict", "random-frames")]
+    done = [
+        complete(model, clips, KINDS[name], seeds=[0, 1, 2], steps=1).scores
+        for name in ("predict", "random-frames")
+    ]
     featured = replace(done[0], model=replace(done[0].model, feature_distance=0.1234))  # type: ignore[type-var]
-    bare = imagine(model, (1, T, SIDE, SIDE), [0], steps=1).scores
+    bare = imagine(model, (1, T, SIDE, SIDE), steps=1).scores
     scores = VideoScores((featured, done[1], bare))
     text = shown(scores)
     assert max(map(len, text.splitlines())) <= 80
@@ -189,7 +194,7 @@ def test_the_table_and_the_json_say_the_same(model: VDT, clips: Tensor) -> None:
 def test_a_film_is_black_where_nothing_was_given_and_outlines_what_was(
     kind: str, model: VDT, clips: Tensor, tmp_path: Path
 ) -> None:
-    done = complete(model, clips[:1], kind, [0], steps=1)
+    done = complete(model, clips[:1], KINDS[kind], steps=1)
     assert done.mask is not None
     write_films(tmp_path, done, 8.0)
     scale = 256 // SIDE
@@ -206,14 +211,14 @@ def test_a_film_is_black_where_nothing_was_given_and_outlines_what_was(
 
 
 def test_lead_time_runs_over_predicted_frames(model: VDT, clips: Tensor) -> None:
-    done = complete(model, clips, "predict", [0, 1, 2], steps=1)
+    done = complete(model, clips, PREDICT, seeds=[0, 1, 2], steps=1)
     plot = leadtime(done.scores)
     assert plot is not None and [*plot.lead] == [1, 2, 3, 4]
     assert done.scores.model is not None
     assert tuple(plot.curves["model"]) == done.scores.model.psnr_db_by_frame[T // 2 :]
     still = clips[:, :, :1].expand_as(clips).contiguous()
-    assert leadtime(complete(model, still, "predict", [0, 1, 2], steps=1).scores) is None
-    assert leadtime(imagine(model, (1, T, SIDE, SIDE), [0], steps=1).scores) is None
+    assert leadtime(complete(model, still, PREDICT, seeds=[0, 1, 2], steps=1).scores) is None
+    assert leadtime(imagine(model, (1, T, SIDE, SIDE), steps=1).scores) is None
 
 
 def test_held_out_clips_are_of_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

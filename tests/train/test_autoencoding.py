@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from codecs_support import LATENT, PICTURES, SMALL, small
 
+from codecs_support import LATENT, PICTURES, SMALL, small
 from ditkit.core.codec import Codec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError

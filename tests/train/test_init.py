@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import Capture, complaint, exit_code
 from safetensors.torch import load_file
 from test_cli_latent import QUICK, TINY, said
 
 import ditkit
+from cli_support import Capture, complaint, exit_code
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from scripts.toy_run import DIFFUSION, toy_model
 from torch import Tensor
 
 from ditkit.core.catalog import every
@@ -26,6 +25,7 @@ from ditkit.train.terms.variational_bound import (
     gaussian_kl,
 )
 from ditkit.train.timesteps import LogitNormal, Shifted, Uniform
+from scripts.toy_run import DIFFUSION, toy_model
 
 CONVENTIONS = [
     Convention(path, prediction)  # type: ignore[arg-type]

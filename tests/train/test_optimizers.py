@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scripts.toy_run import DIFFUSION, Pictures, losses, settings, toy_model, toy_run
 
 from ditkit.cli.main import main
 from ditkit.core.errors import CheckpointError, ConfigError
@@ -15,6 +14,7 @@ from ditkit.recipes.predformer import predformer
 from ditkit.train.loop import train
 from ditkit.train.optimizers import matrices, optimizers_of
 from ditkit.train.settings import Settings
+from scripts.toy_run import DIFFUSION, Pictures, losses, settings, toy_model, toy_run
 
 MUON = Settings(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
 RISE = (3.4445, -4.775, 2.0315)
@@ -112,6 +112,7 @@ def test_moments_of_another_type_are_refused(tmp_path):
         toy_run(tmp_path, steps=6, resume=True, optimizer="muon")
 
 
+@pytest.mark.usefixtures("drawn_digits")
 def test_a_dry_run_knows_what_muon_keeps_and_refuses(capsys):
     """One number of a matrix instead of two."""
     kept = {}

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 from ditkit.core.convention import Convention
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError
 from ditkit.train.ema import Constant, Power
 from ditkit.train.log import keep_until
 from ditkit.train.loop import train
+from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 SCRIPTS = Path(__file__).parents[1] / "support" / "scripts"
 

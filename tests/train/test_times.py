@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from inherent_policies import Mapped, Routing
-from rig import call_at, noise, tiny_dit
 from torch import Tensor
 
 from ditkit.api.compare import compare
@@ -34,6 +32,8 @@ from ditkit.train.randomness import SampleRNG
 from ditkit.train.terms.distillation import PredictionDistillation
 from ditkit.train.terms.regression import Regression
 from ditkit.train.timesteps import Paired, PerFrame, Stratified
+from inherent_policies import Mapped, Routing
+from rig import call_at, noise, tiny_dit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "scripts"))
 from toy_run import Pictures, losses, settings, toy_model

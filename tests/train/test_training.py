@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 from ditkit.core.convention import DDPM, SIT, Convention
 from ditkit.core.errors import ConfigError
@@ -23,7 +22,7 @@ from ditkit.core.model import parameter_count
 from ditkit.data.images import ImageSet
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.recipes.emoji import emoji
-from ditkit.recipes.fashion import fashion
+from ditkit.recipes.fashion_dit import fashion_dit
 from ditkit.tasks.image import recipe as class_image
 from ditkit.tasks.recipe import describe, forward_macs, train_recipe
 from ditkit.train.ema import Constant, Power
@@ -31,6 +30,7 @@ from ditkit.train.loop import train
 from ditkit.train.randomness import SampleRNG, batch_indices, epoch_order
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
+from scripts.toy_run import DIFFUSION, FLOW, Pictures, losses, settings, toy_model, toy_run
 
 SCRIPTS = Path(__file__).parents[1] / "support" / "scripts"
 
@@ -151,15 +151,15 @@ def test_learning_rate_falls_along_half_a_cosine():
         ({"batch": -1}, "batch=-1 should be at least 1"),
         ({"accumulate": 0}, "accumulate=0 should be at least 1"),
         ({"warmup": 11, "steps": 10}, "warmup=11 is longer than steps=10"),
-        ({"warmup": -1}, "warmup=-1 should be 0 or more"),
+        ({"warmup": -1}, "warmup=-1 should be at least 0"),
         ({"batch": 10, "accumulate": 4}, "batch=10 does not divide into accumulate=4 parts"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 should be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan should be positive"),
-        ({"clip": float("inf")}, "clip=inf should be 0 or more, and finite"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 should be 0 or more"),
-        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) should both lie in \[0, 1\)"),
-        ({"seed": -1}, "seed=-1 should be 0 or more"),
-        ({"save_every": -1}, "save_every=-1 should be 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan should be positive and finite"),
+        ({"clip": float("inf")}, "clip=inf should be at least 0 and finite"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 should be at least 0"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) should lie in \[0, 1\)"),
+        ({"seed": -1}, "seed=-1 should be at least 0"),
+        ({"save_every": -1}, "save_every=-1 should be at least 0"),
         ({"precision": "bf61"}, "unknown precision 'bf61'; did you mean 'bf16'"),
         ({"averages": ()}, "averages is empty"),
         ({"averages": (Power(0.1), Constant(), Power(0.1))}, "names one twice"),
@@ -244,7 +244,7 @@ def little_set(monkeypatch) -> ImageSet:
 
 def little_recipe() -> class_image.ClassImageRecipe:
     model = DiTConfig(size=8, patch=4, width=32, depth=1, heads=2, convention=DDPM)
-    return replace(fashion(), data="little", model=model, settings=settings(steps=3, warmup=0))
+    return replace(fashion_dit(), data="little", model=model, settings=settings(steps=3, warmup=0))
 
 
 def test_recipe_takes_channels_and_classes_from_its_data(little_set, tmp_path):
@@ -273,7 +273,7 @@ def test_recipe_describes_itself_and_trains_nothing(little_set, tmp_path):
         describe(unfit)
 
 
-@pytest.mark.parametrize("recipe", [emoji(), fashion()], ids=["emoji", "fashion"])
+@pytest.mark.parametrize("recipe", [emoji(), fashion_dit()], ids=["emoji", "fashion-dit"])
 def test_macs_counted_on_meta_are_those_of_the_closed_form(recipe):
     """DiT's 12 N d^2 + 2 N^2 d + 6 d^2 a block, and the small rest."""
     c = recipe.model

@@ -16,64 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.bench.bench import EXACT, Bench, DistributionMetric, Method, Progress
+from ditkit.bench.bench import EXACT, Bench, Method
 from ditkit.bench.memory import Isolated
 from ditkit.bench.rows import titles
 from ditkit.core.cond import Cond
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model, parameter_count
-from ditkit.core.numbers import integer
-from ditkit.core.policy import Policy, as_policies
-from ditkit.metrics.error import made_of
+from ditkit.core.model import Denoiser, parameter_count
+from ditkit.core.task import Progress, Task, generating
+from ditkit.metrics.error import generated_mask
 from ditkit.report.report import Report
-from ditkit.report.sheet import as_pictures
 from ditkit.sample.denoiser import placement
-from ditkit.sample.guidance import Guidance
-from ditkit.sample.solvers import Euler, Solver
-from ditkit.sample.workload import UNCONDITIONED, SamplingJob
+from ditkit.sample.sampler import Sampler, Sampling
 
-EULER = Euler()
 CONVERGED = 10  # times the steps: an order-1 solver is then ten times nearer to its limit than what it judges
 
 
 def compare(
-    model: Model,
-    policies: Policy | str | Sequence[Policy | str],
-    seeds: Sequence[int],
+    model: Denoiser,
     *,
     label: int | str | Sequence[int | str] | None = None,
-    steps: int = 50,
-    solver: Solver | str = EULER,
-    guidance: float | Guidance = 2.0,
-    cond: Cond = UNCONDITIONED,
+    cond: Cond = Cond(),
     shape: Sequence[int] | None = None,
+    sampling: Sampling = Sampling(),
     converged_steps: int | None = None,
     rounds: int = 3,
-    batch_size: int = 8,
-    max_bytes: int | None = None,
     memory: bool = True,
     real: Tensor | None = None,
     control: bool = True,
     controls_as_rows: bool = False,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> Report:
-    """Draw the same seeds exactly and under each policy alone, and report cost and error side by side.
+    """Draw the same seeds exactly and under each policy of `sampling` alone, and report cost and error side by side.
 
     A PSNR is that of the squared error averaged over all samples (not the mean of each sample's PSNR), of
-    samples as the sampler returns them, not clipped. Of clips that are given in part, only what was made
+    samples as the sampler returns them, not clipped. Of clips that are given in part, only what was generated
     counts. A solver that draws noise gives other samples in another number of steps: there the converged and
     control columns say little.
 
     Args:
         model: in eval mode, on the device that is to be measured.
-        policies: objects, or texts as the command line takes them ("taylorseer:interval=4"); so is `solver`.
         label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
-        guidance: a classifier-free scale (1 is none), or any guidance.
-        cond: what else each sample is told, in the order of the seeds, such as given frames and their mask.
+        cond: further conditioning of each sample, in the order of the seeds, such as given frames and their mask.
         shape: of one sample; by default that of the given content, or the model's.
+        sampling, changes: the settings, and words of `Sampling` that differ, such as `policies=[...], seeds=range(16)`;
+            each policy is a row.
         converged_steps: of the exact run that stands for convergence; by default 10 times `steps`.
         rounds: timed passes over all seeds. One pass before them counts MACs, and warms up.
-        batch_size: seeds drawn at once. max_bytes: memory that a policy may hold meanwhile.
         memory: measure peak memory, which takes a process for each row.
         real: pictures [N, 1 or 3, H, W] in [-1, 1], which every row's distribution is compared with, of a
             model that draws pictures.
@@ -83,14 +73,15 @@ def compare(
 
     Raises:
         ConfigError: a seed or policy given twice, an unknown label, a number out of range, a policy that does not
-            fit the model or `max_bytes`, or (with `memory`) something that another process cannot be told.
-        ConfigError, ShapeError: those of `ditkit.sample.given.check_given`.
+            fit the model or `max_bytes`, or (with `memory`) something that cannot be described to another process.
+        ConfigError, ShapeError: given content that cannot be completed.
         NoEffectError: no policy saved anything; where only some did not, they have no row, and `left_out` of the
             report's settings says why.
         ConflictError: as the sampler raises it.
     """
-    work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
-    policies = as_policies(policies)
+    work = Sampler.of(model, label, cond=cond, shape=shape, sampling=sampling, **changes)
+    task = generating(model, "compare")
+    policies, steps = work.sampling.policies, work.sampling.steps
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
     if integer("converged_steps", converged_steps, least=1) <= steps:
         raise ConfigError(f"converged_steps={converged_steps}, expected more than steps={steps}")
@@ -99,11 +90,11 @@ def compare(
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
         methods.append(Method(title.name, "policy", title.series, title.tag, (policy,), steps))
-    judge = None if real is None else DistributionMetric(real, len(work.seeds), work.shape)
+    judge = None if real is None else task.judge(real, len(work.sampling.seeds), work.shape)
 
     with tempfile.TemporaryDirectory() as folder:
         isolated = Isolated(work, policies, Path(folder)) if memory else None  # refuses before any drawing
-        bench = Bench(work, methods, progress)
+        bench = Bench(work, task, methods, progress)
         bench.count()
         if control:
             bench.add_controls()
@@ -113,36 +104,38 @@ def compare(
         bench.time(rounds)
         if isolated is not None:
             bench.measure_memory(isolated)
-    settings = settings_of(work, converged_steps, rounds, memory)
+    settings = settings_of(work, task, converged_steps, rounds, memory)
     if bench.idle:
         settings["left_out"] = [str(error) for error in bench.idle.values()]
-    pictures = {name: as_pictures(samples) for name, samples in bench.samples().items()}
-    return Report(bench.rows(judge), settings, pictures, bench.made)
+    pictures = {name: task.draw(samples) for name, samples in bench.samples().items()}
+    return Report(bench.rows(judge), settings, pictures, task, bench.generated)
 
 
-def settings_of(work: SamplingJob, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
+def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, memory: bool) -> dict[str, Any]:
     """Everything that the numbers depend on, JSON-able."""
     device, dtype = placement(work.model)
     config = asdict(work.model.config)
-    names, made = config.pop("class_names", ()), made_of(work.cond)
+    config.pop("class_names", None)
+    generated, sampling = generated_mask(work.cond), work.sampling
     return {
         "model": {
             "class": type(work.model).__name__,
+            "task": task.name,
             "parameters": parameter_count(work.model),
             "config": config,
             "history": list(work.model.history),
         },
-        "steps": work.steps,
+        "steps": sampling.steps,
         "converged_steps": converged_steps,
-        "solver": str(work.solver),
-        "guidance": str(work.guidance),
-        "seeds": list(work.seeds),
-        "labels": None if work.labels is None else [names[i] if names else str(i) for i in work.labels],
+        "solver": str(sampling.solver),
+        "guidance": str(sampling.guidance),
+        "seeds": list(sampling.seeds),
+        "labels": list(work.labels) or None,
         "codec": type(work.model.codec).__name__,
         "shape": list(work.shape),
-        **({} if made is None else {"made": made.double().mean().item()}),
-        "batch_size": work.batch_size,
-        "max_bytes": work.max_bytes,
+        **({} if generated is None else {"generated": generated.double().mean().item()}),
+        "batch_size": sampling.batch_size,
+        "max_bytes": sampling.max_bytes,
         "rounds": rounds,
         "memory": memory,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

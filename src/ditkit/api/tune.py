@@ -13,8 +13,9 @@ from ditkit.api.compare import compare
 from ditkit.bench.rows import NOTHING, Row, decibels, distance, titles, to_exact
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model
-from ditkit.core.policy import as_policies
+from ditkit.core.model import Denoiser
+from ditkit.core.policy import Policy
+from ditkit.core.spec import components
 from ditkit.report.report import Report
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A comparison, and what of it was wished for.
+    """A comparison, and the target that its settings are held against.
 
     Args:
         specs: texts of the settings, by the names of their rows.
     """
 
     report: Report
-    wish: Target
+    target: Target
     specs: dict[str, str]
 
     @property
@@ -90,24 +91,24 @@ class Tuned:
 
     @property
     def best(self) -> str | None:
-        """The text of the setting that is best; None where none reaches what is wished."""
-        row = self.wish.best(self.settings)
+        """The text of the setting that is best; None where none reaches the target."""
+        row = self.target.best(self.settings)
         return None if row is None else self.specs[row.name]
 
     @property
     def verdict(self) -> str:
         """The best setting with its figures, or how far the nearest falls short."""
-        row = self.wish.best(self.settings)
+        row = self.target.best(self.settings)
         if row is not None:
-            return f"Best with {self.wish}: {self._told(row)}."
-        nearest = self.wish.nearest(self.settings)
-        misses = f"meets the wish, {self.wish}" if is_faster(nearest) else "is faster than the exact run"
-        return f"None of {len(self.settings)} settings {misses}. The nearest: {self._told(nearest)}."
+            return f"Best with {self.target}: {self._figures(row)}."
+        nearest = self.target.nearest(self.settings)
+        misses = f"meets the target, {self.target}" if is_faster(nearest) else "is faster than the exact run"
+        return f"None of {len(self.settings)} settings {misses}. The nearest: {self._figures(nearest)}."
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the report's, with the wish, the verdict, the best setting and those on the front."""
+        """JSON-able: the report's, with the target, the verdict, the best setting and those on the front."""
         front = [self.specs[row.name] for row in front_of(self.report.rows) if row.name in self.specs]
-        found = {"wish": str(self.wish), "verdict": self.verdict, "best": self.best, "front": front}
+        found = {"target": str(self.target), "verdict": self.verdict, "best": self.best, "front": front}
         return found | {key: value for key, value in self.report.as_dict().items() if key != "headline"}
 
     def save(self, folder: str | Path) -> Path:
@@ -138,7 +139,7 @@ class Tuned:
         for head in ("time\ns", "speed\n-up", "\nMACs", "to\nexact", "same\nMACs"):
             out.add_column(head, justify="right", no_wrap=True)
         out.add_column("")
-        front, best = front_of(self.report.rows), self.wish.best(self.settings)
+        front, best = front_of(self.report.rows), self.target.best(self.settings)
         for row in sorted(self.report.rows, key=lambda row: row.seconds):
             out.add_row(
                 self.specs.get(row.name, row.name).replace(",", ", "),
@@ -154,30 +155,30 @@ class Tuned:
             )
         return out
 
-    def _told(self, row: Row) -> str:
-        told = f"{self.specs[row.name]}, {row.speedup:.2f} times as fast, {distance(row)}"
+    def _figures(self, row: Row) -> str:
+        figures = f"{self.specs[row.name]}, {row.speedup:.2f} times as fast, {distance(row)}"
         if row.control_steps is None or row.control_psnr_db is None:
-            return told
+            return figures
         steps = f"{row.control_steps} exact step{'s'[: row.control_steps > 1]}"
-        return f"{told}; {steps}, as many MACs, would be at {decibels(row.control_psnr_db)} dB"
+        return f"{figures}; {steps}, as many MACs, would be at {decibels(row.control_psnr_db)} dB"
 
 
-def tune(model: Model, policies: Sequence[str], seeds: Sequence[int], wish: Target, **how: Any) -> Tuned:
+def tune(model: Denoiser, policies: Sequence[str], target: Target, **settings: Any) -> Tuned:
     """Compare settings on few seeds, and find the best one.
 
     Args:
         policies: texts of settings, in which a field may have several values: `taylorseer:interval=3|4|6,order=1|2`
             is six settings.
-        how: as in `compare`.
+        settings: as `compare` takes them: a `sampling` or words of it, label, cond, shape, rounds and so on.
 
     Raises:
         ConfigError, NoEffectError, ConflictError: as `compare` does.
     """
     texts = [one for text in policies for one in expanded(text)]
-    settings = as_policies(texts)
-    report = compare(model, settings, seeds, memory=False, **how)
-    names = [title.name for title in titles(settings)]
-    return Tuned(report, wish, dict(zip(names, texts, strict=True)))
+    found = components("policies", Policy, texts)  # type: ignore[type-abstract]
+    report = compare(model, memory=False, **{**settings, "policies": found})
+    names = [title.name for title in titles(found)]
+    return Tuned(report, target, dict(zip(names, texts, strict=True)))
 
 
 def expanded(text: str) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from ditkit.attention.pattern import Pattern, append_dense_rows
-from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan, near_blocks
 
@@ -26,16 +26,11 @@ class Band(Pattern):
         keep: the share of a frame that the band is wide.
     """
 
-    keep: float = 1 / 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool) or not 0 < self.keep <= 1:
-            raise ConfigError(f"{type(self).__name__}: keep={self.keep!r}, expected above 0 and at most 1")
+    keep: Annotated[float, Interval(gt=0, le=1)] = 1 / 32
 
     @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        return {**super().small_fields(), "keep": 0.2}
+    def small(cls, grid: Grid) -> Self:
+        return cls(keep=0.2, block=8, kernel="cpu")
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         area, length = grid.height * grid.width, grid.length

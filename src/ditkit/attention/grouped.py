@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.attention.pattern import Pattern, append_dense_rows
-from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.config import Count, Natural
+from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid
-from ditkit.core.numbers import integer
 from ditkit.ops.block_sparse_attention import BlockPlan, build_plan
 from ditkit.ops.block_sparse_attention.dispatch import MOST_ROWS
 
@@ -43,19 +43,12 @@ class Grouped(Pattern):
     """
 
     meeting: Meeting = "blocks"
-    reach: int = 1
-    group: tuple[int, ...] = ()
+    reach: Natural = 1
+    group: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.meeting not in get_args(Meeting):
-            raise ConfigError("Grouped: " + unknown("meeting", self.meeting, get_args(Meeting)))
-        integer("Grouped: reach", self.reach, least=0)
-        if self.group and (
-            not isinstance(self.group, tuple)
-            or len(self.group) not in (2, 3)
-            or any(type(n) is not int or n < 1 for n in self.group)
-        ):
+        if len(self.group) not in (0, 2, 3):
             raise ConfigError(f"Grouped: group={self.group!r}, expected two or three positive integers")
         for sides in (self.group,) if self.group else (PICTURE, CLIP):
             if prod(sides) % self.block:
@@ -64,8 +57,8 @@ class Grouped(Pattern):
                 )
 
     @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        return {**super().small_fields(), "group": (2, 4), "reach": 0}
+    def small(cls, grid: Grid) -> Self:
+        return cls(group=(2, 4) if grid.frames == 1 else (2, 2, 2), reach=0, block=8, kernel="cpu")
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         sides = self._sides(grid)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log, sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
 from ditkit.attention.pattern import Pattern, Sparse, append_dense_rows, sparse_sites
-from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.config import Count, Natural
+from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of
-from ditkit.core.numbers import integer
 from ditkit.core.policy import site_key
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, near_blocks
@@ -47,21 +47,22 @@ class Neighbourhood(Pattern):
             for large pictures is 4608; 0 for 1 / sqrt(K).
     """
 
-    radius: int = 16
-    pooled: int = 0
-    span: int = 0
+    radius: Count = 16
+    pooled: Natural = 0
+    span: Natural = 0
     order: Order = "tiles"
-    scaled_from: int = 0
+    scaled_from: Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind = type(self).__name__
-        for name, least in (("radius", 1), ("pooled", 0), ("span", 0), ("scaled_from", 0)):
-            integer(f"{kind}: {name}", getattr(self, name), least=least)
         if self.scaled_from == 1:
-            raise ConfigError(f"{kind}: scaled_from=1, the base of a logarithm, expected 0 or at least 2")
-        if self.order not in get_args(Order):
-            raise ConfigError(f"{kind}: " + unknown("order", self.order, get_args(Order)))
+            raise ConfigError(
+                f"{type(self).__name__}: scaled_from=1, the base of a logarithm, expected 0 or at least 2"
+            )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(radius=2, pooled=2, span=0 if grid.frames == 1 else 2, block=8, kernel="cpu")
 
     def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
         if not self.pooled:
@@ -90,10 +91,6 @@ class Neighbourhood(Pattern):
                 f"trained with {held.get(key)}"
             )
         return Near(self, sites, modules)
-
-    @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        return {**super().small_fields(), "radius": 2, "pooled": 2}
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
         if grid.frames > 1 and not self.span:

@@ -9,16 +9,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.config import Natural
+from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment, image_of, sequence, take_rows
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended, moving, named
 from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choose, pays
@@ -40,20 +40,10 @@ class Pattern(Policy):
             "none" never does: the neutral setting.
     """
 
-    block: int = 128
-    warmup: int = 0
-    dense: tuple[int, ...] = ()
+    block: Literal[8, 16, 32, 64, 128, 256] = 128
+    warmup: Natural = 0
+    dense: tuple[Natural, ...] = ()
     kernel: Execution = "auto"
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        integer(f"{name}: warmup", self.warmup, least=0)
-        if type(self.block) is not int or self.block & (self.block - 1) or not 8 <= self.block <= 256:
-            raise ConfigError(f"{name}: block={self.block!r}, expected a power of two from 8 to 256")
-        if not isinstance(self.dense, tuple) or any(type(n) is not int or n < 0 for n in self.dense):
-            raise ConfigError(f"{name}: dense={self.dense!r}, expected a tuple of places of attentions")
-        if self.kernel not in get_args(Execution):
-            raise ConfigError(f"{name}: " + unknown("kernel", self.kernel, get_args(Execution)))
 
     @abstractmethod
     def plan(self, grid: Grid, others: int) -> BlockPlan:
@@ -76,15 +66,6 @@ class Pattern(Policy):
 
     def exact(self) -> Self:
         return replace(self, kernel="none")
-
-    @classmethod
-    def small(cls, grid: Grid) -> Self:
-        return cls(**cls.small_fields())
-
-    @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        """Fields with which a pattern leaves out keys of a few tokens, where the default one would be switched off."""
-        return {"block": 8, "kernel": "cpu"}
 
     def _check(self, sites: Sequence[Site], total: int) -> None:
         name, cores = type(self).__name__, len(sparse_sites(sites))

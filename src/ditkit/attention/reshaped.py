@@ -6,12 +6,12 @@ B batch, N heads, S rows in the order of a plan, K head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -19,8 +19,9 @@ from ditkit.attention.band import Band
 from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.pattern import Pattern, Sparse
-from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.numbers import integer
+from ditkit.core.config import Count, Finite, Natural
+from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid
 from ditkit.core.policy import Key
 from ditkit.core.run import Call, Site
 from ditkit.ops.block_sparse_attention import BlockPlan, dense_plan
@@ -46,32 +47,24 @@ class Reshape(Pattern):
         stages: evaluations of a step of the solver (Heun: 2), which are all in the same mode.
     """
 
-    warmup: int = 5
-    every: int = 5
-    ramp: float = 0.04
+    warmup: Natural = 5
+    every: Annotated[int, Ge(2)] = 5
+    ramp: Finite = 0.04
     clamp: bool = False
     residual: Residual = "model"
-    stages: int = 1
+    stages: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
-        for field, least in (("every", 2), ("stages", 1)):
-            integer(f"{name}: {field}", getattr(self, field), least=least)
         if self.warmup % self.stages:
             raise ConfigError(
-                f"{name}: warmup={self.warmup}, expected whole steps of stages={self.stages} evaluations"
+                f"{type(self).__name__}: warmup={self.warmup}, expected whole steps of stages={self.stages} "
+                "evaluations"
             )
-        if isinstance(self.ramp, bool) or not isinstance(self.ramp, int | float) or not isfinite(self.ramp):
-            raise ConfigError(f"{name}: ramp={self.ramp!r}, expected a finite number")
-        if type(self.clamp) is not bool:
-            raise ConfigError(f"{name}: clamp={self.clamp!r}, expected true or false")
-        if self.residual not in get_args(Residual):
-            raise ConfigError(f"{name}: " + unknown("residual", self.residual, get_args(Residual)))
 
     @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        return {**super().small_fields(), "warmup": 1, "every": 4}
+    def small(cls, grid: Grid) -> Self:
+        return replace(super().small(grid), warmup=1, every=4)
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Reshaping:
         self._check(sites, total)
@@ -118,10 +111,6 @@ class ReshapedGrouped(Reshape, Grouped):
 class ReshapedNeighbourhood(Reshape, Neighbourhood):  # type: ignore[misc]  # another session: Near adds keys
     """The correction on CLEAR's circle, of a model that was not fine-tuned for it; neither paper's."""
 
-    @classmethod
-    def small_fields(cls) -> dict[str, Any]:
-        return {**super().small_fields(), "pooled": 0}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pooled", "scaled_from"):
@@ -129,6 +118,10 @@ class ReshapedNeighbourhood(Reshape, Neighbourhood):  # type: ignore[misc]  # an
                 raise ConfigError(
                     f"{type(self).__name__}: {name}={given}, expected 0: what is kept is a part of dense attention"
                 )
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(radius=2, span=0 if grid.frames == 1 else 2, block=8, kernel="cpu", warmup=1, every=4)
 
 
 class Kept(NamedTuple):

@@ -1,1 +1,1 @@
-"""Wall clock, MACs, memory and the rows of a comparison."""
+"""Measurements: paired losses, and the claims of papers tried with them."""

@@ -15,20 +15,20 @@ from ditkit.bench.rows import Kind, Row
 from ditkit.bench.timing import alternated, medians
 from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.policy import Policy
+from ditkit.core.task import Progress, Task
 from ditkit.metrics.distribution import Distribution, distribution
-from ditkit.metrics.error import errors, made_of, pooled_psnr_db
+from ditkit.metrics.error import generated_mask, pooled_psnr_db
 from ditkit.metrics.features import extract, load_efficientnet_lite0
-from ditkit.sample.workload import Drawn, SamplingJob
+from ditkit.sample.sampler import Sampler, Samples
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
 EXACT = "exact"
 FEWEST = 4  # pictures that KID needs in each set
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to draw the workload."""
+    """One row: policies and a number of steps."""
 
     name: str
     kind: Kind
@@ -41,10 +41,12 @@ class Method:
 class Bench:
     """The measurements of one comparison, by the methods' names; `controls` by the policy's."""
 
-    def __init__(self, work: SamplingJob, methods: Sequence[Method], progress: Progress | None) -> None:
-        self.work, self.methods, self.progress = work, list(methods), progress
-        self.made = made_of(work.cond)
-        self.drawn: dict[str, Drawn] = {}
+    def __init__(
+        self, work: Sampler, task: Task, methods: Sequence[Method], progress: Progress | None
+    ) -> None:
+        self.work, self.task, self.methods, self.progress = work, task, list(methods), progress
+        self.generated = generated_mask(work.cond)
+        self.drawn: dict[str, Samples] = {}
         self.macs: dict[str, MacCount] = {}
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, PeakMemory] = {}
@@ -58,7 +60,7 @@ class Bench:
         Raises:
             NoEffectError: none is left.
         """
-        for method in self._told("counting MACs", tuple(self.methods)):
+        for method in self._counted("counting MACs", tuple(self.methods)):
             try:
                 self._count(method)
             except NoEffectError as error:
@@ -70,24 +72,24 @@ class Bench:
     def add_controls(self) -> None:
         """For each policy, the exact sampler with as many steps as cost the same MACs."""
         exact = self.macs[EXACT].total
-        for method in self._told("counting MACs of controls", self._policies()):
+        for method in self._counted("counting MACs of controls", self._policies()):
             self.controls[method.name] = self._fewer(self.macs[method.name].total / exact)
 
     def add_control_rows(self) -> None:
-        """The exact sampler with as many steps as a policy computed in full, once for each number."""
+        """Add the exact sampler with as many steps as a policy computed in full, once for each number."""
         shares = {self.drawn[m.name].full / self.drawn[m.name].evaluations for m in self._policies()}
         found = [self._fewer(share) for share in sorted(shares, reverse=True)]
         self.methods += [m for i, m in enumerate(found) if m.kind == "control" and m not in found[:i]]
 
     def converge(self, steps: int) -> None:
         tell = None if self.progress is None else partial(self.progress, f"drawing in {steps} steps")
-        self.converged = self.work.draw(steps=steps, progress=tell).samples
+        self.converged = self.work.draw(tell, policies=(), steps=steps).samples
 
     def time(self, rounds: int) -> None:
         """Wall clock of the rows, in turns; what they drew last is what is judged."""
 
         def draw(method: Method) -> None:
-            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
 
         tell = None if self.progress is None else partial(self.progress, "timing")
         functions = {method.name: partial(draw, method) for method in self.methods}
@@ -95,13 +97,13 @@ class Bench:
         self.seconds = alternated(functions, rounds, warmup=0, progress=tell)
 
     def measure_memory(self, isolated: Isolated) -> None:
-        for method in self._told("measuring memory", self.methods):
+        for method in self._counted("measuring memory", self.methods):
             self.memory[method.name] = isolated.peak(method.policies, method.steps)
 
-    def rows(self, judge: DistributionMetric | None) -> tuple[Row, ...]:
-        return tuple(self._row(method, judge) for method in self._told("comparing", self.methods))
+    def rows(self, judge: Callable[[Tensor], Distribution] | None) -> tuple[Row, ...]:
+        return tuple(self._row(method, judge) for method in self._counted("comparing", self.methods))
 
-    def _row(self, method: Method, judge: DistributionMetric | None) -> Row:
+    def _row(self, method: Method, judge: Callable[[Tensor], Distribution] | None) -> Row:
         drawn, memory = self.drawn[method.name], self.memory.get(method.name)
         exact, seconds = self.drawn[EXACT].samples, medians(self.seconds)
         count, whole = self.macs[method.name], self.macs[EXACT].total
@@ -123,15 +125,15 @@ class Bench:
             peak_bytes=None if memory is None else memory.peak_bytes,
             peak_added_bytes=None if memory is None else memory.added_bytes,
             policy_bytes=drawn.policy_bytes,
-            receipt=drawn.receipts,
+            receipt=tuple(receipt.as_dict() for receipt in drawn.receipts),
             distribution=None if judge is None else judge(drawn.samples),
             psnr_converged_db=self._to_converged(drawn.samples),
-            **errors(drawn.samples, exact, self.made),
+            **self.task.error(drawn.samples, exact, self.generated),
             **self._control(method, exact, whole),
         )
 
     def samples(self) -> dict[str, Tensor]:
-        """The converged run's samples under "converged", after those of the rows."""
+        """Return the samples of each row, and the converged run's under "converged"."""
         assert self.converged is not None
         return {m.name: self.drawn[m.name].samples for m in self.methods} | {"converged": self.converged}
 
@@ -145,21 +147,21 @@ class Bench:
             "control_steps": control.steps,
             "control_macs_ratio": self.macs[control.name].total / whole,
             "control_identical": samples.equal(exact),
-            "control_psnr_db": pooled_psnr_db(samples, exact, self.made),
+            "control_psnr_db": pooled_psnr_db(samples, exact, self.generated),
             "control_psnr_converged_db": self._to_converged(samples),
         }
 
     def _to_converged(self, samples: Tensor) -> float | None:
         assert self.converged is not None
-        return pooled_psnr_db(samples, self.converged, self.made)
+        return pooled_psnr_db(samples, self.converged, self.generated)
 
     def _policies(self) -> list[Method]:
         return [method for method in self.methods if method.kind == "policy"]
 
     def _fewer(self, share: float) -> Method:
-        """The exact sampler in nearest to `share` of the steps, drawn and counted if it has not been yet."""
+        """Return the exact sampler in nearest to `share` of the steps, sampled and counted once."""
         steps = self.work.steps_like(share)
-        if steps == self.work.steps:
+        if steps == self.work.sampling.steps:
             return self.methods[0]
         name = f"exact, {steps} step{'s'[: steps > 1]}"
         method = Method(name, "control", "fewer exact steps", str(steps), (), steps)
@@ -169,10 +171,10 @@ class Bench:
 
     def _count(self, method: Method) -> None:
         with MacCounter() as counter:
-            self.drawn[method.name] = self.work.draw(method.policies, method.steps)
+            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
         self.macs[method.name] = counter.count
 
-    def _told(self, stage: str, items: Sequence[T]) -> Iterator[T]:
+    def _counted(self, stage: str, items: Sequence[T]) -> Iterator[T]:
         for done, item in enumerate(items):
             yield item
             if self.progress is not None:
@@ -187,13 +189,11 @@ class DistributionMetric:
             anything is drawn.
 
     Raises:
-        ConfigError: too few pictures in either set, or samples that are no pictures.
+        ConfigError: too few pictures in either set, or samples of other channels than pictures have.
         DataError: the extractor's weights are missing.
     """
 
     def __init__(self, real: Tensor, drawn: int, shape: tuple[int, ...]) -> None:
-        if len(shape) != 3:
-            raise ConfigError(f"real: pictures are held against pictures, the model draws {list(shape)}")
         if shape[0] not in (1, 3):
             raise ConfigError(f"real: pictures have 1 or 3 channels, the model draws {shape[0]}")
         if min(len(real), drawn) < FEWEST:

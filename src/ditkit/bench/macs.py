@@ -120,12 +120,12 @@ class _CountingMode(TorchDispatchMode):
 
 
 def _looks_heavy(func: Any) -> bool:
-    """A foreign kernel, or one of torch's whose name says that it multiplies matrices."""
+    """Return whether an operation is a foreign kernel, or one of torch's named like a matrix product."""
     return func.namespace not in ("aten", "prims", "prim") or bool(HEAVY.search(func.overloadpacket.__name__))
 
 
 def _half(flops: Formula) -> Formula:
-    """torch's own formulas count two operations for each multiply-accumulate."""
+    """Halve torch's own formula, which counts two operations for each multiply-accumulate."""
     return lambda *args, **kwargs: flops(*args, **kwargs) // 2
 
 
@@ -136,7 +136,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """The scores once more, then the gradients of query, key, weights and value: 3 K + 2 Kv for each pair."""
+    """Count the scores once more, then the gradients of query, key, weights and value: 3 K + 2 Kv for each pair."""
     *batch, length, width = query.shape
     return math.prod(batch) * length * key.shape[-2] * (3 * width + 2 * value.shape[-1])
 
@@ -152,7 +152,7 @@ def _product_with_vector(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _added(formula: Formula) -> Formula:
-    """The same for operations whose first argument is what the product is added to."""
+    """Shift a formula to operations whose first argument is what the product is added to."""
     return lambda bias, a, b, *_, **__: formula(a, b)
 
 

@@ -26,7 +26,7 @@ from ditkit.core.errors import ConfigError, DitkitError, unknown
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.sample.denoiser import placement
-from ditkit.sample.workload import Drawn, SamplingJob
+from ditkit.sample.sampler import Sampler, Samples
 
 CHILD = "from ditkit.bench.memory import child; child()"
 DEVICES = ("cpu", "cuda")
@@ -83,7 +83,7 @@ def measure_peak(target: str, kwargs: Mapping[str, Any], *, device: str = "cpu")
 
 
 def child() -> None:
-    """What the fresh interpreter runs: request on stdin, answer in the file that its first argument names."""
+    """Run in the fresh interpreter: request on stdin, answer in the file that its first argument names."""
     request = json.load(sys.stdin)
     module, name = request["target"].split(":")
     call = getattr(importlib.import_module(module), name)(**request["kwargs"])
@@ -114,7 +114,7 @@ def _cuda_peak(call: Callable[[], object]) -> PeakMemory:
 
 
 def _forget_earlier_peak() -> None:
-    """Set-up may have peaked above the call. Where the kernel cannot forget that, it counts."""
+    """Reset the kernel's peak, since set-up may have peaked above the call; where it cannot be reset, it counts."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM := VmRSS, see proc(5)
     except OSError:
@@ -131,7 +131,7 @@ def _resident_highest_bytes() -> int:
 
 
 def _status_bytes(name: str) -> int | None:
-    """A field of Linux' /proc/self/status, None where there is none."""
+    """Read a field of Linux' /proc/self/status, None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -147,15 +147,15 @@ def _max_resident_bytes() -> int:
 
 
 class Isolated:
-    """A workload written to `folder`, to be drawn by other processes under any of `policies`.
+    """A sampler written to `folder`, to be drawn by other processes under any of `policies`.
 
     Its models are written once.
 
     Raises:
-        ConfigError: the workload or a policy holds something that JSON and model folders cannot describe.
+        ConfigError: the sampler or a policy holds something that JSON and model folders cannot describe.
     """
 
-    def __init__(self, work: SamplingJob, policies: Sequence[Policy], folder: Path) -> None:
+    def __init__(self, work: Sampler, policies: Sequence[Policy], folder: Path) -> None:
         self.device = placement(work.model)[0].type
         self.folder = folder
         self.described = describe(work.first_batch(), folder)
@@ -172,11 +172,11 @@ class Isolated:
         return measure_peak(f"{__name__}:prepare", request, device=self.device)
 
 
-def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], Drawn]:
+def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], Samples]:
     """In the other process: the call that is measured."""
     torch.set_num_threads(threads)
-    workload, owned = revive(work), revive(policies)
-    return lambda: workload.draw(owned, steps)
+    sampler, owned = revive(work), revive(policies)
+    return lambda: sampler.draw(policies=owned, steps=steps)
 
 
 def describe(value: Any, folder: Path) -> Any:
@@ -216,7 +216,7 @@ def describe(value: Any, folder: Path) -> Any:
 
 
 def revive(given: Any) -> Any:
-    """What `describe` described."""
+    """Rebuild a value from what `describe` returned."""
     if isinstance(given, list):
         return tuple(revive(item) for item in given)
     if not isinstance(given, Mapping):

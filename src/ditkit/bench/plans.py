@@ -1,4 +1,4 @@
-"""What an attention pattern comes to on a layout: keys that a query sees, blocks that are visited, a kernel."""
+"""Attention plans on a layout: keys of a query, visited blocks, and the chosen kernel."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Place = tuple[int, int, int]
 """Frame, row and column of a token."""
 LEFT_OUT, IN_PART, IN_FULL = range(3)
-"""What becomes of a block of pairs."""
+"""The states of a block of pairs."""
 HEAD_WIDTH = 64
-"""Of the queries for which a kernel is chosen."""
+"""The width of the queries for which a kernel is chosen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Planned:
         return seen
 
     def token(self, place: Place) -> int:
-        """The number of the token at (frame, row, column).
+        """Return the number of the token at (frame, row, column).
 
         Raises:
             ShapeError: it is not on the grid.
@@ -116,14 +116,14 @@ class Planned:
         return found
 
     def _tokens(self) -> Tensor:
-        """The token in each slot of keys, int64 [keys]; padding is -1, which nobody sees."""
+        """Return the token in each slot of keys, int64 [keys]; padding is -1, which nobody attends to."""
         plan = self.plan
         queries = torch.arange(plan.queries) if plan.order is None else plan.order
         return torch.cat((queries, torch.arange(len(plan.inverse), plan.tokens)))
 
 
 def rows_of(model: Model, shape: tuple[int, ...]) -> tuple[Grid, int]:
-    """The grid of a sample's tokens, and how many other rows stand in the longest sequence that attention runs over.
+    """Return the grid of a sample's tokens, and the number of other tokens in the longest attended sequence.
 
     Raises:
         ConfigError: no attention of the model runs over the rows of an image.
@@ -140,7 +140,7 @@ def rows_of(model: Model, shape: tuple[int, ...]) -> tuple[Grid, int]:
 
 
 def places(grid: Grid) -> dict[str, Place]:
-    """The queries that are looked at unless others are asked for, each once."""
+    """List the queries that are looked at unless others are asked for, each once."""
     frames, height, width = grid.shape
     wanted = {
         "centre": (frames // 2, height // 2, width // 2),
@@ -151,7 +151,7 @@ def places(grid: Grid) -> dict[str, Place]:
 
 
 def table(plans: Sequence[Planned]) -> Table:
-    """What each plan comes to, for a terminal of 80 columns, and below it which patterns are off and why."""
+    """Build a table of the plans for 80 columns, and below it the patterns that are off and why."""
     from rich import box
     from rich.table import Table
 

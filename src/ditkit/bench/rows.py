@@ -103,13 +103,13 @@ DEFINITIONS = {
     "policy_bytes": "the most that the policies held at once in a batch",
     "identical": "whether every sample equals the exact run's to the bit; its PSNR, infinite, is then null",
     "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all "
-    "samples; data range 2, not clipped; of clips given in part, over what was made of them, as are all errors",
+    "samples; data range 2, not clipped; of clips given in part, over what was generated of them, as are all errors",
     "psnr_worst_db": "the same, of the sample that is farthest off",
     "ssim": "to the exact run of the same seeds and steps, mean over samples, and over the frames of clips of "
-    "which something was made; null below 6 pixels a side",
+    "which something was generated; null below 6 pixels a side",
     "relative_l2": "norm of the difference to the exact run over the norm of that run, mean over samples",
     "temporal_psnr_db": "as psnr_db, of the differences between neighbouring frames, averaged over all of them "
-    "and all samples: a constant shift costs nothing, flicker does; a pixel counts that was made in either of "
+    "and all samples: a constant shift costs nothing, flicker does; a pixel counts that was generated in either of "
     "the two frames; null for clips of one frame",
     "psnr_by_frame_db": "as psnr_db, of each frame on its own; null where it was given or equals the exact run's",
     "psnr_converged_db": "as psnr_db, to the exact sampler with many steps (settings.converged_steps)",
@@ -125,11 +125,11 @@ DEFINITIONS = {
     "precision": "share of samples inside the real set's manifold",
     "recall": "share of the real set inside the samples' manifold",
 }
-"""What the keys of a row mean; every report carries it."""
+"""The meaning of each key of a row; every report carries it."""
 
 
 class Title(NamedTuple):
-    """How a policy is called among others."""
+    """The name of a policy among others."""
 
     name: str
     series: str
@@ -137,7 +137,7 @@ class Title(NamedTuple):
 
 
 def titles(policies: Sequence[Policy]) -> list[Title]:
-    """The class, with the fields in which its policies differ from each other or from their defaults.
+    """Name policies by class, with the fields in which they differ from each other or from their defaults.
 
     Raises:
         ConfigError: a policy is given twice.
@@ -175,20 +175,15 @@ def megabytes(value: int | None) -> str:
 
 
 def to_exact(row: Row, value: float | None) -> str:
-    """A PSNR to the exact run, which is not compared with itself."""
+    """Format a PSNR to the exact run, which is not compared with itself."""
     return NOTHING if row.kind == "exact" else decibels(value, row.identical)
 
 
 def distance(row: Row) -> str:
-    """The PSNR to the exact run with its unit."""
+    """Format the PSNR to the exact run with its unit."""
     if row.kind == "exact":
         return "the reference"
     return "identical to exact" if row.identical else f"{decibels(row.psnr_db)} dB to exact"
-
-
-def noun(rows: Sequence[Row]) -> str:
-    """What one sample of a comparison is called."""
-    return "clip" if any(row.clip for row in rows) else "picture"
 
 
 def caption(row: Row) -> list[str]:
@@ -200,8 +195,8 @@ def converged_caption(steps: int) -> list[str]:
     return ["converged", f"exact, {steps} steps", "what fewer steps approach"]
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """The fastest policy that is close to the exact run, or the closest, and what else its compute buys."""
+def headline(rows: Sequence[Row], noun: str) -> str:
+    """Summarise the fastest policy that is close to the exact run, or the closest, and its control."""
     exact = rows[0]
     policies = [row for row in rows if row.kind == "policy"]
     if not policies:
@@ -209,7 +204,7 @@ def headline(rows: Sequence[Row]) -> str:
     close = [row for row in policies if row.identical or (row.psnr_db or 0) >= CLOSE_DB]
     closest = max(policies, key=lambda row: row.psnr_db or 0)
     best = max(close, key=lambda row: row.speedup, default=closest)
-    drawn = f"{noun(rows)}s"
+    drawn = f"{noun}s"
     near = f"identical {drawn}" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its {drawn}"
     faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {near}"
     if not close:

@@ -56,7 +56,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each list."""
+    """Compute the median of each list."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

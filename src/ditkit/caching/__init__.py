@@ -1,7 +1,8 @@
 """Policies that compute less by keeping what was computed, one file each."""
 
+from ditkit.caching.branch_cache import BranchCache
 from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.caching.regional import RAS
 from ditkit.caching.taylorseer import TaylorSeer
 
-__all__ = ["RAS", "ConfidentTaylor", "TaylorSeer"]
+__all__ = ["RAS", "BranchCache", "ConfidentTaylor", "TaylorSeer"]

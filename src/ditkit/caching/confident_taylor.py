@@ -9,25 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import factorial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ditkit.caching.taylorseer import (
-    Branch,
-    Coefficients,
-    Geometry,
-    geometry_of,
-    output_weights,
-    push,
-    replace_latest,
-    update_coefficients,
-)
-from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.grid import Segment
-from ditkit.core.numbers import integer
+from ditkit.caching.branch_cache import Branch, Geometry, geometry_of, push, replace_latest
+from ditkit.caching.taylorseer import Coefficients, output_weights, update_coefficients
+from ditkit.core.config import Natural
+from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
 
@@ -63,40 +56,28 @@ class ConfidentTaylor(Policy):
         ConfigError: a field is out of range.
     """
 
-    threshold: float = 0.008
-    first_order: int = 3
-    last_order: int = 1
-    warmup: int = 2
+    threshold: Annotated[float, Ge(0)] = 0.008
+    first_order: Natural = 3
+    last_order: Natural = 1
+    warmup: Natural = 2
     decider: Decider = "first"
     per_sample_gate: bool = False
-    interval: int = 0
-    schedule: tuple[int, ...] = ()
+    interval: Natural = 0
+    schedule: tuple[Natural, ...] = ()
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not is_number or not self.threshold >= 0:
-            raise ConfigError(
-                f"ConfidentTaylor: threshold={self.threshold!r}, expected a number of at least 0"
-            )
-        for name in ("first_order", "last_order", "warmup", "interval"):
-            integer(f"ConfidentTaylor: {name}", getattr(self, name), least=0)
-        if self.decider not in get_args(Decider):
-            raise ConfigError("ConfidentTaylor: " + unknown("decider", self.decider, get_args(Decider)))
-        if not isinstance(self.schedule, tuple):
-            raise ConfigError(f"ConfidentTaylor: schedule={self.schedule!r}, expected a tuple of indices")
-        for index in self.schedule:
-            integer("ConfidentTaylor: schedule", index, least=0)
+        super().__post_init__()
         if self.schedule and tuple(sorted({0, *self.schedule})) != self.schedule:
             raise ConfigError(f"ConfidentTaylor: schedule={self.schedule}, expected indices from 0 upwards")
-        listed = [
-            f"{name}={given}"
-            for name, given in (("interval", self.interval), ("schedule", self.schedule))
-            if given
-        ]
+        listed = [f"{name}={given}" for name in ("interval", "schedule") if (given := getattr(self, name))]
         if len(listed) > 1:
             raise ConfigError(f"ConfidentTaylor: {' and '.join(listed)}, expected one of the two")
         if listed and self.per_sample_gate:
             raise ConfigError(f"ConfidentTaylor: {listed[0]} asks no gate, expected per_sample_gate=False")
+
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(threshold=0.5, warmup=1)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         stacks = named(sites, "stack")

@@ -6,18 +6,20 @@ along their last known prediction, and the others see the keys and values that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditkit.core.errors import ConfigError, unknown
-from ditkit.core.grid import SEQUENCES, Segment, image_of, patchify, put_rows, sequence, unpatchify
+from ditkit.core.config import Count, Fraction, Natural
+from ditkit.core.errors import ConfigError
+from ditkit.core.grid import SEQUENCES, Grid, Segment, image_of, patchify, put_rows, sequence, unpatchify
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended, moving, named
 
@@ -25,12 +27,6 @@ Metric = Literal["std", "l2"]
 Selection = Literal["published", "low", "high"]
 QUANTUM = 64
 """Rows by which a schedule with a slope rounds down (the paper's code)."""
-_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("ratio", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("high_ratio", lambda x: 0 <= x <= 1, "0 to 1"),
-    ("starvation", lambda x: 0 <= x < inf, "0 or more"),
-    ("slope", lambda x: isinstance(x, int), "an integer"),
-)
 
 
 @dataclass(frozen=True)
@@ -55,33 +51,21 @@ class RAS(Policy):
         slope, span: rows left out more in each next `span` evaluations, about the same mean; 0: always as many.
     """
 
-    ratio: float = 0.5
-    warmup: int = 4
-    end: int | None = None
-    reset_every: int = 8
-    resets: tuple[int, ...] = ()
+    ratio: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    warmup: Count = 4
+    end: Natural | None = None
+    reset_every: Natural = 8
+    resets: tuple[Natural, ...] = ()
     metric: Metric = "std"
-    starvation: float = 0.1
+    starvation: Annotated[float, Interval(ge=0, lt=inf)] = 0.1
     selection: Selection = "published"
-    high_ratio: float = 0.3
+    high_ratio: Fraction = 0.3
     slope: int = 0
-    span: int = 4
+    span: Count = 4
 
-    def __post_init__(self) -> None:
-        for name, fits, expected in _NUMBERS:
-            given = getattr(self, name)
-            if not isinstance(given, int | float) or isinstance(given, bool) or not fits(given):
-                raise ConfigError(f"RAS: {name}={given!r}, expected {expected}")
-        if not isinstance(self.resets, tuple):
-            raise ConfigError(f"RAS: resets={self.resets!r}, expected a tuple of integers")
-        end = self.warmup if self.end is None else self.end
-        whole = [("warmup", self.warmup, 1), ("reset_every", self.reset_every, 0), ("span", self.span, 1)]
-        for name, given, least in (*whole, ("end", end, 0), *(("resets", reset, 0) for reset in self.resets)):
-            if type(given) is not int or given < least:
-                raise ConfigError(f"RAS: {name}={given!r}, expected an integer of at least {least}")
-        for name, choices in (("metric", get_args(Metric)), ("selection", get_args(Selection))):
-            if getattr(self, name) not in choices:
-                raise ConfigError("RAS: " + unknown(name, getattr(self, name), choices))
+    @classmethod
+    def small(cls, grid: Grid) -> Self:
+        return cls(warmup=2)
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         tokens, cores, head = named(sites, "tokens"), attended(sites), named(sites, "head")

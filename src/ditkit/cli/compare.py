@@ -2,67 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 from ditkit.api.compare import compare as compared
 from ditkit.caching.taylorseer import TaylorSeer
-from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
-    CLIP_AXES,
     DataName,
     Labels,
     ModelName,
     Number,
     Options,
-    Policies,
     Seeds,
+    load_generator,
     options_of,
-    policies_of,
     progress,
     seeds_of,
-    solver_of,
     with_training_options,
     writable,
 )
-from ditkit.core.cond import Cond
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
-from ditkit.core.loading import load
-from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
-from ditkit.data.clips import spread
-from ditkit.data.loading import load_held_out, load_images
-from ditkit.sample.workload import UNCONDITIONED
-from ditkit.tasks.video.masks import mask_kind
-from ditkit.tasks.video.recipe import conditioned
-from ditkit.tasks.video.scores import UNCONDITIONAL
+from ditkit.core.task import task_of
+from ditkit.tasks.video.masks import KINDS, mask_kind
 
-MaskName = Annotated[str | None, tyro.conf.arg(metavar="KIND")]
+MaskName = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="KIND", help=f"Kind of masks on the clips of --data: {', '.join(KINDS)}. Default: predict."
+    ),
+]
 DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
-PREDICT = "predict"
 
 
 def compare(
     model: ModelName,
     *,
-    policy: Policies = (),
+    flags: Flattened = SamplingFlags(),
     demo: bool = False,
     seeds: Seeds = ("0..7",),
     label: Labels = (),
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    solver: str = "euler",
     converged_steps: Number = None,
     fewer_steps: bool = False,
     rounds: int = 3,
-    batch_size: int = 8,
-    max_bytes: Number = None,
     no_memory: bool = False,
     data: DataName = None,
     option: Options = (),
@@ -70,6 +56,8 @@ def compare(
     out: Path = Path("outputs/compare"),
 ) -> None:
     """Compare policies with the exact sampler: speed beside error.
+
+    Each --policy is a row; the exact sampler is always the first.
 
     Examples:
         ditkit compare emoji --policy taylorseer:interval=4
@@ -85,51 +73,35 @@ def compare(
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
-        policy: Such as taylorseer:interval=4,order=2. Repeat it, a row each; exact is always there.
         demo: Instead of --policy: TaylorSeer with intervals 3, 4, 6 and orders 0, 1, 2, and --fewer-steps.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
-        steps: Steps of the solver.
-        solver: From noise to sample: euler, heun, ddim, ancestral, eulermaruyama.
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
         rounds: Timed passes over all seeds; the median counts.
-        batch_size: Samples drawn at once.
-        max_bytes: Memory that a policy may hold; more is refused.
         no_memory: Do not measure peak memory, which takes a process for each row.
-        data: A named set or a folder. Images (emoji): to report FID and KID against. Clips (moving-digits):
-            given in part, out of the test split if there is one.
+        data: A named set or folder. Images: to report FID and KID against. Clips: given in part.
         option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
-        mask: What the clips of --data leave to be made: predict (the last half, the default), backward,
-            interpolate, single-frame, random-frames, region, first-frame, first-last.
         out: Folder to write to.
     """
-    policies = demo_policies(policy) if demo else policies_of(policy)
-    if not policy and not demo:
+    if not flags.policy and not demo:
         raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
-    numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
-    network = load(model)
-    if not isinstance(network, Denoiser):
-        raise ConfigError(
-            f"{model} makes forecasts, expected pictures or clips; try: ditkit forecast {model}"
-        )
+    sampling = flags.make(seeds_of(seeds))
+    if demo:
+        sampling = sampling.changed(policies=demo_policies(flags.policy))
+    network = load_generator(model, "compare")
+    kind = None if mask is None else mask_kind(mask)
     loading = options_of(data, with_training_options(data, option, network))
-    real, cond = told(network, data, mask, numbers, **loading)
+    real, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         report = compared(
             network,
-            policies,
-            numbers,
             label=label or None,
-            steps=steps,
-            solver=way,
-            guidance=guidance,
             cond=cond,
+            sampling=sampling,
             converged_steps=converged_steps,
             rounds=rounds,
-            batch_size=batch_size,
-            max_bytes=max_bytes,
             memory=not no_memory,
             real=real,
             controls_as_rows=fewer_steps or demo,
@@ -142,55 +114,11 @@ def compare(
 
 
 def demo_policies(given: tuple[str, ...]) -> list[Policy]:
-    """Those of `--demo`.
+    """Return the policies of `--demo`.
 
     Raises:
-        ConfigError: others were asked for as well.
+        ConfigError: others are given as well.
     """
     if given:
         raise ConfigError(f"compare: got --policy {given[0]} with --demo, expected one of the two")
     return [TaylorSeer(interval=n, order=o) for n in DEMO_INTERVALS for o in DEMO_ORDERS]
-
-
-def told(
-    network: Denoiser, data: str | None, mask: str | None, seeds: Sequence[int], **options: Any
-) -> tuple[Tensor | None, Cond]:
-    """What `--data` and `--mask` ask for: pictures to measure against, or clips that are given in part.
-
-    `options` are those of the data's loader.
-
-    Raises:
-        ConfigError: they contradict each other or the model. Those of the loaders.
-    """
-    if mask is not None:
-        mask_kind(mask)
-    if len(network.signal_shape) != CLIP_AXES:
-        if mask is not None:
-            raise ConfigError(f"--mask {mask} with a model of pictures, expected one of clips")
-        real = None if data is None else load_images(data, network.signal_shape[-1], **options).images_float()
-        return real, UNCONDITIONED
-    if data is None:
-        if mask not in (None, UNCONDITIONAL):
-            raise ConfigError(f"--mask {mask} without clips, expected --data, such as moving-digits")
-        return None, UNCONDITIONED
-    if mask == UNCONDITIONAL:
-        raise ConfigError(f"--mask {mask} gives nothing of --data {data}, expected one of the two")
-    return None, conditioned(given_clips(network, data, len(seeds), **options), mask or PREDICT, seeds)
-
-
-def given_clips(network: Denoiser, data: str, count: int, **options: Any) -> Tensor:
-    """`count` clips [B, C, T, H, W] spread evenly over the set, of the length and size that the model makes.
-
-    Raises:
-        ConfigError: the set has other channels, or fewer clips. Those of the loader.
-    """
-    channels, frames, height, width = network.signal_shape
-    whole = load_held_out(data, (height, width), frames, **options)
-    if len(whole) < count:
-        raise ConfigError(
-            f"{data} has {len(whole)} clips of {frames} frames for {count} seeds, try: --seeds 0..{len(whole) - 1}"
-        )
-    clips = spread(whole, count)
-    if clips.channels != channels:
-        raise ConfigError(f"{data} has {clips.channels} channels, the model makes {channels}")
-    return clips.clips(torch.arange(count))

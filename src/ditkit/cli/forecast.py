@@ -1,46 +1,42 @@
-"""`ditkit forecast`: what follows, how wrong it is by lead time, and what persistence and climatology would say."""
+"""`ditkit forecast`: forecasts of held-out data, and their error by lead time beside that of baselines."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import tyro
-from rich.console import Console
 
-from ditkit.cli.evaluate import flags
+from ditkit.cli.evaluate import save
 from ditkit.cli.options import (
     Number,
     Options,
-    for_stage,
-    load_maker,
+    load_of,
     options_of,
     progress,
     with_training_options,
     writable,
 )
-from ditkit.core.checkpoint import replacing, write_json
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
-from ditkit.tasks.forecast.figures import write_pictures
-from ditkit.tasks.forecast.scores import (
-    ClipForecasts,
-    FieldForecasts,
-    called,
-    clip_forecasts,
-    field_forecasts,
-    forecasts_fields,
-)
+from ditkit.data.loading import names_of
+from ditkit.tasks.forecast.scores import called, evaluate_forecasts
 
+SETS = ", ".join((*names_of("clips"), *names_of("fields")))
+ForecastData = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="STR",
+        help=f"Data of the kind that the models were trained on: a named set ({SETS}), a folder of video files, "
+        "a netCDF file, or a CSV file of series.",
+    ),
+]
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
 
 def forecast(
     models: Models,
     *,
-    data: str,
+    data: ForecastData,
     option: Options = (),
     horizon: Number = None,
     count: int = 64,
@@ -62,14 +58,12 @@ def forecast(
     Writes into the folder of --out:
         forecast.json    every number, and the settings
         leadtime.png     the error against lead time, beside the baselines
-        MODEL.png        one forecast: what was seen, what followed, and the error;
+        MODEL.png        one forecast: observed, followed, forecast, and the error;
                          of fields and series one for each variable
         MODEL.mp4, .gif  the same as a film, not of series
 
     Args:
         models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.
-        data: What the models were trained on or the like: a named set (moving-digits, vizdoom, winds, rain), a folder
-            of video files, a netCDF file, or a CSV file of series.
         option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
             several. Default, where the first model was trained on these data: as it was.
         horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
@@ -84,38 +78,16 @@ def forecast(
         raise ConfigError("forecast: got no model, expected a folder such as runs/predformer/model")
     if twice := [name for i, name in enumerate(models) if name in models[:i]]:
         raise ConfigError(f"forecast: {twice[0]} is given twice, expected different models")
-    names = called(models)
-    named = {name: load_maker(m, "forecasts") for name, m in zip(names, models, strict=True)}
-    first = next(iter(named.values()))
-    horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    named = {name: load_of(m, "forecast") for name, m in zip(called(models), models, strict=True)}
     option = with_training_options(data, option, *named.values())
+    first = next(iter(named.values()))
+    settings: dict[str, Any] = {
+        "horizon": first.config.frames if horizon is None else horizon,
+        "count": count,
+    }
+    settings |= {"validation": validation, "test": test, "show": show}
     options = options_of(data, option, max_bad)
-    given = {"data": data, "option": list(option), "horizon": horizon, "count": count}
-    given |= {"validation": validation, "test": test, "show": show, "max_bad": max_bad}
-    command = shlex.join(["ditkit", "forecast", *models, *flags(given)])
+    given = {"data": data, "option": list(option), **settings, "max_bad": max_bad}
     with writable(out), progress() as advance:
-        found: ClipForecasts | FieldForecasts
-        if forecasts_fields(named):
-            found = field_forecasts(named, data, horizon, validation, test, show, options)
-        else:
-            found = clip_forecasts(
-                named,
-                data,
-                horizon,
-                integer("--count", count, least=1),
-                show,
-                options,
-                for_stage(advance, "forecasting"),
-            )
-        write_json(out / "forecast.json", {"command": command, **found.as_dict()})
-        files = [["forecast.json", "leadtime.png"], *draw(found, out)]
-    Console().print(found.table())
-    print(f"wrote {out}:", *map(", ".join, files), sep="\n  ")
-
-
-@torch.no_grad()
-def draw(found: ClipForecasts | FieldForecasts, out: Path) -> list[list[str]]:
-    """The plot, and one forecast of each model; the names of the files of each forecast."""
-    with replacing(out / "leadtime.png") as draft:
-        draft.write_bytes(found.plot().png())
-    return [write_pictures(out, name, example) for name, example in found.examples()]
+        found = evaluate_forecasts(named, data, options=options, progress=advance, **settings)
+        save(found, out, "forecast.json", ["forecast", *models], given)

@@ -1,39 +1,31 @@
-"""`ditkit generate`: pictures from a model, as files."""
+"""`ditkit generate`: samples of a model, as files."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ditkit.api.generate import Generated
 from ditkit.api.generate import generate as draw
-from ditkit.cli.guiding import GUIDED, GuidingFlags
 from ditkit.cli.options import (
     Labels,
     ModelName,
-    Number,
-    Policies,
     Seeds,
     for_stage,
-    load_maker,
-    policies_of,
+    load_generator,
     progress,
     seeds_of,
-    solver_of,
     writable,
 )
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.model import Model
-from ditkit.core.spec import spec
-from ditkit.report.sheet import grid, write_png
+from ditkit.core.task import task_of
+from ditkit.sample import Samples
 
 
 def generate(
@@ -41,16 +33,11 @@ def generate(
     *,
     label: Labels = (),
     seeds: Seeds = ("0..7",),
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    policy: Policies = (),
-    solver: str = "euler",
-    batch_size: int = 8,
-    max_bytes: Number = None,
+    flags: Flattened = SamplingFlags(),
     out: Path = Path("outputs/generate"),
     list_labels: bool = False,
 ) -> None:
-    """Draw pictures with a trained model, one a seed.
+    """Draw samples with a trained model, one a seed: pictures, or clips of which nothing is given.
 
     Examples:
         ditkit generate emoji
@@ -58,63 +45,40 @@ def generate(
         ditkit generate emoji --label animal-mammal --seeds 0 1 2 3
         ditkit generate emoji --label animal-bird --label food-fruit --seeds 0..7
         ditkit generate emoji --policy taylorseer:interval=4,order=2
+        ditkit generate digits --seeds 0 1 --steps 25
         ditkit generate runs/mine/model --steps 25 --out outputs/mine
 
     Writes into the folder of --out:
-        CLASS-SEED.png    each picture at its own size (CLASS@INDEX if names clash)
-        sheet.png         all of them, enlarged
+        CLASS-SEED.png    each picture at its own size (CLASS@INDEX if names clash),
+                          or SEED.mp4 and SEED.gif of a clip (MP4 needs PyAV)
+        sheet.png         all of them, enlarged; of clips, frames of the first
         generated.json    settings, time, and what each policy did
 
     Args:
-        model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
+        model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
         label: Class to draw. Repeat it for several, each drawn with every seed; default: spread over all.
-        seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture a seed.
-        steps: Steps of the solver.
-        policy: What makes it faster, such as taylorseer:interval=4,order=2. Repeat it for several at once.
-        solver: From noise to picture: euler, heun, ddim, ancestral, eulermaruyama.
-        batch_size: Pictures drawn at once.
-        max_bytes: Memory that the policies may hold; more is refused.
+        seeds: Whole numbers, or ranges such as 0..15 with both ends; one sample a seed.
         out: Folder to write to.
         list_labels: Print the classes and stop.
     """
-    network = load_maker(model, "pictures")
+    network = load_generator(model, "generate")
     if list_labels:
         print("\n".join(class_names(network)))
         return
-    numbers, policies, way = seeds_of(seeds), policies_of(policy), solver_of(solver)
+    task, sampling = task_of(network), flags.make(seeds_of(seeds))
     check_labels(network, label)
     wanted: tuple[str | None, ...] = label or (None,)
-    guidance = guiding.make()
-    settings = {
-        "model": model,
-        "steps": steps,
-        **asdict(guiding),
-        "solver": spec(way),
-        "policies": list(map(spec, policies)),
-        "batch_size": batch_size,
-    }
-    drawn: list[Generated] = []
+    settings = {"model": model, **flags.as_dict(sampling)}
+    drawn: list[Samples] = []
     with writable(out), progress() as advance:
         for name in wanted:
-            drawn.append(
-                draw(
-                    network,
-                    name,
-                    numbers,
-                    steps=steps,
-                    guidance=guidance,
-                    solver=way,
-                    policies=policies,
-                    batch_size=batch_size,
-                    max_bytes=max_bytes,
-                    progress=for_stage(advance, f"drawing {name or ''}"),
-                )
-            )
-        stems = file_stems(class_names(network))
-        columns = len(numbers) if label else round(len(numbers) ** 0.5)
-        files = write_pictures(drawn, stems, out, columns)
-        write_json(out / "generated.json", {"settings": settings, **described(drawn, files)})
-    tell(drawn, files, out)
+            stage = for_stage(advance, f"drawing {name or ''}")
+            drawn.append(draw(network, name, sampling=task.settle(sampling), progress=stage))
+        columns = len(sampling.seeds) if label else max(1, round(len(sampling.seeds) ** 0.5))
+        samples = [one for d in drawn for one in d.samples]
+        files = task.write(out, samples, names_of(network, drawn), columns)
+        write_json(out / "generated.json", {"settings": settings, **described(drawn, files, task.noun)})
+    tell(drawn, files, task.noun, out)
 
 
 def check_labels(model: Model, labels: Sequence[str]) -> None:
@@ -127,24 +91,21 @@ def check_labels(model: Model, labels: Sequence[str]) -> None:
         seen.add(index)
 
 
-def write_pictures(
-    drawn: Sequence[Generated], stems: Mapping[str, str], out: Path, columns: int
-) -> list[str]:
-    """Each picture and the sheet; the pictures' file names."""
-    files = []
-    for image, seed, label in told(drawn):
-        name = f"{stems[label]}-{seed}.png" if label else f"{seed}.png"
-        files.append(write_png(out / name, image).name)
-    write_png(out / "sheet.png", grid(torch.cat([d.images for d in drawn]), columns))
-    return files
+def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:
+    """Return a name for the file of each sample; a class that is the only one counts where it has a name."""
+    classes = class_names(model)
+    if len(classes) < 2 and not getattr(model.config, "class_names", ()):
+        return [f"{seed}" for seed, _ in iterate(drawn)]
+    stems = file_stems(classes)
+    return [f"{stems[label]}-{seed}" if label else f"{seed}" for seed, label in iterate(drawn)]
 
 
-def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, object]:
-    """What was drawn and what it took, JSON-able."""
+def described(drawn: Sequence[Samples], files: Sequence[str], noun: str) -> dict[str, object]:
+    """Return the files with their seeds and labels, and their cost, as JSON."""
     return {
-        "pictures": [
+        f"{noun}s": [
             {"file": file, "seed": seed, "label": label}
-            for file, (_, seed, label) in zip(files, told(drawn), strict=True)
+            for file, (seed, label) in zip(files, iterate(drawn), strict=True)
         ],
         "seconds": sum(d.seconds for d in drawn),
         "policy_bytes": max(d.policy_bytes for d in drawn),
@@ -152,29 +113,29 @@ def described(drawn: Sequence[Generated], files: Sequence[str]) -> dict[str, obj
     }
 
 
-def tell(drawn: Sequence[Generated], files: Sequence[str], out: Path) -> None:
-    """What each policy did, the time, and where everything lies."""
+def tell(drawn: Sequence[Samples], files: Sequence[str], noun: str, out: Path) -> None:
+    """Print the receipt of each policy, the time, and the names of the files."""
     for receipt in receipts(drawn):
         print(f"{receipt['policy']}, {receipt['sites']} sites")
         for lane, done in receipt["lanes"].items():
             print(f"  {lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
     seconds = sum(d.seconds for d in drawn)
-    print(f"{len(files)} pictures in {seconds:.1f} s, {seconds / len(files):.2f} s each")
+    print(f"{len(files)} {noun}s in {seconds:.1f} s, {seconds / len(files):.2f} s each")
     print(f"wrote {out}: sheet.png, generated.json, {files[0]}{' ...' if len(files) > 1 else ''}")
 
 
-def receipts(drawn: Sequence[Generated]) -> list[dict[str, Any]]:
+def receipts(drawn: Sequence[Samples]) -> list[dict[str, Any]]:
     """What the policies did for all labels, each once where labels do not differ."""
     found: list[dict[str, Any]] = []
     for d in drawn:
-        found += [receipt for receipt in d.receipts if receipt not in found]
+        found += [r for receipt in d.receipts if (r := receipt.as_dict()) not in found]
     return found
 
 
-def told(drawn: Sequence[Generated]) -> Iterator[tuple[torch.Tensor, int, str | None]]:
-    """Every picture with its seed and its class."""
+def iterate(drawn: Sequence[Samples]) -> Iterator[tuple[int, str | None]]:
+    """Yield the seed and the class of every sample."""
     for d in drawn:
-        yield from zip(d.images, d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
+        yield from zip(d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
 
 
 def file_stems(classes: Sequence[str]) -> dict[str, str]:

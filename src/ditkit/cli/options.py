@@ -1,4 +1,4 @@
-"""What several commands share: their flags, how these are read, and how progress is shown."""
+"""Flags that several commands share, how these are read, and how progress is shown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ditkit.core.checkpoint import read_json
+from ditkit.core.codec import CODEC_CONFIG, Codec
 from ditkit.core.errors import ConfigError
-from ditkit.core.loading import load
-from ditkit.core.model import Denoiser, Model
+from ditkit.core.loading import load, shipped
+from ditkit.core.model import Model
 from ditkit.core.policy import Policy
-from ditkit.core.spec import as_text, component
+from ditkit.core.spec import as_text, components
+from ditkit.core.task import generating, task_named, task_of
 from ditkit.data.loading import accepts_option, dataset_name, read_options
-from ditkit.sample import Solver
 from ditkit.sample.noise import distinct
 
 ModelName = Annotated[str, tyro.conf.Positional]
@@ -33,32 +35,51 @@ DataName = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")]
 
 EXACT = "exact"
-COMMAND_OF = {"pictures": "generate", "clips": "video", "forecasts": "forecast"}
-"""The command for what a model makes."""
-CLIP_AXES = 4  # channels, frames, height, width
+CODEC, MODEL = "codec", "model"
+"""Keys of config.json that name the class."""
 OF_THE_MODEL = ("size", "frames")
-"""What loaders are asked for as the model has it."""
+"""Options of loaders that follow from the model."""
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
 Advance = Callable[[str, int, int], None]
 """Called with (what is being done, so many done, so many in all)."""
 
 
-def load_maker(name: str, of: str) -> Any:
-    """The model `name`, which makes what is named here: "pictures", "clips" or "forecasts".
+def load_of(name: str, task: str) -> Any:
+    """Load a model of one task.
 
     Raises:
-        ConfigError: it makes something else; the message names the command for that. Those of `load`.
+        ConfigError: it is of another task; the message names the command for that. Those of `load`.
     """
     model = load(name)
-    made = "forecasts"
-    if isinstance(model, Denoiser):
-        made = "clips" if len(model.sample_shape) == CLIP_AXES else "pictures"
-    if made != of:
+    own, expected = task_of(model), task_named(task)
+    if own.name != expected.name:
         raise ConfigError(
-            f"{name} makes {made}, expected a model of {of}; try: ditkit {COMMAND_OF[made]} {name}"
+            f"{name} makes {own.noun}s, expected a model of {expected.noun}s; try: {own.command} {name}"
         )
     return model
+
+
+def load_generator(name: str, verb: str) -> Any:
+    """Load a model whose samples can be drawn without data.
+
+    Raises:
+        ConfigError: it is of another task; the message names the command for that. Those of `load`.
+    """
+    model = load(name)
+    generating(model, verb, name)
+    return model
+
+
+def load_trained(name: str) -> Any:
+    """Load a model, or the codec in a folder.
+
+    Raises:
+        CheckpointError, ConfigError: as `load` and `Codec.load` do.
+    """
+    config = Path(name).expanduser() / CODEC_CONFIG
+    is_codec = name not in shipped() and config.is_file() and CODEC in read_json(config)
+    return Codec.load(config.parent) if is_codec and MODEL not in read_json(config) else load(name)
 
 
 def options_of(data: str | None, words: Sequence[str], max_bad: int | None = None) -> dict[str, Any]:
@@ -131,22 +152,27 @@ def seeds_of(words: Sequence[str]) -> tuple[int, ...]:
     return distinct(seeds)
 
 
-def policies_of(specs: Sequence[str]) -> list[Policy]:
-    """The policies of `--policy`; `exact` stands for none.
+def policies_of(specs: Sequence[str]) -> tuple[Policy, ...]:
+    """Return the policies of `--policy`; `exact` stands for none.
 
     Raises:
         ConfigError: an unknown policy, field or value.
     """
-    return [component(Policy, spec) for spec in specs if spec != EXACT]  # type: ignore[type-abstract]
+    return components("--policy", Policy, [text for text in specs if text != EXACT])  # type: ignore[type-abstract]
 
 
-def solver_of(spec: str) -> Solver:
-    """The solver of `--solver`.
+def words_of(options: Mapping[str, Any]) -> Iterator[str]:
+    """Return `options` as words of a command line.
 
-    Raises:
-        ConfigError: an unknown solver, field or value.
+    A list is a flag that is repeated, a tuple one of several words, True a flag alone; None and False are left out.
     """
-    return component(Solver, spec)  # type: ignore[type-abstract]
+    for name, value in options.items():
+        word = "--policy" if name == "policies" else f"--{name.replace('_', '-')}"
+        if value is True:
+            yield word
+        elif value is not None and value is not False:
+            for item in value if isinstance(value, list) else [value]:
+                yield from (word, *map(str, item if isinstance(item, tuple) else (item,)))
 
 
 @contextlib.contextmanager

@@ -22,9 +22,10 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.core.loading import load
 from ditkit.core.model import Denoiser, Model
+from ditkit.core.task import generating
 from ditkit.data.decode import DamagedImage, read_square
 from ditkit.report.plan_picture import plan_page
-from ditkit.report.sheet import as_pictures, png
+from ditkit.report.sheet import png
 
 OptionalModel = Annotated[str | None, tyro.conf.Positional]
 Sides = Annotated[str | None, tyro.conf.arg(metavar="TxHxW")]
@@ -184,8 +185,9 @@ def underlay(model: Model | None, size: str | None, sample: bool, over: Path | N
     if sample:
         assert isinstance(model, Denoiser)
         shape = signal_shape(model, size)
-        (pictures,) = as_pictures(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).images)
-        return pictures if pictures.ndim == 4 else pictures[None]
+        task = generating(model, "plan --sample")
+        (shown,) = task.draw(generate(model, steps=SAMPLE_STEPS, guidance=1.0, shape=shape).samples)
+        return shown if task.has_frames else shown[None]
     if over is None:
         return None
     try:

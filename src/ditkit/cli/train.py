@@ -8,7 +8,7 @@ import pkgutil
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit import recipes
+from ditkit.cli.flags import flags_of, with_flags
 from ditkit.cli.options import Number, Options, Policies, is_main_process, options_of, policies_of, writable
 from ditkit.cli.parsing import Command, Group
 from ditkit.core.errors import ConfigError
 from ditkit.core.spec import spec
-from ditkit.tasks.recipe import Recipe, describe, network_of, train_recipe, with_network
-from ditkit.train.settings import Settings
+from ditkit.tasks.recipe import Recipe, describe, train_recipe
 
 Build = Callable[[], Recipe]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
@@ -43,7 +43,7 @@ def found() -> dict[str, Build]:
 def command_of(name: str, build: Build) -> Command:
     """`ditkit train NAME`."""
     recipe = build()
-    own = network_of(recipe)
+    own, run_flags = flags_of(recipe.model), flags_of(recipe.settings)
 
     def run(
         *,
@@ -55,12 +55,12 @@ def command_of(name: str, build: Build) -> Command:
         init: str = recipe.init,
         policy: Policies = (),
         network: Any = own,
-        settings: Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = recipe.settings,
+        settings: Any = run_flags,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
         if init and network != own:
-            changed = next(f.name for f in fields(own) if getattr(network, f.name) != getattr(own, f.name))
+            changed = next(name for name, given in vars(network).items() if given != getattr(own, name))
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
@@ -68,14 +68,15 @@ def command_of(name: str, build: Build) -> Command:
         bad = asked.pop("max_bad", None)
         under = tuple(policies_of(policy)) if policy else recipe.policies
         chosen = replace(
-            with_network(recipe, network),
+            recipe,
+            model=with_flags(recipe.model, network),
             data=data,
             options={**(recipe.options if data == recipe.data else {}), **asked},
             max_bad=bad,
             codec=codec,
             init=init,
             policies=under,
-            settings=settings,
+            settings=with_flags(recipe.settings, settings),
         )
         if dry_run:
             print(describe(chosen))
@@ -93,9 +94,9 @@ def command_of(name: str, build: Build) -> Command:
             print(f"wrote {out}: {there}; go on with: {command}")
 
     words = f"{name} --init MODEL" if any(term.needs_teacher for term in recipe.objective.active) else name
-    run.__annotations__["network"] = Annotated[
-        recipe.Network, tyro.conf.arg(name="")
-    ]  # each task has its own
+    for argument, flags in (("network", own), ("settings", run_flags)):  # each config has its own
+        flattened: Any = Annotated[type(flags), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+        run.__annotations__[argument] = flattened
     run.__doc__ = f"""{(inspect.getdoc(build) or name).strip()}
 
     Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,26 +12,25 @@ from rich.console import Console
 
 from ditkit.api.tune import Target
 from ditkit.api.tune import tune as tuned
-from ditkit.cli.compare import MaskName, told
-from ditkit.cli.guiding import GUIDED, GuidingFlags
+from ditkit.cli.compare import MaskName
 from ditkit.cli.options import (
     DataName,
     Labels,
     ModelName,
     Number,
     Options,
-    Policies,
     Seeds,
+    load_generator,
     options_of,
     progress,
     seeds_of,
-    solver_of,
     with_training_options,
     writable,
 )
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
-from ditkit.core.loading import load
-from ditkit.core.model import Denoiser
+from ditkit.core.task import task_of
+from ditkit.tasks.video.masks import mask_kind
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]
 Share = Annotated[float | None, tyro.conf.arg(metavar="SHARE")]
@@ -40,18 +40,13 @@ DECIBELS = re.compile(r"(\d+(?:\.\d+)?)(?:dB)?", re.ASCII | re.IGNORECASE)
 def tune(
     model: ModelName,
     *,
-    policy: Policies = (),
+    flags: Flattened = SamplingFlags(),
     at_least: Decibels = None,
     at_most: Share = None,
     seeds: Seeds = ("0..3",),
     label: Labels = (),
-    steps: int = 50,
-    guiding: GuidingFlags = GUIDED,
-    solver: str = "euler",
     converged_steps: Number = None,
     rounds: int = 3,
-    batch_size: int = 8,
-    max_bytes: Number = None,
     data: DataName = None,
     option: Options = (),
     mask: MaskName = None,
@@ -59,57 +54,47 @@ def tune(
 ) -> None:
     """Find the fastest setting that is near enough, or the nearest that is fast enough.
 
+    A field of a --policy may have several values between bars, each of which is a setting.
+
     Examples:
         ditkit tune emoji --policy "taylorseer:interval=3|4|6,order=1|2" --at-least 35dB
         ditkit tune emoji --policy taylorseer --policy confidenttaylor --at-most 0.5
         ditkit tune runs/vdt/model --policy "taylorseer:interval=2|4" --at-least 40 --guidance 1
 
     Writes into the folder of --out:
-        tune.json    the wish, the best setting, the front, and all numbers
+        tune.json    the target, the best setting, the front, and all numbers
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
-        policy: Such as "taylorseer:interval=3|4", which is two settings. Repeat it for others.
         at_least: PSNR to the exact run that is near enough, such as 35dB: the fastest setting is named.
         at_most: Share of the exact run's time that is fast enough, such as 0.5: the nearest is named.
         seeds: Whole numbers, or ranges such as 0..3 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
-        steps: Steps of the solver.
-        solver: From noise to sample: euler, heun, ddim, ancestral, eulermaruyama.
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         rounds: Timed passes over all seeds; the median counts.
-        batch_size: Samples drawn at once.
-        max_bytes: Memory that a policy may hold; more is refused.
         data: Clips given in part, such as moving-digits.
         option: Of the loader of --data, such as split=train or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
-        mask: What the clips of --data leave to be made, as in compare.
         out: Folder to write to.
     """
-    if not policy:
+    if not flags.policy:
         raise ConfigError('tune: got no --policy, expected one such as "taylorseer:interval=3|4"')
-    wish = Target(decibels(at_least), at_most)
-    numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
-    network = load(model)
-    if not isinstance(network, Denoiser):
-        raise ConfigError(f"{model} makes forecasts, expected pictures or clips")
+    target = Target(decibels(at_least), at_most)
+    sampling = replace(flags, policy=()).make(seeds_of(seeds))
+    network = load_generator(model, "tune")
+    kind = None if mask is None else mask_kind(mask)
     loading = options_of(data, with_training_options(data, option, network))
-    _, cond = told(network, data, mask, numbers, **loading)
+    _, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         result = tuned(
             network,
-            policy,
-            numbers,
-            wish,
+            flags.policy,
+            target,
             label=label or None,
-            steps=steps,
-            solver=way,
-            guidance=guidance,
             cond=cond,
+            sampling=sampling,
             converged_steps=converged_steps,
             rounds=rounds,
-            batch_size=batch_size,
-            max_bytes=max_bytes,
             progress=advance,
         )
         path = result.save(out)

@@ -4,62 +4,64 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 
 from ditkit.core.codec import VariationalCodec, frame_by_frame, per_channel
+from ditkit.core.config import FROM_DATA, Count, ModelConfig
 from ditkit.core.errors import CheckpointError, ConfigError, DataError, ShapeError
 
-MOST = {"levels": 8, "layers": 100}
-"""A network is built before any weights are read: a damaged config must not keep a machine busy."""
 CONSTANT = 1e-6
 """Latents whose deviation is a smaller part of their size than this are constant, to float32."""
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 
 @dataclass(frozen=True)
-class ImageVaeConfig:
+class ImageVaeConfig(ModelConfig):
     """Architecture of an AutoencoderKL. The defaults suit pictures of 32 to 128 pixels on a CPU.
 
     Args:
-        size: side of the pictures it was trained on; it takes any that divides by `factor`.
-        channels: of a picture. latent_channels: of its latents.
+        size: height and width of a picture; any that divides by `factor` runs, too.
+        channels: of a picture.
+        latent_channels: of its latents.
         widths: channels of each level; between two levels the sides are halved.
         layers: residual blocks of a level (the decoder has one more).
-        groups: of the normalisation, by which every width divides.
+        groups: of the normalisation; every width divides by it.
         attention: over all positions of the smallest level.
-        quant_conv, post_quant_conv: 1 x 1 convolutions at the latents (Stable Diffusion 1 to XL; none since 3).
+        quant_conv: a 1 x 1 convolution before the latents (Stable Diffusion 1 to XL; none since 3).
+        post_quant_conv: a 1 x 1 convolution after the latents.
     """
 
-    size: int = 32
-    channels: int = 3
-    latent_channels: int = 4
-    widths: tuple[int, ...] = (32, 64, 128)
-    layers: int = 1
-    groups: int = 16
+    task: ClassVar[str] = "image-codec"
+
+    size: Count = 32
+    channels: Count = field(default=3, metadata=FROM_DATA)
+    latent_channels: Count = 4
+    widths: Annotated[tuple[Count, ...], Len(1, 8)] = (32, 64, 128)
+    layers: Annotated[int, Interval(ge=1, le=100)] = 1
+    groups: Count = 16
     attention: bool = True
     quant_conv: bool = False
     post_quant_conv: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("size", "channels", "latent_channels", "layers", "groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ImageVae: {name}={getattr(self, name)} should be at least 1")
-        for name, given in (("levels", len(self.widths)), ("layers", self.layers)):
-            if not 1 <= given <= MOST[name]:
-                raise ConfigError(f"ImageVae: {given} {name}, expected 1 to {MOST[name]}")
+        super().__post_init__()
         for width in self.widths:
-            if width < 1 or width % self.groups:
+            if width % self.groups:
                 raise ConfigError(f"ImageVae: a width of {width} does not divide into groups={self.groups}")
-
         if self.size % self.factor:
             raise ShapeError(
                 f"ImageVae: size={self.size} does not divide by {self.factor}, the side of a latent"
             )
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(size=8, latent_channels=2, widths=(8, 8), groups=4)
 
     @property
     def factor(self) -> int:
@@ -74,6 +76,7 @@ class ImageVae(VariationalCodec):
     """
 
     Config = ImageVaeConfig
+    task = "image-codec"
     config: ImageVaeConfig
     shift: Tensor
     scale: Tensor
@@ -101,7 +104,7 @@ class ImageVae(VariationalCodec):
 
     @classmethod
     def from_diffusers(cls, source: str | Path | nn.Module, **download: Any) -> Self:
-        """A copy of an AutoencoderKL in float32, its scaling and shift taken as the statistics.
+        """Copy an AutoencoderKL in float32, its scaling and shift taken as the statistics.
 
         Args:
             source: a module, a folder, or an id of the hub. download: options of diffusers' `from_pretrained`:
@@ -193,7 +196,7 @@ class ImageVae(VariationalCodec):
 
 
 def autoencoder_class() -> Any:
-    """diffusers' AutoencoderKL.
+    """Import diffusers' AutoencoderKL.
 
     Raises:
         ConfigError: diffusers is not installed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
@@ -41,8 +41,15 @@ class Codec(nn.Module, ABC):
     config: Any
     history: tuple[Any, ...] = ()
     """What was done to the weights since training; saved with them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+
+    @property
+    def last_training(self) -> Mapping[str, Any] | None:
+        """The last entry of `history` that names the data of a training; None if no entry does."""
+        return last_training(self.history)
 
     @abstractmethod
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -222,6 +229,12 @@ def encode_given(codec: Codec, cond: Cond) -> Cond:
     context = codec.encode(cond.context.masked_fill(cond.mask.bool(), 0))
     mask = F.adaptive_max_pool3d(cond.mask.float(), context.shape[2:])
     return dataclasses.replace(cond, context=context, mask=mask)
+
+
+def last_training(history: Sequence[Any]) -> Mapping[str, Any] | None:
+    """Return the last entry of a history that names the data of a training; None if no entry does."""
+    runs = [run for run in history if isinstance(run, dict) and run.get("trained") is not None]
+    return runs[-1] if runs else None
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ditkit.core.config import network
 from ditkit.core.errors import ConfigError
 
 
@@ -68,3 +69,14 @@ class Cond:
             raise ConfigError(f"Cond.cat: batches are told different things: {told}")
         present = told[0]
         return Cond(**{name: torch.cat([getattr(c, name) for c in conds]) for name in present})
+
+
+def label_of(config: object, cond: Cond) -> Tensor:
+    """The label of each sample, [B], for the network of `config`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if cond.label is None:
+        raise ConfigError(f"{network(config)}: a class label is needed; Cond.label is None")
+    return cond.label

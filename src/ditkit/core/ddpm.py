@@ -1,15 +1,22 @@
-"""DDPM's discrete tables: linear betas, respacing, and the posterior with a learned variance."""
+"""DDPM's discrete tables: betas by name, respacing, and the posterior with a learned variance."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import Coefficients, Path, Time, spread
+from ditkit.core.time_grid import EVEN, TimeGrid
+
+Spacing = Literal["strided", "even", "trailing"]
+"""Indices of an even grid: one stride from 0 up (DDIM), both ends (DiT's scripts), or one stride from the last down."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +33,29 @@ class DiscretePath(Path):
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DiscretePath:
-        beta = torch.linspace(first, last, steps, dtype=torch.float64)
-        return cls((1 - beta).cumprod(0), torch.arange(steps))
+        """Build the path whose betas lie at equal distances (Ho et al. 2020, section 4)."""
+        return cls.of_betas(torch.linspace(first, last, steps, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> DiscretePath:
+        """Build the path whose betas have square roots at equal distances (Stable Diffusion; DiMR)."""
+        root = torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64)
+        return cls.of_betas(root**2)
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, offset: float = 0.008, most: float = 0.999) -> DiscretePath:
+        """Build the path of abar = cos^2((t + offset) / (1 + offset) pi / 2), betas cut at `most`.
+
+        Nichol and Dhariwal 2021 (Improved DDPM), eq. 17.
+        """
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        abar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+        return cls.of_betas((1 - abar[1:] / abar[:-1]).clamp(max=most))
+
+    @classmethod
+    def of_betas(cls, beta: Tensor) -> DiscretePath:
+        """Build the path of a schedule of betas, [S] float64."""
+        return cls((1 - beta).cumprod(0), torch.arange(len(beta)))
 
     def respaced(self, index: Tensor) -> DiscretePath:
         """Only the steps `index`; betas follow from the retained abar."""
@@ -56,8 +84,35 @@ class DiscretePath(Path):
         if not 1 <= steps <= self.steps:
             raise ConfigError(f"steps={steps} should lie between 1 and the schedule's {self.steps}")
 
-    def times(self, steps: int) -> Tensor:
-        return torch.cat([self.strided(steps).flip(0), torch.tensor([-1])]).double()
+    def trailing(self, steps: int) -> Tensor:
+        """Return `steps` indices with one fractional stride down from the last (50: 19, 39 ... 979, 999)."""
+        self._check(steps)
+        return (torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:] * self.steps).round().long() - 1
+
+    def times(self, steps: int, grid: TimeGrid = EVEN, spacing: Spacing = "strided") -> Tensor:
+        """Return the indices visited, falling, then -1: of `spacing` on the even grid, else those nearest to `grid`.
+
+        Raises:
+            ConfigError: more steps than the schedule has, or than the grid has different indices for; an unknown
+                spacing, or one that another grid leaves no room for.
+        """
+        choices = {"strided": self.strided, "even": self.evenly, "trailing": self.trailing}
+        if spacing not in choices:
+            raise ConfigError(unknown("spacing", spacing, get_args(Spacing)))
+        if grid == EVEN:
+            index = choices[spacing](steps).flip(0)
+            return torch.cat([index, index.new_tensor([-1])]).double()
+        if spacing != "strided":
+            raise ConfigError(f"spacing={spacing!r} is of the grid Even(); {grid} has indices of its own")
+        self._check(steps)
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = (grid.warp(even) * self.steps).round() - 1
+        different = len(times.unique()) - 1
+        if different < steps:
+            raise ConfigError(
+                f"steps={steps}: {grid} has {different} different indices of {self.steps}; take fewer"
+            )
+        return times
 
     def place(self, u: Tensor) -> Tensor:
         return (u * self.steps).floor().clamp(max=self.steps - 1).long()
@@ -107,3 +162,10 @@ class DiscretePath(Path):
     def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """A table's entries at `t` [B], shaped to broadcast against `like`, in its dtype."""
         return spread(table.to(t.device)[t.long()], like).to(like.dtype)
+
+
+DISCRETE: dict[str, Callable[[], DiscretePath]] = {
+    "ddpm": DiscretePath.linear,
+    "ddpm-sd": DiscretePath.scaled_linear,
+    "ddpm-cosine": DiscretePath.cosine,
+}

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ditkit.core.errors import ShapeError
 
+AXES = {1: ("frames",), 2: ("height", "width"), 3: ("frames", "height", "width")}
+"""Axes of a grid that signals of one, two and three axes lie on."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -44,25 +47,27 @@ class Grid:
 
     @classmethod
     def of(cls, size: tuple[int, ...], patch: int | tuple[int, ...]) -> Grid:
-        """The grid of a signal of `size` (H, W) or (T, H, W) cut into patches of the same axes.
+        """The grid of a signal of `size` (T,), (H, W) or (T, H, W) cut into patches of the same axes.
 
-        One number is the side of a square patch of one frame.
+        One number is the length of a series' patch, or the side of a square patch of one frame.
 
         Raises:
             ShapeError: an axis does not divide by its patch.
         """
-        if len(size) not in (2, 3):
-            raise ShapeError(f"Grid.of: size {size} should be (height, width) or (frames, height, width)")
+        if len(size) not in AXES:
+            raise ShapeError(
+                f"Grid.of: size {size} should be (frames,), (height, width) or (frames, height, width)"
+            )
         patches = (1, patch, patch)[-len(size) :] if isinstance(patch, int) else patch
         if len(patches) != len(size):
             raise ShapeError(f"Grid.of: patch {patches} should have one side for each axis of {size}")
-        for name, length, step in zip(
-            ("frames", "height", "width")[-len(size) :], size, patches, strict=True
-        ):
+        counts: dict[str, int] = {}
+        for name, length, step in zip(AXES[len(size)], size, patches, strict=True):
             if step < 1 or length % step:
                 raise ShapeError(f"Grid.of: {name}={length} does not divide into patches of {step}")
-        counts = tuple(length // step for length, step in zip(size, patches, strict=True))
-        return cls(frames=counts[-3] if len(counts) == 3 else 1, height=counts[-2], width=counts[-1])
+            counts[name] = length // step
+        frames, height, width = (counts.get(name, 1) for name in AXES[3])
+        return cls(frames, height, width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,13 +77,17 @@ class Grid:
     def length(self) -> int:
         return prod(self.shape)
 
+    def counts(self, axes: int) -> tuple[int, ...]:
+        """Return the tokens along each axis of a signal: of the one of a series, two of a picture, three of a clip."""
+        return tuple(getattr(self, name) for name in AXES[axes])
+
     def sides(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Sides of a token of a sample of `size` (H, W) or (T, H, W) on this grid.
+        """Sides of a token of a sample of `size` (T,), (H, W) or (T, H, W) on this grid.
 
         Raises:
             ShapeError: the grid does not divide the sample.
         """
-        counts = self.shape[-len(size) :]
+        counts = self.counts(len(size))
         if self.length != prod(counts) or any(n % count for n, count in zip(size, counts, strict=True)):
             given = " x ".join(map(str, size))
             raise ShapeError(f"Grid: {given} does not divide into a grid of {self.shape} tokens")
@@ -100,7 +109,7 @@ class Grid:
 
 
 def patchify(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:
-    """[B, C, H, W] or [B, C, T, H, W] to row-major tokens [B, L, C P], channels slowest, as a kernel flattens.
+    """[B, C, T], [B, C, H, W] or [B, C, T, H, W] to row-major tokens [B, L, C P], channels slowest, as in a kernel.
 
     Args:
         patch: its sides, one for each axis after the channels, P their product; one number p is (p, p), or
@@ -121,22 +130,24 @@ def patchify(x: Tensor, patch: int | tuple[int, ...]) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch: int | tuple[int, ...]) -> Tensor:
-    """Row-major tokens [B, L, P C], channels fastest (DiT, final layer), to [B, C, H, W] or [B, C, T, H, W].
+    """Row-major tokens [B, L, P C], channels fastest (DiT, final layer), to [B, C, T], [B, C, H, W] or [B, C, T, H, W].
 
     Args:
         patch: one number or (height, width) of a picture's; (frames, height, width) of a clip's, which has a
-            time axis even where the grid has one frame.
+            time axis even where the grid has one frame; (frames,) of a series'.
 
     Raises:
         ShapeError: the tokens do not fill the grid, or their width is no number of whole patches.
     """
     sides = (patch, patch) if isinstance(patch, int) else patch
-    if len(sides) not in (2, 3):
-        raise ShapeError(f"unpatchify: patch {sides} should be (height, width) or (frames, height, width)")
+    if len(sides) not in AXES:
+        raise ShapeError(
+            f"unpatchify: patch {sides} should be (frames,), (height, width) or (frames, height, width)"
+        )
     B, L, D = tokens.shape
-    counts = grid.shape[-len(sides) :]
+    counts = grid.counts(len(sides))
     if prod(counts) != grid.length or grid.length != L:
-        fill = "a grid" if len(sides) == 3 else "one frame of a grid"
+        fill = "one frame of a grid" if len(sides) == 2 else "a grid"
         raise ShapeError(f"unpatchify: {L} tokens do not fill {fill} of {grid.shape}")
     if D % prod(sides):
         raise ShapeError(f"unpatchify: width {D} does not divide into patches of {_times(sides)}")

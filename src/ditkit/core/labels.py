@@ -1,12 +1,12 @@
-"""Which class each sample is told."""
+"""Labels: the class of each sample, by name or index."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
-from ditkit.core.numbers import integer
 
 
 def resolve_labels(

@@ -27,7 +27,7 @@ from ditkit.core.checkpoint import (
     to_disk,
     write_json,
 )
-from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity
+from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
 from ditkit.core.cond import Cond
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
@@ -62,7 +62,9 @@ POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
 TRANSFORMS = "transforms"
 """Key of config.json: what was done to the structure that the config gives, in order."""
-DESCRIBED = ("model", "config", "history", CODEC, POLICIES, TRANSFORMS)
+TASK = "task"
+"""Key of config.json: the name of the task that the weights were trained for."""
+DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES, TRANSFORMS)
 """Keys of config.json."""
 
 
@@ -76,6 +78,8 @@ class Model(nn.Module, ModelHubMixin, ABC):
     """What was done to the weights, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
+    task: str = ""
+    """Name of the task (`ditkit.core.task`) that the weights were trained for; a class has that of its paper."""
     codec: Codec = IDENTITY
     """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
     to train, and it goes to its input's device by itself."""
@@ -106,9 +110,9 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def sites(self) -> tuple[Site, ...]:
         """Every place a policy can act on, in the order of the forward pass."""
 
-    @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        """The token segments of a call on a sample of `shape`, without the batch axis."""
+        """The token segments of a call on a sample of `shape`, without the batch axis; none where it is no grid."""
+        return ()
 
     @property
     def recomputes(self) -> bool:
@@ -116,15 +120,14 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
-    @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample, without the batch axis."""
+        """The shape of one sample, without the batch axis; empty where samples have no shape in common."""
+        return ()
 
     @property
     def last_training(self) -> Mapping[str, Any] | None:
-        """The last entry of `history` that names what the weights were trained on; None if no entry does."""
-        runs = [run for run in self.history if isinstance(run, dict) and run.get("trained") is not None]
-        return runs[-1] if runs else None
+        """The last entry of `history` that names the data of a training; None if no entry does."""
+        return last_training(self.history)
 
     @property
     def signal_shape(self) -> tuple[int, ...]:
@@ -186,17 +189,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         self._check_structure(transform, trial)
         if self.policies:
             self.adopt(self.policies)
-            moved = {
-                f"learned.{name}.{key}": was.replace(".", "/")
-                for name, own in self.learned.items()
-                if isinstance(own, nn.ModuleDict)
-                for key in own
-                if (was := transform.origin(key.replace("/", ".")))
-            }
-            for path, key in moved.items():
-                holder = path.split(".")[1]
-                if holder in learned and key in learned[holder]:  # type: ignore[operator]
-                    self.learned[holder][path.split(".", 2)[2]] = learned[holder][key]  # type: ignore[index]
+            self._keep_learned(learned, transform)
         self.train(self.training)
         return report
 
@@ -217,6 +210,17 @@ class Model(nn.Module, ModelHubMixin, ABC):
         with torch.device("meta"):
             bare: Self = type(self)(self.config)  # type: ignore[call-arg]
             return bare.shaped(transforms)
+
+    def _keep_learned(self, before: nn.ModuleDict, transform: Transform) -> None:
+        """Put the learned modules of sites that outlived a transform under the names that the sites have now."""
+        held: dict[str, Any] = dict(before.items())
+        for policy, own in self.learned.items():
+            if not isinstance(own, nn.ModuleDict):
+                continue
+            for key in tuple(own.keys()):
+                was = transform.origin(key.replace("/", ".")).replace(".", "/")
+                if was and was in held.get(policy, ()):
+                    own[key] = held[policy][was]
 
     def _check_structure(self, transform: Transform, expected: Model) -> None:
         """Refuse a transform of two minds: what `apply` makes is what `shape` makes."""
@@ -257,6 +261,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         with self._codec_drafted(folder) as codec, replacing(folder / WEIGHTS) as weights:
             content = {
                 "model": type(self).__name__,
+                **({TASK: self.task} if self.task else {}),
                 "config": dataclasses.asdict(self.config),
                 "history": [*self.history, *history],
                 **codec,
@@ -289,7 +294,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         content = read_json(path)
         kind = model_class(content, path)
         if "_class_name" in content and kind is not cls:
-            return kind.load(folder)  # type: ignore[return-value]
+            return kind.load(folder)
         if not issubclass(kind, cls):
             raise CheckpointError(f"{folder} holds a {kind.__name__}, expected a {cls.__name__}")
         config: Any = config_of(kind.Config, content.get("config"), path)
@@ -300,6 +305,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
                 f"{weights} was saved with another config than {path}: a save was interrupted, or one was edited"
             )
         model.history = tuple(content.get("history", ()))
+        model.task = content.get(TASK, kind.task)
         if CODEC in content:
             model.codec = _codec(content, path)
         return model
@@ -336,7 +342,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
         """A copy in eval mode that holds `state` instead, with all else that is saved."""
         copy = self.holding(self.config, state, source, self.policies, self.transforms)
-        copy.history, copy.codec = self.history, self.codec
+        copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
     def save_pretrained(
@@ -385,6 +391,25 @@ class Model(nn.Module, ModelHubMixin, ABC):
 class Denoiser(Model):
     """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
     `convention`, which says what its numbers mean."""
+
+    completes: ClassVar[bool] = False
+    """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
+
+    def sites(self) -> tuple[Site, ...]:
+        """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
+
+        Where text stands in the sequence of the image, all of the stack is of the stream "joint".
+        """
+        parts: Any = self
+        with_text = any(segment.stream == "text" for segment in self.layout(self.sample_shape))
+        stream, width = "joint" if with_text else "image", self.config.width
+        return (
+            Site("time", "time", width=width),
+            Site("tokens", "tokens", stream, width),
+            Site("blocks", "stack", stream, width),
+            *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),
+            *parts.head.sites(),
+        )
 
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.core.time_grid import EVEN, TimeGrid
 
 Prediction = Literal["velocity", "noise", "data", "score"]
 Time = TypeVar("Time", float, Tensor)
@@ -25,14 +26,24 @@ class Coefficients(NamedTuple):
     sigma_rate: Tensor
 
 
-def spread(t: Tensor, like: Tensor) -> Tensor:
-    """[B] or [B, T] times with trailing axes added until they broadcast against `like`.
+def spread(t: Tensor, like: Tensor, axis: int | None = None) -> Tensor:
+    """Add axes of length 1 to times [B] or [B, T] until they broadcast against `like`.
 
-    Per-frame times [B, T] meet [B, C, T, H, W]; per-token times [B, L] meet [B, L, D].
+    Args:
+        axis: of `like`, which the T times of a sample follow: 2 in clips [B, C, T, H, W] and in series [B, C, T], 1 in
+            tokens [B, T, D]. One time a sample needs none.
+
+    Raises:
+        ShapeError: no axis for times [B, T], or one of another length.
     """
-    if t.ndim == 2 and like.ndim == 5:
-        t = t[:, None]
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+    if t.ndim == 1:
+        return t.reshape(t.shape + (1,) * (like.ndim - 1))
+    if axis is None or t.ndim != 2 or not 0 < axis < like.ndim or t.shape[1] not in (1, like.shape[axis]):
+        raise ShapeError(
+            f"times {list(t.shape)} with axis={axis} do not fit {list(like.shape)}; expected [B], or [B, T] and the "
+            "axis of length T: 2 in clips [B, C, T, H, W], 1 in tokens [B, T, D]"
+        )
+    return t.reshape(len(t), *(t.shape[1] if i == axis else 1 for i in range(1, like.ndim)))
 
 
 class Path(ABC):
@@ -43,8 +54,8 @@ class Path(ABC):
         """Coefficients at times `t`, any shape."""
 
     @abstractmethod
-    def times(self, steps: int) -> Tensor:
-        """The `steps + 1` float64 times a sampler visits, from noise to data."""
+    def times(self, steps: int, grid: TimeGrid = EVEN) -> Tensor:
+        """Return the `steps + 1` float64 times that a sampler visits on `grid`, from noise to data."""
 
     @abstractmethod
     def noise_time(self, t: Time) -> Time:
@@ -58,31 +69,39 @@ class Path(ABC):
         """Drawn times `t`, moved to where a network can learn `prediction`; a discrete path's stay."""
         return t
 
-    def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha data + sigma noise; `t` [B] or [B, T]."""
-        c = self.at(spread(t, data))
+    def mix(self, data: Tensor, noise: Tensor, t: Tensor, axis: int | None = None) -> Tensor:
+        """x_t = alpha data + sigma noise; `t` [B], or [B, T] along `axis` as in `spread`."""
+        c = self.at(spread(t, data, axis))
         return c.alpha * data + c.sigma * noise
 
-    def velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def velocity(self, data: Tensor, noise: Tensor, t: Tensor, axis: int | None = None) -> Tensor:
         """dx_t / dt = alpha' data + sigma' noise."""
-        c = self.at(spread(t, data))
+        c = self.at(spread(t, data, axis))
         return c.alpha_rate * data + c.sigma_rate * noise
 
-    def convert(self, value: Tensor, x: Tensor, t: Tensor, source: Prediction, target: Prediction) -> Tensor:
-        """A prediction at (x, t) in another form.
+    def convert(
+        self,
+        value: Tensor,
+        x: Tensor,
+        t: Tensor,
+        source: Prediction,
+        target: Prediction,
+        axis: int | None = None,
+    ) -> Tensor:
+        """A prediction at (x, t) in another form; `t` [B], or [B, T] along `axis` as in `spread`.
 
         A data prediction says nothing of the noise at sigma = 0, nor a noise or score prediction of the data
         at alpha = 0: such a conversion gives infinities. Velocity converts at every t.
 
         Raises:
-            ConfigError: `source` or `target` is no prediction.
+            ConfigError: `source` or `target` is no prediction. ShapeError: as `spread` does.
         """
         for kind in (source, target):
             if kind not in get_args(Prediction):
                 raise ConfigError(unknown("prediction", kind, get_args(Prediction)))
         if source == target:
             return value
-        c = self.at(spread(t, x))
+        c = self.at(spread(t, x, axis))
         data, noise = _separate(value, x, c, source)
         if target == "data":
             return data()
@@ -110,8 +129,11 @@ def _separate(value: Tensor, x: Tensor, c: Coefficients, source: Prediction):  #
 class ContinuousPath(Path):
     """A path over all t in [0, 1]."""
 
-    def times(self, steps: int) -> Tensor:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    unit: ClassVar[float] = 1.0
+    """Noise-time 1 on the clock that a network of this path is fed, and by which its velocity counts."""
+
+    def times(self, steps: int, grid: TimeGrid = EVEN) -> Tensor:
+        return grid.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
     def noise_time(self, t: Time) -> Time:
         return t
@@ -142,9 +164,26 @@ class Cosine(ContinuousPath):
     """Generalised variance-preserving: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (SiT, "GVP")."""
 
     def at(self, t: Tensor) -> Coefficients:
-        half = math.pi / 2
-        cos, sin = torch.cos(half * t), torch.sin(half * t)
-        return Coefficients(cos, sin, -half * sin, half * cos)
+        return _quarter_turn(t)
+
+
+@dataclass(frozen=True)
+class Trig(ContinuousPath):
+    """TrigFlow (Lu and Song 2024): x = cos(a) data + sin(a) noise, the network fed the angle a = pi t / 2.
+
+    The mixture is `Cosine`'s; its velocity is by the angle, cos(a) noise - sin(a) data, of unit variance at every time.
+    """
+
+    unit: ClassVar[float] = math.pi / 2
+
+    def at(self, t: Tensor) -> Coefficients:
+        return _quarter_turn(t)
+
+
+def _quarter_turn(t: Tensor) -> Coefficients:
+    half = math.pi / 2
+    cos, sin = torch.cos(half * t), torch.sin(half * t)
+    return Coefficients(cos, sin, -half * sin, half * cos)
 
 
 @dataclass(frozen=True)
@@ -166,4 +205,9 @@ class VariancePreserving(ContinuousPath):
         return 1e-5, 1.0
 
 
-PATHS: dict[str, type[ContinuousPath]] = {"linear": Linear, "cosine": Cosine, "vp": VariancePreserving}
+PATHS: dict[str, type[ContinuousPath]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "vp": VariancePreserving,
+    "trig": Trig,
+}

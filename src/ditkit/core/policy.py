@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.config import Checked
 from ditkit.core.grid import Grid
 from ditkit.core.run import Call, Handler, Site
-from ditkit.core.spec import component
 
 Claim = Literal["own", "wrap", "see"]
 Key = tuple[str, ...]
@@ -77,7 +76,7 @@ class Session:
         return ""
 
 
-class Policy(ABC):
+class Policy(Checked, ABC):
     """A frozen dataclass that is its own configuration; it holds no state."""
 
     homes: ClassVar[tuple[str, ...]] = (
@@ -115,7 +114,7 @@ class Policy(ABC):
 
     @classmethod
     def small(cls, grid: Grid) -> Self:
-        """A setting that does something on a `grid` of a few tokens; the default one by default."""
+        """Return a setting that acts on a test model with tokens of `grid` in a dozen evaluations."""
         return cls()
 
 
@@ -132,26 +131,6 @@ def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
     given = {type(policy) for policy in policies}
     own = (p for p in getattr(model, "policies", ()) if p.inherent and type(p) not in given)
     return (*own, *policies)
-
-
-def as_policies(given: Policy | str | Iterable[Policy | str]) -> tuple[Policy, ...]:
-    """One policy or several, each itself or as its text (`ditkit.core.spec`).
-
-    Raises:
-        ConfigError: something else, or a text that describes no policy.
-    """
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-    return tuple(_as_policy(one) for one in several)
-
-
-def _as_policy(given: object) -> Policy:
-    if isinstance(given, str):
-        return component(Policy, given)  # type: ignore[type-abstract]
-    if not isinstance(given, Policy):
-        raise ConfigError(
-            f"policies: got {given!r}, expected a Policy or a text such as 'taylorseer:interval=4'"
-        )
-    return given
 
 
 def detached(value: Any) -> Any:

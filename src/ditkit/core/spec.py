@@ -1,25 +1,31 @@
-"""Components as text: `taylorseer:interval=4,order=2` is `TaylorSeer(interval=4, order=2)`."""
+"""Values and components as text: `taylorseer:interval=4,order=2` is `TaylorSeer(interval=4, order=2)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from ditkit.core.catalog import find
+from torch import nn
+
+from ditkit.core.catalog import every, find
+from ditkit.core.config import SCALARS, union_members
 from ditkit.core.errors import ConfigError, unknown
 
 T = TypeVar("T")
 
-SCALARS: Mapping[type, tuple[Callable[[str], Any], str]] = {
-    bool: (lambda text: {"true": True, "false": False}[text], "true or false"),
-    int: (int, "an integer"),
-    float: (float, "a number"),
-    str: (str, "a text"),
-    NoneType: (lambda text: {"none": None}[text], "none"),
+READERS: Mapping[Any, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text],
+    int: int,
+    float: float,
+    str: str,
+    NoneType: lambda text: {"none": None}[text],
 }
-"""How a field of each type is read, and what an error says was expected."""
+"""How a scalar of each type is read; `SCALARS` has an error's words for it."""
+PLUS = re.compile(r"(?<!\d[eE])\+")
+"""What stands between the members of a tuple: no exponent's sign."""
 
 
 def component(base: type[T], spec: str) -> T:
@@ -41,11 +47,34 @@ def component(base: type[T], spec: str) -> T:
             raise ConfigError(f"{spec!r}: " + unknown(f"field of {kind.__name__}", key, known))
         if key in given:
             raise ConfigError(f"{spec!r}: {key} is given twice, expected once")
-        given[key] = _read(get_type_hints(kind)[key], text, f"{spec!r}: {key}")
+        given[key] = read_value(get_type_hints(kind)[key], text, f"{spec!r}: {key}={text!r}")
     missing = [key for key, f in known.items() if key not in given and _default(f) is MISSING]
     if missing:
         raise ConfigError(f"{spec!r}: {kind.__name__} needs {missing[0]}=..., which has no default")
     return kind(**given)
+
+
+def components(name: str, base: type[T], given: T | str | Iterable[T | str]) -> tuple[T, ...]:
+    """One component or several, each itself or as its text.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ConfigError: something else, or a text that describes no component of `base`.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    found = [component(base, one) if isinstance(one, str) else one for one in several]
+    for one in found:
+        if not isinstance(one, base):
+            raise ConfigError(f"{name}: got {one!r}, expected a {base.__name__} or its text")
+    return tuple(found)
+
+
+def named_alone(base: type[T]) -> list[str]:
+    """Names of the components of `base` whose fields all have defaults, in lower case."""
+    kinds = every(base)
+    return [k.__name__.lower() for k in kinds if all(_default(f) is not MISSING for f in _fields(k))]
 
 
 def spec(value: Any) -> str:
@@ -60,6 +89,65 @@ def spec(value: Any) -> str:
     return kind.__name__.lower() + (f":{text}" if text else "")
 
 
+def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:
+    """`text` as a value of the annotation `kind`: a scalar, a literal, a tuple as `12+20`, a union, or a component.
+
+    A component inside another is given one field at most, since commas part the outer one's.
+
+    Args:
+        where: what an error quotes.
+        commas: members of a tuple may stand between commas as well: `12,20`. Where there is one, a plus is a
+            character: `a+b,` is one member.
+
+    Raises:
+        ConfigError: it is no such value, or no text can say one.
+    """
+    if _is_component(kind):
+        return component(kind, text)
+    members = union_members(kind)
+    several = [member for member in members if get_origin(member) in (tuple, Sequence)]
+    single = [member for member in members if member not in several]
+    by_comma = commas and "," in text
+    parts = text.removesuffix(",").split(",") if by_comma else PLUS.split(text)
+    if several and (by_comma or len(parts) > 1 or not single or (single == [NoneType] and text != "none")):
+        return _read_tuple(several[0], parts if text else [], where)
+    if len(single) == 1 and get_origin(single[0]) is Literal:
+        choices = {str(choice): choice for choice in get_args(single[0])}
+        if text not in choices:
+            raise ConfigError(f"{where}: " + unknown("value", text, choices))
+        return choices[text]
+    if beyond := [member for member in single if member not in READERS]:
+        raise ConfigError(f"{where}: a field of type {beyond[0]} cannot be given as text; set it in Python")
+    for member in single:
+        try:
+            return READERS[member](text)
+        except (ValueError, KeyError):
+            continue
+    raise ConfigError(f"{where}, expected " + " or ".join(SCALARS[member] for member in single))
+
+
+def as_text(given: Any) -> str:
+    """A scalar, or the members of a tuple, as `read_value` reads it."""
+    if isinstance(given, tuple):
+        return "+".join(map(as_text, given))
+    return str(given).lower() if isinstance(given, bool | None) else str(given)
+
+
+def _read_tuple(kind: Any, parts: Sequence[str], where: str) -> tuple[Any, ...]:
+    """The members of a tuple; of a fixed length, as many as it says."""
+    kinds = get_args(kind)
+    if len(kinds) == 1 or kinds[-1] is ...:
+        kinds = kinds[:1] * len(parts)
+    if len(kinds) != len(parts):
+        raise ConfigError(f"{where}, expected {len(kinds)} values with + between them")
+    return tuple(read_value(member, part, where) for member, part in zip(kinds, parts, strict=True))
+
+
+def _is_component(kind: Any) -> bool:
+    """Return whether a field holds a component, whose fields are text as well; a model is none."""
+    return isinstance(kind, type) and hasattr(kind, "homes") and not issubclass(kind, nn.Module)
+
+
 def _fields(kind: type) -> list[Field[Any]]:
     return [f for f in fields(kind) if f.init]
 
@@ -68,36 +156,9 @@ def _default(f: Field[Any]) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def _read(kind: Any, text: str, where: str) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, a literal, a union of these, or a tuple as `12+20`."""
-    if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):
-        return tuple(_read(get_args(kind)[0], part, where) for part in text.split("+") if text)
-    if get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in get_args(kind)}
-        if text not in choices:
-            raise ConfigError(f"{where}: " + unknown("value", text, choices))
-        return choices[text]
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    readers = [SCALARS[option] for option in options if option in SCALARS]
-    if len(readers) < len(options):
-        raise ConfigError(
-            f"{where}={text!r}: a field of type {kind} cannot be given as text; set it in Python"
-        )
-    for read, _ in readers:
-        try:
-            return read(text)
-        except (ValueError, KeyError):
-            continue
-    raise ConfigError(f"{where}={text!r}, expected " + " or ".join(expected for _, expected in readers))
-
-
 def _written(kind: type, name: str, given: Any) -> str:
-    text = "+".join(map(as_text, given)) if isinstance(given, tuple) else as_text(given)
-    if "," in text or _read(get_type_hints(kind)[name], text, f"{kind.__name__}: {name}") != given:
-        raise ConfigError(f"{kind.__name__}: {name}={given!r} has no text that reads back as the same")
+    annotation, where = get_type_hints(kind)[name], f"{kind.__name__}: {name}={given!r}"
+    text = spec(given) if _is_component(annotation) else as_text(given)
+    if "," in text or read_value(annotation, text, where) != given:
+        raise ConfigError(f"{where} has no text that reads back as the same")
     return text
-
-
-def as_text(given: Any) -> str:
-    """A scalar as `SCALARS` reads it."""
-    return str(given).lower() if isinstance(given, bool | None) else str(given)

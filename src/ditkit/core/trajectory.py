@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, nearest, unknown
-from ditkit.core.numbers import integer
-from ditkit.core.policy import RESOURCES, Claim, Policy, Session, as_policies
+from ditkit.core.policy import RESOURCES, Claim, Policy, Session
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
+from ditkit.core.spec import components
 
 DEPTH: dict[Claim, int] = {"own": 0, "wrap": 1, "see": 2}
 
@@ -42,7 +43,8 @@ class Trajectory:
         max_bytes: int | None = None,
         learned: nn.ModuleDict | None = None,
     ) -> None:
-        self.policies, self.total = as_policies(policies), total
+        self.policies = components("policies", Policy, policies)  # type: ignore[type-abstract]
+        self.total = total
         self.claims = claim(sites, self.policies)
         known = {} if learned is None else dict(learned.items())
         self.sessions = [

@@ -43,7 +43,7 @@ class Step:
         return steps if steps > 1 and not rest else 0
 
     def index(self, times: Times) -> Steps:
-        """Which step after the first each time is; -1 for a time that lies between two steps."""
+        """Count the steps from the first time to each; -1 for a time that lies between two steps."""
         if self.unit == MONTH:
             months = _months(times)
             passed, length = months - months[:1], self.count
@@ -52,7 +52,7 @@ class Step:
         return np.where(passed % length == 0, passed // length, -1)
 
     def after(self, first: np.datetime64, index: Steps) -> Times:
-        """The times `index` steps after `first`; months keep the day, or have it on their last one."""
+        """Compute the times `index` steps after `first`; months keep the day, or have it on their last one."""
         if self.unit == MONTH:
             start = first.astype("M8[M]")
             months = start + index * self.count
@@ -67,7 +67,7 @@ class Step:
 
 
 def step_of(times: Times) -> Step:
-    """The most common spacing of two or more increasing times.
+    """Find the most common spacing of two or more increasing times.
 
     It is in months where there is at most one time a month and all lie within three days of one place in their month.
     """

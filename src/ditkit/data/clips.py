@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ditkit.core.config import Checked, Count, integer
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 
 
 @runtime_checkable
@@ -38,29 +38,36 @@ class ClipSet(Protocol):
 
     def __len__(self) -> int: ...
     def clips(self, indices: Tensor) -> Tensor:
-        """The chosen clips as float32 [n, C, T, H, W] in [-1, 1]."""
+        """Read the chosen clips as float32 [n, C, T, H, W] in [-1, 1]."""
         ...
 
     def id(self, index: int) -> str:
-        """A name of the clip, unique within the set."""
+        """Name the clip, uniquely within the set."""
+        ...
+
+
+@runtime_checkable
+class LabelledClips(ClipSet, Protocol):
+    """Clips that may have a class each, as `classes` says by name; it is empty where they have none."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    def class_labels(self, indices: Tensor) -> Tensor:
+        """The class of each chosen clip, int64 [n]."""
         ...
 
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(Checked):
     """Clips cut out of longer films: `frames` frames, `stride` apart; the next clip starts `step` later.
 
     A film shorter than `span` gives no clip.
     """
 
     lengths: tuple[int, ...]  # frames of each film
-    frames: int
-    stride: int = 1
-    step: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "stride", "step"):
-            integer(name, getattr(self, name), least=1)
+    frames: Count
+    stride: Count = 1
+    step: Count = 1
 
     @property
     def span(self) -> int:
@@ -76,13 +83,13 @@ class Windows:
         return self.ends[-1] if self.ends else 0
 
     def place(self, index: int) -> tuple[int, int]:
-        """The film of a clip, and its first frame there. Raises `ConfigError` beyond the last clip."""
+        """Locate a clip: its film, and its first frame there. Raises `ConfigError` beyond the last clip."""
         index = integer("clip", index, least=0, most=len(self) - 1)
         film = bisect_right(self.ends, index)
         return film, (index - (self.ends[film - 1] if film else 0)) * self.step
 
     def take(self, films: Sequence[Tensor], indices: Tensor) -> Tensor:
-        """The chosen clips [n, frames, ...] of films [length, ...]."""
+        """Cut the chosen clips [n, frames, ...] out of films [length, ...]."""
         places = [self.place(i) for i in indices.tolist()]
         cut = [films[film][start : start + self.span : self.stride] for film, start in places]
         return torch.stack(cut) if cut else films[0].new_empty(0, self.frames, *films[0].shape[1:])
@@ -143,16 +150,16 @@ class MemoryClips:
         return len(self.windows)
 
     def clips(self, indices: Tensor) -> Tensor:
-        """The chosen clips as float32 [n, C, T, H, W] in [-1, 1]."""
+        """Read the chosen clips as float32 [n, C, T, H, W] in [-1, 1]."""
         return to_clips(self.windows.take(self.films, indices))
 
     def id(self, index: int) -> str:
-        """The film and the frame that the clip starts with: `walk.mp4@12`."""
+        """Name the film and the frame that the clip starts with: `walk.mp4@12`."""
         film, start = self.windows.place(index)
         return f"{self.film_ids[film]}@{start}"
 
     def actions(self, indices: Tensor) -> Tensor:
-        """What was done after each frame, and led to the next: int64 [n, T]."""
+        """Read the actions taken after each frame, which led to the next: int64 [n, T]."""
         return self._track("actions", indices).long()
 
     def depth(self, indices: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ class MemoryClips:
         return self._track("depth", indices).unsqueeze(1).float() / 255
 
     def labels(self, indices: Tensor) -> Tensor:
-        """The class of what each pixel shows: int64 [n, 1, T, H, W]."""
+        """Read the class of the object that each pixel shows: int64 [n, 1, T, H, W]."""
         return self._track("labels", indices).unsqueeze(1).long()
 
     def _track(self, name: str, indices: Tensor) -> Tensor:
@@ -202,8 +209,26 @@ class Subset:
     def clips(self, indices: Tensor) -> Tensor:
         return self.whole.clips(self.indices[indices])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes if isinstance(self.whole, LabelledClips) else ()
+
+    def class_labels(self, indices: Tensor) -> Tensor:
+        return class_labels(self.whole, self.indices[indices])
+
     def id(self, index: int) -> str:
         return self.whole.id(int(self.indices[index]))
+
+
+def class_labels(clips: ClipSet, indices: Tensor) -> Tensor:
+    """The class of each chosen clip, int64 [n].
+
+    Raises:
+        DataError: the clips have no classes.
+    """
+    if not isinstance(clips, LabelledClips) or not clips.classes:
+        raise DataError(f"{clips.name}: its clips have no labels, expected a set with classes")
+    return clips.class_labels(indices)
 
 
 def spread(clips: ClipSet, count: int) -> Subset:

@@ -33,7 +33,7 @@ class DamagedImage(Exception):
 
 
 def read_square(path: Path, size: int) -> NDArray[np.uint8]:
-    """The first frame upright, transparency on white, centre-cropped: RGB [size, size, 3].
+    """Read the first frame upright, transparency on white, centre-cropped: RGB [size, size, 3].
 
     Raises `DamagedImage` for a file that is corrupt, truncated, too large to be honest, or of no known kind.
     """
@@ -51,7 +51,7 @@ def read_square(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def centre_crop(image: Picture, size: int) -> Picture:
-    """The crop of ADM (Dhariwal & Nichol 2021): BOX halvings, BICUBIC to the short side, centre square."""
+    """Crop as ADM does (Dhariwal & Nichol 2021): BOX halvings, BICUBIC to the short side, centre square."""
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:

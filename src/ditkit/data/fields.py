@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.core.numbers import integer
 from ditkit.data.calendar import Step, Times, shown
 from ditkit.data.netcdf import read as read_netcdf
 from ditkit.data.pinned import find, read_pinned
@@ -32,7 +32,7 @@ class Scaling:
         return (x - _beside(self.mean, x)) / _beside(self.std, x)
 
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse, x std + mean for [B, C, ...]."""
+        """Invert the normalisation, x std + mean for [B, C, ...]."""
         return x * _beside(self.std, x) + _beside(self.mean, x)
 
 
@@ -143,7 +143,7 @@ class FieldSet:
         return replace(self, values=values, scaling=scaling)
 
     def cropped(self, patch: int) -> FieldSet:
-        """The last rows and columns dropped, until both sides divide by `patch`."""
+        """Drop the last rows and columns until both sides divide by `patch`."""
         height, width = (side - side % integer("patch", patch, least=1) for side in self.values.shape[2:])
         if not height or not width:
             raise ShapeError(
@@ -193,7 +193,7 @@ class FieldSet:
         return clips[:, :, :observed].contiguous(), clips[:, :, observed:].contiguous()
 
     def target_times(self, start: int, observed: int, horizon: int) -> Times:
-        """When the targets of window `start` are: [horizon]."""
+        """Return the times of the targets of window `start`: [horizon]."""
         first = start + max(self.lead_in, observed)
         return self.times[first : first + horizon]
 
@@ -233,7 +233,7 @@ def load(
     repair: str | Sequence[str] = (),
     max_bytes: int = 4 * 2**30,
 ) -> FieldSet:
-    """A user's netCDF file: the chosen variables, or all over (time, y, x), which must share one grid.
+    """Load a user's netCDF file: the chosen variables, or all over (time, y, x), which must share one grid.
 
     Repairs ("sort", "first", "interpolate") are those of `ditkit.data.repair`; a cell without any value is
     no fault, it is not valid.
@@ -248,7 +248,7 @@ def load(
 
 
 def load_pinned(name: str, debian_file: Path, sha256: str, install: str, size: int | None) -> FieldSet:
-    """A named set of one netCDF file, from where Debian puts it or from a folder of `pinned.roots()`.
+    """Load a named set of one netCDF file, from Debian's place for it or from a folder of `pinned.roots()`.
 
     Raises:
         DataError: it is not found, which says to `install`, or has another checksum.
@@ -284,7 +284,7 @@ def field_set(name: str, raw: Raw, repairs: frozenset[str]) -> FieldSet:
 
 
 def _steps(what: str, given: float, total: int) -> int:
-    """A fraction of `total` as a number of steps, or that number."""
+    """Convert a fraction of `total` to a number of steps; a whole number stays as it is."""
     if isinstance(given, float) and 0 <= given < 1:
         return round(given * total)
     if isinstance(given, bool) or not isinstance(given, int) or given < 0:

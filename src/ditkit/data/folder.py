@@ -83,7 +83,7 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
 
 
 def read_metadata(root: Path) -> list[Entry]:
-    """The lines of `metadata.jsonl`, in the `imagefolder` convention of Hugging Face datasets."""
+    """Read the lines of `metadata.jsonl`, in the `imagefolder` convention of Hugging Face datasets."""
     path = root / METADATA
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")

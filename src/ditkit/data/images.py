@@ -51,7 +51,7 @@ class ImageSet:
         return len(self.images)
 
     def images_float(self, index: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
-        """The chosen images as float32 [n, C, H, W] in [-1, 1]."""
+        """Return the chosen images as float32 [n, C, H, W] in [-1, 1]."""
         chosen = index if isinstance(index, slice | Tensor) else torch.tensor(index, dtype=torch.int64)
         return self.images[chosen].float() / 127.5 - 1
 
@@ -62,7 +62,7 @@ class ImageSet:
         return self.classes.index(class_name)
 
     def subset(self, index: Sequence[int]) -> ImageSet:
-        """The chosen images, in that order, with the same classes."""
+        """Select images, in that order, with the same classes."""
         chosen = torch.tensor(index, dtype=torch.int64)
         return ImageSet(
             name=self.name,

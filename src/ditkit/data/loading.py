@@ -9,13 +9,15 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.spec import SCALARS
+from ditkit.core.spec import read_value
 from ditkit.data.clips import ClipSet
 from ditkit.data.decode import SUFFIXES
+from ditkit.data.event_files import is_event_list
+from ditkit.data.event_files import load as load_event_file
+from ditkit.data.events import EventSet
 from ditkit.data.fields import FieldSet
 from ditkit.data.fields import load as load_netcdf
 from ditkit.data.folder import load as load_folder
@@ -26,22 +28,33 @@ from ditkit.data.video_folder import holds_videos
 from ditkit.data.video_folder import load as load_video_folder
 
 SETS = "ditkit.data.sets"
-Data = ImageSet | ClipSet | FieldSet
-KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", ClipSet: "clips"}
-FILES: dict[str, Callable[..., FieldSet]] = {".csv": load_csv, ".nc": load_netcdf, ".nc4": load_netcdf}
-"""What reads a file of this suffix."""
+Data = ImageSet | ClipSet | FieldSet | EventSet
+KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", EventSet: "events", ClipSet: "clips"}
+FILES: dict[str, Callable[..., Any]] = {
+    ".csv": load_csv,
+    ".nc": load_netcdf,
+    ".nc4": load_netcdf,
+    ".parquet": load_event_file,
+}
+"""The reader of files of each suffix."""
 PART = ("split", "length", "episodes", "max_bad", "max_bytes")
 """Options of loaders that say how much of the data is taken, not what they look like."""
 
 
 def names() -> tuple[str, ...]:
-    """The named sets: one module of `ditkit.data.sets` each, with a function `load(size, ...)`."""
+    """List the named sets: one module of `ditkit.data.sets` each, with a function `load(size, ...)`."""
     found = (module.name for module in pkgutil.iter_modules(importlib.import_module(SETS).__path__))
     return tuple(sorted(name.replace("_", "-") for name in found))
 
 
+def names_of(kind: str) -> tuple[str, ...]:
+    """Return the named sets of one kind: images, clips or fields."""
+    return tuple(name for name in names() if KINDS[_kind(_loader(name))] == kind)
+
+
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
-    """A named set (`names()`), a folder of images or of videos, a CSV file of series or a netCDF file of fields.
+    """Load a named set, a folder of images or of videos, a CSV file of series, a netCDF file of fields,
+    or an event list in CSV (columns `source` and `destination`) or Parquet.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.
@@ -63,14 +76,17 @@ def read_options(
 ) -> dict[str, Any]:
     """Options for `load` of these data out of texts such as `fps=10`, each read as its loader declares it.
 
-    Several values of one option stand between commas: `repair=sort,interpolate`. Those `decided` elsewhere are
-    unknown here.
+    Several values of one option stand between commas, or with a plus as in a policy's text: `repair=sort,interpolate`,
+    `repair=sort+interpolate`. Those `decided` elsewhere are unknown here.
 
     Raises:
         DataError: no such data, as `load` says.
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
-    known = {name: kind for name, kind in _options(_loader(name_or_path)).items() if name not in decided}
+    own = _options(_loader(name_or_path))
+    if Path(name_or_path).suffix.lower() == ".csv" and os.path.isfile(name_or_path):
+        own = {**_options(partial(load_event_file, name_or_path)), **own}  # which it is, the recipe knows
+    known = {name: kind for name, kind in own.items() if name not in decided}
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -80,17 +96,17 @@ def read_options(
             raise _unknown_option(name_or_path, name, known)
         if name in given:
             raise ConfigError(f"option {text!r}: {name} is given twice, expected once")
-        given[name] = _read(known[name], value, f"option {text!r}")
+        given[name] = read_value(known[name], value, f"option {text!r}", commas=True)
     return given
 
 
 def dataset_name(name_or_path: str | Path) -> str:
-    """What a model remembers data by: the name of a set, or of a folder or file without the way there."""
+    """Return the name by which a model remembers data: of a set, or of a folder or file without its parents."""
     return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else str(name_or_path)
 
 
 def accepts_option(name_or_path: str | Path, option: str) -> bool:
-    """Whether `load` of these data has an option of that name, such as `split`. Raises `DataError` as it does."""
+    """Return whether `load` of these data has an option of that name, such as `split`."""
     return option in _options(_loader(name_or_path))
 
 
@@ -123,6 +139,12 @@ def load_fields(name_or_path: str | Path, **options: Any) -> FieldSet:
     return found
 
 
+def load_events(name_or_path: str | Path, **options: Any) -> EventSet:
+    """`load` of events of a graph. Raises `ConfigError` where the data are something else."""
+    found: EventSet = _load(_loader_of(EventSet, name_or_path), name_or_path, None, options)
+    return found
+
+
 def _load(
     loader: partial[Any],
     name_or_path: str | Path,
@@ -144,7 +166,7 @@ def _load(
 
 
 def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
-    """The loader of these data, which are of this kind.
+    """Find the loader of these data, which are of this kind.
 
     Raises:
         ConfigError: they are of another.
@@ -154,14 +176,21 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     path = Path(name_or_path)
     if kind is ImageSet and loader.func is load_video_folder and _holds_images(path):
         return partial(load_folder, path)  # a GIF among pictures does not make them films
-    made = get_type_hints(loader.func)["return"]
-    # ClipSet is a protocol with attributes, about which issubclass cannot be asked
-    held = next((k for k in (ImageSet, FieldSet) if issubclass(made, k)), ClipSet)
+    held = _kind(loader)
     if held is kind:
         return loader
+    if kind is EventSet and path.suffix.lower() == ".csv" and path.is_file():
+        return partial(load_event_file, path)  # its columns have other names
     if loader.func is load_folder and not _holds_images(path):
         raise DataError(f"{name_or_path} holds no videos and no images, expected {KINDS[kind]}")
     raise ConfigError(f"{name_or_path} holds {KINDS[held]}, expected {KINDS[kind]}")
+
+
+def _kind(loader: partial[Any]) -> type:
+    """Return the class of `KINDS` that a loader's annotation names."""
+    loaded = get_type_hints(loader.func)["return"]
+    # ClipSet is a protocol with attributes, which issubclass does not take
+    return next((k for k in (ImageSet, FieldSet) if issubclass(loaded, k)), ClipSet)
 
 
 def _holds_images(root: Path) -> bool:
@@ -169,7 +198,7 @@ def _holds_images(root: Path) -> bool:
 
 
 def _options(loader: partial[Any]) -> dict[str, Any]:
-    """The annotations of a loader's options by name: of all parameters but the path and the size."""
+    """Map a loader's options to their annotations: all parameters but the path and the size."""
     hints = get_type_hints(loader.func)
     return {name: hints[name] for name in inspect.signature(loader).parameters if name != "size"}
 
@@ -178,30 +207,17 @@ def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, A
     return ConfigError(unknown(f"option of data set {str(name_or_path)!r}:", option, known or ("none",)))
 
 
-def _read(kind: Any, text: str, where: str) -> Any:
-    """`text` as a value of the annotation `kind`: a scalar, or several of them between commas."""
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    several = [get_args(member)[0] for member in members if get_origin(member) in (tuple, Sequence)]
-    scalars = [member for member in members if member in SCALARS and member is not NoneType]
-    if several and ("," in text or not scalars):
-        return tuple(_read(several[0], part, where) for part in text.split(","))
-    read, expected = SCALARS[scalars[0]]
-    try:
-        return read(text)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{where}, expected {expected}") from error
-
-
 def _loader(name_or_path: str | Path) -> partial[Any]:
-    """What reads these data; its function's annotation says what kind they are."""
+    """Find the loader of these data; its function's annotation says what kind they are."""
     if isinstance(name_or_path, str) and name_or_path in names():
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)
     if path.suffix.lower() in FILES and path.is_file():
-        return partial(FILES[path.suffix.lower()], path)
+        events = path.suffix.lower() == ".csv" and is_event_list(path)
+        return partial(load_event_file if events else FILES[path.suffix.lower()], path)
     if os.path.isdir(name_or_path):
         own = load_video_folder if holds_videos(path) else load_folder
         return partial(own, path)
     raise DataError(
-        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv or .nc file of that name"
+        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .parquet or .nc file of that name"
     )

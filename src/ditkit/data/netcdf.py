@@ -26,7 +26,7 @@ NORTHWARD = (
 )
 """Units of a latitude (CF, section 4.1)."""
 LENGTHS = ("second", "minute", "hour", "day", "month", "year")
-"""What the units of a time begin with."""
+"""The words that the units of a time begin with."""
 
 
 def read(
@@ -35,7 +35,7 @@ def read(
     content: bytes | None = None,
     max_bytes: int = 4 * 2**30,
 ) -> Raw:
-    """The chosen variables, or all over (time, y, x), which must lie on one grid; missing values are NaN.
+    """Read the chosen variables, or all over (time, y, x), which must lie on one grid; missing values are NaN.
 
     Rows run as in a map, from the largest y (or latitude) down, however the file has them. Scale, offset and
     fill value of the file are applied, and times are rounded to the millisecond, since
@@ -118,7 +118,7 @@ def _is_field(dataset: Any, variable: Any) -> bool:
 
 
 def _time_of(dataset: Any, variable: Any) -> Any:
-    """The coordinate of the first of three axes, or of four with one level; None unless there is one."""
+    """Find the coordinate of the first of three axes, or of four with one level; None unless there is one."""
     if not np.issubdtype(variable.dtype, np.number):
         return None
     if variable.ndim != 3 and (variable.ndim != 4 or variable.shape[1] != 1):
@@ -142,7 +142,7 @@ def _units(variable: Any) -> str:
 
 
 def _rows_of(dataset: Any, variable: Any) -> Any:
-    """The latitude over rows and columns (CF, section 5.2), or else the coordinate of the rows, often a mere index."""
+    """Find the latitude over rows and columns (CF, section 5.2), or else the coordinate of the rows."""
     *_, y, x = variable.dimensions
     named = [dataset.variables.get(name) for name in str(getattr(variable, "coordinates", "")).split()]
     latitudes = (v for v in named if v is not None and _units(v) in NORTHWARD and v.dimensions == (y, x))
@@ -150,7 +150,7 @@ def _rows_of(dataset: Any, variable: Any) -> Any:
 
 
 def _rises(coordinate: Any) -> bool:
-    """Whether a coordinate grows from the first row to the last; False where the file gives none."""
+    """Return whether a coordinate grows from the first row to the last; False where the file gives none."""
     if coordinate is None or coordinate.ndim == 0 or len(coordinate) < 2:
         return False
     return bool(np.mean(coordinate[-1]) > np.mean(coordinate[0]))

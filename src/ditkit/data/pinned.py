@@ -19,12 +19,12 @@ def roots() -> list[Path]:
 
 
 def find(candidates: Sequence[str]) -> Path | None:
-    """The first of `candidates` (relative paths) that exists under one of the roots."""
+    """Find the first of `candidates` (relative paths) that exists under one of the roots."""
     return next((root / name for root in roots() for name in candidates if (root / name).exists()), None)
 
 
 def read_pinned(path: Path, sha256: str) -> bytes:
-    """The file's bytes. Raises `DataError` when it cannot be read or has another checksum."""
+    """Read the file's bytes. Raises `DataError` when it cannot be read or has another checksum."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
-    """The items one by one, with a bar on stderr that says what is being done and then vanishes."""
+    """Iterate with a bar on stderr that names what is being done and vanishes at the end."""
     from rich.console import Console
     from rich.progress import track
 

@@ -1,4 +1,4 @@
-"""What a file of fields or series may have wrong: each an error with its row, or a repair that was asked for.
+"""Faults of a file of fields or series: each an error with its row, or a repair that was asked for.
 
 Repairs, any of them in one tuple:
     "sort": rows are put in the order of their time stamps.
@@ -46,7 +46,7 @@ class Raw:
 
 
 def chosen_repairs(repair: str | Sequence[str]) -> frozenset[str]:
-    """The names in `repair`. Raises ConfigError for an unknown one."""
+    """Parse the names in `repair`. Raises ConfigError for an unknown one."""
     names = (repair,) if isinstance(repair, str) else tuple(repair)
     for name in names:
         if name not in REPAIRS:

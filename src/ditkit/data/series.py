@@ -29,7 +29,7 @@ def load(
     time_format: str | None = None,
     separator: str = ",",
 ) -> FieldSet:
-    """The columns of a CSV file with a header line as variables of a field of one cell: [N, C, 1, 1].
+    """Load the columns of a CSV file with a header line as variables of a field of one cell: [N, C, 1, 1].
 
     Time stamps that name an offset are converted to UTC. Blank lines are left out; what pandas reads as
     missing ("", "NA", "nan", "null" ...) is missing.
@@ -73,7 +73,7 @@ def load(
 
 
 def _read(path: Path, separator: str) -> DataFrame:
-    """The table with the number of its line as index."""
+    """Read the table, with the number of each line as index."""
     try:
         import pandas as pd
     except ImportError as error:

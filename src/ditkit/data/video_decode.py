@@ -56,7 +56,7 @@ class Film:
         return self.nominal_fps if math.isclose(measured, self.nominal_fps, rel_tol=0.01) else measured
 
     def _oddest(self) -> str:
-        """The first frame whose distance from the one before is least like the usual one, and where it should be."""
+        """Describe the first frame whose distance from the one before is least like the usual one."""
         intervals = np.diff(self.seconds)
         usual = np.quantile(intervals, 0.5, method="lower")  # one that occurs, also of an even number
         ticks_off = np.rint(np.abs(intervals - usual) / self.tick)
@@ -118,7 +118,7 @@ def nearest_in_time(frames: Iterable[tuple[T, float]], fps: float) -> Iterator[t
 
 
 def cover(picture: NDArray[np.uint8], size: tuple[int, int], aspect: float = 1.0) -> NDArray[np.uint8]:
-    """The largest centred part with the proportions of `size` (height, width), scaled to it (bicubic).
+    """Crop the largest centred part with the proportions of `size` (height, width), scaled to it (bicubic).
 
     Args:
         aspect: width of a pixel of the picture over its height.
@@ -169,7 +169,7 @@ def _seconds(ticks: int, stream: VideoStream) -> float:
 
 
 def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """The pixels as a player turns them: RGB [height, width, 3]; phones store portraits lying down."""
+    """Turn the pixels as a player does, since phones store portraits lying down: RGB [height, width, 3]."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
 
 
@@ -180,7 +180,7 @@ def _pixel_aspect(frame: VideoFrame, stream: VideoStream) -> float:
 
 
 def _declared_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """How long the header says the pictures last; None where it does not say, or means the sound as well."""
+    """Read the length of the pictures from the header; None where it says nothing, or means the sound as well."""
     if stream.duration is not None:
         return _seconds(stream.duration, stream)
     if container.duration is not None and len(container.streams) == 1:

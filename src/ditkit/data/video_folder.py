@@ -9,8 +9,8 @@ from pathlib import Path, PurePath
 
 import torch
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError
-from ditkit.core.numbers import integer
 from ditkit.data.clips import MemoryClips, Windows, frame_size
 from ditkit.data.folder import walk
 from ditkit.data.progress import tracked
@@ -64,7 +64,7 @@ def load(
 
 
 def find_videos(root: Path) -> list[PurePath]:
-    """The video files below `root`, relative to it, in order; hidden ones are left out."""
+    """Find the video files below `root`, relative to it, in order; hidden ones are left out."""
     videos = sorted(f for f in walk(root)[1] if f.suffix.lower() in SUFFIXES)
     if not videos:
         raise DataError(f"{root} holds no videos ({' '.join(sorted(SUFFIXES))})")
@@ -72,14 +72,14 @@ def find_videos(root: Path) -> list[PurePath]:
 
 
 def holds_videos(root: Path) -> bool:
-    """Whether a folder, which can be read, holds video files at any depth."""
+    """Return whether a folder, which can be read, holds video files at any depth."""
     return any(f.suffix.lower() in SUFFIXES for f in walk(root)[1])
 
 
 def _sound_films(
     root: Path, size: tuple[int, int], fps: float | None, max_bad: int, max_bytes: int
 ) -> Iterator[Film]:
-    """The videos that can be decoded, one by one, at `fps`."""
+    """Decode the videos that can be, one by one, at `fps`."""
     bad: list[str] = []
     videos = find_videos(root)
     frames_left = max_bytes // (3 * size[0] * size[1])

@@ -21,7 +21,7 @@ _SITED: dict[type, Sited] = {}
 _OPEN: set[type] = set()
 """Processors whose computation a view knows, and has sites in."""
 _BEYOND: set[type] = set()
-"""Of them those whose rows also attend to keys that are no rows of their sequence."""
+"""The processors in `_KNOWN` whose queries also attend to keys from outside their own sequence."""
 
 
 def computes_as(processor: type, *, beyond: bool = False) -> Callable[[Sited], Sited]:
@@ -47,7 +47,7 @@ def opens(processor: type) -> None:
 
 
 def has_core(attn: Any) -> bool:
-    """Whether attention has sites: an IP-Adapter's processor, one of fused layers, or a user's own, has none."""
+    """Return whether attention has sites: the processors of IP-Adapters, fused layers and a user's own have none."""
     return type(attn.processor) in _OPEN
 
 

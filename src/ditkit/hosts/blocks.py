@@ -1,4 +1,4 @@
-"""What several families build their blocks of: default attention, modulation, feed-forward, and their call.
+"""Parts shared by the blocks of several families: default attention, modulation, feed-forward, and the call.
 
 B batch, L rows, S text rows, D width, N heads, K head width.
 """
@@ -83,7 +83,7 @@ def attend_within(
 def attention_sites(
     at: str, attn: Any, core: str = "image", kv: str = "image", attention: AttentionKind = "full"
 ) -> list[Site]:
-    """The sites inside the attention branch `at`: keys and values of stream `kv`, and queries of stream `core`."""
+    """List the sites inside the attention branch `at`: keys and values of stream `kv`, queries of stream `core`."""
     if not has_core(attn):
         return []
     return [
@@ -93,13 +93,13 @@ def attention_sites(
 
 
 def keys_heads(attn: Any) -> int:
-    """Heads of the keys, which several of the queries may share."""
+    """Return the number of heads of the keys, each of which several heads of queries may share."""
     head: int = attn.to_q.out_features // attn.heads
     return int(attn.to_k.out_features // head)
 
 
 def as_wide(sites: Sequence[Site], width: int) -> tuple[Site, ...]:
-    """`sites`, those that do not say their width as wide as the tokens."""
+    """Fill in `width` where a site does not name its own."""
     return tuple(site if site.width else site._replace(width=width) for site in sites)
 
 
@@ -123,14 +123,14 @@ def modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 def feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The MLP branch before its gate; row-wise."""
+    """Compute the MLP branch before its gate, row by row."""
     return ff(modulate(norm(x_BLD), shift, scale))
 
 
 def feed_in_chunks(
     block: Any, norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor
 ) -> Tensor:
-    """The same for a block that `enable_forward_chunking` knows."""
+    """Compute the MLP branch before its gate, in chunks where `enable_forward_chunking` asks for them."""
     if block._chunk_size is None:
         return feed(norm, ff, x_BLD, shift, scale)
     h_BLD = modulate(norm(x_BLD), shift, scale)

@@ -35,7 +35,7 @@ STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 __all__ = ["CHANNEL_AXIS", "layout", "restore", "running", "sites", "view"]
 
 CHANNEL_AXIS = 2
-"""Of latents, and of what is predicted of them."""
+"""The channel axis of latents and of predictions."""
 
 
 class Rotary(NamedTuple):
@@ -128,7 +128,7 @@ class CogVideoXBlock(host.CogVideoXBlock):
         )
 
     def _feed(self, x: Streams, *by: Tensor) -> Streams:
-        """The MLP branch before its gates; row-wise."""
+        """Compute the MLP branch before its gates, row by row."""
         clip, text = _modulated(self.norm2.norm, x, *by)
         out = self.ff(torch.cat([text, clip], 1))
         S = text.shape[1]
@@ -162,7 +162,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _condition(self, dtype: torch.dtype, timestep: Any, more: Tensor | None, ofs: Any) -> Tensor:
-        """The embedded time, and in the image-to-video model of 1.5 the embedded offset: [B, E]."""
+        """Embed the time, and in the image-to-video model of 1.5 the offset: [B, E]."""
         temb = self.time_embedding(self.time_proj(timestep).to(dtype), more)
         if self.ofs_embedding is None:
             return temb
@@ -217,7 +217,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens", "joint"), Site("blocks", "stack", "joint")]
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
@@ -283,7 +283,7 @@ def _rotate(x_BNLK: Tensor, text: int, table: Rotary | None) -> Tensor:
 
 
 def _of_heads(attn: Any, mask: Tensor, x_BLD: Tensor) -> Tensor:
-    """A mask of keys for each head, [B, N, 1, L].
+    """Expand a mask of keys to each head, [B, N, 1, L].
 
     Raises:
         ShapeError: it is of other rows than the sequence, of which a policy may have taken some.

@@ -107,7 +107,7 @@ class BasicTransformerBlock(host_attention.BasicTransformerBlock):
         scale: Tensor,
         seen: Tensor | None = None,
     ) -> Tensor:
-        """The attention branch before its gate."""
+        """Compute the attention branch before its gate."""
         h_BLD = modulate(norm(x_BLD), shift, scale)
         return self.attn1(h_BLD, attention_mask=seen, run=run, at=at, **kwargs)
 
@@ -148,12 +148,12 @@ def call_basic_block(
 
 
 def _is_dit(block: Any) -> bool:
-    """Whether a block is self-attention and MLP under adaLN-Zero, and no more."""
+    """Return whether a block is self-attention and MLP under adaLN-Zero, and no more."""
     return block.use_ada_layer_norm_zero and block.attn2 is None and block.pos_embed is None
 
 
 def _is_pixart(block: Any) -> bool:
-    """Whether a block is self-attention, cross-attention and MLP under adaLN-single, and no more."""
+    """Return whether a block is self-attention, cross-attention and MLP under adaLN-single, and no more."""
     plain = block.pos_embed is None and not block.only_cross_attention
     return block.use_ada_layer_norm_single and block.attn2 is not None and plain
 
@@ -173,7 +173,7 @@ class DiTTransformer2DModel(host.DiTTransformer2DModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Samples [B, C, H, W] of equal sides.
+        """Predict for samples [B, C, H, W] of equal sides.
 
         Raises:
             ShapeError: the sides differ, which diffusers would fold into a square all the same.
@@ -227,7 +227,7 @@ class DiTTransformer2DModel(host.DiTTransformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens"), Site("blocks", "stack")]
     for at, block in _blocks(model):
         named += [Site(at, "block"), Site(at + ".attn", "branch")]
@@ -236,7 +236,7 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The segment of a call on samples of `shape` [B, C, H, W].
+    """Build the layout of a call on samples of `shape` [B, C, H, W]: one segment.
 
     Raises:
         ShapeError: the sides differ.

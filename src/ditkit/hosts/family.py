@@ -1,4 +1,4 @@
-"""Which module of this package knows a transformer: found by its class, which a view stands for."""
+"""Families: the module of this package that knows a transformer, found by the class for which its view stands."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Family(NamedTuple):
     stacks: Mapping[str, Stacked] = MappingProxyType({})
 
     def asks(self) -> tuple[str, ...]:
-        """What its `layout` wants to know."""
+        """List the arguments that `layout` needs."""
         return _parameters(self.make_layout)
 
     def layout(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Segment, ...]:
-        """The segments of a call of `model` with these arguments."""
+        """Build the layout of a call of `model` with these arguments."""
         text = arguments.get("encoder_hidden_states")
         rows = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else 0
         known = {"model": model, "shape": arguments["hidden_states"].shape, "text": rows, **arguments}
@@ -46,18 +46,18 @@ class Family(NamedTuple):
 
 
 def is_known(model: object) -> bool:
-    """Whether `model` is a transformer that has, or can have, a view."""
+    """Return whether `model` is a transformer that has, or can have, a view."""
     families()
     return type(model) in transformers()
 
 
 def has_sites(model: nn.Module) -> bool:
-    """Whether its view is on."""
+    """Return whether the view of `model` is on."""
     return isinstance(type(model), View)
 
 
 def family(model: nn.Module) -> Family:
-    """The family of a transformer, with its view or without.
+    """Find the family of a transformer, with its view or without.
 
     Raises:
         ConfigError: no view is known for this class.
@@ -80,7 +80,7 @@ def transformers() -> list[type]:
 
 @cache
 def families() -> list[Any]:
-    """The modules of all families; importing them makes their views known."""
+    """Import the modules of all families, which makes their views known."""
     found = pkgutil.iter_modules(hosts.__path__, hosts.__name__ + ".")
     modules = [import_module(module.name) for module in found if module.name != __name__]
     return [module for module in modules if hasattr(module, "sites") and hasattr(module, "layout")]

@@ -262,7 +262,7 @@ class FluxTransformer2DModel(host.FluxTransformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
         double = isinstance(block, host.FluxTransformerBlock)
@@ -311,7 +311,7 @@ def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
 
 
 def _joined(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The table of text rows, then of the image's, which may be each sample's own."""
+    """Join the rotary table of the text tokens with the image's, which may differ between samples."""
     parts = zip(text, image, strict=True)
     return tuple(torch.cat([a.expand(*b.shape[:-2], -1, -1), b], -2) for a, b in parts)
 

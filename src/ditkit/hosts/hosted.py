@@ -45,6 +45,7 @@ class Host(Model):
 
     Config = HostConfig
     config: HostConfig
+    transformer: Any
 
     def __init__(self, config: HostConfig) -> None:
         kind = _class_of(config.name)

@@ -154,7 +154,7 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call.
+    """List the sites of a viewed transformer, in the order of the call.
 
     The refiners of one stream each have branches only: rows are taken, and the stack begins, after them.
     """
@@ -187,7 +187,7 @@ def _name(run: Run, kind: str, i: int) -> str:
 
 
 def _seen(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Which rows of text are not padding, [B, S], S that of the longest caption."""
+    """Build the mask of text tokens that are not padding, [B, S], S being the longest caption's length."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""What Lumina 2 and Lumina-Next share: rows and their places, attention, the stack.
+"""Parts shared by Lumina 2 and Lumina-Next: token side data, attention, the stack of blocks.
 
 B batch, L image rows, M rows of the sequence, D width, N heads, K head width.
 """
@@ -21,7 +21,7 @@ from ditkit.hosts.attention import flip
 
 
 class Place(NamedTuple):
-    """What is aligned with a sequence of M rows, the first `text` of which are text.
+    """Side data aligned with a sequence of M tokens, the first `text` of which are text.
 
     Args:
         phases: complex rotary table, [B, M, K / 2] or [1, M, K / 2].
@@ -74,7 +74,7 @@ def stack(
 
 
 def feed(block: Any, x: Tensor, scale: Tensor | None) -> Tensor:
-    """The MLP branch before its gate; row-wise."""
+    """Compute the MLP branch before its gate, row by row."""
     return block.ffn_norm2(block.feed_forward(scaled(block.ffn_norm1(x), scale)))
 
 
@@ -87,7 +87,7 @@ def added(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
 
 
 def heads(attn: Any, x: Tensor, context: Tensor) -> list[Tensor]:
-    """Queries [B, L, N, K], and keys and values, which may have fewer heads."""
+    """Split queries [B, L, N, K] from keys and values, which may have fewer heads."""
     q = attn.to_q(x).unflatten(-1, (attn.heads, -1))
     return [q, *(project(context).unflatten(-1, (-1, q.shape[-1])) for project in (attn.to_k, attn.to_v))]
 
@@ -103,7 +103,7 @@ def grouped(q_BLNK: Tensor, k_BLNK: Tensor, v_BNLK: Tensor) -> tuple[Tensor, Ten
 
 
 def masks(seen: Tensor | None) -> tuple[Tensor, ...]:
-    """The mask of a `core` site, if any: bool, [B, 1, 1, M]."""
+    """Build the mask of a `core` site, if any: bool, [B, 1, 1, M]."""
     return () if seen is None else (seen.bool()[:, None, None],)
 
 
@@ -123,7 +123,7 @@ def attention(
 
 
 def of_all(mask: Tensor, k_BNLK: Tensor) -> Tensor:
-    """The mask with a column for every key: those that it does not know are seen."""
+    """Extend the mask to a column for every key; keys that it does not know are attended to."""
     return F.pad(mask, (0, k_BNLK.shape[2] - mask.shape[-1]), value=True)
 
 

@@ -175,7 +175,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack")]
     for i, block in enumerate(model.layers):
         at = f"blocks.{i}"
@@ -188,6 +188,6 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, H, W]: one segment."""
     grid = grid_of(model, shape)
     return (Segment("image", grid, grid.length),)

@@ -38,7 +38,7 @@ class ImageTokens(NamedTuple):
     whole: str = ""
 
     def rows(self, stream: str, index: Tensor) -> ImageTokens:
-        """Some rows.
+        """Select some tokens.
 
         Raises:
             ConflictError: the call has such an argument.
@@ -128,7 +128,7 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens"), Site("time", "time"), Site("blocks", "stack")]
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
@@ -139,7 +139,7 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
 
@@ -151,14 +151,14 @@ def _grid(model: Any, shape: Sequence[int]) -> Grid:
 
 
 def _whole(text: Tensor | None, seen: Tensor | None) -> str:
-    """What in a call is about all rows: a mask of them, or cross-attention without text, which is to themselves."""
+    """Name the part of a call that concerns all tokens: a mask of them, or cross-attention without text."""
     if text is None:
         return "encoder_hidden_states=None"
     return "" if seen is None else "attention_mask"
 
 
 def _bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask [B, S] of 0 and 1 as what is added to scores [B, 1, S]; a bias stays as it is."""
+    """Turn a mask [B, S] of 0 and 1 into what is added to scores [B, 1, S]; a bias stays as it is."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(x.dtype)) * -10000.0).unsqueeze(1)

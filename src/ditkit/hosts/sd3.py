@@ -213,7 +213,7 @@ class SD3Transformer2DModel(host.SD3Transformer2DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("tokens", "tokens", "joint"), Site("time", "time"), Site("blocks", "stack", "joint")]
     for at, block in _blocks(model):
         returned = "image" if block.context_pre_only else "joint"

@@ -41,7 +41,7 @@ class Rotary(NamedTuple):
         return cls(table[0], table[1], text)
 
     def rows(self, stream: str, index: Tensor) -> Rotary:
-        """Some rows of one stream, all of the other; without text rows there is one stream, of any name."""
+        """Select some tokens of one stream, all of the other; without text there is one stream, of any name."""
         every = torch.arange(len(self.cos), device=index.device).expand(*index.shape[:-1], -1)
         if stream == "text":
             at, text = torch.cat((index, every[..., self.text :]), -1), index.shape[-1]
@@ -89,7 +89,7 @@ class JointTokens(NamedTuple):
 
 
 def _spread(samples: int, depth: int, cycle: bool) -> list[int | None]:
-    """Which of `samples` residuals follows each of `depth` blocks: in turn, or each one for an equal span."""
+    """Assign one of `samples` residuals to each of `depth` blocks: in turn, or each for an equal span."""
     if not samples:
         return [None] * depth
     span = ceil(depth / samples)

@@ -1,5 +1,7 @@
-"""What makes a pipeline of diffusers' FLUX out of the transformer alone: letters for a text encoder, and a VAE that
-moves pixels. Neither has weights."""
+"""A toy pipeline of diffusers' FLUX around a transformer: letters as text encoder, pixel unshuffling as VAE.
+
+Neither has weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all host views share: the run in force, and the swap of classes on a pipeline's own modules.
+"""Host views: the run in force, and the swap of classes on a pipeline's own modules.
 
 A view replaces the class of a transformer and of its blocks by a subclass whose forward calls through sites.
 The object, its weights, its hooks and its class name stay: offloading, LoRA, `isinstance` and saving go on.
@@ -37,7 +37,7 @@ def running(run: Run) -> Iterator[None]:
 
 
 def current() -> Run:
-    """The run in force; `DIRECT` outside of `running`."""
+    """Return the run in force; `DIRECT` outside of `running`."""
     return _RUN.get()
 
 
@@ -108,7 +108,7 @@ def _swap(model: nn.Module, classes: Mapping[type, type]) -> None:
 
 
 def _bound_forwards(name: str, module: nn.Module) -> list[tuple[Any, str]]:
-    """Where hooks of accelerate and diffusers keep the forward that they wrap; empty without any."""
+    """List the attributes where hooks of accelerate and diffusers keep the forward that they wrap."""
     registry = vars(module).get("_diffusers_hook")
     places: list[tuple[Any, str]] = [(module, "forward"), (module, "_old_forward")]
     for reference in registry._fn_refs if registry else ():
@@ -155,12 +155,12 @@ def refuse_graph(name: str, module: nn.Module, whole: bool) -> None:
 
 
 def _has_view(kind: type) -> bool:
-    """Whether a class has a view or is one."""
+    """Return whether a class has a view or is one."""
     return kind in VIEWS or isinstance(kind, View)
 
 
 def _blank(home: str, host: type) -> nn.Module:
-    """An empty instance of the view of `host`, which the module `home` defines."""
+    """Make an empty instance of the view of `host`, which the module `home` defines."""
     importlib.import_module(home)
     cls = VIEWS[host]
     return cls.__new__(cls)

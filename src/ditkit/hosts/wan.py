@@ -163,7 +163,7 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _condition(self, timestep: Tensor, text: Tensor, picture: Tensor | None) -> tuple[Times, Tensor]:
-        """Times, and the rows that the clip looks at: of the picture, if there is one, then of the text."""
+        """Embed times, and gather the cross-attention tokens: of the picture, if there is one, then of the text."""
         tokens = timestep.shape[1] if timestep.ndim == 2 else None
         embedded, projected, text, picture = self.condition_embedder(
             timestep.flatten(), text, picture, timestep_seq_len=tokens
@@ -211,7 +211,7 @@ class WanTransformer3DModel(host.WanTransformer3DModel):
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """The sites of a viewed transformer, in the order of the call."""
+    """List the sites of a viewed transformer, in the order of the call."""
     named = [Site("time", "time"), Site("tokens", "tokens"), Site("blocks", "stack")]
     for i, block in enumerate(model.blocks):
         at = f"blocks.{i}"
@@ -224,7 +224,7 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
-    """The one segment of a call on latents of `shape` [B, C, T, H, W]."""
+    """Build the layout of a call on latents of `shape` [B, C, T, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
 

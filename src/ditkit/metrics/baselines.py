@@ -26,7 +26,7 @@ class Cycle:
     slots: int  # phases of the day
 
     def phase(self, times: Times) -> Steps:
-        """Which phase each time is in; not every number below 12 * slots need occur."""
+        """Compute the phase of each time; not every number below 12 * slots need occur."""
         month = month_of_year(times) if self.months > 1 else np.zeros(len(times), np.int64)
         return month * self.slots + slot_of_day(times, self.slots)
 
@@ -48,7 +48,7 @@ class Climatology:
 
     @classmethod
     def fit(cls, training: FieldSet) -> Climatology:
-        """Raises ConfigError for an empty set."""
+        """Fit the means of a training set. Raises ConfigError for an empty set."""
         if not len(training):
             raise ConfigError(f"{training.name} has no steps, expected some to take a climatology from")
         found = (cycle for cycle in _cycles(training.step) if cycle.enough(training.times))
@@ -64,7 +64,7 @@ class Climatology:
         return f"climatology ({self.cycle.name})"
 
     def at(self, times: Times) -> Tensor:
-        """The forecast for these times, [C, T, H, W]. Raises ConfigError for a phase that was never seen."""
+        """Forecast these times, [C, T, H, W]. Raises ConfigError for a phase without training data."""
         wanted = self.cycle.phase(times)
         unseen = np.flatnonzero(~np.isin(wanted, self.phases))
         if unseen.size:
@@ -73,7 +73,7 @@ class Climatology:
 
 
 def _cycles(step: Step) -> Iterator[Cycle]:
-    """Those that a step can have, the finest first."""
+    """List the cycles that a step can have, the finest first."""
     months = 12 // math.gcd(step.count, 12) if step.unit == MONTH else 12
     slots = step.per_day
     if months > 1 and slots:

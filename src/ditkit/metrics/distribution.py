@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Distribution:
-    """How far `n_fake` generated pictures are from `n_real` real ones.
+    """Distances of `n_fake` generated pictures from `n_real` real ones.
 
     `fid` is over `fid_features`, and None below 5 pictures a feature; all else is over `features`.
     """
@@ -78,7 +78,7 @@ def distribution(
 
 
 def pictures_for_fid(features: int) -> int:
-    """The fewest pictures in each set for which an FID over that many features is computed."""
+    """Return the fewest pictures in each set for which an FID over that many features is computed."""
     return PICTURES_PER_FEATURE * features
 
 

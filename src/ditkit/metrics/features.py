@@ -185,7 +185,7 @@ def extract(
 
 
 def load_efficientnet_lite0(path: Path | None = None) -> EfficientNetLite0:
-    """The pretrained network, in evaluation mode. Raises DataError for missing or other weights."""
+    """Load the pretrained network, in evaluation mode. Raises DataError for missing or other weights."""
     path = find_weights() if path is None else path
     if not path.is_file():
         raise DataError(f"weights {path} do not exist; expected the file of {WEIGHTS_REQUIREMENT}")
@@ -198,7 +198,7 @@ def load_efficientnet_lite0(path: Path | None = None) -> EfficientNetLite0:
 
 
 def find_weights() -> Path:
-    """Where the installed package, not imported, keeps its weights. Raises DataError if it is missing."""
+    """Find the weights of the installed package without importing it. Raises DataError if it is missing."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.calendar import shown
 from ditkit.data.fields import FieldSet
 from ditkit.metrics.baselines import Climatology
@@ -40,14 +40,14 @@ class Quantity:
 
 
 def quantities_of(fields: FieldSet) -> tuple[Quantity, ...]:
-    """The variables of a set, normalised or not."""
+    """List the variables of a set, normalised or not."""
     scales = [1.0] * len(fields.units) if fields.scaling is None else fields.scaling.std.tolist()
     return tuple(Quantity(*q) for q in zip(fields.variables, fields.units, scales, strict=True))
 
 
 @dataclass(frozen=True)
 class ForecastScore:
-    """Errors by lead time. Means over windows of:
+    """Errors by lead time, as means over windows.
 
     `per="cell"`: the mean over cells; `per="frame"`: the sum over the cells of a frame, and for `all` over the
     variables too, the convention of Moving MNIST and TaxiBJ (PredFormer, Tables 2 and 4; pictures in [0, 1]).
@@ -122,7 +122,7 @@ def score(
 
 
 def persistence(observed: Tensor, horizon: int) -> Tensor:
-    """The last frame again and again: [B, C, T, H, W] -> [B, C, horizon, H, W]."""
+    """Repeat the last frame: [B, C, T, H, W] -> [B, C, horizon, H, W]."""
     return observed[:, :, -1:].expand(-1, -1, integer("horizon", horizon, least=1), -1, -1)
 
 
@@ -243,7 +243,7 @@ def compare_forecasts(
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """Compute the arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -258,7 +258,7 @@ def _shown(horizon: int) -> list[int]:
 
 
 def _error(forecast: Tensor, truth: Tensor, variables: int) -> Tensor:
-    """forecast - truth in float64, both [B, variables, T, H, W] and finite."""
+    """Compute forecast - truth in float64, both [B, variables, T, H, W] and finite."""
     if forecast.shape != truth.shape or truth.ndim != 5 or truth.shape[1] != variables:
         raise ShapeError(
             f"score: forecast {list(forecast.shape)} and truth {list(truth.shape)}, expected both "

@@ -77,7 +77,7 @@ class ClipDistance:
 
 @dataclass(frozen=True)
 class ClipFeature:
-    """What a clip looks like and how much it moves: 2 C numbers from the C channels of one block.
+    """Appearance and motion of a clip as features: 2 C numbers from the C channels of one block.
 
     The first C: the mean over frames and positions. The last C: the mean over positions of |a_{t+1} - a_t|,
     averaged over pairs of frames. The difference is taken at each position, before the mean over positions,
@@ -110,7 +110,7 @@ class ClipFeature:
         return pictures_for_fid(2 * WIDTHS[self.block])
 
     def check(self, n_real: int, n_fake: int) -> None:
-        """Raises ConfigError for too few clips, to be asked before they are made."""
+        """Check the number of clips before they are made. Raises ConfigError for too few."""
         if min(n_real, n_fake) < self.clips_needed:
             raise ConfigError(
                 f"Frechet distance over {self.name} needs {self.clips_needed} clips in each set, got {n_real} "
@@ -164,7 +164,7 @@ class ClipFeature:
 
 
 def _activations(network: EfficientNetLite0, pictures: Tensor, blocks: tuple[int, ...]) -> Iterator[Tensor]:
-    """Outputs [B, C, h, w] of the `blocks`, in their order; no block after the last of them runs."""
+    """Compute outputs [B, C, h, w] of the `blocks`, in their order; no block after the last of them runs."""
     x = normalised(pictures.to(_device(network)))
     x = F.relu6(network._bn0(network._conv_stem(x)))
     for i, block in enumerate(network._blocks[: max(blocks) + 1]):

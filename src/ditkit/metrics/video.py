@@ -99,7 +99,7 @@ def temporal_relative_l2(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> 
 
 
 def _differences(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dref [B, C, T - 1, H, W], 0 where not counted, and the mask of what is counted."""
+    """Compute dx and dref [B, C, T - 1, H, W], 0 where not counted, and the mask of what is counted."""
     made = _made(name, x, ref, mask)
     if x.shape[2] < 2:
         raise ShapeError(f"{name}: expected clips of 2 frames or more, got {list(x.shape)}")
@@ -108,18 +108,18 @@ def _differences(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> tupl
 
 
 def _each_frame(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, ref: Tensor) -> Tensor:
-    """A metric of pictures [n, C, H, W] -> [n, ...], for each frame of clips: -> [B, T, ...]."""
+    """Apply a metric of pictures [n, C, H, W] -> [n, ...] to each frame of clips: -> [B, T, ...]."""
     frames = [clips.transpose(1, 2).flatten(0, 1) for clips in (x, ref)]
     return metric(*frames).unflatten(0, (x.shape[0], x.shape[2]))
 
 
 def _correction_db(made: Tensor) -> Tensor:
-    """What turns the PSNR over all pixels of frames that are 0 where given into one over made pixels: [B, T]."""
+    """Compute the term from the PSNR over all pixels, 0 where given, to one over generated pixels: [B, T]."""
     return 10 * made.mean((1, 3, 4)).log10()  # -inf + inf = NaN where nothing was made
 
 
 def _made(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask in float64 [B, 1, T, H, W], all 1 where none is given."""
+    """Return the mask in float64 [B, 1, T, H, W], all 1 where none is given."""
     if x.shape != ref.shape or x.ndim != 5 or x.numel() == 0:
         raise ShapeError(
             f"{name}: expected two clips [B, C, T, H, W] of one shape, got {list(x.shape)} and {list(ref.shape)}"

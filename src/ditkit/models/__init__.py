@@ -3,6 +3,7 @@
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -14,6 +15,8 @@ __all__ = [
     "DiTConfig",
     "PredFormer",
     "PredFormerConfig",
+    "Todyformer",
+    "TodyformerConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditkit.core.checks import at_least
+from ditkit.core.config import FROM_DATA, Count, ModelConfig
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
@@ -21,36 +22,43 @@ State = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class ConvLSTMConfig:
+class ConvLSTMConfig(ModelConfig):
     """An encoder and a forecaster of the same layers; the defaults are the paper's best for Moving MNIST.
 
     Args:
-        channels, frames, size: of a clip; size is (height, width), one number is both.
+        channels: of a frame.
+        frames: observed, and forecast at once.
+        size: height and width of a frame, one number for both; fields keep their own grid, padded to whole patches.
         patch: side of the squares of pixels that become channels.
         states: channels of each layer's state, from the input up.
-        input_kernel, state_kernel: sides of the convolutions of a layer's input and of its state; odd.
+        input_kernel: side of the convolutions of a layer's input; odd.
+        state_kernel: side of the convolutions of a layer's state; odd.
     """
 
-    channels: int = 1
-    frames: int = 10
-    size: tuple[int, int] = (64, 64)
-    patch: int = 4
-    states: tuple[int, ...] = (128, 64, 64)
-    input_kernel: int = 5
-    state_kernel: int = 5
+    task: ClassVar[str] = "forecast"
+
+    channels: Count = field(default=1, metadata=FROM_DATA)
+    frames: Count = 10
+    size: tuple[Count, Count] = (64, 64)
+    patch: Count = 4
+    states: Annotated[tuple[Count, ...], MinLen(1)] = (128, 64, 64)
+    input_kernel: Count = 5
+    state_kernel: Count = 5
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
-        at_least(1, self, "channels", "frames", "patch", "input_kernel", "state_kernel")
-        if not self.states or min(self.states) < 1:
-            raise ConfigError(f"ConvLSTM: states={self.states} should be one or more positive numbers")
+        super().__post_init__()
         for name in ("input_kernel", "state_kernel"):
             if getattr(self, name) % 2 == 0:
                 raise ConfigError(f"ConvLSTM: {name}={getattr(self, name)} should be odd")
         height, width = self.size
-        if min(self.size) < 1 or height % self.patch or width % self.patch:
+        if height % self.patch or width % self.patch:
             raise ShapeError(f"ConvLSTM: size={height}x{width} does not divide into patches of {self.patch}")
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=(8, 8), patch=2, states=(8, 8))
 
 
 class ConvLSTM(Model):
@@ -60,6 +68,7 @@ class ConvLSTM(Model):
     """
 
     Config = ConvLSTMConfig
+    task = "forecast"
     config: ConvLSTMConfig
 
     def __init__(self, config: ConvLSTMConfig) -> None:

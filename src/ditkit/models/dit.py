@@ -4,75 +4,87 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ditkit.core.checkpoint import read_state
-from ditkit.core.checks import (
-    at_least,
+from ditkit.core.cond import Cond, label_of
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Share,
     divides_for_sincos,
     divides_into_heads,
-    label_of,
     names_every_class,
-    not_too_deep,
-    shares,
 )
-from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
+from ditkit.nn.init import adaln_zero_
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width, heads (DiT, table 1)."""
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(ModelConfig):
     """Architecture and convention of a DiT.
 
     Args:
-        size: height and width of a sample. channels: its channels. patch: side of a token.
-        width, depth, heads: of the transformer. classes: labels, without the null class.
+        size: height and width of a picture.
+        patch: side of a token.
+        channels: of a sample.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
+        classes: labels, without the null class.
         label_dropout: share of training samples whose label is replaced by the null class.
         class_names: one a class, or empty.
     """
 
-    size: int = 32
-    patch: int = 2
-    channels: int = 4
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    classes: int = 1000
-    label_dropout: float = 0.1
+    task: ClassVar[str] = "image"
+
+    size: Count = 32
+    patch: Count = 2
+    channels: Count = field(default=4, metadata=FROM_DATA)
+    width: Count = 384
+    depth: Depth = 12
+    heads: Count = 6
+    classes: Count = field(default=1000, metadata=FROM_DATA)
+    label_dropout: Share = 0.1
     convention: Convention = DDPM
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "patch", "channels", "width", "depth", "heads", "classes")
+        super().__post_init__()
         if self.size % self.patch:
             raise ShapeError(f"DiT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)
         divides_for_sincos(self)
-        not_too_deep(self)
-        shares(self, "label_dropout")
         names_every_class(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(size=8, channels=3, width=32, depth=2, heads=4, classes=5)
 
 
 class DiT(Denoiser):
     """A transformer over patches with adaLN-Zero conditioning on time and class."""
 
     Config = DiTConfig
+    task = "image"
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
@@ -85,7 +97,7 @@ class DiT(Denoiser):
         self.label = nn.Embedding(c.classes + 1, c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
         self.head = Head(c.width, pixels * out)
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, convention: Convention = DDPM) -> Self:
@@ -113,19 +125,6 @@ class DiT(Denoiser):
         state = source if isinstance(source, Mapping) else read_state(Path(source))
         return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
 
-    def reset_parameters(self) -> None:
-        """Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output: the first output is 0."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        gates = [part.modulation for part in self.modules() if isinstance(part, Block | Head)]
-        for layer in (*gates, self.head.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         return (self.config.channels, self.config.size, self.config.size)
@@ -133,16 +132,6 @@ class DiT(Denoiser):
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
         grid = Grid.of(tuple(shape[-2:]), self.config.patch)
         return (Segment("image", grid, grid.length),)
-
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def stacks(self) -> Mapping[str, Stacked]:
         return {"blocks": Stacked("blocks", "depth")}

@@ -5,74 +5,86 @@ One network; along which axis each block attends is a text, `PredFormerConfig.la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, divides_into_heads, shares
+from ditkit.core.config import FROM_DATA, Count, ModelConfig, Share, divides_into_heads
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.nn.axes import Axis, AxisAttention, Clip, ClipTokens, Layer, drop_lines, layers_of, spans
-from ditkit.nn.blocks import Stack
+from ditkit.nn.blocks import Stack, sites_of
 from ditkit.nn.mlp import PlainMLP, SwiGLU
 
 
 @dataclass(frozen=True)
-class PredFormerConfig:
+class PredFormerConfig(ModelConfig):
     """Architecture of a PredFormer; the defaults are the paper's for Moving MNIST.
 
+    Other lengths and sizes that divide into patches run too: positions are computed, not learned.
+
     Args:
-        channels, frames, size: of a clip; size is (height, width), one number is both. Other lengths and sizes
-            that divide into patches run too: positions are computed, not learned.
+        channels: of a frame.
+        frames: observed, and forecast at once.
+        size: height and width of a frame, one number for both; fields keep their own grid, padded to whole patches.
         patch: side of a token, in pixels of one frame.
-        width, heads: of the transformer. hidden: of the SwiGLU.
+        width: of a token's vector.
+        heads: of attention.
+        hidden: width of the SwiGLU.
         gated: a SwiGLU, or else two layers with GELU (the paper's ablation; 1.5 times `hidden` has its matrices' size).
-        layout: the axis of each block (`ditkit.nn.axes.layers_of`): "F24", "S12T12", "TSST*6", "+STS*4" ...
-        attn_dropout, mlp_dropout: after attention's output layer; within and after the SwiGLU.
+        layout: axis of each block (`ditkit.nn.axes.layers_of`): "F24", "S12T12", "TSST*6", "+STS*4" ...
+        attn_dropout: after attention's output layer.
+        mlp_dropout: within and after the SwiGLU.
         drop_path: chance that a block's branch is left out for a frame or a place, the same in every block.
         open_gates: start the SwiGLU's gates at SiLU(1). Not the paper's, though its code can.
     """
 
-    channels: int = 1
-    frames: int = 10
-    size: tuple[int, int] = (64, 64)
-    patch: int = 8
-    width: int = 256
-    heads: int = 8
-    hidden: int = 1024
+    task: ClassVar[str] = "forecast"
+
+    channels: Count = field(default=1, metadata=FROM_DATA)
+    frames: Count = 10
+    size: tuple[Count, Count] = (64, 64)
+    patch: Count = 8
+    width: Count = 256
+    heads: Count = 8
+    hidden: Count = 1024
     gated: bool = True
     layout: str = "TSST*6"
-    attn_dropout: float = 0.0
-    mlp_dropout: float = 0.0
-    drop_path: float = 0.0
+    attn_dropout: Share = 0.0
+    mlp_dropout: Share = 0.0
+    drop_path: Share = 0.0
     open_gates: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
-        at_least(1, self, "channels", "frames", "patch", "width", "heads", "hidden")
+        super().__post_init__()
         height, width = self.size
-        if min(self.size) < 1 or height % self.patch or width % self.patch:
+        if height % self.patch or width % self.patch:
             raise ShapeError(
                 f"PredFormer: size={height}x{width} does not divide into patches of {self.patch}"
             )
         divides_into_heads(self)
-        shares(self, "attn_dropout", "mlp_dropout", "drop_path")
         if self.open_gates and not self.gated:
             raise ConfigError("PredFormer: open_gates=True has no gates to open, expected gated=True")
         layers_of(self.layout)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=(8, 8), patch=2, width=32, heads=4, hidden=48, layout="TS")
 
 
 class PredFormer(Model):
     """Patches embedded, gated transformer blocks along time, space or both, and one linear layer out."""
 
     Config = PredFormerConfig
+    task = "forecast"
     config: PredFormerConfig
 
     def __init__(self, config: PredFormerConfig) -> None:
@@ -124,7 +136,7 @@ class PredFormer(Model):
         return (Segment("image", grid, grid.length),)
 
     def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
+        blocks = sites_of(self.blocks)
         ends = (Site(*pair, width=self.config.width) for pair in (("tokens", "tokens"), ("blocks", "stack")))
         return (*ends, *blocks, Site("head", "head", width=self.config.width))
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, label_of, names_every_class, not_too_deep, shares
-from ditkit.core.cond import Cond
+from ditkit.core.cond import Cond, label_of
+from ditkit.core.config import FROM_DATA, Count, Depth, ModelConfig, Share, names_every_class
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
@@ -38,48 +38,58 @@ GATES = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear
 
 
 @dataclass(frozen=True)
-class SmallFluxConfig:
+class SmallFluxConfig(ModelConfig):
     """Architecture of a small FLUX.
 
     Args:
-        size: height and width of a sample. channels: its channels.
-        width, heads: of the transformer. depth: blocks of two streams. single_depth: blocks of one.
+        size: height and width of a picture.
+        channels: of a sample.
+        width: of a token's vector.
+        heads: of attention.
+        depth: number of blocks of two streams.
+        single_depth: number of blocks of one stream.
         letters: rows of text, one a letter of the class's name.
-        classes: number of them. class_names: one a class, or empty for their numbers.
+        classes: number of them.
         label_dropout: share of training samples that are told nothing.
+        class_names: one a class, or empty for their numbers.
     """
 
-    size: int = 32
-    channels: int = 1
-    width: int = 192
-    heads: int = 6
-    depth: int = 2
-    single_depth: int = 6
-    letters: int = 16
-    classes: int = 10
-    label_dropout: float = 0.1
+    task: ClassVar[str] = "image"
+
+    size: Count = 32
+    channels: Count = field(default=1, metadata=FROM_DATA)
+    width: Count = 192
+    heads: Count = 6
+    depth: Depth = 2
+    single_depth: Depth = 6
+    letters: Count = 16
+    classes: Count = field(default=10, metadata=FROM_DATA)
+    label_dropout: Share = 0.1
     convention: Convention = FLOW
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "channels", "width", "heads", "depth", "single_depth", "letters", "classes")
-        not_too_deep(self)
+        super().__post_init__()
         if self.size % PATCH:
             raise ShapeError(f"SmallFlux: size={self.size} does not divide into patches of {PATCH}")
         if self.width % (8 * self.heads):
             raise ShapeError(
                 f"SmallFlux: width={self.width} does not divide into heads={self.heads} of a multiple of 8"
             )
-        shares(self, "label_dropout")
         names_every_class(self)
         if self.convention != FLOW:
             raise ConfigError(f"SmallFlux: convention={self.convention}, expected {FLOW}, as FLUX has it")
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(size=8, channels=3, width=32, heads=4, depth=2, single_depth=2, classes=5)
 
 
 class SmallFlux(Denoiser):
     """`FluxTransformer2DModel` with the sites of its view; `pipeline` hands the same weights to diffusers."""
 
     Config = SmallFluxConfig
+    task = "image"
     config: SmallFluxConfig
 
     def __init__(self, config: SmallFluxConfig) -> None:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import (
-    at_least,
+from ditkit.core.cond import Cond
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Share,
     divides_for_sincos,
     divides_into_heads,
     names_every_class,
-    not_too_deep,
-    shares,
 )
-from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.models.dit import DiT
 from ditkit.nn.axes import Clip
 from ditkit.nn.blocks import Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, dtype_of, sincos_axis, sincos_table
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.temporal import Scene, SceneTokens, SpaceTimeBlock, TemporalAttention
 
 Mode = Literal["video", "image"]
@@ -39,12 +42,17 @@ SIZES = {"S": (12, 384, 6), "L": (28, 1152, 16)}
 
 
 @dataclass(frozen=True)
-class VDTConfig:
+class VDTConfig(ModelConfig):
     """Architecture and convention of a VDT.
 
     Args:
-        channels, frames: of a sample. size: its height and width; one number for both. Any others run, too.
-        patch: side of a token, within a frame. width, depth, heads: of the transformer.
+        channels: of a sample.
+        frames: of a clip.
+        size: height and width of a frame; one number for both. Any others run, too.
+        patch: side of a token, within a frame.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
         classes: labels, without the null class; the paper's models have one, which need not be given.
         mode: "image" leaves time out, attention and positions: every frame is a DiT's picture.
         conditioning: how given content comes in. "mask" puts it in the place of the noise (section 3.3); on whole
@@ -55,36 +63,37 @@ class VDTConfig:
         class_names: one a class, or empty.
     """
 
-    channels: int = 4
-    frames: int = 16
-    size: int | tuple[int, int] = 32
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    classes: int = 1
+    task: ClassVar[str] = "video"
+
+    channels: Count = field(default=4, metadata=FROM_DATA)
+    frames: Count = 16
+    size: Count | tuple[Count, Count] = 32
+    patch: Count = 2
+    width: Count = 384
+    depth: Depth = 12
+    heads: Count = 6
+    classes: Count = field(default=1, metadata=FROM_DATA)
     mode: Mode = "video"
     conditioning: Conditioning = "mask"
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     convention: Convention = DDPM
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads", "classes")
-        for name, choices in (("mode", get_args(Mode)), ("conditioning", get_args(Conditioning))):
-            if getattr(self, name) not in choices:
-                raise ConfigError("VDT: " + unknown(name, getattr(self, name), choices))
+        super().__post_init__()
         if any(n % self.patch for n in self.shape[1:]):
             raise ShapeError(f"VDT: size={self.size} does not divide into patches of {self.patch}")
         divides_into_heads(self)
         divides_for_sincos(self)
-        not_too_deep(self)
-        shares(self, "label_dropout")
         names_every_class(self)
         if self.mode == "image" and self.conditioning == "concat":
             raise ConfigError(
                 "VDT: conditioning='concat' joins frames along time, which mode='image' has not"
             )
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=8, width=32, depth=2, heads=4, classes=5)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,6 +105,8 @@ class VDT(Denoiser):
     """DiT's blocks with attention along time before each, and given content in the place of noise."""
 
     Config = VDTConfig
+    task = "video"
+    completes = True
     config: VDTConfig
 
     def __init__(self, config: VDTConfig) -> None:
@@ -110,7 +121,7 @@ class VDT(Denoiser):
         self.head = Head(c.width, pixels * (1 if c.convention.extra == "none" else 2))
         self.pool = nn.Linear(c.width, c.width) if c.conditioning == "adaln" else None
         self.nothing = nn.Parameter(torch.zeros(c.width)) if cross else None
-        self.reset_parameters()
+        adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -139,18 +150,6 @@ class VDT(Denoiser):
                 nn.init.zeros_(part.fc.weight)
         return model
 
-    def reset_parameters(self) -> None:
-        """As DiT, and the temporal branches Xavier-uniform throughout: they are not zero at first, the output is."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        for table in (self.label.weight, self.time.inner.weight, self.time.outer.weight):
-            nn.init.normal_(table, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
-
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         return (self.config.channels, *self.config.shape)
@@ -159,16 +158,6 @@ class VDT(Denoiser):
         grid = Grid.of(tuple(shape[-3:]), self.config.patch)
         image = Segment("image", grid, grid.length)
         return (image._replace(stream="context"), image) if self.config.conditioning == "concat" else (image,)
-
-    def sites(self) -> tuple[Site, ...]:
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}")]
-        return (
-            Site("time", "time", width=self.config.width),
-            Site("tokens", "tokens", width=self.config.width),
-            Site("blocks", "stack", width=self.config.width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def stacks(self) -> Mapping[str, Stacked]:
         return {"blocks": Stacked("blocks", "depth")}

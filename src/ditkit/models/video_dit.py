@@ -10,34 +10,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from annotated_types import Gt
 from torch import Tensor, nn
 
-from ditkit.core.checks import at_least, divides_into_heads, names_every_class, not_too_deep, shares
 from ditkit.core.cond import Cond
+from ditkit.core.config import (
+    FROM_DATA,
+    Count,
+    Depth,
+    ModelConfig,
+    Natural,
+    Share,
+    divides_into_heads,
+    names_every_class,
+)
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Denoiser
-from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding
+from ditkit.nn.init import adaln_zero_
 from ditkit.nn.rotary import RotaryTokens, axial_angles, rotary_table, wan_split
 
 
 @dataclass(frozen=True)
-class VideoDiTConfig:
+class VideoDiTConfig(ModelConfig):
     """Architecture and convention of a video DiT.
 
     Args:
-        channels, frames: of a clip. size: its height and width; one number for both.
-        patch: frames, height and width of a token; one number p is (1, p, p).
-        width, depth, heads: of the transformer.
+        channels: of a clip.
+        frames: of a clip.
+        size: height and width of a frame; one number for both.
+        patch: frames, height and width of a token; one number p is 1, p, p.
+        width: of a token's vector.
+        depth: number of blocks.
+        heads: of attention.
         classes: labels, without the null class; 0 for none.
-        text_width, text_tokens: of the prompt, whose rows come first in the sequence; 0 for none.
+        text_width: of the prompt's tokens; 0 for none.
+        text_tokens: of the prompt, whose rows come first in the sequence; 0 for none.
         qk_norm: RMS norm of queries and keys in each head.
         rotary_base: of the frequencies; 10,000 in Wan, 256 in HunyuanVideo.
         rotary_split: channels of a head for frames, rows and columns; empty for Wan's. HunyuanVideo takes
@@ -46,54 +62,49 @@ class VideoDiTConfig:
         class_names: one a class, or empty.
     """
 
-    channels: int = 3
-    frames: int = 16
-    size: int | tuple[int, int] = 64
-    patch: int | tuple[int, int, int] = 8
-    width: int = 192
-    depth: int = 6
-    heads: int = 3
-    classes: int = 0
-    text_width: int = 0
-    text_tokens: int = 0
+    task: ClassVar[str] = "video"
+
+    channels: Count = field(default=3, metadata=FROM_DATA)
+    frames: Count = 16
+    size: Count | tuple[Count, Count] = 64
+    patch: Count | tuple[Count, Count, Count] = 8
+    width: Count = 192
+    depth: Depth = 6
+    heads: Count = 3
+    classes: Natural = field(default=0, metadata=FROM_DATA)
+    text_width: Natural = field(default=0, metadata=FROM_DATA)
+    text_tokens: Natural = field(default=0, metadata=FROM_DATA)
     qk_norm: bool = True
-    rotary_base: float = 10_000.0
+    rotary_base: Annotated[float, Gt(1)] = 10_000.0
     rotary_split: tuple[int, ...] = ()
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     convention: Convention = field(default_factory=Convention)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
-        at_least(1, self, "channels", "frames", "size", "patch", "width", "depth", "heads")
+        super().__post_init__()
         if any(n % p for n, p in zip(self.shape, self.sides, strict=True)):
             raise ShapeError(
                 f"VideoDiT: frames={self.frames}, size={self.size} do not divide into patches of {self.sides}"
             )
         divides_into_heads(self)
-        not_too_deep(self)
-        self._check_rotary()
-        self._check_told()
-
-    def _check_rotary(self) -> None:
         head = self.width // self.heads
-        if not self.rotary_base > 1:
-            raise ConfigError(f"VideoDiT: rotary_base={self.rotary_base} should be above 1")
         split = self.rotary_split or wan_split(head)
         if len(split) != 3 or sum(split) != head or any(n < 2 or n % 2 for n in split):
             raise ShapeError(
                 f"VideoDiT: rotary_split={split} should be three even numbers, at least 2, "
                 f"which sum to the head's {head} channels"
             )
-
-    def _check_told(self) -> None:
-        at_least(0, self, "classes", "text_width", "text_tokens")
         if bool(self.text_width) != bool(self.text_tokens):
             raise ConfigError(
                 f"VideoDiT: text_width={self.text_width} and text_tokens={self.text_tokens} "
                 "should both be 0, or neither"
             )
-        shares(self, "label_dropout")
         names_every_class(self)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls(channels=3, frames=4, size=8, patch=2, width=32, depth=2, heads=4, classes=5)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -117,6 +128,8 @@ class VideoDiT(Denoiser):
     """A transformer over space-time patches with adaLN-Zero conditioning on time and class; text is a prefix."""
 
     Config = VideoDiTConfig
+    task = "video"
+    completes = True
     config: VideoDiTConfig
 
     def __init__(self, config: VideoDiTConfig) -> None:
@@ -130,7 +143,7 @@ class VideoDiT(Denoiser):
         self.text = nn.Linear(c.text_width, c.width) if c.text_width else None
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.qk_norm) for _ in range(c.depth))
         self.head = Head(c.width, values * (1 if c.convention.extra == "none" else 2))
-        self.reset_parameters()
+        adaln_zero_(self, self.time.inner.weight, self.time.outer.weight)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -143,20 +156,6 @@ class VideoDiT(Denoiser):
             raise ConfigError(unknown("VideoDiT preset", name, PRESETS))
         return cls(PRESETS[name])
 
-    def reset_parameters(self) -> None:
-        """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, zero modulation and output."""
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)
-            elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-        for layer in (self.time.inner, self.time.outer):
-            nn.init.normal_(layer.weight, std=0.02)
-        for part in (*self.blocks, self.head):
-            nn.init.zeros_(part.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
-
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         return (self.config.channels, *self.config.shape)
@@ -165,18 +164,6 @@ class VideoDiT(Denoiser):
         grid, text = Grid.of(tuple(shape[-3:]), self.config.sides), self.config.text_tokens
         prefix = (Segment("text", Grid(text), text),) if text else ()
         return (*prefix, Segment("image", grid, grid.length))
-
-    def sites(self) -> tuple[Site, ...]:
-        stream = "joint" if self.text else "image"
-        width = self.config.width
-        blocks = [site for i, block in enumerate(self.blocks) for site in block.sites(f"blocks.{i}", stream)]
-        return (
-            Site("time", "time", width=width),
-            Site("tokens", "tokens", stream, width),
-            Site("blocks", "stack", stream, width),
-            *blocks,
-            *self.head.sites(),
-        )
 
     def stacks(self) -> Mapping[str, Stacked]:
         return {"blocks": Stacked("blocks", "depth")}

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checks import DEEPEST
+from ditkit.core.config import DEEPEST
 from ditkit.core.errors import ConfigError, ShapeError, nearest
 from ditkit.core.run import Run
 from ditkit.nn.blocks import KV, attention, keep

@@ -141,6 +141,16 @@ class Mlp(nn.Module):
         return Site(f"{at}.inner", "inner", stream, self.outer.in_features, 0, stage)
 
 
+def sites_of(blocks: nn.ModuleList, *place: Any) -> list[Site]:
+    """List the sites of blocks named blocks.0, blocks.1 and so on, in the order of the call.
+
+    Args:
+        place: further arguments of each block's `sites`, such as its stream.
+    """
+    listed: list[Any] = list(blocks)
+    return [site for i, block in enumerate(listed) for site in block.sites(f"blocks.{i}", *place)]
+
+
 class Block(nn.Module):
     """adaLN-Zero block (DiT, section 3.2): x + a1 Attn(mod(LN x)), then x + a2 Mlp(mod(LN x)), all from c."""
 

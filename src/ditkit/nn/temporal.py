@@ -141,18 +141,18 @@ class SpaceTimeBlock(nn.Module):
         branch = run.site(mlp, partial(self.feed, run, mlp), x_BLD, parts)
         return torch.addcmul(x_BLD, gate(parts, 1), branch)
 
-    def sites(self, at: str, stage: int = 0) -> list[Site]:
+    def sites(self, at: str, stream: str = "image", stage: int = 0) -> list[Site]:
         """Its sites in the order of the call, as wide as its layers are."""
         width = self.norm.normalized_shape[0]
-        site = partial(Site, width=width, stage=stage)
+        site = partial(Site, stream=stream, width=width, stage=stage)
         found = [site(at, "block"), site(f"{at}.modulation", "modulation")]
         if self.temporal_attn is not None:
             name = f"{at}.temporal_attn"
-            inside = self.temporal_attn.attn.sites(name, stage=stage, attention="axial")
+            inside = self.temporal_attn.attn.sites(name, stream, stage, attention="axial")
             found += [site(name, "branch"), *inside]
-        inside = self.attn.sites(f"{at}.attn", stage=stage, attention="axial")
+        inside = self.attn.sites(f"{at}.attn", stream, stage, attention="axial")
         found += [site(f"{at}.attn", "branch"), *inside]
         if self.cross_attn is not None:
             name = f"{at}.cross_attn"
             found += [site(name, "branch"), *self.cross_attn.sites(name, stage)]
-        return [*found, site(f"{at}.mlp", "branch"), self.mlp.site(f"{at}.mlp", stage=stage)]
+        return [*found, site(f"{at}.mlp", "branch"), self.mlp.site(f"{at}.mlp", stream, stage)]

@@ -13,9 +13,10 @@ from torch import nn
 
 from ditkit.bench.timing import seconds_of
 from ditkit.caching.confident_taylor import ConfidentTaylor
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.core.numbers import integer
-from ditkit.core.policy import Policy, as_policies
+from ditkit.core.policy import Policy
+from ditkit.core.spec import components
 from ditkit.core.trajectory import claim
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
@@ -32,7 +33,7 @@ and holds nine times as much."""
 
 
 def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None) -> Accelerated:
-    """A pipeline of diffusers, faster: called like it, with the same weights, LoRAs, hooks and components.
+    """Accelerate a pipeline of diffusers: called like it, with the same weights, LoRAs, hooks and components.
 
     `pipe` itself stays exact, and so several may be made of one pipeline. `restore` or leaving a `with` block
     takes away what was added to its transformers; diffusers' `from_pipe`, asked for another pipeline of the same
@@ -52,7 +53,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     """
     if isinstance(pipe, Accelerated):
         raise ConflictError(f"accelerate: got {pipe!r}, expected the pipeline that it was made of")
-    chosen = as_policies(policies) or (DEFAULT,)
+    chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
     models = _transformers(pipe)
@@ -73,7 +74,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
 
 
 def restore(fast: Accelerated) -> Any:
-    """The pipeline as it was before `accelerate`."""
+    """Return the pipeline as it was before `accelerate`."""
     if not isinstance(fast, Accelerated):
         raise ConfigError(f"restore: got {type(fast).__name__}, expected what ditkit.accelerate returned")
     return fast._restore()
@@ -93,7 +94,7 @@ class Accelerated:
         finalize(self, _unwatch, self._watches).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns.
+        """Call the pipeline under the policies.
 
         Raises:
             ConfigError: the pipeline was restored, the scheduler cannot say its timesteps, a policy does not fit
@@ -162,7 +163,7 @@ class Accelerated:
         return f"Accelerated({type(self._pipe).__name__}, {', '.join(map(str, self._policies))})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is of a copy of the pipeline, accelerated anew."""
+        """Copy by accelerating a copy of the pipeline anew."""
         return partial(accelerate, max_bytes=self._max_bytes), (self._pipe, *self._policies)
 
     def __enter__(self) -> Self:
@@ -189,7 +190,7 @@ class Accelerated:
         return self._pipe
 
     def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
-        """The pipeline's output and what it took, under the policies or exactly."""
+        """Run the pipeline, under the policies or exactly; return its output and its cost."""
         passage = PipelineCall(
             self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes
         )
@@ -209,7 +210,7 @@ class Accelerated:
 
 
 def _unwatch(watches: Sequence[TransformerHooks]) -> None:
-    """Of an accelerated pipeline that nobody holds any more, and so nobody can restore."""
+    """Remove the hooks of an accelerated pipeline that is no longer referenced, and so cannot be restored."""
     for watch in watches:
         watch.remove()
 
@@ -223,7 +224,7 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline that have a view."""
+    """Find the components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:
         raise ConfigError(
@@ -245,7 +246,7 @@ def _transformers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _returning(fast: Accelerated, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the pipeline; where it returns the pipeline itself, as `to` does, the accelerated one."""
+    """Wrap a method of the pipeline that returns the pipeline itself, as `to` does, to return the accelerated one."""
 
     @wraps(method)
     def forwarded(*args: Any, **kwargs: Any) -> Any:

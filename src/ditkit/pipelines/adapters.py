@@ -1,4 +1,4 @@
-"""Which adapters of peft, such as LoRAs, are at work in a transformer: a switch between two steps must be seen."""
+"""Adapters of peft, such as LoRAs, at work in a transformer, so that a switch between two steps is noticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Adapters:
         self._layers: list[Any] = []
 
     def at_work(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What differs once adapters are loaded, set, scaled, merged, disabled or deleted; empty without any."""
+        """Return a key that changes when adapters are loaded, set, scaled, merged, disabled or deleted."""
         configs = list(vars(self.model).get("peft_config", {}).values())
         if not configs:
             return ()

@@ -38,7 +38,7 @@ class Net(NamedTuple):
 
 
 class ConditioningKey(NamedTuple):
-    """What a lane must be told again for its state to hold: latents of this shape, these prompts and adapters."""
+    """Key of the conditioning for which a branch's state holds: latent shape, prompts and adapters."""
 
     shape: torch.Size
     prompts: tuple[tuple[Tensor, int], ...]
@@ -94,7 +94,7 @@ class PipelineCall:
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """The pipeline is called inside; a call that raises leaves nothing behind.
+        """Enclose the pipeline's call; one that raises leaves nothing behind.
 
         Raises:
             NoEffectError: the call went to its end, and a policy saved nothing in it.
@@ -113,7 +113,7 @@ class PipelineCall:
             raise NoEffectError(self._idle)
 
     def enter(self, net: Net, arguments: Mapping[str, Any]) -> None:
-        """A transformer is about to be evaluated."""
+        """Begin one evaluation of a transformer."""
         if not self.clock.times:
             kind = type(self.scheduler).__name__
             raise ConfigError(f"{kind}: the transformer was called before set_timesteps, expected after it")
@@ -135,7 +135,7 @@ class PipelineCall:
         self._open.enter_context(running(trajectory.run(self._call)))
 
     def leave(self, out: Any) -> Any:
-        """It was evaluated, or raised, where `out` is None; the output, possibly replaced."""
+        """End one evaluation; `out` is None where it raised. Return the output, possibly replaced."""
         self._open.close()
         call, self._call = self._call, None
         if call is None or out is None:
@@ -159,7 +159,7 @@ class PipelineCall:
         self.clock.locate(self.scheduler, timestep)
 
     def before_step(self, timestep: Any, prediction: Any) -> Any:
-        """The scheduler's prediction after guidance, as the policies leave it; they see its channels at axis 1."""
+        """Apply the policies to the scheduler's prediction after guidance; they see its channels at axis 1."""
         self.clock.locate(self.scheduler, timestep)
         self.clock.check(timestep)
         self._ordinals.clear()
@@ -174,7 +174,7 @@ class PipelineCall:
         self._moved = (sample, out[0])
 
     def wrap_callback(self, asked: BoundArguments) -> BoundArguments:
-        """The pipeline's arguments, with its callback watched."""
+        """Wrap the pipeline's callback among its arguments."""
         callback = asked.arguments.get("callback_on_step_end")
         if callback is None:
             return asked
@@ -187,7 +187,7 @@ class PipelineCall:
         return asked
 
     def _watching(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """A callback of the pipeline, in which calls of other pipelines are not ours."""
+        """Wrap a callback of the pipeline so that calls of other pipelines inside it do not count as this call's."""
 
         def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> Any:
             latents = given.get("latents")
@@ -202,7 +202,7 @@ class PipelineCall:
         return after_step
 
     def _is_jump(self, latents: Tensor, version: int, before: Tensor, after: Tensor) -> bool:
-        """Whether latents were moved farther than the step before moved them."""
+        """Return whether latents were moved farther than the step before moved them."""
         untouched = after is latents and not after.is_inference() and _version(after) == version
         if untouched or self._moved is None:
             return False
@@ -213,7 +213,7 @@ class PipelineCall:
         return bool((after - before).norm() > step)
 
     def _current(self) -> Trajectory:
-        """The trajectory, anew if what was kept is void."""
+        """Return the trajectory, made anew if its state is void."""
         if self._trajectory is None or self.clock.age != self._age:
             self._close()
             for net in self.nets:  # some pipelines set processors in the call
@@ -239,14 +239,14 @@ class PipelineCall:
             self._idle = str(error)  # the error itself knows this frame, and would keep the state alive
 
     def _lane(self, net: Net) -> str:
-        """The name of the cache context, else the place among the calls since the last step."""
+        """Name the branch by the cache context, else by its ordinal among the calls since the last step."""
         name = self.context or "call"
         place = self._ordinals[net.name, name]
         self._ordinals[net.name, name] += 1
         return name if self.context and not place else f"{name}{place}"
 
     def _layout(self, key: tuple[str, str], net: Net, arguments: Mapping[str, Any]) -> tuple[Segment, ...]:
-        """Of this call; the lane's last one where it was asked about the very same objects."""
+        """Build the layout of this call; reuse the branch's last one for the very same arguments."""
         asked = [arguments.get(name) for name in net.family.asks()]
         before = self._layouts.get(key)
         if before is None or not all(a is b for a, b in zip(asked, before[0], strict=True)):
@@ -303,7 +303,7 @@ class TransformerHooks:
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the transformer is no part of the accelerated pipeline: nobody watches it."""
+        """Copy without the hooks: a copy of the transformer is no part of the accelerated pipeline."""
         return object.__new__, (TransformerHooks,)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -334,7 +334,7 @@ def _drop_copies(model: nn.Module) -> None:
 
 
 def _is_same(a: tuple[Tensor, int], b: tuple[Tensor, int]) -> bool:
-    """The same tensor, unchanged since; or one with the same values."""
+    """Return whether two tensors are the same object, unchanged since, or hold the same values."""
     if a[0] is b[0]:
         return a[1] == b[1]
     return a[0].shape == b[0].shape and torch.equal(a[0], b[0])

@@ -1,4 +1,4 @@
-"""What an accelerated call took, and the same call again, exactly, to say how far off it was."""
+"""Cost of an accelerated call, and its replay with the exact sampler, which gives the error."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torch import Tensor
 from ditkit.bench.macs import MacCount, MacCounter
 from ditkit.bench.rows import Row, decibels, distance, megabytes, titles
 from ditkit.bench.timing import alternated, medians
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
-from ditkit.metrics.error import errors, pooled_psnr_db
+from ditkit.metrics.error import clip_errors, errors, picture_errors, pooled_psnr_db
 
 EXACT = "exact"
+ERRORS = {4: picture_errors, 5: clip_errors}
+"""By the number of axes: nothing else of a pipeline's output says whether it is of pictures or of clips."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call took: wall clock, calls of the transformers, the most that the policies held, and receipts."""
+    """Cost of a call: wall clock, evaluations of the transformers, peak bytes held by policies, and receipts."""
 
     seconds: float
     forwards: int
@@ -37,13 +39,13 @@ class Cost:
 
     @property
     def evaluations(self) -> int:
-        """Of the guided model, however many lanes and networks each of them asked."""
+        """Evaluations of the guided model, whatever the number of branches and networks in each."""
         first = self.receipts[0].policy if self.receipts else None
         return sum(len(_evaluated(r)) for r in self.receipts if r.policy == first)
 
     @property
     def full(self) -> int:
-        """Those in which every owned site was computed, on all rows, by the policy that replaced the most."""
+        """Evaluations in which the policy that replaced the most computed every owned site on all tokens."""
         counts: Counter[str] = Counter()
         for receipt in self.receipts:
             partial = {i for lane, calls in receipt.rows.items() for i in calls.keys() - receipt.full(lane)}
@@ -94,13 +96,13 @@ class CallSnapshot:
 
     @property
     def steps(self) -> int | None:
-        """How many were asked for, unless by a list of timesteps or sigmas."""
+        """The number of steps asked for, unless by a list of timesteps or sigmas."""
         values = self.bound.arguments
         listed = any(values.get(name) is not None for name in ("timesteps", "sigmas"))
         return None if listed else values.get("num_inference_steps")
 
     def changed(self, **values: Any) -> inspect.BoundArguments:
-        """The arguments with other values; those that the pipeline does not take are left out."""
+        """Return the arguments with other values; those that the pipeline does not take are left out."""
         bound = copy(self.bound)
         known = bound.signature.parameters.keys()
         bound.arguments = {**bound.arguments, **{k: v for k, v in values.items() if k in known}}
@@ -180,12 +182,12 @@ class Replay:
             policy_bytes=took.policy_bytes,
             receipt=tuple(receipt.as_dict() for receipt in took.receipts),
             psnr_converged_db=None if converged is None else pooled_psnr_db(samples, converged),
-            **errors(samples, self.samples[EXACT], None),
+            **ERRORS.get(samples.ndim, errors)(samples, self.samples[EXACT]),
             **self._control(None if exact else count, converged),
         )
 
     def _control(self, count: MacCount | None, converged: Tensor | None) -> dict[str, Any]:
-        """The exact sampler in as many steps as cost nearest to `count`."""
+        """Run the exact sampler in as many steps as cost nearest to `count`, and measure its error."""
         names = ("steps", "macs_ratio", "identical", "psnr_db", "psnr_converged_db")
         values: tuple[Any, ...] = (None,) * len(names)
         if count is not None and self.asked.steps:
@@ -215,7 +217,9 @@ class Replay:
 
 
 def as_samples(drawn: Any) -> Tensor:
-    """What a pipeline drew: pictures [n, H, W, C] or clips [n, T, H, W, C] in [0, 1], or latents, as they are.
+    """Convert a pipeline's output to samples in [0, 1]; latents stay as they are.
+
+    Pictures are [n, H, W, C], clips [n, T, H, W, C].
 
     The former as [n, C, H, W] or [n, C, T, H, W] in [-1, 1], all float32 on the CPU.
     """
@@ -225,7 +229,7 @@ def as_samples(drawn: Any) -> Tensor:
 
 
 def _evaluated(receipt: PolicyReceipt) -> set[int]:
-    """The evaluations of a trajectory, by any lane."""
+    """Collect the evaluations of a trajectory, by any branch."""
     return {index for lane in receipt.rows.values() for index in lane}
 
 

@@ -1,4 +1,4 @@
-"""Where a pipeline's call is, read off its scheduler.
+"""The clock of a pipeline's call, read off its scheduler.
 
 Never off the timestep that the transformer is told: 50 steps can give 43 distinct values in bfloat16, Heun
 repeats one, FLUX divides by 1000.
@@ -40,7 +40,7 @@ class Clock:
 
     @property
     def index(self) -> int:
-        """Of the evaluation under way, at most the last one's."""
+        """The index of the evaluation under way, at most the last one's."""
         return min(self._index or 0, max(len(self.times) - 1, 0))
 
     @property
@@ -54,7 +54,7 @@ class Clock:
         return bool(self.times) and (self._index or 0) >= len(self.times)
 
     def begin(self, scheduler: Any) -> None:
-        """A new trajectory.
+        """Begin a new trajectory.
 
         Raises:
             ConfigError: the scheduler cannot say its timesteps.
@@ -79,14 +79,14 @@ class Clock:
         self._index = begin if begin is not None else place or 0
 
     def check(self, timestep: Any) -> None:
-        """A step is at `timestep`: if that is not where the clock is, go there and forget what was."""
+        """Check a step's `timestep` against the clock; where they disagree, move there and drop the state."""
         if self._index is None or not self._is_at(self._index, timestep):
             place = self._place(timestep, self.index)
             self._index = self.index if place is None else place
             self.age += 1
 
     def advance(self) -> None:
-        """A step is complete."""
+        """Complete a step."""
         assert self._index is not None
         self._index += 1
 
@@ -97,7 +97,7 @@ class Clock:
         return _close(self.times[index], float(timestep)) if place is None else place == index
 
     def _place(self, timestep: Any, start: int) -> int | None:
-        """Where `timestep` stands, searched from `start` on and then before it."""
+        """Find the index of `timestep`, searched from `start` on and then before it."""
         place = self._by_storage(timestep)
         if place is not None:
             return place
@@ -105,7 +105,7 @@ class Clock:
         return next((i for i in order if _close(self.times[i], float(timestep))), None)
 
     def _by_storage(self, timestep: Any) -> int | None:
-        """A timestep that is a view of the list's own memory says its place without a wait for the device."""
+        """Find the index of a timestep that is a view of the list's own memory, without a wait for the device."""
         own = self.timesteps
         if not isinstance(timestep, Tensor) or timestep.untyped_storage().data_ptr() != _pointer(own):
             return None
@@ -115,7 +115,7 @@ class Clock:
 
 
 class Listener(Protocol):
-    """What follows a scheduler through one pipeline call."""
+    """Protocol of what follows a scheduler through one pipeline call."""
 
     scheduler: Any
 
@@ -174,7 +174,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 @cache
 def _wound(own: type) -> type:
-    """A subclass of a scheduler's class, of the same name, whose methods keep their signatures."""
+    """Make a subclass of a scheduler's class, of the same name, whose methods keep their signatures."""
     wrappers: dict[str, Callable[..., Any]] = {
         "set_timesteps": _telling_begin,
         "add_noise": _telling_noise,
@@ -246,7 +246,7 @@ def _telling_step(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a method's parameters after `self`, without *args and **kwargs."""
+    """List the names of a method's parameters after `self`, without *args and **kwargs."""
     parameters = inspect.signature(method).parameters.values()
     loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind not in loose)[1:]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.recipes.video_dit import video_dit
-from ditkit.tasks.video.recipe import FullVideoRecipe
+from ditkit.tasks.video.recipe import VideoRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.settings import Settings
@@ -14,7 +14,7 @@ from ditkit.train.terms.distillation import AttentionDistillation, PredictionDis
 from ditkit.train.terms.regression import Regression
 
 
-def clear_video_dit() -> FullVideoRecipe:
+def clear_video_dit() -> VideoRecipe:
     """A trained video DiT learns to attend to 3 x 3 places in all frames and 64 pooled keys, 18 % of the pairs.
 
     Give it with --init. Its attention alone is trained, towards the data and towards the model as it was: 1.6 s a step

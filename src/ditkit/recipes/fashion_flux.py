@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ditkit.models.small_flux import SmallFluxConfig
-from ditkit.tasks.image.recipe import FluxImageRecipe
+from ditkit.tasks.image.recipe import ClassImageRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
 from ditkit.train.settings import Settings
 from ditkit.train.timesteps import LogitNormal
 
 
-def fashion_flux() -> FluxImageRecipe:
+def fashion_flux() -> ClassImageRecipe:
     """6.2 M parameters, 64 tokens and 16 letters, velocity on the linear path; some fifty minutes of one core."""
-    return FluxImageRecipe(
+    return ClassImageRecipe(
         data="fashion",
         model=SmallFluxConfig(),
         settings=Settings(

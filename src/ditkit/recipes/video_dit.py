@@ -7,19 +7,19 @@ from dataclasses import replace
 from ditkit.core.convention import Convention
 from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.recipes.vdt import vdt
-from ditkit.tasks.video.recipe import FullVideoRecipe
+from ditkit.tasks.video.recipe import VideoRecipe
 from ditkit.train.denoising import Denoising
 from ditkit.train.timesteps import LogitNormal
 
 
-def video_dit() -> FullVideoRecipe:
+def video_dit() -> VideoRecipe:
     """1.9 M parameters, 16 frames of 32 x 32 in 1,024 tokens that all see each other; two moving digits.
 
     By Muon: after 3,000 steps of AdamW its strokes ignored the given frames; after 2,000 of Muon from there they
     follow.
     """
     like = vdt()
-    return FullVideoRecipe(
+    return VideoRecipe(
         data=like.data,
         options={"length": 100_000},
         model=VideoDiTConfig(

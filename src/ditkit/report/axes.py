@@ -1,4 +1,4 @@
-"""How plots of matplotlib look: measured in pixels, in the page's colours, with rules and no frame."""
+"""Axes of matplotlib plots: measured in pixels, in the page's colours, with rules and no frame."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_MARKS = 13
 def field(
     width: float, height: float, right: float, left: float = LEFT, bottom: float = BOTTOM
 ) -> tuple[Figure, Axes]:
-    """A figure whose field is `width` x `height` pixels, with so many pixels beside and below it."""
+    """Make a figure whose field is `width` x `height` pixels, with margins of so many pixels."""
     from matplotlib.figure import Figure
 
     across, up = left + width + right, bottom + height + TOP
@@ -46,12 +46,12 @@ def rise(axes: Axes, marks: Sequence[float]) -> None:
 
 
 def number(mark: float) -> str:
-    """A mark in full: six digits would make one of 100000.2 and 100000.4."""
+    """Format a mark in full: six digits would make one of 100000.2 and 100000.4."""
     return f"{mark:.10g}"
 
 
 def width_px(text: str, size_px: float) -> float:
-    """Of a line of text in matplotlib's own font, which is wider than most that a page takes."""
+    """Measure a line of text in matplotlib's own font, which is wider than most that a page takes."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
@@ -61,14 +61,14 @@ def width_px(text: str, size_px: float) -> float:
 
 
 def head(axes: Axes, title: str, measured: str, over: str) -> None:
-    """The title, below it what is measured in what, and under the field over what."""
+    """Write the title, below it the quantity with its unit, and under the field the quantity of the axis."""
     _line(axes, title, 34, color=LIGHT["ink"], size=points(15), fontweight="bold")
     _line(axes, measured, 13, color=LIGHT["pale"], size=points(12))
     axes.set_xlabel(over, color=LIGHT["pale"], size=points(12), labelpad=points(6))
 
 
 def line_look() -> dict[str, Any]:
-    """Of a curve and its markers, whatever their colour."""
+    """Return the style of a curve and its markers, whatever their colour."""
     return {
         "linewidth": points(2),
         "markersize": points(7),
@@ -79,12 +79,12 @@ def line_look() -> dict[str, Any]:
 
 
 def points(pixels: float) -> float:
-    """matplotlib counts in points."""
+    """Convert pixels to points, in which matplotlib counts."""
     return pixels * 72 / PIXELS_PER_INCH
 
 
 def _line(axes: Axes, text: str, above_px: float, **look: Any) -> None:
-    """A line of text over the plot, from the left edge of the figure on."""
+    """Write a line of text over the plot, from the left edge of the figure on."""
     place, offset = (points(GAP_PX), 1), (0, points(above_px))
     axes.annotate(
         text, place, offset, xycoords=("figure points", "axes fraction"), textcoords="offset points", **look

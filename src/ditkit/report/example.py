@@ -103,13 +103,13 @@ class Example:
         return [f"{lead}\n{date}" for lead, date in zip(leads, dates, strict=True)] if dates else leads
 
     def dates(self) -> list[str]:
-        """Of each of the T + T' frames, as fine as the step, the clock on a line of its own; none without times."""
+        """Format the date of each of the T + T' frames, as fine as the step; empty without times."""
         step, times = self.step, self.times
         return [] if step is None or times is None else [_date(time, step) for time in times]
 
 
 def lead_unit(step: Step | None) -> tuple[int, str]:
-    """How many of which unit a step is, as text for lead times: (3, "hours"); without one they are frames."""
+    """Split a step into a number and a unit for lead times: (3, "hours"); without one they are frames."""
     return (1, "frames") if step is None else (step.count, f"{step.unit}s")
 
 

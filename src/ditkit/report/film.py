@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ditkit.core.checkpoint import replacing
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ShapeError
-from ditkit.core.numbers import integer
 from ditkit.report.sheet import INK, LINE, PAPER, as_frames, clipped, font, image
 
 SEEN_PX = 256
@@ -47,7 +47,7 @@ def side_by_side(clips: Sequence[Tensor] | Tensor, names: Sequence[str] = (), *,
 
 
 def tiled(tiles: Sequence[Tensor], names: Sequence[str] = (), *, columns: int = 4) -> Tensor:
-    """The same of tiles that are frames already: uint8 [T, 3, H, W] of one shape.
+    """Lay films that are frames already beside each other: uint8 [T, 3, H, W] of one shape.
 
     Raises:
         ConfigError: columns below 1.
@@ -69,12 +69,12 @@ def tiled(tiles: Sequence[Tensor], names: Sequence[str] = (), *, columns: int = 
 
 
 def scale_of(height: int, width: int, columns: int) -> int:
-    """How many times clips are enlarged, so that they can be seen and all `columns` fit."""
+    """Choose the factor by which clips are enlarged, so that they can be seen and all `columns` fit."""
     return max(1, min(SEEN_PX // max(height, width), WIDEST_PX // (columns * width)))
 
 
 def headed(film: Tensor, heads: Sequence[str]) -> Tensor:
-    """A film with a line of text over each of its frames."""
+    """Add a line of text over each frame of a film."""
     width = film.shape[-1]
     lines = [_page(LINE + 2, width, width, [(LINE + 2, 0)], [head]) for head in heads]
     return torch.cat([torch.stack(lines), film], 2)
@@ -86,7 +86,7 @@ def enlarged(pictures: Tensor, scale: int) -> Tensor:
 
 
 def write_mp4(path: Path, film: Tensor, fps: float) -> Path:
-    """A film uint8 [T, 1 or 3, H, W] as H.264 (MPEG-4 where PyAV lacks it), 4:2:0, which browsers play.
+    """Write a film uint8 [T, 1 or 3, H, W] as H.264, 4:2:0, which browsers play (MPEG-4 where PyAV lacks it).
 
     An odd height or width, which 4:2:0 cannot have, is made even by repeating the last line.
 
@@ -117,7 +117,7 @@ def write_mp4(path: Path, film: Tensor, fps: float) -> Path:
 
 
 def write_gif(path: Path, film: Tensor, fps: float) -> Path:
-    """A film uint8 [T, 1 or 3, H, W] as GIF that loops for ever; exact up to 256 colours in all its frames.
+    """Write a film uint8 [T, 1 or 3, H, W] as a looping GIF; exact up to 256 colours in all its frames.
 
     All frames share one palette: one for each would flicker where the film does not.
 

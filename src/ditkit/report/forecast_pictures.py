@@ -54,7 +54,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def series_plot(example: Example) -> Image.Image:
-    """The figure as a picture."""
+    """Draw the figure as a picture."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -97,7 +97,7 @@ def series_figure(example: Example) -> Figure:
 
 
 def _time(axes: Axes, example: Example) -> tuple[NDArray[Any], str]:
-    """Where the T + T' values lie on the axis, which gets its marks, and what it is."""
+    """Place the T + T' values on the axis, draw its marks, and name it."""
     observed, horizon = example.observed.shape[1], example.followed.shape[1]
     count, unit = lead_unit(example.step)
     places = np.arange(1 - observed, horizon + 1) * float(count)

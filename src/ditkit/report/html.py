@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditkit.bench.rows import DEFINITIONS, NOTHING, Row, decibels, megabytes, noun, to_exact
+from ditkit.bench.rows import DEFINITIONS, NOTHING, Row, decibels, megabytes, to_exact
+from ditkit.core.task import Task
 from ditkit.report.plots import speed_against_error
 from ditkit.report.sheet import image, png
 from ditkit.report.theme import STYLE
@@ -33,7 +34,7 @@ class Group(NamedTuple):
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
-    """Those that some row fills."""
+    """List the groups of columns that some row fills."""
     found = [
         Group("cost", COST),
         Group("to the exact run", TO_EXACT + (OF_CLIPS if any(row.clip for row in rows) else ())),
@@ -114,28 +115,28 @@ def page(
     rows: Sequence[Row],
     settings: Mapping[str, Any],
     headline: str,
+    task: Task,
     *,
     pictures: Mapping[str, Tensor],
     captions: Mapping[str, Sequence[str]],
     heads: Sequence[str],
 ) -> str:
-    """The whole document.
+    """Build the whole document.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method, at least one a head. captions: beside them. heads: above
             each column.
     """
-    kind = noun(rows)
-    shown = grid(pictures, captions, heads, kind) + note(len(heads), settings, kind)
+    shown = grid(pictures, captions, heads, task) + note(len(heads), settings, task)
     parts = [
         f"<h1>{escape(title(settings))}</h1>",
         f'<p class="headline">{escape(headline)}</p>',
-        f'<p class="context">{escape(context(settings, kind))}</p>',
+        f'<p class="context">{escape(context(settings, task))}</p>',
         *(f'<p class="context">No row: {escape(why)}</p>' for why in settings.get("left_out", ())),
-        section(f"{kind.capitalize()}s", shown),
+        section(f"{task.noun.capitalize()}s", shown),
         section("Speed against error", speed_against_error(rows)),
         section("Numbers", table(rows)),
-        section("How to read this", f"<p>{'</p><p>'.join(map(escape, reading(settings, kind)))}</p>"),
+        section("How to read this", f"<p>{'</p><p>'.join(map(escape, reading(settings, task)))}</p>"),
         details("Receipts: what each policy computed", receipts(rows)),
         details("Settings", f"<pre>{escape(json.dumps(dict(settings), indent=2, ensure_ascii=False))}</pre>"),
         details("What the columns mean", definitions(rows)),
@@ -153,12 +154,12 @@ def title(settings: Mapping[str, Any]) -> str:
     return f"{model['class']}, {model['parameters'] / 1e6:.1f} M parameters: exact and accelerated"
 
 
-def context(settings: Mapping[str, Any], kind: str) -> str:
+def context(settings: Mapping[str, Any], task: Task) -> str:
     """One line under the headline: what was run, where and when."""
     count, threads = len(settings["seeds"]), settings["threads"]
     rounds = "timed once" if settings["rounds"] == 1 else f"median of {settings['rounds']} alternated rounds"
     return (
-        f"{count} {kind}s a row, {_of_clips(settings) if kind == 'clip' else ''}"
+        f"{count} {task.noun}s a row, {_of_clips(settings) if task.has_frames else ''}"
         f"{settings['steps']} steps, {settings['solver']}, {settings['guidance']}; "
         f"{settings['device']}, {threads} thread{'s'[: threads > 1]}, {settings['dtype']}, "
         f"torch {settings['versions']['torch']}; {rounds}; "
@@ -166,27 +167,27 @@ def context(settings: Mapping[str, Any], kind: str) -> str:
     )
 
 
-def reading(settings: Mapping[str, Any], kind: str) -> list[str]:
-    """A few plain sentences."""
+def reading(settings: Mapping[str, Any], task: Task) -> list[str]:
+    """Explain the table in a few plain sentences."""
     steps, many = settings["steps"], settings["converged_steps"]
     sentences = [
         f"Exact is the unaltered sampler with {steps} steps. Every other row starts from the same noise, so "
-        f"that a {kind} can be held against the one above it. PSNR says how near it stayed: at 20 dB it is "
-        f"plainly another {kind}, 30 dB takes a second look, 40 dB is hard to see.",
+        f"that a {task.noun} can be held against the one above it. PSNR says how near it stayed: at 20 dB it is "
+        f"plainly another {task.noun}, 30 dB takes a second look, 40 dB is hard to see.",
         "The control answers whether a method is worth having: it spends the same MACs on fewer exact steps. "
         "A method whose control has the higher PSNR is beaten by simply taking fewer steps.",
         f"Converged is the exact sampler with {many} steps, which {steps} steps only approximate. A row that "
         "is as near to it as exact itself has an error below the one that was accepted already.",
     ]
-    if kind == "clip":
+    if task.has_frames:
         sentences.append(MOTION)
-    if "made" in settings:
+    if "generated" in settings:
         sentences.append(GIVEN)
     return sentences
 
 
 def grid(
-    pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str], kind: str
+    pictures: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], heads: Sequence[str], task: Task
 ) -> str:
     """Rows of pictures, a method each; a column is a seed."""
     cells = ['<div class="corner"></div>', *(f'<div class="head">{escape(head)}</div>' for head in heads)]
@@ -197,15 +198,15 @@ def grid(
         for head, picture in zip(heads, of_method, strict=False):
             data = base64.b64encode(png(image(picture))).decode()
             cells.append(f'<img alt="{escape(f"{name}: {head}")}" src="data:image/png;base64,{data}">')
-    look = "grid" if kind == "picture" else "grid films"
+    look = "grid films" if task.has_frames else "grid"
     return f'<div class="scroll"><div class="{look}" style="--n:{len(heads)}">{"".join(cells)}</div></div>'
 
 
-def note(shown: int, settings: Mapping[str, Any], kind: str) -> str:
-    """A line about those that are not shown, and about outlines."""
+def note(shown: int, settings: Mapping[str, Any], task: Task) -> str:
+    """Write a line about samples that are not shown, and about outlines."""
     count = len(settings["seeds"])
-    more = f"The first {shown} of {count} {kind}s. " if count > shown else ""
-    text = more + ("What is outlined was given." if "made" in settings else "")
+    more = f"The first {shown} of {count} {task.noun}s. " if count > shown else ""
+    text = more + ("What is outlined was given." if "generated" in settings else "")
     return f"<p>{text.strip()}</p>" if text else ""
 
 
@@ -250,7 +251,7 @@ def details(head: str, inner: str) -> str:
 def _of_clips(settings: Mapping[str, Any]) -> str:
     """Their length and size, and how much of them was given."""
     _, frames, height, width = settings["shape"]
-    given = f", {1 - settings['made']:.0%} given" if "made" in settings else ""
+    given = f", {1 - settings['generated']:.0%} given" if "generated" in settings else ""
     return f"{frames} frames of {height} x {width}{given}, "
 
 

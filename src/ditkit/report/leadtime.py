@@ -96,7 +96,7 @@ class LeadTimePlot:
         return file.getvalue()
 
     def svg(self) -> str:
-        """An `<svg>` for the page, whose colours it takes by day and by night."""
+        """Draw an `<svg>` for the page, whose colours it takes by day and by night."""
         from matplotlib import rc_context
 
         file = io.StringIO()
@@ -182,7 +182,7 @@ class LeadTimePlot:
 
 
 def spread(wanted: Sequence[float], apart: float, top: float) -> list[float]:
-    """The heights nearest to the `wanted` ones (least squares), in their order and at least `apart`.
+    """Find the heights nearest to the `wanted` ones (least squares), in order and at least `apart`.
 
     A group that is pushed apart is centred on its mean, then moved into [0, top], where all have to fit.
     """
@@ -201,7 +201,7 @@ def spread(wanted: Sequence[float], apart: float, top: float) -> list[float]:
 
 
 def _bottom(group: Sequence[int], wanted: Sequence[float], apart: float, top: float) -> float:
-    """Where the lowest of a group's labels goes."""
+    """Find the height of the lowest label of a group."""
     extent = apart * (len(group) - 1)
     middle = sum(wanted[i] for i in group) / len(group)
     return max(0.0, min(middle - extent / 2, top - extent))

@@ -1,4 +1,4 @@
-"""What outlines and colours of a page mean: scales with numbers, below the page."""
+"""Legends: the meaning of outlines and colours, as scales with numbers below the page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Scale(NamedTuple):
 
 
 def difference(top: float, unit: str = "") -> Scale:
-    """The scale of errors, from none to the largest."""
+    """Make the scale of errors, from none to the largest."""
     return Scale(f"|difference|{f', {unit}' if unit else ''}", 0.0, top, ERRORS)
 
 
@@ -49,7 +49,7 @@ def coloured(shares: Tensor, colours: str = ERRORS) -> Tensor:
 
 
 def with_legend(page: Image.Image, given: bool, scales: Sequence[Scale] = ()) -> Image.Image:
-    """The page, and below it what an outline and the colours of each scale mean."""
+    """Add a legend of the outline and of each scale's colours below the page."""
     entries = legend(page.width, MARGIN + LABEL_WIDTH, scales, given=given)
     return page if entries is None else below_each_other([page, entries])
 

@@ -1,4 +1,4 @@
-"""Which keys a query sees, laid over the frames, and the blocks that are visited: one page for several patterns."""
+"""Pictures of attention plans: the keys of a query over the frames, and the map of visited blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GAP_PX = 22
 def plan_page(
     plans: Sequence[Planned], queries: Mapping[str, Place], under: Tensor | None = None
 ) -> Image.Image:
-    """A section for each pattern: what each query sees, then the map of blocks.
+    """Draw a section for each pattern: the keys of each query, then the map of blocks.
 
     Args:
         queries: by a name for their captions.
@@ -59,7 +59,7 @@ def _section(planned: Planned, queries: Mapping[str, Place], under: Tensor | Non
 
 
 def _view(planned: Planned, name: str, place: Place, under: Tensor | None) -> Image.Image:
-    """What one query sees: frames of a clip side by side or one picture, and a bar for rows that are no image's."""
+    """Draw the keys of one query: frames side by side or one picture, and a bar for tokens outside the image."""
     grid, seen = planned.grid, planned.seen_from(place)
     count, at = int(seen.sum()), place if grid.frames > 1 else place[1:]
     text = f"sees {count:,} of {len(seen):,} keys ({count / len(seen):.1%})"
@@ -91,7 +91,7 @@ def _frames_with(frame: int, frames: int) -> list[int]:
 
 
 def _frame(under: Tensor | None, t: int) -> Tensor | None:
-    """Of one picture for all frames, that one."""
+    """Choose the background of frame `t`; one picture serves all frames."""
     return None if under is None else under[min(t, len(under) - 1)]
 
 
@@ -109,7 +109,7 @@ def laid(seen: Tensor, under: Tensor | None, longest: int) -> Image.Image:
 
 
 def _covering(picture: Tensor, height: int, width: int) -> Tensor:
-    """The middle of a picture [1 or 3, H, W] in light greys, [1, height, width]."""
+    """Crop the middle of a picture [1 or 3, H, W] in light greys, [1, height, width]."""
     _, H, W = picture.shape
     scale = min(H / height, W / width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -129,7 +129,7 @@ def _sized(cells: Tensor, longest: int) -> tuple[Tensor, int]:
 
 
 def _marked(picture: Image.Image, place: Place, shape: tuple[int, int, int], t: int) -> Image.Image:
-    """The query in its own frame."""
+    """Mark the query in its own frame."""
     from PIL import ImageDraw
 
     if t != place[0]:
@@ -180,7 +180,7 @@ def _block_map(planned: Planned) -> Image.Image:
 
 
 def _legend(plans: Sequence[Planned]) -> Image.Image:
-    """What the colours mean; part is there where some block is visited in part."""
+    """Draw the meaning of the colours; "part" is there where some block is visited in part."""
     from PIL import ImageDraw
 
     entries = [(QUERY, "the query"), (SEEN, "key that it sees; block visited in full")]

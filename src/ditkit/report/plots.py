@@ -28,7 +28,7 @@ class Box(NamedTuple):
     height: float
 
     def overlap(self, other: Box) -> float:
-        """The area that both cover."""
+        """Compute the area that both cover."""
         wide = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
         high = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
         return max(wide, 0) * max(high, 0)
@@ -124,7 +124,7 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
 
 
 def legend(rows: Sequence[Row]) -> str:
-    """What the colours and markers mean, as HTML."""
+    """Build the legend of colours and markers, as HTML."""
     entries = {row.series: ("filled", paint(row, rows)) for row in rows if row.kind == "policy"}
     if any(row.kind == "control" for row in rows):
         entries["fewer exact steps (the number beside the marker)"] = ("hollow", CONTROL)
@@ -139,7 +139,7 @@ def legend(rows: Sequence[Row]) -> str:
 
 
 def paint(row: Row, rows: Sequence[Row]) -> str:
-    """The row's colour, as CSS; policies of one series share one."""
+    """Return the row's colour, as CSS; policies of one series share one."""
     if row.kind != "policy":
         return INK if row.kind == "exact" else CONTROL
     series = list(dict.fromkeys(other.series for other in rows if other.kind == "policy"))
@@ -157,7 +157,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def place(points: Sequence[Box], texts: Sequence[str]) -> list[Box]:
-    """Where each point's text goes: beside it, where it covers least of the points and the earlier texts."""
+    """Place each point's text beside it, where it covers least of the points and the earlier texts."""
     placed: list[Box] = []
     for point, text in zip(points, texts, strict=True):
         candidates = _around(point, len(text) * LETTER)

@@ -21,6 +21,7 @@ from ditkit.bench.rows import (
     to_exact,
 )
 from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.task import Task
 from ditkit.report.html import page
 from ditkit.report.legend import with_legend
 from ditkit.report.sheet import MARGIN, png, sheet
@@ -44,18 +45,19 @@ class Report:
         settings: all that the numbers depend on, as JSON.
         pictures: uint8 [n, 1 or 3, H, W], of clips [n, T, 1 or 3, H, W], for each row's name, then for
             "converged", the run of many steps.
-        made: bool [n, 1, T, H, W], false where content was given; None where nothing was.
+        generated: bool [n, 1, T, H, W], false where content was given; None where nothing was.
     """
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
     pictures: Mapping[str, Tensor]
-    made: Tensor | None = None
+    task: Task
+    generated: Tensor | None = None
 
     @property
     def headline(self) -> str:
         """The result in one or two sentences."""
-        return headline(self.rows)
+        return headline(self.rows, self.task.noun)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, without infinities: a PSNR of identical samples is None."""
@@ -72,7 +74,9 @@ class Report:
         folder = Path(folder)
         paths = [folder / name for name in ("report.json", "report.html", "sheet.png")]
         captions, heads, shown = self.captions(), self.heads(), self.shown()
-        html = page(self.rows, self.settings, self.headline, pictures=shown, captions=captions, heads=heads)
+        html = page(
+            self.rows, self.settings, self.headline, self.task, pictures=shown, captions=captions, heads=heads
+        )
         picture = png(self._sheet(shown, captions, heads))
         write_json(paths[0], self.as_dict())
         with replacing(paths[1]) as draft:
@@ -87,7 +91,7 @@ class Report:
         return lines | {"converged": converged_caption(self.settings["converged_steps"])}
 
     def heads(self) -> list[str]:
-        """What stands above each column, of as many seeds as are shown."""
+        """Return the head of each column, one for each seed that is shown."""
         frames, seeds = self._frames(), self.settings["seeds"]
         labels = self.settings["labels"] or [""] * len(seeds)
         if frames and len(set(labels)) == 1:  # most models of clips have one class, which has no name
@@ -98,12 +102,12 @@ class Report:
         return [f"seed {head}, frames {' '.join(map(str, frames))}" for head in heads[:CLIPS_SHOWN]]
 
     def shown(self) -> Mapping[str, Tensor]:
-        """A picture under each head: uint8 [n, 1 or 3, H, W], of clips the chosen frames in a line."""
+        """Pick the pictures under each head: uint8 [n, 1 or 3, H, W]; of clips the chosen frames in a line."""
         frames, first = self._frames(), slice(CLIPS_SHOWN)
         if not frames:
             return self.pictures
-        made = None if self.made is None else self.made[first]
-        return {name: side_by_side(clips[first], frames, made) for name, clips in self.pictures.items()}
+        generated = None if self.generated is None else self.generated[first]
+        return {name: side_by_side(clips[first], frames, generated) for name, clips in self.pictures.items()}
 
     def table(self) -> Table:
         """For a terminal of 80 columns."""
@@ -129,9 +133,9 @@ class Report:
         return table
 
     def _frames(self) -> list[int]:
-        """The frames of a clip that are shown; none of a picture."""
+        """Choose the frames of a clip that are shown; none of a picture."""
         clips = self.pictures[self.rows[0].name]
-        if self.rows[0].clip is None:
+        if not self.task.has_frames:
             return []
         return chosen(clips.shape[1], FRAMES_SHOWN // min(CLIPS_SHOWN, len(clips)))
 
@@ -142,7 +146,7 @@ class Report:
             return sheet(shown, captions, heads)
         height, width = shown[self.rows[0].name].shape[-2:]
         page = sheet(shown, captions, heads, (width, height), MARGIN)
-        return with_legend(page, self.made is not None)
+        return with_legend(page, self.generated is not None)
 
 
 def _cells(row: Row) -> list[str]:

@@ -22,17 +22,13 @@ INK, PALE, PAPER = "#1b1f24", "#667085", "#ffffff"
 
 
 def as_pictures(samples: Tensor) -> Tensor:
-    """[n, C, H, W] in [-1, 1] as uint8 [n, 1 or 3, H, W]; of other numbers of channels, the first.
-
-    Clips [n, C, T, H, W] become [n, T, 1 or 3, H, W].
-    """
+    """Return [n, C, ...] in [-1, 1] as uint8 [n, 1 or 3, ...]; of other numbers of channels, the first."""
     shown = samples if samples.shape[1] in (1, 3) else samples[:, :1]
-    pictures = ((shown.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pictures.transpose(1, 2) if pictures.ndim == 5 else pictures
+    return ((shown.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def as_frames(clip: Tensor) -> Tensor:
-    """A clip [C, T, H, W] in [-1, 1] as uint8 [T, 1 or 3, H, W].
+    """Convert a clip [C, T, H, W] in [-1, 1] to uint8 [T, 1 or 3, H, W].
 
     Raises ShapeError for another shape, DataError for values that are not finite.
     """
@@ -63,7 +59,7 @@ def sheet(
     cell: tuple[int, int] = (CELL, CELL),
     gap: int = GAP,
 ) -> Image.Image:
-    """A row of pictures a method under column heads of one or more lines, each row with its caption's on the left.
+    """Draw a row of pictures for each method, under column heads, with its caption on the left.
 
     Args:
         pictures: uint8 [n, 1 or 3, H, W] by method; the first `len(heads)` of each are shown.

@@ -32,7 +32,7 @@ def strip(
     errors_to: str | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
-    """A row of frames for each clip [C, T, H, W] in [-1, 1], under frame numbers; of many, those `chosen`.
+    """Draw a row of frames for each clip [C, T, H, W] in [-1, 1], under frame numbers; of many, those `chosen`.
 
     Args:
         masks: [1, T, H, W] by the name of a clip, as in `Cond`: what is 0 was given, and is outlined.
@@ -68,7 +68,7 @@ def strip(
 
 
 def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None) -> Tensor:
-    """The frames `shown` of each clip as one picture, at a size to be seen: uint8 [n, 3, H', W'].
+    """Join the frames `shown` of each clip into one picture, at a visible size: uint8 [n, 3, H', W'].
 
     Args:
         clips: uint8 [n, T, 1 or 3, H, W].
@@ -92,12 +92,12 @@ def fitting(height: int, width: int) -> tuple[int, int]:
 
 
 def columns(width: int) -> int:
-    """How many frames of this width a page takes."""
+    """Count the frames of this width that a page takes."""
     return (WIDEST_PX - 2 * MARGIN - LABEL_WIDTH) // (width + GAP)
 
 
 def chosen(frames: int, columns: int, given: Collection[int] = ()) -> list[int]:
-    """The frames to show: all that fit in `columns`, else evenly from the first to the last.
+    """Choose the frames to show: all that fit in `columns`, else evenly from the first to the last.
 
     A stretch of `given` frames that would stay unseen takes the place of the frame next to it, as long as half of the
     columns show others.
@@ -121,7 +121,7 @@ def _stretches(numbers: Collection[int]) -> Iterator[list[int]]:
 
 
 def _given(masks: Iterable[Tensor]) -> set[int]:
-    """The frames that some mask [1, T, H, W] leaves whole."""
+    """Collect the frames that some mask [1, T, H, W] leaves whole."""
     return {t for mask in masks for t in (~mask[0].bool().flatten(1).any(1)).nonzero().flatten().tolist()}
 
 

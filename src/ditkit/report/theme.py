@@ -1,4 +1,4 @@
-"""How the report looks, by day and by night, on a desk and on a telephone."""
+"""The report's style sheet, by day and by night, on a desk and on a telephone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The guided model as a solver sees it: at (x, t) it gives an estimate that can be read in any form."""
+"""The guided denoiser: at (x, t) it gives a solver an estimate that can be read in any form."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
-from ditkit.core.policy import Policy, with_inherent
+from ditkit.core.policy import with_inherent
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.sample.guidance import Guidance
@@ -23,12 +23,12 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)`, in evaluations."""
 
 LATEST = 1 - 1e-3
-"""Where what is infinite at alpha = 0 is evaluated instead of at t = 1 (SiT's sample_eps)."""
+"""Time of evaluation in place of t = 1 for forms that are infinite at alpha = 0 (SiT's sample_eps)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the guided model says at (x, t).
+    """The output of the guided model at (x, t).
 
     Args:
         value: [B, C, ...] of the form `kind`, in the dtype of `x`. t: [1].
@@ -48,7 +48,7 @@ class Estimate:
 
 
 class GuidanceBranch(NamedTuple):
-    """A branch as it is run: which network, told what, under which policies, on how many copies of x."""
+    """A guidance branch: its network, conditioning, policies, and number of copies of x."""
 
     name: str
     net: str
@@ -62,7 +62,7 @@ class GuidedDenoiser:
     """A model, its guidance and its policies on one trajectory; each call of it is one evaluation.
 
     Args:
-        total: evaluations that the solver will make.
+        trajectory: the policies at work on the model's sites.
         batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond".
 
     Raises:
@@ -74,22 +74,18 @@ class GuidedDenoiser:
         model: Denoiser,
         cond: Cond,
         guidance: Guidance,
-        policies: Sequence[Policy],
-        total: int,
+        trajectory: Trajectory,
         *,
         batched: bool = False,
-        max_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.guidance, self.total = model, guidance, total
+        self.model, self.guidance, self.total = model, guidance, trajectory.total
         self.batched, self.progress = batched, progress
         self.path = model.config.convention.make_path()
         self.kind: Prediction = model.config.convention.prediction
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
-        self.given, self.max_bytes = policies, max_bytes
-        own = with_inherent(model, policies)
-        self.trajectory = Trajectory(model.sites(), own, total, max_bytes, model.learned)
+        self.trajectory = trajectory
         self.lanes = {"cond": GuidanceBranch("cond", "main", model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
             self.lanes[name] = GuidanceBranch("cond", name, network, cond, self._of_guide(network))
@@ -99,7 +95,7 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, t: float) -> Estimate:
         """The estimate at `x` [B, C, ...] and `t`, noise-time or a discrete path's index.
 
-        A noise or score prediction says nothing of the data at alpha = 0; it is then asked for at `LATEST`.
+        A noise or score prediction has no data in it at alpha = 0; it is then evaluated at `LATEST`.
         """
         t = min(t, self.latest)
         evaluation = _Evaluation(self, x, t)
@@ -117,12 +113,12 @@ class GuidedDenoiser:
         return list(dict.fromkeys(lane.trajectory for lane in self.lanes.values()))
 
     def lane(self, name: str) -> GuidanceBranch:
-        """The lane of a branch; the unconditional ones are made when one is first asked for."""
+        """Return the lane of a branch; the unconditional ones are built on first use."""
         if name not in self.lanes:
             given = self.lanes["cond"]
-            told = self.model.unconditional(given.cond)
-            both = Cond.cat([given.cond, told])
-            self.lanes["uncond"] = given._replace(name="uncond", cond=told)
+            bare = self.model.unconditional(given.cond)
+            both = Cond.cat([given.cond, bare])
+            self.lanes["uncond"] = given._replace(name="uncond", cond=bare)
             self.lanes["cond+uncond"] = given._replace(name="cond+uncond", cond=both, copies=2)
         return self.lanes[name]
 
@@ -132,14 +128,16 @@ class GuidedDenoiser:
         A guide of other sites runs without policies, but for the inherent ones of its own.
         """
         main, sites = self.trajectory, network.sites()
-        policies = with_inherent(network, self.given if sites == self.model.sites() else ())
+        added = [policy for policy in getattr(self.model, "policies", ()) if policy.inherent]
+        given = [policy for policy in main.policies if policy not in added]
+        policies = with_inherent(network, given if sites == self.model.sites() else ())
         if sites != self.model.sites() and not policies:
             return Trajectory((), (), self.total)
         learned = {*self.model.learned, *network.learned}
         apart = not learned.isdisjoint(type(policy).__name__ for policy in (*main.policies, *policies))
         if network is self.model or (list(policies) == list(main.policies) and not apart):
             return main  # policies key their state by network and lane
-        return Trajectory(sites, policies, self.total, self.max_bytes, network.learned)
+        return Trajectory(sites, policies, self.total, main.max_bytes, network.learned)
 
 
 class _Evaluation:

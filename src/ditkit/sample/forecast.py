@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.model import Denoiser, Model
-from ditkit.core.numbers import integer
 from ditkit.core.policy import with_inherent
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory

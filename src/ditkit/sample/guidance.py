@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from ditkit.core.config import Checked, Count, Finite, Fraction, check_value
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 
@@ -21,7 +21,7 @@ Branches = Callable[..., tuple[Tensor, ...]]
 """
 
 
-class Guidance(ABC):
+class Guidance(Checked, ABC):
     """A frozen dataclass; called once an evaluation. A branch that it does not ask for is not computed."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.sample",)
@@ -61,17 +61,13 @@ class ClassifierFree(Guidance):
             counts as (i + 1) / S.
     """
 
-    scale: float
-    channels: int | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
+    scale: Finite
+    channels: Count | None = None
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_scale("ClassifierFree: scale", self.scale)
-        if self.channels is not None and self.channels < 1:
-            raise ConfigError(
-                f"ClassifierFree: channels={self.channels} should be at least 1, or None for all"
-            )
-        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        super().__post_init__()
+        if self.interval[0] > self.interval[1]:
             raise ConfigError(f"ClassifierFree: interval={self.interval} should be (low, high) within [0, 1]")
 
     def __call__(self, branches: Branches, t: float) -> Tensor:
@@ -95,11 +91,8 @@ class Autoguidance(Guidance):
         guide: a model with the path and the prediction of the sampled one.
     """
 
-    scale: float
+    scale: Finite
     guide: Denoiser = field(repr=False)
-
-    def __post_init__(self) -> None:
-        _check_scale("Autoguidance: scale", self.scale)
 
     def __call__(self, branches: Branches, t: float) -> Tensor:
         if self.scale == 1:
@@ -119,13 +112,8 @@ def guided(given: float | Guidance) -> Guidance:
     """
     if isinstance(given, Guidance):
         return given
-    _check_scale("guidance", given)
+    check_value("guidance", given, Finite)
     return Unguided() if given == 1 else ClassifierFree(given)
-
-
-def _check_scale(name: str, given: object) -> None:
-    if isinstance(given, bool) or not isinstance(given, int | float) or not isfinite(given):
-        raise ConfigError(f"{name}={given!r} should be a finite number")
 
 
 def extrapolate(strong: Tensor, weak: Tensor, scale: float, channels: int | None = None) -> Tensor:

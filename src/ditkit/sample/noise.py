@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
-from ditkit.core.numbers import integer
 
 LAST_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits: a larger seed would repeat the noise of a smaller one."""

@@ -10,13 +10,19 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ditkit.core.ddpm import DiscretePath
+from ditkit.core.ddpm import DISCRETE, DiscretePath
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.path import Linear, Path, Prediction
-from ditkit.sample.denoiser import Estimate, GuidedDenoiser
+from ditkit.sample.denoiser import Estimate
 from ditkit.sample.noise import SampleNoise
-from ditkit.sample.solvers import Solver
+from ditkit.sample.solvers import Solver, drawn
+from ditkit.sample.steppers import Stepper
 
+BETAS = {
+    "ddpm": "beta_schedule='linear', beta_start=0.0001, beta_end=0.02",
+    "ddpm-sd": "beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012",
+    "ddpm-cosine": "beta_schedule='squaredcos_cap_v2'",
+}
 FORMS: dict[str, Prediction] = {"epsilon": "noise", "sample": "data", "flow_prediction": "velocity"}
 
 
@@ -27,7 +33,7 @@ class DiffusersScheduler(Solver):
 
     Those of flow matching (FlowMatchEuler, FlowMatchHeun; DPM-Solver++ or UniPC with `use_flow_sigmas` and
     `prediction_type="flow_prediction"`) run models on the linear path. Those with `alphas_cumprod` run models
-    on DDPM's, and must have its betas: 1000, linear from 1e-4 to 0.02. `clip_sample`, on by default in DDIM
+    on discrete paths, and must have the model's betas (`BETAS`). `clip_sample`, on by default in DDIM
     and DDPM, clips the predicted data and is left as given.
 
     Args:
@@ -49,29 +55,37 @@ class DiffusersScheduler(Solver):
 
     def times(self, path: Path, steps: int) -> Tensor:
         self._check(path)
-        timesteps = self._fresh(steps).timesteps.double().cpu()
+        timesteps = self.fresh(steps).timesteps.double().cpu()
         if self._flow:
             return torch.cat([timesteps / self._trained, timesteps.new_zeros(1)])
         return torch.cat([timesteps, timesteps.new_tensor([-1])])
 
     def evaluations(self, steps: int) -> int:
         """One a timestep; a scheduler of order 2 repeats timesteps."""
-        return len(self._fresh(steps).timesteps)
+        return len(self.fresh(steps).timesteps)
 
-    def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
-        self._check(field.path)
-        scheduler = self._fresh(steps, x.device)
-        x = x.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-        options: dict[str, Any] = {"return_dict": False}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            options["generator"] = noise.generators
-        for timestep in scheduler.timesteps:
-            seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-            t = timestep.item() / self._trained if self._flow else timestep.item()
-            x = scheduler.step(self._output(field(seen, t)), timestep, x, **options)[0]
-        return x
+    def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
+        """Begin a trajectory over `times`, which must be those that the scheduler sets for a number of steps."""
+        self._check(path)
+        last = len(times) - 1
+        for steps in dict.fromkeys(
+            (last, (last + 1) // 2, *range(last - 1, 0, -1))
+        ):  # it may repeat timesteps
+            if self._visits(times, path, steps):
+                return SchedulerStepper(self, steps, noise)
+        raise ConfigError(f"{self._name} runs on times of its own only: those of times(path, steps)")
 
-    def _output(self, estimate: Estimate) -> Tensor:
+    def _visits(self, times: Tensor, path: Path, steps: int) -> bool:
+        try:
+            return torch.equal(times, self.times(path, steps))
+        except ValueError:  # too few steps for the scheduler
+            return False
+
+    def time(self, timestep: float) -> float:
+        """Turn a timestep of the scheduler into a time of the model's path."""
+        return timestep / self._trained if self._flow else timestep
+
+    def output(self, estimate: Estimate) -> Tensor:
         """The estimate in the form that the scheduler expects, with the variance channels if it reads any."""
         value, variance = self._prediction(estimate), self.scheduler.config.get("variance_type")
         if variance not in ("learned", "learned_range"):
@@ -113,10 +127,10 @@ class DiffusersScheduler(Solver):
         if theirs.shape != path.abar.shape or not torch.allclose(theirs, path.abar, rtol=1e-3):
             raise ConfigError(
                 f"{self._name}: its betas are not the model's; give num_train_timesteps={path.steps}, "
-                "beta_schedule='linear', beta_start=0.0001, beta_end=0.02"
+                + _betas(path)
             )
 
-    def _fresh(self, steps: int, device: torch.device | str = "cpu") -> Any:
+    def fresh(self, steps: int, device: torch.device | str = "cpu") -> Any:
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=device)
         return scheduler
@@ -136,3 +150,40 @@ class DiffusersScheduler(Solver):
     @property
     def _name(self) -> str:
         return type(self.scheduler).__name__
+
+
+@final
+class SchedulerStepper(Stepper):
+    """A scheduler of its own, advanced with the trajectory."""
+
+    def __init__(self, solver: DiffusersScheduler, steps: int, noise: SampleNoise | None) -> None:
+        self.solver, self.steps, self.index = solver, steps, 0
+        self.scheduler = solver.fresh(steps)
+        self.options: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            self.options["generator"] = drawn(solver, noise).generators
+
+    @property
+    def t(self) -> float | None:
+        timesteps = self.scheduler.timesteps
+        return self.solver.time(timesteps[self.index].item()) if self.index < len(timesteps) else None
+
+    def start(self, x: Tensor) -> Tensor:
+        self.scheduler = self.solver.fresh(self.steps, x.device)
+        return x.float() * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def input(self, x: Tensor) -> Tensor:
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        return self.scheduler.scale_model_input(x, self.scheduler.timesteps[self.index])
+
+    def step(self, x: Tensor, estimate: Estimate) -> Tensor:
+        timestep = self.scheduler.timesteps[self.index]
+        self.index += 1
+        return self.scheduler.step(self.solver.output(estimate), timestep, x, **self.options)[0]
+
+
+def _betas(path: DiscretePath) -> str:
+    """Name the settings of a scheduler that has the betas of `path`."""
+    known = (name for name, make in DISCRETE.items() if torch.equal(make().abar, path.abar))
+    return BETAS.get(next(known, ""), "and trained_betas equal to the path's")

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ditkit.core.codec import IDENTITY, Codec, encode_given
 from ditkit.core.cond import Cond
-from ditkit.train.loop import Samples
+from ditkit.train.loop import TrainingSet
 from ditkit.train.randomness import SampleRNG
 
 
 class LatentDataset:
     """Samples as a codec's latents, drawn anew at every step (DiT, section 4)."""
 
-    def __init__(self, samples: Samples, codec: Codec) -> None:
+    def __init__(self, samples: TrainingSet, codec: Codec) -> None:
         self.samples, self.codec = samples, codec
 
     def __len__(self) -> int:
@@ -38,11 +38,11 @@ def load_codec(folder: str) -> Codec:
     return Codec.load(Path(folder)) if folder else IDENTITY
 
 
-def signals(samples: Samples) -> Samples:
+def signals(samples: TrainingSet) -> TrainingSet:
     """The samples under a codec."""
     return samples.samples if isinstance(samples, LatentDataset) else samples
 
 
-def coded(samples: Samples, codec: Codec) -> Samples:
+def coded(samples: TrainingSet, codec: Codec) -> TrainingSet:
     """`samples` as the codec's latents; as they are for the identity."""
     return samples if codec is IDENTITY else LatentDataset(samples, codec)

@@ -20,10 +20,11 @@ from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.policy import Policy
 from ditkit.core.spec import spec
+from ditkit.core.task import task_named
 from ditkit.core.transform import Transform
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
-from ditkit.train.loop import Samples, Sheet, train
+from ditkit.train.loop import Sheet, TrainingSet, train
 from ditkit.train.objective import Objective
 from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
@@ -50,16 +51,14 @@ class Recipe(ABC):
 
     sources: ClassVar[str] = "A named set, or a folder."
     """What `data` may be, for a person who types it."""
-    then: ClassVar[str] = "ditkit generate"
-    """The command that takes the trained model."""
-    then_data: ClassVar[bool] = False
-    """Whether that command cannot do without data."""
     latent: ClassVar[bool] = False
     """Whether latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
     """Whether the network is a model, which policies act on, and which `init` finds."""
-    Network: ClassVar[type]
-    """A dataclass of those fields of `model` that do not follow from the data; their flags."""
+    one_forward: ClassVar[bool] = False
+    """Whether all samples of a step share a forward pass, of which `example` is then."""
+    task: ClassVar[str]
+    """The name of the task of the trained model, and so of every config that `model` may be."""
 
     data: str
     model: Any
@@ -74,6 +73,12 @@ class Recipe(ABC):
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
+        if (task := getattr(self.model, "task", "none")) != self.task:
+            kinds = every(Model)  # type: ignore[type-abstract]
+            fitting = [kind.__name__ for kind in kinds if getattr(kind.Config, "task", "none") == self.task]
+            raise ConfigError(
+                f"model={type(self.model).__name__} is of task {task!r}, expected {self.task!r}: {', '.join(fitting)}"
+            )
         if self.codec and not self.latent:
             raise ConfigError(
                 f"codec={self.codec!r}: a {type(self).__name__} learns no latents, expected none"
@@ -100,23 +105,33 @@ class Recipe(ABC):
         return _put_on(model, self, next(model.parameters()).is_meta)
 
     @property
+    def then(self) -> str:
+        """The command that takes the trained model."""
+        return task_named(self.task).command
+
+    @property
+    def then_data(self) -> bool:
+        """Whether that command cannot do without data."""
+        return self.has_sites and not task_named(self.task).generates
+
+    @property
     def loading(self) -> dict[str, Any]:
         """Options of the loader."""
         return {**self.options, **({} if self.max_bad is None else {"max_bad": self.max_bad})}
 
     @abstractmethod
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         """What the data are, in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
 
-    def finish(self, model: Model, samples: Samples) -> None:  # noqa: B027
+    def finish(self, model: Model, samples: TrainingSet) -> None:  # noqa: B027
         """What is left to do with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
-    def sheet(self, folder: Path, samples: Samples) -> Sheet | None:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet | None:
         """What writes a picture of how far training is into `folder`, now and then."""
 
 
@@ -124,7 +139,7 @@ class Prepared(NamedTuple):
     """A recipe with what the data decide, its samples, and the codec that makes them of signals."""
 
     recipe: Recipe
-    samples: Samples
+    samples: TrainingSet
     codec: Codec = IDENTITY
 
 
@@ -204,7 +219,7 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.settings.seed)
         model = recipe.network() if start is None else start
-    model.codec = codec
+    model.codec, model.task = codec, recipe.task
     run = recipe.settings
     model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(
@@ -283,8 +298,10 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     return {
         "parameters": f"{parameters:,}",
         **({} if trained == parameters else {"trained parameters": f"{trained:,}"}),
-        "MACs of a sample": f"{forward:,} forward, {passes * forward:,} in training{counted}",
-        "MACs of a step": f"{passes * forward * run.batch:,}{counted}",
+        f"MACs of a {'step' if recipe.one_forward else 'sample'}": (
+            f"{forward:,} forward, {passes * forward:,} in training{counted}"
+        ),
+        **({} if recipe.one_forward else {"MACs of a step": f"{passes * forward * run.batch:,}{counted}"}),
         "state": f"{kept / 1e6:.1f} MB on disk, {memory / 1e6:.1f} MB in memory with gradients"
         + (" and the teacher" if teachers else ""),
     }
@@ -295,14 +312,3 @@ def forward_macs(recipe: Recipe) -> int:
     with torch.device("meta"), torch.no_grad():
         model = recipe.network().eval()
         return count_macs(model, *recipe.example(model)).total
-
-
-def with_network(recipe: Recipe, network: Any) -> Recipe:
-    """The recipe with the fields of `network`, one of `recipe.Network`, in its model."""
-    return replace(recipe, model=replace(recipe.model, **vars(network)))
-
-
-def network_of(recipe: Recipe) -> Any:
-    """The fields of the recipe's model that have flags."""
-    names = [f.name for f in fields(recipe.Network)]
-    return recipe.Network(**{name: getattr(recipe.model, name) for name in names})

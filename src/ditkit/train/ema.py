@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.config import Checked, Share
 from ditkit.core.errors import ConfigError
 
 
-class Decay(ABC):
+class Decay(Checked, ABC):
     """How much of the old average is kept at each step."""
 
     @abstractmethod
@@ -24,11 +25,7 @@ class Decay(ABC):
 class Constant(Decay):
     """e <- d e + (1 - d) p, first synchronised with d = 0 (DiT)."""
 
-    decay: float = 0.9999
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"EMA: decay={self.decay} should lie in [0, 1)")
+    decay: Share = 0.9999
 
     def beta(self, step: int) -> float:
         return 0.0 if step <= 1 else self.decay
@@ -41,6 +38,7 @@ class Power(Decay):
     std: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         exponent(self.std)
 
     def beta(self, step: int) -> float:

@@ -29,7 +29,7 @@ from ditkit.train.objective import Objective, Term
 from ditkit.train.optimizers import optimizers_of
 from ditkit.train.parts import train_only
 from ditkit.train.posthoc import write_snapshot
-from ditkit.train.randomness import SampleRNG, batch_indices
+from ditkit.train.randomness import SampleRNG, batch_indices, ordered_indices
 from ditkit.train.record import RECIPE, check_resume, check_start
 from ditkit.train.schedules import ended
 from ditkit.train.settings import Settings
@@ -39,13 +39,14 @@ from ditkit.train.teacher import Held
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-class Samples(Protocol):
+class TrainingSet(Protocol):
     """Training data: a length, and batches by index."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
-        """Samples [B, ...] in float32 and what the model is told of them; `rng` is for what it draws."""
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Any, Cond]:
+        """Samples [B, ...] in float32, or what else the objective takes and has a `to(device)`, and their
+        conditioning; `rng` is for what it draws."""
         ...
 
 
@@ -57,7 +58,7 @@ Finish = Callable[[Model], None]
 
 def train(
     model: Model,
-    data: Samples,
+    data: TrainingSet,
     objective: Objective,
     settings: Settings,
     folder: Path,
@@ -107,7 +108,7 @@ class Training:
     def __init__(
         self,
         model: Model,
-        data: Samples,
+        data: TrainingSet,
         objective: Objective,
         settings: Settings,
         folder: Path,
@@ -285,6 +286,13 @@ class Training:
         self.dismiss()
         return losses
 
+    def indices(self) -> Tensor:
+        """Return the samples of the global batch of number `done`, shuffled unless the objective keeps their order."""
+        size, settings = len(self.data), self.settings
+        if self.objective.in_order:
+            return ordered_indices(size, settings.batch, self.done)
+        return batch_indices(size, settings.batch, settings.seed, self.done)
+
     def stride(self, optimizer: Optimizer) -> None:
         """One step of an optimiser, each group at its own rate."""
         for group in optimizer.param_groups:
@@ -338,8 +346,7 @@ class Training:
 
     def batch_gradients(self, opposed: list[Any] | None) -> dict[str, Tensor]:
         """Of one batch of the samples; its losses on this process."""
-        settings, parts = self.settings, self.settings.accumulate
-        indices = batch_indices(len(self.data), settings.batch, settings.seed, self.done)
+        parts, indices = self.settings.accumulate, self.indices()
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             first = (self.accelerator.process_index * parts + part) * self.share

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.core.cond import Cond
+from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
 from ditkit.core.policy import detached
@@ -58,7 +59,7 @@ class Batch:
         return error if self.mask is None else error * self.mask
 
 
-class Term(ABC):
+class Term(Checked, ABC):
     """One part of the loss. At a step where its weight is 0 nothing of it is computed: no tap, no teacher, no data.
 
     A term with `opposed` is an adversary: an optimiser of its own, at `rate`, steps its modules on that loss at every
@@ -111,6 +112,8 @@ class Objective(ABC):
 
     supports_teacher: ClassVar[bool] = False
     """Whether a teacher, or the student anew, can be asked."""
+    in_order: ClassVar[bool] = False
+    """Whether batches keep the order of the samples, as events in time need it, instead of being shuffled."""
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -132,7 +135,7 @@ class Objective(ABC):
         self,
         forward: Callable[..., Any],
         model: Model,
-        data: Tensor,
+        data: Any,
         cond: Cond,
         rng: SampleRNG,
         held: Held = NOTHING,
@@ -141,7 +144,7 @@ class Objective(ABC):
 
         Args:
             forward: what is called, `model` itself or a wrapper around it (DDP).
-            data: [B, ...] float32, with `cond`, on the model's device.
+            data: [B, ...] float32, or what else the samples are, with `cond`, on the model's device.
             rng: all that is random about these samples.
             held: the step, and modules and teachers of the terms, on the same device.
         """

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditkit.core.errors import ConfigError
+
 TERMS = 1000
 """Uses of randomness from here on belong to names."""
 
@@ -40,6 +42,24 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
     places = torch.arange(step * batch, (step + 1) * batch)
     epoch, place = places // size, places % size
     return torch.cat([epoch_order(size, seed, e)[place[epoch == e]] for e in epoch.unique().tolist()])
+
+
+def ordered_indices(size: int, batch: int, step: int) -> Tensor:
+    """List the samples of the global batch of `step` where the order of the data is kept, [batch].
+
+    No batch reaches over the end of an epoch. What is left there, fewer samples than a batch, is left out; in every
+    second epoch it is what comes first, so that every sample has its turn.
+
+    Raises:
+        ConfigError: there are fewer samples than one batch.
+    """
+    if size < batch:
+        raise ConfigError(
+            f"training: batch={batch} of {size} samples that are kept in order, expected no more"
+        )
+    epoch, number = divmod(step, size // batch)
+    first = number * batch + (size % batch if epoch % 2 else 0)
+    return torch.arange(first, first + batch)
 
 
 @dataclass(frozen=True)

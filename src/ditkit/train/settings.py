@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from ditkit.core.errors import ConfigError, unknown
+from annotated_types import Interval
+
+from ditkit.core.config import Count, Natural, Share, check_fields
+from ditkit.core.errors import ConfigError
 from ditkit.train.ema import Constant, Power
 
 Precision = Literal["float32", "bf16"]
 Rule = Literal["adamw", "muon"]
-NOT_NEGATIVE = (
-    "warmup",
-    "decay_after",
-    "clip",
-    "weight_decay",
-    "seed",
-    "save_every",
-    "sheet_every",
-    "snapshot_every",
-)
 
 
 @dataclass(frozen=True)
@@ -77,41 +70,30 @@ class Settings:
         snapshot_every: steps between copies of the averages for post-hoc reconstruction; likewise.
     """
 
-    steps: int = 10_000
-    batch: int = 64
-    accumulate: int = 1
+    steps: Count = 10_000
+    batch: Count = 64
+    accumulate: Count = 1
     optimizer: Rule = "adamw"
-    learning_rate: float = 1e-4
-    warmup: int = 0
-    decay_after: int = 0
+    learning_rate: Annotated[float, Interval(gt=0, lt=math.inf)] = 1e-4
+    warmup: Natural = 0
+    decay_after: Natural = 0
     cosine: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
+    clip: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     precision: Precision = "float32"
     trained: str = "all"
     groups: tuple[Group, ...] = ()
     averages: tuple[Constant | Power, ...] = (Constant(),)
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
-    save_every: int = 500
-    sheet_every: int = 1000
-    snapshot_every: int = 0
+    seed: Natural = 0
+    save_every: Natural = 500
+    sheet_every: Natural = 1000
+    snapshot_every: Natural = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training: {name}={getattr(self, name)} should be at least 1")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"training: {name}={getattr(self, name)} should be 0 or more, and finite")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"training: learning_rate={self.learning_rate} should be positive and finite")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"training: betas={self.betas} should both lie in [0, 1)")
-        _check_choice("precision", self.precision, get_args(Precision))
-        _check_choice("optimizer", self.optimizer, get_args(Rule))
+        check_fields(self, "training")
         self._check_parts()
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
@@ -160,8 +142,3 @@ class Settings:
                 f"x accumulate={self.accumulate}"
             )
         return self.batch // parts
-
-
-def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ConfigError(unknown(name, given, choices))

@@ -26,8 +26,12 @@ class Run(Protocol):
     """What a teacher is made from: the model in training and its averages."""
 
     model: Model
-    averages: Sequence[Average]
     device: torch.device
+
+    @property
+    def averages(self) -> Sequence[Average]:
+        """The averages of the model's weights."""
+        ...
 
     def start(self) -> Model:
         """The model as it stood before this run's transforms and policies."""

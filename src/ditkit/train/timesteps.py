@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Gt, Interval
 from torch import Tensor
 
+from ditkit.core.config import Checked, Count
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
+from ditkit.core.time_grid import Shift
 from ditkit.train.randomness import SampleRNG
 
 
-class Timesteps(ABC):
+class Timesteps(Checked, ABC):
     """A density over noise-time, given as its quantile function."""
 
     @abstractmethod
@@ -38,11 +42,7 @@ class LogitNormal(Timesteps):
     """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N)."""
 
     mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ConfigError(f"LogitNormal: std={self.std} should be positive")
+    std: Annotated[float, Gt(0)] = 1.0
 
     def quantile(self, u: Tensor) -> Tensor:
         normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-12, 1 - 1e-12) - 1)
@@ -51,28 +51,23 @@ class LogitNormal(Timesteps):
 
 @dataclass(frozen=True)
 class Shifted(Timesteps):
-    """t' = a t / (1 + (a - 1) t): a > 1 moves mass to noise; the same as adding ln a to the logit."""
+    """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit."""
 
-    shift: float = 3.0
+    shift: Annotated[float, Gt(0)] = 3.0
     inner: Uniform | LogitNormal = UNIFORM
 
-    def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ConfigError(f"Shifted: shift={self.shift} should be positive")
-
     def quantile(self, u: Tensor) -> Tensor:
-        t = self.inner.quantile(u)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return Shift(self.shift).warp(self.inner.quantile(u))
 
 
-class Clock(ABC):
+class Clock(Checked, ABC):
     """What has a noise-time of its own; numbers are uniform, and `Timesteps` places them."""
 
     @abstractmethod
     def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """From one uniform number a sample, [B] float64: those of the times [B] or [B, T], and a second time's [B]."""
 
-    def check(self, model: Model) -> None:  # noqa: B027
+    def check(self, model: Model) -> None:
         """Refuse a model that cannot be told such times, before the first step."""
 
 
@@ -91,11 +86,7 @@ INDEPENDENT = Independent()
 class Stratified(Clock):
     """Place i of the global batch in stratum i mod `strata` of [0, 1): each has as many, whatever the processes."""
 
-    strata: int = 4
-
-    def __post_init__(self) -> None:
-        if type(self.strata) is not int or self.strata < 1:
-            raise ConfigError(f"Stratified: strata={self.strata!r}, expected an integer of at least 1")
+    strata: Count = 4
 
     def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         stratum = torch.tensor([place % self.strata for place in rng.places], dtype=u.dtype)
@@ -110,14 +101,11 @@ class PerFrame(Clock):
         return rng.of_term("PerFrame", shape[2]), None
 
     def check(self, model: Model) -> None:
-        if not getattr(model, "takes_frame_times", False) or len(model.sample_shape) != CLIP_AXES:
+        if not getattr(model, "takes_frame_times", False):
             raise ConfigError(
                 f"PerFrame: a {type(model).__name__} is told one time a sample; expected a model of clips with "
                 "takes_frame_times"
             )
-
-
-CLIP_AXES = 4
 
 
 @dataclass(frozen=True)
@@ -127,11 +115,7 @@ class Paired(Clock):
     Terms find it as `batch.other`.
     """
 
-    gap: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gap <= 1:
-            raise ConfigError(f"Paired: gap={self.gap} should lie in (0, 1]")
+    gap: Annotated[float, Interval(gt=0, le=1)] = 0.2
 
     def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         return u, (u - self.gap * rng.of_term("Paired")[:, 0]).clamp_min(0)

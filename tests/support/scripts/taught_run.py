@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from toy_run import Pictures, settings, toy_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from toy_transforms import ToyAffine
-
 from ditkit.adapt.lora import LoRA
 from ditkit.attention import Neighbourhood
 from ditkit.compress import Kept
@@ -36,6 +34,7 @@ from ditkit.train.settings import Group
 from ditkit.train.teacher import Ask, EmaTeacher, EncoderTeacher, Teacher
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
+from toy_transforms import ToyAffine
 
 CALLS: list[tuple[int, str]] = []
 """Steps at which a term's loss was asked for."""

@@ -66,7 +66,7 @@ def load(size: int | None = None, skin_tones: bool = False) -> ImageSet:
 
 
 def _open_package() -> Callable[[str], bytes]:
-    """A reader of the package's files by name, from the archive or from an installed package."""
+    """Open a reader of the package's files by name, from the archive or from an installed package."""
     path = find([ARCHIVE, f"node_modules/{PACKAGE}", PACKAGE])
     if path is None:
         raise DataError(

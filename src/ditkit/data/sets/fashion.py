@@ -75,7 +75,7 @@ def _folder() -> Path:
 
 
 def _read_idx(name: str) -> Tensor:
-    """An IDX array of bytes: two zero bytes, type 8, rank, big-endian 32-bit lengths, then the data."""
+    """Read an IDX array of bytes: two zero bytes, type 8, rank, big-endian 32-bit lengths, then the data."""
     content = gzip.decompress(read_pinned(_folder() / name, FILE_SHA256[name]))
     rank = content[3]
     shape = np.frombuffer(content, ">u4", count=rank, offset=4).tolist()

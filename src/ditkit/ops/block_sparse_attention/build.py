@@ -35,7 +35,7 @@ def build_plan(
     heads: int = 1,
     blind: bool = False,
 ) -> BlockPlan:
-    """The plan that visits the blocks `kept`, and in them the pairs `allowed`; neither given, the dense plan.
+    """Build the plan that visits the blocks `kept`, and in them the pairs `allowed`; neither given, the dense plan.
 
     Args:
         queries, keys: slots; as many keys as queries unless said.
@@ -72,7 +72,7 @@ def build_plan(
 
 
 def dense_plan(plan: BlockPlan) -> BlockPlan:
-    """The plan of the same slots in which every query sees every real key, made once: for dense sums by a kernel."""
+    """Build the plan of the same slots in which every query sees every real key, once: for dense sums by a kernel."""
     if "dense" not in plan.derived:
         order = None if plan.order is None else plan.order.cpu()
         dense = build_plan(plan.queries, plan.keys, plan.block, order=order, blind=plan.blind)
@@ -81,7 +81,7 @@ def dense_plan(plan: BlockPlan) -> BlockPlan:
 
 
 def narrowed(plan: BlockPlan, kept: Tensor) -> BlockPlan:
-    """Of the plan's blocks those that are also `kept`, under the plan's own mask tiles, on the plan's device.
+    """Narrow the plan to those blocks that are also `kept`, under its own mask tiles, on its own device.
 
     For what is decided from queries and keys, anew in each evaluation: no pair is looked at.
 
@@ -106,7 +106,7 @@ def narrowed(plan: BlockPlan, kept: Tensor) -> BlockPlan:
 
 
 def block_map(index: Tensor, count: Tensor, key_blocks: int) -> Tensor:
-    """The `kept` of explicit lists: `index` [..., W] of which the first `count` [...] are meant.
+    """Turn explicit lists into `kept`: `index` [..., W], of which the first `count` [...] are meant.
 
     Raises:
         ShapeError: an index beyond the key blocks, or a count beyond the lists.
@@ -126,7 +126,7 @@ def block_map(index: Tensor, count: Tensor, key_blocks: int) -> Tensor:
 
 
 def near_blocks(places: Tensor, block: int | tuple[int, int], reach: tuple[int, ...]) -> Tensor:
-    """The `kept` of a window: blocks some of whose tokens may lie within `reach` of each other on every axis.
+    """Compute `kept` of a window: blocks with tokens that may lie within `reach` of each other on every axis.
 
     Args:
         places: coordinates of the token in each slot, [slots, axes].
@@ -201,7 +201,7 @@ class _Bank:
         self.put(tiles)
 
     def put(self, tiles: Tensor) -> Tensor:
-        """The place of each of `tiles` [E, *block], int32 [E]."""
+        """Store `tiles` [E, *block] and return the index of each, int32 [E]."""
         packed = np.packbits(tiles.flatten(1).numpy(), axis=1)
         ids = [self.ids.setdefault(bits.tobytes(), len(self.ids)) for bits in packed]
         return torch.tensor(ids, dtype=torch.int32)
@@ -233,7 +233,7 @@ def _candidates(plan: BlockPlan, kept: Tensor | None) -> Tensor:
 
 
 def _look(plan: BlockPlan, flat: Tensor, allowed: Allowed | None, bank: _Bank) -> Tensor:
-    """The mask tile of each block of `flat` [E], -1 where no query sees a key: int32 [E]."""
+    """Find the mask tile of each block of `flat` [E], -1 where no query sees a key: int32 [E]."""
     rows, columns = plan.blocks
     row, column = flat // columns, flat % columns
     queries, keys = _slots(plan)
@@ -254,7 +254,7 @@ def _look(plan: BlockPlan, flat: Tensor, allowed: Allowed | None, bank: _Bank) -
 
 
 def _key_tokens(order: Tensor | None, queries: int, keys: int) -> Tensor:
-    """The token in each slot of keys, int64 [keys], -1 for padding."""
+    """Compute the token in each slot of keys, int64 [keys], -1 for padding."""
     if order is None:
         return torch.arange(keys)
     tokens = int((order >= 0).sum())
@@ -262,7 +262,7 @@ def _key_tokens(order: Tensor | None, queries: int, keys: int) -> Tensor:
 
 
 def _slots(plan: BlockPlan) -> tuple[Tensor, Tensor]:
-    """The token in each slot of each block of queries and of keys, int64 [blocks, block], -1 for padding."""
+    """Compute the token in each slot of each block of queries and of keys, int64 [blocks, block], -1 for padding."""
     queries = torch.arange(plan.queries) if plan.order is None else plan.order.cpu()
     return _cut(queries, plan.block[0]), _cut(_key_tokens(plan.order, plan.queries, plan.keys), plan.block[1])
 
@@ -272,7 +272,7 @@ def _cut(tokens: Tensor, side: int) -> Tensor:
 
 
 def _with_padding(plan: BlockPlan, flat: Tensor) -> Tensor:
-    """Which blocks of `flat` [E] have a key that is padding, or queries that all are: bool [E]."""
+    """Find the blocks of `flat` [E] with a key that is padding, or with queries that all are: bool [E]."""
     rows, columns = plan.blocks
     queries, keys = _slots(plan)
     return (keys < 0).any(1)[flat % columns] | (queries < 0).all(1)[flat // columns % rows]

@@ -64,7 +64,10 @@ def backward(
     plan: BlockPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the scores: weight (d_out v^T - (d_out . out) + d_lse), so the output needs no second pass."""
+    """Compute gradients, given those of both outputs.
+
+    A score's is weight (d_out v^T - (d_out . out) + d_lse), so the output needs no second pass.
+    """
     (bq, bk), wide = plan.block, lse.dtype
     queries, keys, values, d_outs = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk), _blocks(d_out, bq)
     shift = _blocks(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], bq)

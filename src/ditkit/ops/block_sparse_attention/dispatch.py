@@ -1,4 +1,4 @@
-"""Which kernel executes a plan, and whether skipping pays at all: decided before the work, and said."""
+"""Dispatch: the kernel that executes a plan, and whether skipping pays at all, decided before the work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 
 def choose(q: Tensor, plan: BlockPlan, kernel: Kernel = "auto") -> Choice:
-    """The kernel for queries like `q` and why; a pattern that does not pay switches itself off and says the reason.
+    """Choose the kernel for queries like `q`, with the reason; a pattern that does not pay switches itself off.
 
     Raises:
         ConfigError: an unknown kernel, or one that this device, type or plan cannot have.
@@ -108,7 +108,7 @@ def attend(
 
 
 def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:
-    """The kernel that is meant, which can execute the plan."""
+    """Resolve the kernel that is meant, which can execute the plan."""
     if kernel not in KERNELS:
         raise ConfigError(unknown("kernel", kernel, KERNELS))
     chosen = kernel if kernel != "auto" else _automatic(q, plan)
@@ -123,7 +123,7 @@ def _visited(density: float) -> str:
 
 
 def _automatic(q: Tensor, plan: BlockPlan) -> Kernel:
-    """The first kernel of the device that takes this type and plan; the reference where it has none."""
+    """Choose the first kernel of the device that takes this type and plan; the reference where it has none."""
     preferred: tuple[Kernel, ...] = ("cpu",) if q.device.type == "cpu" else ("triton", "flex")
     refusals = {name: _refusal(name, q, plan) for name in preferred}
     for name, why_not in refusals.items():

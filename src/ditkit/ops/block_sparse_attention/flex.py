@@ -32,13 +32,13 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) 
 
 
 def flex_out(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Tensor:
-    """The output alone, without gradients: all that FlexAttention gives on a processor (torch 2.13)."""
+    """Compute the output alone, without gradients: all that FlexAttention gives on a CPU (torch 2.13)."""
     return _call(q.detach(), k.detach(), v.detach(), block_mask=block_mask(plan), scale=scale)
 
 
 @lru_cache(maxsize=32)
 def block_mask(plan: BlockPlan) -> Any:
-    """The plan as a `BlockMask`."""
+    """Convert the plan to a `BlockMask`."""
     from torch.nn.attention.flex_attention import BlockMask
 
     tiles = plan.tile_map
@@ -52,7 +52,7 @@ def block_mask(plan: BlockPlan) -> Any:
 
 
 def _lists(visited: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and indices, of full width because FlexAttention transposes them."""
+    """Build counts and indices, of full width because FlexAttention transposes them."""
     indices = visited.int().argsort(dim=-1, descending=True, stable=True)
     return visited.sum(-1).int(), indices.int()
 

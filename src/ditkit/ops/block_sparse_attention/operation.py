@@ -98,7 +98,7 @@ def for_valid(plan: BlockPlan, valid: Tensor | None) -> BlockPlan:
 def forward_macs(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, handle: int, scale: float, kernel: str, **_: Any
 ) -> int:
-    """What `block_sparse_attention` multiplies for these arguments: two products over the blocks visited."""
+    """Count the MACs of `block_sparse_attention` on these arguments: two products over the blocks visited."""
     return _pairs(q, handle, valid) * (q.shape[-1] + v.shape[-1])
 
 
@@ -116,7 +116,7 @@ def backward_macs(
     kernel: str,
     **_: Any,
 ) -> int:
-    """The same of `block_sparse_attention_backward`."""
+    """Count the MACs of `block_sparse_attention_backward`."""
     of_keys, of_values = _module(kernel).BACKWARD
     return _pairs(q, handle, valid) * (of_keys * q.shape[-1] + of_values * v.shape[-1])
 
@@ -129,7 +129,7 @@ def _pairs(q: Tensor, handle: int, valid: Tensor | None) -> int:
 
 
 def _module(kernel: str) -> ModuleType:
-    """Where a kernel has its `forward` and `backward`, and its `BACKWARD` products of width K and of width Kv."""
+    """Import the module of a kernel, with its `forward`, `backward`, and `BACKWARD` products of width K and Kv."""
     if kernel == "cpu":
         from ditkit.ops.block_sparse_attention import cpu
 

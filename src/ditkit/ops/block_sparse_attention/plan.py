@@ -1,4 +1,4 @@
-"""Which keys each query sees, block by block: what a pattern decides and every kernel executes.
+"""Block plans: the keys that each query sees, block by block, as a pattern decides and every kernel executes.
 
 Tokens are numbered as the model gives them; a plan may put them in another order, its slots, so that tokens which
 attend to each other lie in the same blocks. Kernels see slots only.
@@ -91,7 +91,7 @@ class BlockPlan:
 
     @property
     def density(self) -> float:
-        """What a kernel pays for, over dense attention of the tokens: without padding the share of blocks visited."""
+        """The share of dense attention that a kernel pays for; without padding, the share of blocks visited."""
         rows, columns = self.blocks
         share = self.visited / (self.batches * self.heads * rows * columns)
         return share * self.rows_ratio * (self.keys / self.tokens)
@@ -176,7 +176,7 @@ class BlockPlan:
         return tiles.view(self.batches, self.heads, rows, columns)
 
     def allowed(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether slots see each other, for index tensors that broadcast: FlexAttention's `mask_mod`.
+        """Return whether slots see each other, for index tensors that broadcast: FlexAttention's `mask_mod`.
 
         Within blocks that are visited; of others it says nothing.
         """
@@ -202,7 +202,7 @@ class BlockPlan:
         return {}
 
     def to(self, device: torch.device | str) -> BlockPlan:
-        """This plan with its tensors on `device`, copied once."""
+        """Return this plan with its tensors on `device`, copied once."""
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
@@ -218,7 +218,7 @@ class BlockPlan:
 
 
 def plan_of(handle: int) -> BlockPlan:
-    """The plan whose handle this is.
+    """Look up the plan of a handle.
 
     Raises:
         ConfigError: nobody keeps it any more.
@@ -230,7 +230,7 @@ def plan_of(handle: int) -> BlockPlan:
 
 
 def refuse_blind(plan: BlockPlan) -> BlockPlan:
-    """The plan, whose queries all see a key unless it says otherwise.
+    """Return the plan if its queries all see a key, or it is declared that some may not.
 
     Raises:
         ShapeError: a query sees none; its softmax would be over nothing.

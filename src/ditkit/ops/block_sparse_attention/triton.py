@@ -78,7 +78,7 @@ def backward(
     plan: BlockPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the scores: weight (d_out v^T - (d_out . out) + d_lse)."""
+    """Compute gradients; a score's is weight (d_out v^T - (d_out . out) + d_lse)."""
     q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
     inner = (d_out.float() * out.float()).sum(-1) - d_lse
     shift = (lse * LOG2_E.value).masked_fill(lse == -torch.inf, torch.inf)
@@ -134,7 +134,7 @@ def _store(X, head, rows, length, value, WIDTH: tl.constexpr, PADDED: tl.constex
 
 @triton.jit
 def _list(block, blocks, head, heads, batches, own):
-    """The list of a block: batch rows and heads beyond those with lists of their own share them."""
+    """Find the list of a block: batch rows and heads beyond those with lists of their own share them."""
     return ((head // heads % batches) * own + head % heads % own) * blocks + block
 
 
@@ -186,7 +186,7 @@ def _forward(
 
 @triton.jit
 def _add(top, total, out, scores, v, PRECISION: tl.constexpr):
-    """The running softmax of FlashAttention 2 (Dao 2023, algorithm 1), base 2, for rows that may see no key yet."""
+    """Update the running softmax of FlashAttention 2 in base 2 (Dao 2023, algorithm 1); rows may see no key yet."""
     new = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
     weight, keep = tl.exp2(scores - base[:, None]), tl.exp2(top - base)

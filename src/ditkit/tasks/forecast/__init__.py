@@ -1,1 +1,3 @@
-"""Forecasts: recipes, scores and figures."""
+"""Forecasts: the task, recipes, scores and figures."""
+
+from ditkit.tasks.forecast.task import ForecastTask as ForecastTask

@@ -17,76 +17,22 @@ from ditkit.core.model import Model
 from ditkit.data.clips import ClipSet
 from ditkit.data.fields import FieldSet, Parts, Scaling
 from ditkit.data.loading import load_clips, load_fields
-from ditkit.models.convlstm import ConvLSTMConfig
-from ditkit.models.predformer import PredFormerConfig
 from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_sheet
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.forecasting import Forecasting
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
 SQUARED_ERROR = Forecasting()
 
 
-@dataclass(frozen=True)
-class PredFormerNetwork:
-    """What of a PredFormer does not follow from the data.
-
-    Args:
-        frames: Observed, and said at once.
-        size: Height and width of a frame; fields keep their own grid, padded to whole patches.
-        patch: Side of a token.
-        width: Of a token's vector.
-        heads: Of attention.
-        hidden: Width of the gated MLP.
-        layout: Axis of each block, such as TSST*6, TS*12, S12T12 or F24.
-        attn_dropout: Of attention's output.
-        mlp_dropout: Of the gated MLP.
-        drop_path: Chance that a branch is left out in training.
-    """
-
-    frames: int
-    size: tuple[int, int]
-    patch: int
-    width: int
-    heads: int
-    hidden: int
-    layout: str
-    attn_dropout: float
-    mlp_dropout: float
-    drop_path: float
-
-
-@dataclass(frozen=True)
-class ConvLSTMNetwork:
-    """What of a ConvLSTM does not follow from the data.
-
-    Args:
-        frames: Observed, and said at once.
-        size: Height and width of a frame; fields keep their own grid, padded to whole patches.
-        patch: Side of the squares of pixels that become channels.
-        states: Channels of each layer.
-    """
-
-    frames: int
-    size: tuple[int, int]
-    patch: int
-    states: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ForecastRecipe(Recipe):
     """A network that says as many frames as it has seen, in one pass."""
 
-    then: ClassVar[str] = "ditkit forecast"
-    then_data: ClassVar[bool] = True
-    model: PredFormerConfig | ConvLSTMConfig
+    task: ClassVar[str] = "forecast"
     objective: Objective = SQUARED_ERROR
-
-    @property
-    def Network(self) -> type:  # type: ignore[override]
-        return PredFormerNetwork if isinstance(self.model, PredFormerConfig) else ConvLSTMNetwork
 
     def example(self, model: Model) -> tuple[Any, ...]:
         return (torch.empty(1, *model.sample_shape),)
@@ -109,14 +55,14 @@ class ClipForecastRecipe(ForecastRecipe):
             replace(self, model=replace(self.model, channels=clips.channels)), ForecastDataset(clips)
         )
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ForecastDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return (
             f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}], half of each observed"
         )
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, ForecastDataset)
         return partial(write_sheet, folder, partial(clip_examples, samples.clips, 0, self.model.frames))
 
@@ -145,12 +91,12 @@ class FieldForecastRecipe(ForecastRecipe):
         model = replace(self.model, channels=channels, size=(height, width))
         return Prepared(replace(self, model=model), samples, codec)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, Windows)
         fields = samples.fields
         return f"{len(fields)} steps of {list(fields.values.shape[1:])} ({', '.join(fields.variables)}) to train on"
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, Windows)
         frames = samples.frames
         return partial(write_sheet, folder, partial(field_examples, samples.fields, 0, frames, frames))

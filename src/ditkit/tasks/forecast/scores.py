@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ditkit.codecs.standardised import Standardised
+from ditkit.core.checkpoint import replacing
 from ditkit.core.codec import fingerprint
+from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
-from ditkit.core.numbers import integer
+from ditkit.core.task import Evaluation, Progress
 from ditkit.data.clips import ClipSet, spread
 from ditkit.data.fields import Parts
 from ditkit.data.loading import load_fields, load_held_out
@@ -33,14 +35,14 @@ from ditkit.metrics.video import frame_psnr_db, frame_ssim
 from ditkit.report.example import Example, lead_unit
 from ditkit.report.leadtime import LeadTimePlot
 from ditkit.sample.forecast import forecast
-from ditkit.tasks.forecast.figures import clip_examples, field_examples
+from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_pictures
 from ditkit.tasks.forecast.recipe import held_out
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Forecaster = Callable[[Tensor], Tensor]
-Progress = Callable[[int, int], None]  # (clips done, clips in all)
+Advance = Callable[[int, int], None]  # (clips done, clips in all)
 BRIGHTNESS = Quantity("brightness")
 
 
@@ -66,7 +68,7 @@ def score_clips(
     clips: ClipSet,
     observed: int,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, ClipForecastScore]:
     """Each model, then persistence, on the frames after the first `observed` of every clip.
 
@@ -92,7 +94,7 @@ def score_clips(
 
 @torch.no_grad()
 def _score(
-    make: Forecaster, clips: ClipSet, observed: int, batch_size: int, progress: Progress | None
+    make: Forecaster, clips: ClipSet, observed: int, batch_size: int, progress: Advance | None
 ) -> ClipForecastScore:
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -208,6 +210,60 @@ class FieldForecasts:
                 yield file_name(f"{name}-{example.variable}"), example
 
 
+@dataclass(frozen=True)
+class ForecastEvaluation(Evaluation):
+    """Forecasts of held-out data, their plot over lead time, and one of each model as pictures."""
+
+    found: ClipForecasts | FieldForecasts
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.found.as_dict()
+
+    def table(self) -> Table:
+        return self.found.table()
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> list[list[str]]:
+        with replacing(folder / "leadtime.png") as draft:
+            draft.write_bytes(self.found.plot().png())
+        return [
+            ["leadtime.png"],
+            *(write_pictures(folder, name, example) for name, example in self.found.examples()),
+        ]
+
+
+def evaluate_forecasts(
+    models: Mapping[str, Model],
+    data: str,
+    *,
+    options: Mapping[str, Any],
+    horizon: int | None = None,
+    count: int = 64,
+    validation: float = 0.1,
+    test: float = 0.2,
+    show: int = 0,
+    progress: Progress | None = None,
+) -> ForecastEvaluation:
+    """Forecast data that were not trained on, by each of some models and by what needs no model.
+
+    Args:
+        horizon: frames to forecast; None for the first model's own.
+        count: clips, at most; of fields, every window of the test part is forecast.
+        validation, test: of fields, the last parts in time, as in training.
+        show: number of the clip or window that is drawn.
+
+    Raises:
+        ConfigError: as `clip_forecasts` and `field_forecasts` do. DataError: the data are missing or damaged.
+    """
+    first = next(iter(models.values()))
+    horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    if forecasts_fields(models):
+        return ForecastEvaluation(field_forecasts(models, data, horizon, validation, test, show, options))
+    integer("--count", count, least=1)
+    stage = None if progress is None else partial(progress, "forecasting")
+    return ForecastEvaluation(clip_forecasts(models, data, horizon, count, show, options, stage))
+
+
 def forecasts_fields(models: Mapping[str, Model]) -> bool:
     """Whether the models forecast fields or series, rather than clips.
 
@@ -228,7 +284,7 @@ def clip_forecasts(
     count: int,
     show: int,
     options: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> ClipForecasts:
     """Models on at most `count` held-out clips of a set that has such a split, else of the whole set.
 

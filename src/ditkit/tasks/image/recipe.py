@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ditkit.api.generate import generate
 from ditkit.core.cond import Cond
+from ditkit.core.ddpm import DiscretePath
 from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
-from ditkit.models.dit import DiTConfig
-from ditkit.models.small_flux import SmallFluxConfig
 from ditkit.report.sheet import grid, write_png
+from ditkit.sample import Ddim, Euler
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -30,30 +30,9 @@ SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
 FLOW_MATCHING = Denoising()
 
 
-@dataclass(frozen=True)
-class ClassImageNetwork:
-    """What of a DiT does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        patch: Side of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-        label_dropout: Share of samples trained without their class.
-    """
-
-    size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    label_dropout: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClassImageRecipe(Recipe):
-    """A network that draws the classes of an image set: a DiT.
+    """A network that draws the classes of an image set.
 
     Args:
         data: a named set, a folder of class folders, or a folder of images with captions, which are trained as
@@ -66,8 +45,7 @@ class ClassImageRecipe(Recipe):
         "captions; those images are all trained as one class, named as the folder."
     )
     latent: ClassVar[bool] = True
-    Network: ClassVar[type] = ClassImageNetwork
-    model: DiTConfig | SmallFluxConfig
+    task: ClassVar[str] = "image"
     objective: Objective = FLOW_MATCHING
 
     def prepared(self) -> Prepared:
@@ -84,7 +62,7 @@ class ClassImageRecipe(Recipe):
         model = replace(self.model, channels=images.images.shape[1], classes=len(names), class_names=names)
         return replace(self, model=model)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images
         return (
@@ -99,37 +77,8 @@ class ClassImageRecipe(Recipe):
             Cond(label=torch.zeros(1, dtype=torch.long)),
         )
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         return partial(write_sheet, folder)
-
-
-@dataclass(frozen=True)
-class FluxNetwork:
-    """What of a small FLUX does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        width: Of a token's vector.
-        heads: Of attention.
-        depth: Number of blocks of two streams.
-        single_depth: Number of blocks of one stream.
-        label_dropout: Share of samples trained without their class.
-    """
-
-    size: int
-    width: int
-    heads: int
-    depth: int
-    single_depth: int
-    label_dropout: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class FluxImageRecipe(ClassImageRecipe):
-    """The same with diffusers' FLUX for a network."""
-
-    Network: ClassVar[type] = FluxNetwork
-    model: SmallFluxConfig
 
 
 class ClassDataset:
@@ -152,9 +101,10 @@ def write_sheet(folder: Path, model: Model, step: int) -> None:
     drawn = generate(
         model,
         labels,
-        range(SHEET_CLASSES * SHEET_EACH),
+        seeds=range(SHEET_CLASSES * SHEET_EACH),
         steps=SHEET_STEPS,
+        solver=Ddim() if isinstance(model.config.convention.make_path(), DiscretePath) else Euler(),
         batch_size=16,
         policies=model.policies,
     )
-    write_png(folder / f"{step:06d}.png", grid(drawn.images, columns=SHEET_EACH))
+    write_png(folder / f"{step:06d}.png", grid(drawn.samples, columns=SHEET_EACH))

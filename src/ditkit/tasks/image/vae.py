@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ditkit.codecs.image_vae import ImageVae, ImageVaeConfig
+from ditkit.bench.rows import NOTHING
+from ditkit.codecs.image_vae import ImageVae
+from ditkit.core.config import integer
+from ditkit.core.errors import ConfigError
+from ditkit.core.task import Evaluation, Progress
 from ditkit.data.loading import load_images
+from ditkit.metrics.error import picture_errors
 from ditkit.report.sheet import grid, write_png
 from ditkit.tasks.image.recipe import ClassDataset
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.autoencoding import Autoencoding
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.terms.latent_kl import LatentKL
 from ditkit.train.terms.regression import AbsoluteError
@@ -24,25 +30,6 @@ from ditkit.train.terms.regression import AbsoluteError
 LATENT_DIFFUSION = Autoencoding((AbsoluteError(), LatentKL()))
 SHEET_PICTURES = 8
 MEASURED_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class ImageVaeNetwork:
-    """What of an ImageVae does not follow from the data.
-
-    Args:
-        size: Height and width of a picture.
-        latent_channels: Of the latents.
-        widths: Channels of each level; between two levels the sides are halved.
-        layers: Residual blocks of a level.
-        groups: Of the normalisation; every width divides by it.
-    """
-
-    size: int
-    latent_channels: int
-    widths: tuple[int, ...]
-    layers: int
-    groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +42,8 @@ class ImageVaeRecipe(Recipe):
     """
 
     sources: ClassVar[str] = "A named set of images (emoji, fashion), or a folder of images."
-    then: ClassVar[str] = "ditkit train emoji --codec"
+    task: ClassVar[str] = "image-codec"
     has_sites: ClassVar[bool] = False
-    Network: ClassVar[type] = ImageVaeNetwork
-    model: ImageVaeConfig
     objective: Objective = LATENT_DIFFUSION
 
     def prepared(self) -> Prepared:
@@ -69,7 +54,7 @@ class ImageVaeRecipe(Recipe):
     def network(self) -> Any:
         return ImageVae(self.model)
 
-    def facts(self, samples: Samples) -> str:
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images.images
         return f"{len(images)} images {list(images.shape[1:])}, {images.nbytes / 1e6:.1f} MB in memory"
@@ -78,12 +63,12 @@ class ImageVaeRecipe(Recipe):
         shape = (self.model.channels, self.model.size, self.model.size)
         return torch.empty(1, *shape), torch.empty(1, *model.latent_shape(shape))
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, ClassDataset)
         places = torch.linspace(0, len(samples) - 1, min(SHEET_PICTURES, len(samples))).long()
         return partial(write_sheet, folder, samples.images.images_float(places))
 
-    def finish(self, model: Any, samples: Samples) -> None:
+    def finish(self, model: Any, samples: TrainingSet) -> None:
         """Measure the statistics of a trained codec, before it is saved."""
         assert isinstance(samples, ClassDataset)
         parts = torch.arange(len(samples)).split(MEASURED_AT_ONCE)
@@ -97,3 +82,68 @@ def write_sheet(folder: Path, pictures: Tensor, codec: ImageVae, step: int) -> N
     device = next(codec.parameters()).device
     again = codec.decode(codec.encode(pictures.to(device))).cpu()
     write_png(folder / f"{step:06d}.png", grid(torch.cat([pictures, again]), columns=len(pictures)))
+
+
+@dataclass(frozen=True, eq=False)
+class CodecEvaluation(Evaluation):
+    """Pictures and their reconstructions, [n, C, H, W], with the errors of all."""
+
+    pictures: Tensor
+    reconstructed: Tensor
+    count: int
+    psnr_db: float | None
+    ssim: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"pictures": self.count, "psnr_db": self.psnr_db, "ssim": self.ssim}
+
+    def table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        out = Table(
+            "PSNR, dB",
+            "SSIM",
+            title=f"{self.count} pictures, coded and decoded",
+            box=box.SIMPLE_HEAD,
+            min_width=40,
+        )
+        cells = [(self.psnr_db, 2), (self.ssim, 4)]
+        out.add_row(*(NOTHING if value is None else f"{value:.{digits}f}" for value, digits in cells))
+        return out
+
+    def save(self, folder: Path) -> list[list[str]]:
+        page = grid(torch.cat([self.pictures, self.reconstructed]), columns=len(self.pictures))
+        return [[write_png(folder / "sheet.png", page).name]]
+
+
+@torch.no_grad()
+def evaluate_codec(
+    codec: ImageVae,
+    data: str,
+    *,
+    options: Mapping[str, Any],
+    count: int = 1000,
+    progress: Progress | None = None,
+) -> CodecEvaluation:
+    """Measure how near pictures from all over a set come back from the mean of their latents.
+
+    Raises:
+        ConfigError: a number below 1, or pictures of other channels. DataError: the data are missing or damaged.
+    """
+    images = load_images(data, codec.config.size, **options)
+    if images.images.shape[1] != codec.config.channels:
+        raise ConfigError(
+            f"{data} has {images.images.shape[1]} channels, the codec takes {codec.config.channels}"
+        )
+    count = min(integer("count", count, least=1), len(images))
+    indices = torch.arange(count) * len(images) // count
+    pictures, again = images.images_float(indices), []
+    for part in pictures.split(MEASURED_AT_ONCE):
+        again.append(codec.decode(codec.encode(part)))
+        if progress is not None:
+            progress("reconstructing", sum(map(len, again)), count)
+    reconstructed = torch.cat(again)
+    found = picture_errors(reconstructed.clamp(-1, 1), pictures)
+    shown = slice(SHEET_PICTURES)
+    return CodecEvaluation(pictures[shown], reconstructed[shown], count, found["psnr_db"], found["ssim"])

@@ -1,1 +1,3 @@
-"""Clips: recipes, masks, scores and figures."""
+"""Clips: the task, recipes, masks, scores and figures."""
+
+from ditkit.tasks.video.task import VideoTask as VideoTask

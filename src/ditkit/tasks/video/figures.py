@@ -26,7 +26,7 @@ FILMED, ALONE, SHOWN = 4, 8, 2
 
 
 def write_films(folder: Path, done: Completed, fps: float) -> list[str]:
-    """MASK.gif, and MASK.mp4 where PyAV is installed: truth, given, made and baseline in a row; the file names.
+    """MASK.gif, and MASK.mp4 where PyAV is installed: truth, given, generated and baseline in a row; the file names.
 
     A GIF of more than 50 frames a second is slowed down to them.
 
@@ -34,42 +34,42 @@ def write_films(folder: Path, done: Completed, fps: float) -> list[str]:
         ConfigError: a file cannot be written, or there is no such `fps`.
     """
     if done.mask is None:
-        tiles = list(done.made[:ALONE])
-        film = side_by_side(tiles, [f"made {i + 1}" for i in range(len(tiles))])
+        tiles = list(done.generated[:ALONE])
+        film = side_by_side(tiles, [f"generated {i + 1}" for i in range(len(tiles))])
     else:
         film = _beside_the_truth(done)
-    return write_film(folder, done.scores.mask, film, fps)
+    return write_film(folder, done.kind.name, film, fps)
 
 
 def write_strips(folder: Path, done: Completed) -> str:
-    """MASK.png, the frames of two clips: truth, made and baseline, each with its error below; its name.
+    """MASK.png, the frames of two clips: truth, generated and baseline, each with its error below; its name.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     if done.mask is None:
-        pages = [strip({f"made {i + 1}": clip for i, clip in enumerate(done.made[:FILMED])})]
+        pages = [strip({f"generated {i + 1}": clip for i, clip in enumerate(done.generated[:FILMED])})]
     else:
-        pages = [_strip(done, i) for i in range(min(SHOWN, len(done.made)))]
-    with replacing(folder / f"{done.scores.mask}.png") as draft:
+        pages = [_strip(done, i) for i in range(min(SHOWN, len(done.generated)))]
+    with replacing(folder / f"{done.kind.name}.png") as draft:
         draft.write_bytes(png(below_each_other(pages)))
-    return f"{done.scores.mask}.png"
+    return f"{done.kind.name}.png"
 
 
 def leadtime(scores: MaskScores) -> LeadTimePlot | None:
     """PSNR of predicted frames; None where a curve has no finite point, as for clips that stand still."""
     if scores.model is None or scores.baseline is None:
         return None
-    made = [t for t, ssim in enumerate(scores.model.ssim_by_frame) if ssim is not None]
+    frames = [t for t, ssim in enumerate(scores.model.ssim_by_frame) if ssim is not None]
     curves = {
-        name: [math.nan if (value := of.psnr_db_by_frame[t]) is None else value for t in made]
+        name: [math.nan if (value := of.psnr_db_by_frame[t]) is None else value for t in frames]
         for name, of in (("model", scores.model), (REPEATED, scores.baseline))
     }
     if any(all(map(math.isnan, curve)) for curve in curves.values()):
         return None
     return LeadTimePlot(
         curves=curves,
-        lead=[t - made[0] + 1 for t in made],
+        lead=[t - frames[0] + 1 for t in frames],
         error="PSNR, dB (higher is better)",
         unit="frames",
         title=f"Predicted frames of {scores.clips} clips",
@@ -78,13 +78,13 @@ def leadtime(scores: MaskScores) -> LeadTimePlot | None:
 
 
 def _beside_the_truth(done: Completed) -> Tensor:
-    """Truth, given, made and baseline of the first clips; what was given is outlined, the rest of its tile black."""
+    """Truth, given, generated and baseline of the first clips; given content is outlined, its tile else black."""
     assert done.truth is not None and done.baseline is not None and done.mask is not None
     given = done.truth.masked_fill(done.mask, -1)
-    rows = {"truth": done.truth, GIVEN: given, "made": done.made, "baseline": done.baseline}
-    scale = scale_of(done.made.shape[-2], done.made.shape[-1], len(rows))
+    rows = {"truth": done.truth, GIVEN: given, "generated": done.generated, "baseline": done.baseline}
+    scale = scale_of(done.generated.shape[-2], done.generated.shape[-1], len(rows))
     tiles = []
-    for i in range(min(FILMED, len(done.made))):
+    for i in range(min(FILMED, len(done.generated))):
         for name, clips in rows.items():
             tile = enlarged(as_frames(clips[i]).expand(-1, 3, -1, -1), scale)
             tiles.append(outlined(tile, ~done.mask[i, 0]) if name == GIVEN else tile)
@@ -94,10 +94,10 @@ def _beside_the_truth(done: Completed) -> Tensor:
 def _strip(done: Completed, i: int) -> Image.Image:
     assert done.truth is not None and done.baseline is not None and done.mask is not None
     one, mask = slice(i, i + 1), done.mask[i]
-    made = {"made": done.made, "baseline": done.baseline}
+    by = {"generated": done.generated, "baseline": done.baseline}
     notes = {}
-    for name, clips in made.items():
+    for name, clips in by.items():
         psnr = pooled_psnr_db(clips[one].clamp(-1, 1), done.truth[one], done.mask[one])
-        notes[name] = ["equal to the truth" if psnr is None else f"{psnr:.2f} dB over what was made"]
-    rows = {name: clips[i].clamp(-1, 1) for name, clips in {"truth": done.truth, **made}.items()}
-    return strip(rows, masks=dict.fromkeys(made, mask), errors_to="truth", notes=notes)
+        notes[name] = ["equal to the truth" if psnr is None else f"{psnr:.2f} dB over what was generated"]
+    rows = {name: clips[i].clamp(-1, 1) for name, clips in {"truth": done.truth, **by}.items()}
+    return strip(rows, masks=dict.fromkeys(by, mask), errors_to="truth", notes=notes)

@@ -1,6 +1,6 @@
-"""What of a clip is given and what is to be made: the tasks of one masked video model (VDT, section 3.3).
+"""Masks: the part of a clip that is given, and the part to generate, as one video model learns (VDT, section 3.3).
 
-A mask is bool [1, T, H, W] on the grid of the network's input, true where content is to be made.
+A mask is bool [1, T, H, W] on the grid of the network's input, true where content is to be generated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ditkit.core.config import Checked, Fraction
 from ditkit.core.errors import ConfigError, unknown
 
 Size = tuple[int, int, int]
@@ -22,22 +23,28 @@ SMALLEST, ASPECT = 4, 0.3
 TRIMMED = 3
 """Most frames at either end of a clip that `region` gives whole."""
 HIDDEN = 0.8
-"""Chance of a frame to be made in `random-frames`."""
+"""Chance of a frame to be generated in `random-frames`."""
 
 
 @dataclass(frozen=True)
 class MaskKind:
-    """A task, as the masks that stand for it.
+    """Masks of one kind: which part of a clip is given.
 
     Args:
+        gives: the part of a clip that is given, for a person.
         draw: from (T, H, W) and a CPU generator to the mask, bool [1, T, H, W].
-        frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be made.
+        frames, cells: the fewest frames, and cells of a frame, of which it leaves some given and some to be generated.
+        gives_nothing: whether all of a clip is generated.
+        predicts: whether frames follow those that are given, so that their errors have a lead time.
     """
 
     name: str
+    gives: str
     draw: Callable[[Size, Generator], Tensor]
     frames: int = 2
     cells: int = 1
+    gives_nothing: bool = False
+    predicts: bool = False
 
     def fits(self, size: Size) -> bool:
         return size[0] >= self.frames and size[1] * size[2] >= self.cells
@@ -73,11 +80,11 @@ def _single_frame(size: Size, generator: Generator) -> Tensor:
 
 
 def _random_frames(size: Size, generator: Generator) -> Tensor:
-    """Drawn again until a frame is given and one is to be made: at 16 frames, once in 36 times."""
-    made = torch.ones(size[0], dtype=torch.bool)
-    while made.all() or not made.any():
-        made = torch.rand(size[0], generator=generator) < HIDDEN
-    return made[None, :, None, None].expand(1, *size).clone()
+    """Drawn again until a frame is given and one is to be generated: at 16 frames, once in 36 times."""
+    hidden = torch.ones(size[0], dtype=torch.bool)
+    while hidden.all() or not hidden.any():
+        hidden = torch.rand(size[0], generator=generator) < HIDDEN
+    return hidden[None, :, None, None].expand(1, *size).clone()
 
 
 def _region(size: Size, generator: Generator) -> Tensor:
@@ -127,21 +134,28 @@ def _uniform(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
+UNCONDITIONAL = MaskKind("unconditional", "nothing", _frames(lambda T: []), frames=1, gives_nothing=True)
 KINDS: Mapping[str, MaskKind] = {
     kind.name: kind
     for kind in (
-        MaskKind("unconditional", _frames(lambda T: []), frames=1),
-        MaskKind("predict", _frames(lambda T: range(T // 2))),
-        MaskKind("backward", _frames(lambda T: range(T - T // 2, T))),
-        MaskKind("interpolate", _frames(lambda T: range(0, T, 4))),
-        MaskKind("single-frame", _single_frame),
-        MaskKind("random-frames", _random_frames),
-        MaskKind("region", _region, frames=1, cells=2),
-        MaskKind("first-frame", _frames(lambda T: [0])),
-        MaskKind("first-last", _frames(lambda T: [0, T - 1]), frames=3),
+        UNCONDITIONAL,
+        MaskKind("predict", "the first half of the frames", _frames(lambda T: range(T // 2)), predicts=True),
+        MaskKind("backward", "the last half", _frames(lambda T: range(T - T // 2, T))),
+        MaskKind("interpolate", "every fourth frame", _frames(lambda T: range(0, T, 4))),
+        MaskKind("single-frame", "one frame, any", _single_frame),
+        MaskKind("random-frames", "some frames", _random_frames),
+        MaskKind(
+            "region", "half of the picture, and a few whole frames at the ends", _region, frames=1, cells=2
+        ),
+        MaskKind("first-frame", "the first frame", _frames(lambda T: [0])),
+        MaskKind("first-last", "the first frame and the last", _frames(lambda T: [0, T - 1]), frames=3),
     )
 }
-"""Every task by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""
+"""Every kind by name; the last two are not among the paper's training tasks (image animation, and inbetweening)."""
+
+PREDICT = KINDS["predict"]
+LEARNED = ("predict", "backward", "interpolate", "single-frame", "random-frames", "region")
+"""Kinds that a model is evaluated under by default, with `unconditional`."""
 
 TEMPORAL = ("predict", "backward", "interpolate", "unconditional", "single-frame", "random-frames")
 """The paper's training tasks on whole frames."""
@@ -159,7 +173,7 @@ def mask_kind(name: str) -> MaskKind:
 
 
 @dataclass(frozen=True)
-class MaskMixture:
+class MaskMixture(Checked):
     """A task for each training sample: `region` with its chance, else one of `frames`, all alike (VDT's code).
 
     The code draws one mask a batch; here every sample has its own. Tasks that a clip is too short for are
@@ -169,12 +183,11 @@ class MaskMixture:
         region: chance of the task "region". frames: names of the other tasks.
     """
 
-    region: float = 0.2
+    region: Fraction = 0.2
     frames: tuple[str, ...] = TEMPORAL
 
     def __post_init__(self) -> None:
-        if not 0 <= self.region <= 1:
-            raise ConfigError(f"MaskMixture: region={self.region} should lie in [0, 1]")
+        super().__post_init__()
         if not self.frames and self.region < 1:
             raise ConfigError(f"MaskMixture: region={self.region} without other frames, expected 1")
         for name in self.frames:

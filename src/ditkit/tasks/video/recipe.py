@@ -14,20 +14,19 @@ from torch import Tensor
 from ditkit.api.generate import generate
 from ditkit.core.checkpoint import replacing
 from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
+from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, Model
-from ditkit.data.clips import ClipSet
+from ditkit.data.clips import ClipSet, LabelledClips, class_labels
 from ditkit.data.loading import load_clips
-from ditkit.models.vdt import VDTConfig
-from ditkit.models.video_dit import VideoDiTConfig
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
-from ditkit.sample.workload import UNCONDITIONED
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
-from ditkit.tasks.video.masks import MaskMixture, mask_kind
+from ditkit.tasks.video.masks import KINDS, MaskKind, MaskMixture
 from ditkit.train.denoising import Denoising
-from ditkit.train.loop import Samples, Sheet
+from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
@@ -36,63 +35,19 @@ EVERY_MASK = MaskMixture()
 SHEET_KINDS, SHEET_STEPS = ("predict", "backward", "interpolate", "region", "unconditional"), 25
 
 
-@dataclass(frozen=True)
-class VideoNetwork:
-    """What of a VDT does not follow from the data.
-
-    Args:
-        frames: Of a clip.
-        size: Height and width of a frame.
-        patch: Side of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-    """
-
-    frames: int
-    size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-
-
-@dataclass(frozen=True)
-class FullVideoNetwork:
-    """What of a video DiT does not follow from the data.
-
-    Args:
-        frames: Of a clip.
-        size: Height and width of a frame.
-        patch: Frames, height and width of a token.
-        width: Of a token's vector.
-        depth: Number of blocks.
-        heads: Of attention.
-    """
-
-    frames: int
-    size: int
-    patch: tuple[int, int, int]
-    width: int
-    depth: int
-    heads: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class VideoRecipe(Recipe):
     """A network that makes clips, or the missing part of them.
 
     Args:
         data: a named set of clips, or a folder of video files. options: of its loader, beside size and frames.
-        model: its channels are taken from the data.
+        model: its channels are taken from the data; of clips with labels, its classes and their names too.
         masks: what of a training clip is given and what is to be made.
     """
 
     sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
-    then: ClassVar[str] = "ditkit video"
+    task: ClassVar[str] = "video"
     latent: ClassVar[bool] = True
-    Network: ClassVar[type] = VideoNetwork
-    model: VDTConfig | VideoDiTConfig
     objective: Objective = FLOW_MATCHING
     masks: MaskMixture = EVERY_MASK
 
@@ -100,31 +55,40 @@ class VideoRecipe(Recipe):
         codec = load_codec(self.codec)
         clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
         channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
-        model = replace(self.model, channels=channels, size=(size[0], size[1]))
+        model = replace(self.model, channels=channels, size=(size[0], size[1]), **self._classes(clips))
         return Prepared(replace(self, model=model), coded(MaskedClipDataset(clips, self.masks), codec), codec)
 
-    def facts(self, samples: Samples) -> str:
+    def _classes(self, clips: ClipSet) -> dict[str, Any]:
+        """Return the model's fields on classes, as clips with labels decide them.
+
+        Raises:
+            ConfigError: the network takes classes, and the clips have none.
+        """
+        names = clips.classes if isinstance(clips, LabelledClips) else ()
+        if not names and self.model.classes > 1:  # a VDT of one class takes no labels
+            raise ConfigError(
+                f"{self.data}: its clips have no labels, the network has {self.model.classes} classes; "
+                "try: --option labels=true"
+            )
+        return {"classes": len(names), "class_names": names} if names else {}
+
+    def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, MaskedClipDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
 
     def example(self, model: Model) -> tuple[Any, ...]:
-        return torch.empty(1, *model.sample_shape), torch.empty(1), Cond()
+        label = torch.zeros(1, dtype=torch.int64) if model.config.classes else None
+        return torch.empty(1, *model.sample_shape), torch.empty(1), Cond(label=label)
 
-    def sheet(self, folder: Path, samples: Samples) -> Sheet:
+    def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, MaskedClipDataset)
-        return partial(write_strips, folder, samples.clips.clips(torch.tensor([0])))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullVideoRecipe(VideoRecipe):
-    """The same for a video DiT, whose tokens may span several frames."""
-
-    Network: ClassVar[type] = FullVideoNetwork
+        first = torch.tensor([0])
+        return partial(write_strips, folder, samples.clips.clips(first), label=samples.label(first))
 
 
 class MaskedClipDataset:
-    """Clips as training samples, each with a mask of its own."""
+    """Clips as training samples, each with a mask of its own, and with its class where they have one."""
 
     def __init__(self, clips: ClipSet, masks: MaskMixture) -> None:
         self.clips, self.masks = clips, masks
@@ -135,37 +99,51 @@ class MaskedClipDataset:
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         clips = self.clips.clips(indices)
         size = clips.shape[2], clips.shape[3], clips.shape[4]
-        return clips, Cond(context=clips, mask=self.masks.masks(size, list(rng.of_data())))
+        mask = self.masks.masks(size, list(rng.of_data()))
+        return clips, Cond(label=self.label(indices), context=clips, mask=mask)
+
+    def label(self, indices: Tensor) -> Tensor | None:
+        """The class of each chosen clip, int64 [n]; None where they have none."""
+        labelled = isinstance(self.clips, LabelledClips) and self.clips.classes
+        return class_labels(self.clips, indices) if labelled else None
 
 
-def conditioned(clips: Tensor, kind: str, seeds: Sequence[int]) -> Cond:
-    """Clips [B, C, T, H, W] told in part: what a mask of this kind leaves, drawn by one seed a clip.
+def labels_for(model: Model, clips: ClipSet) -> Tensor | None:
+    """Return the class of each clip of a set, int64 [n], for a model of the same classes; None for any other."""
+    if not isinstance(clips, LabelledClips) or not clips.classes or clips.classes != class_names(model):
+        return None
+    return clips.class_labels(torch.arange(len(clips)))
+
+
+def conditioned(clips: Tensor, kind: MaskKind, seeds: Sequence[int], label: Tensor | None = None) -> Cond:
+    """Give of clips [B, C, T, H, W] what masks of this kind leave, drawn by one seed a clip, and `label` [B].
 
     Raises:
-        ConfigError: an unknown kind, a clip too short for it, or not one distinct seed a clip.
+        ConfigError: a clip too short for it, or not one distinct seed a clip.
     """
     size = clips.shape[2], clips.shape[3], clips.shape[4]
-    task, generators = mask_kind(kind), [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
-    return Cond(context=clips, mask=torch.stack([task(size, g) for g in generators]))
+    generators = [torch.Generator().manual_seed(seed) for seed in distinct(seeds)]
+    return Cond(label=label, context=clips, mask=torch.stack([kind(size, g) for g in generators]))
 
 
-def write_strips(folder: Path, clip: Tensor, model: Denoiser, step: int) -> None:
-    """What the model makes of one clip [1, C, T, H, W] under the masks that fit it, as `folder`/STEP.png."""
+def write_strips(
+    folder: Path, clip: Tensor, model: Denoiser, step: int, *, label: Tensor | None = None
+) -> None:
+    """Write one clip [1, C, T, H, W] as the model completes it under the masks that fit it, as `folder`/STEP.png."""
     rows, masks = {"the clip": clip[0]}, {}
     size = clip.shape[2], clip.shape[3], clip.shape[4]
-    for kind in (kind for kind in SHEET_KINDS if mask_kind(kind).fits(size)):
-        cond = conditioned(clip, kind, [0])
+    for kind in (KINDS[name] for name in SHEET_KINDS if KINDS[name].fits(size)):
+        cond = conditioned(clip, kind, [0], label)
         assert cond.mask is not None
-        masks[kind] = cond.mask[0]
-        rows[kind] = generate(
+        masks[kind.name] = cond.mask[0]
+        rows[kind.name] = generate(
             model,
-            seeds=[0],
+            cond=Cond(label=label) if kind.gives_nothing else cond,
+            shape=clip.shape[1:],
             steps=SHEET_STEPS,
             guidance=1.0,
-            cond=UNCONDITIONED if cond.mask.all() else cond,
-            shape=clip.shape[1:],
             policies=model.policies,
-        ).images[0]
+        ).samples[0]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:
         draft.write_bytes(png(strip(rows, masks=masks)))

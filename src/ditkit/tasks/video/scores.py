@@ -1,9 +1,9 @@
-"""What a model makes of clips that it is told in part, beside what anybody can do without one."""
+"""Scores of clips that are given in part and completed, beside a baseline that needs no model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -12,37 +12,40 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from ditkit.api.generate import Generated, generate
+from ditkit.api.generate import generate
 from ditkit.bench.rows import NOTHING
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
+from ditkit.core.task import Progress
 from ditkit.metrics.baselines import blended
 from ditkit.metrics.error import finite, pooled_psnr_db
 from ditkit.metrics.features import EfficientNetLite0
 from ditkit.metrics.perceptual import FEATURE_DISTANCE, ClipDistance, ClipFeature, frame_feature_distance
 from ditkit.metrics.video import frame_psnr_db, frame_ssim, temporal_relative_l2
+from ditkit.sample import Samples, Sampling, Unguided
+from ditkit.tasks.video.masks import UNCONDITIONAL, MaskKind
 from ditkit.tasks.video.recipe import conditioned
+from ditkit.tasks.video.task import VideoTask
 
-UNCONDITIONAL = "unconditional"
 CLIP_FEATURE = ClipFeature()
 COLUMNS = {"psnr_db": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "temporal_error": ("temporal error", 3)}
 FEATURE_COLUMN = {"feature_distance": ("features", 3)}
 """Head and digits by score."""
 EXPLAINED = (
-    "Frames as they are shown, over what was made of them; PSNR of the squared error of all clips together. "
+    "Frames as they are shown, over what was generated of them; PSNR of the squared error of all clips together. "
     "temporal error: relative L2 of the differences between frames, 1 for standing still. "
     "baseline: the nearest given frame, or a linear blend of the two around the gap."
 )
-Progress = Callable[[str, int, int], None]  # (what is being done, so many done, so many in all)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Distances between clips and the truth, over what was made; None where there is no finite number.
+    """Distances between clips and the truth, over what was generated; None where there is no finite number.
 
     Args:
-        psnr_db: of the squared error averaged over the made pixels of all clips.
-        ssim: averaged over the frames of which something was made, in each over what was made.
+        psnr_db: of the squared error averaged over the generated pixels of all clips.
+        ssim: averaged over the frames of which something was generated, in each over what was generated.
         temporal_error: ||dx - dref|| / ||dref|| of the frame differences of all clips; 1 for standing still.
         feature_distance: `FEATURE_DISTANCE`, averaged over the same frames as whole pictures, if asked for.
         psnr_db_by_frame, ssim_by_frame: the same at each of the T frames.
@@ -56,8 +59,10 @@ class Scores:
     ssim_by_frame: tuple[float | None, ...]
 
     @classmethod
-    def of(cls, clips: Tensor, truth: Tensor, mask: Tensor, network: EfficientNetLite0 | None = None) -> Self:
-        """Of clips [B, C, T, H, W] and a mask [B, 1, T, H, W], true where they were made.
+    def of(
+        cls, clips: Tensor, truth: Tensor, mask: Tensor, extractor: EfficientNetLite0 | None = None
+    ) -> Self:
+        """Of clips [B, C, T, H, W] and a mask [B, 1, T, H, W], true where they were generated.
 
         Raises:
             ShapeError, DataError: as `ditkit.metrics.video` does.
@@ -65,8 +70,8 @@ class Scores:
         joined = [_joined(x) for x in (clips, truth, mask)]
         similarity = frame_ssim(clips, truth, mask)  # [B, T]
         features = None
-        if network is not None:
-            distance = frame_feature_distance(network, clips, truth)  # [B, T]
+        if extractor is not None:
+            distance = frame_feature_distance(extractor, clips, truth)  # [B, T]
             features = float(distance[mask.any((1, 3, 4))].mean())
         return cls(
             psnr_db=pooled_psnr_db(clips, truth, mask),
@@ -80,7 +85,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class MaskScores:
-    """What masks of one kind gave.
+    """Scores of the clips under one kind of mask.
 
     Args:
         model, baseline: None where nothing was given, so that there is no truth to compare with.
@@ -104,14 +109,24 @@ class Completed:
     """The clips behind `scores`, [B, C, T, H, W].
 
     Args:
-        truth, baseline, mask: None where nothing was given. mask: bool [B, 1, T, H, W], true where content was made.
+        truth, baseline, mask: None where nothing was given. mask: bool [B, 1, T, H, W], true where generated.
     """
 
+    kind: MaskKind
     scores: MaskScores
-    made: Tensor
+    generated: Tensor
     truth: Tensor | None = None
     baseline: Tensor | None = None
     mask: Tensor | None = None
+
+    def first(self, count: int) -> Self:
+        """Return the first clips alone, with the scores of all."""
+        kept = {
+            name: value[:count].clone()
+            for name in ("generated", "truth", "baseline", "mask")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class VideoScores:
         out = Table(
             box=box.SIMPLE_HEAD, caption="\n".join(about), caption_justify="left", padding=(0, 1, 0, 0)
         )
-        for head in ("mask", "clips", "made by"):
+        for head in ("mask", "clips", "from"):
             out.add_column(head, no_wrap=True)
         for head, _ in columns.values():
             out.add_column(head, justify="right", no_wrap=True)
@@ -157,86 +172,127 @@ class VideoScores:
 def complete(
     model: Denoiser,
     clips: Tensor,
-    mask: str,
-    seeds: Sequence[int],
+    kind: MaskKind,
     *,
-    network: EfficientNetLite0 | None = None,
+    label: Tensor | None = None,
+    sampling: Sampling = Sampling(guidance=Unguided()),
+    extractor: EfficientNetLite0 | None = None,
     progress: Progress | None = None,
-    **drawing: Any,
+    **changes: Any,
 ) -> Completed:
-    """Clips [B, C, T, H, W] made again from what masks of this kind leave of them, one seed a clip.
+    """Generate again what masks of this kind leave out of clips [B, C, T, H, W], one seed a clip.
 
     Args:
-        network: asks for the feature distance.
-        drawing: options of `generate`, such as steps and policies; there is no guidance unless it is asked for.
+        label: the class of each clip, int64 [B], for a model of classes.
+        sampling, changes: the settings, and words of `Sampling` that differ; by default there is no guidance.
+        extractor: of the features of the feature distance, which is measured if it is there.
 
     Raises:
-        ConfigError: an unknown mask, one that gives nothing, or a clip too short for it. As `generate` does.
+        ConfigError: a mask that gives nothing, or a clip too short for it. As `generate` does.
     """
-    cond = conditioned(clips, mask, seeds)
+    if kind.gives_nothing:
+        raise ConfigError(
+            f"mask {kind.name!r} gives nothing of a clip, expected one that does; see `imagine`"
+        )
+    sampling = sampling.changed(**changes)
+    cond = conditioned(clips, kind, sampling.seeds, label)
     assert cond.mask is not None
-    if cond.mask.all():
-        raise ConfigError(f"mask {mask!r} gives nothing of a clip, expected one that does; see `imagine`")
     baseline = blended(clips, cond.mask)
-    plain = Scores.of(baseline, clips, cond.mask, network)
-    drawn = _drawn(model, seeds, mask, progress, cond=cond, **drawing)
-    _check_given(drawn.images, clips, cond.mask)
-    near = Scores.of(drawn.images.clamp(-1, 1), clips, cond.mask, network)
-    return Completed(_scores(mask, drawn, near, plain), drawn.images, clips, baseline, cond.mask)
+    plain = Scores.of(baseline, clips, cond.mask, extractor)
+    drawn = generate(model, cond=cond, sampling=sampling, progress=_stage(progress, kind))
+    _check_given(drawn.samples, clips, cond.mask)
+    near = Scores.of(drawn.samples.clamp(-1, 1), clips, cond.mask, extractor)
+    return Completed(kind, _scores(kind, drawn, near, plain), drawn.samples, clips, baseline, cond.mask)
 
 
 def imagine(
     model: Denoiser,
     shape: Sequence[int],
-    seeds: Sequence[int],
     *,
+    label: Tensor | None = None,
+    sampling: Sampling = Sampling(guidance=Unguided()),
     real: Tensor | None = None,
-    network: EfficientNetLite0 | None = None,
+    extractor: EfficientNetLite0 | None = None,
     progress: Progress | None = None,
-    **drawing: Any,
+    **changes: Any,
 ) -> Completed:
-    """Clips of `shape` (C, T, H, W) of which nothing is given, one a seed.
+    """Generate clips of `shape` (C, T, H, W) of which nothing is given, one a seed.
 
     Args:
-        real: clips [B, C, T, H, W] to measure the Frechet distance to, with the features of `network`; it needs
+        label: as of `complete`.
+        sampling, changes: as of `complete`; guidance that no other network takes part in has nothing to favour.
+        real: clips [B, C, T, H, W] to measure the Frechet distance to, with the features of `extractor`; it needs
             `CLIP_FEATURE.clips_needed` of either, and fewer are not measured.
 
     Raises:
         As `generate` does.
     """
-    drawn = _drawn(model, seeds, UNCONDITIONAL, progress, shape=shape, **drawing)
-    frechet = None
-    if network is not None and real is not None and min(len(real), len(seeds)) >= CLIP_FEATURE.clips_needed:
+    drawn = generate(
+        model,
+        cond=Cond(label=label),
+        shape=shape,
+        sampling=sampling,
+        progress=_stage(progress, UNCONDITIONAL),
+        **changes,
+    )
+    frechet, count = None, len(drawn.seeds)
+    if extractor is not None and real is not None and min(len(real), count) >= CLIP_FEATURE.clips_needed:
         tell = None if progress is None else partial(progress, "features")
         features = [
-            CLIP_FEATURE.extract(network, x, progress=tell) for x in (real, drawn.images.clamp(-1, 1))
+            CLIP_FEATURE.extract(extractor, x, progress=tell) for x in (real, drawn.samples.clamp(-1, 1))
         ]
         frechet = CLIP_FEATURE.distance(*features)
-    return Completed(_scores(UNCONDITIONAL, drawn, frechet=frechet), drawn.images)
+    return Completed(UNCONDITIONAL, _scores(UNCONDITIONAL, drawn, frechet=frechet), drawn.samples)
 
 
-def _drawn(
-    model: Denoiser, seeds: Sequence[int], mask: str, progress: Progress | None, **drawing: Any
-) -> Generated:
-    tell = None if progress is None else partial(progress, f"drawing, {mask}")
-    return generate(model, seeds=seeds, progress=tell, **{"guidance": 1.0, **drawing})
+def score(
+    model: Denoiser,
+    kind: MaskKind,
+    truth: Tensor | None,
+    shape: Sequence[int],
+    *,
+    sampling: Sampling,
+    label: Tensor | None = None,
+    extractor: EfficientNetLite0 | None = None,
+    progress: Progress | None = None,
+) -> Completed:
+    """Generate clips under one kind of mask; where nothing is given, only a class or another network can guide.
+
+    Args:
+        truth: clips of `shape`, None only for a mask that gives nothing.
+        label: the class of each clip, int64 [n], for a model of classes.
+    """
+    if not kind.gives_nothing:
+        assert truth is not None  # the caller has refused other kinds without data
+        return complete(
+            model, truth, kind, label=label, sampling=sampling, extractor=extractor, progress=progress
+        )
+    if label is None:
+        sampling = VideoTask().settle(sampling)
+    return imagine(
+        model, shape, label=label, sampling=sampling, real=truth, extractor=extractor, progress=progress
+    )
 
 
-def _check_given(made: Tensor, clips: Tensor, mask: Tensor) -> None:
+def _stage(progress: Progress | None, kind: MaskKind) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, f"drawing, {kind.name}")
+
+
+def _check_given(generated: Tensor, clips: Tensor, mask: Tensor) -> None:
     """What was given comes out as it went in, to the bit."""
     given = ~mask.expand_as(clips)
-    assert torch.equal(made[given].view(torch.int32), clips[given].view(torch.int32))
+    assert torch.equal(generated[given].view(torch.int32), clips[given].view(torch.int32))
 
 
 def _scores(
-    mask: str,
-    drawn: Generated,
+    kind: MaskKind,
+    drawn: Samples,
     model: Scores | None = None,
     baseline: Scores | None = None,
     frechet: ClipDistance | None = None,
 ) -> MaskScores:
     return MaskScores(
-        mask=mask,
+        mask=kind.name,
         clips=len(drawn.seeds),
         model=model,
         baseline=baseline,
@@ -244,7 +300,7 @@ def _scores(
         seconds=drawn.seconds,
         evaluations=drawn.evaluations,
         policy_bytes=drawn.policy_bytes,
-        receipts=drawn.receipts,
+        receipts=tuple(receipt.as_dict() for receipt in drawn.receipts),
     )
 
 

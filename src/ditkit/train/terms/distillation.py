@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError
+from ditkit.core.config import Count, Natural
 from ditkit.core.model import Model
 from ditkit.core.run import Site, attended
 from ditkit.train.objective import Batch, Term
@@ -44,15 +44,8 @@ class AttentionDistillation(Term):
 
     teacher: ClassVar[Teacher] = SelfTeacher()  # type: ignore[misc]
     weight: Weight = 0.5
-    every: int = 4
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("first", 0)):
-            if type(given := getattr(self, name)) is not int or given < least:
-                raise ConfigError(
-                    f"AttentionDistillation: {name}={given!r}, expected an integer of at least {least}"
-                )
+    every: Count = 4
+    first: Natural = 0
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
         places = enumerate(attended(sites))

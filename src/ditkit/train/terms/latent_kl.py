@@ -10,6 +10,7 @@ from ditkit.core.codec import VariationalCodec
 from ditkit.core.model import Model
 from ditkit.train.autoencoding import CodedBatch
 from ditkit.train.objective import Term
+from ditkit.train.schedules import Weight
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LatentKL(Term):
     Latent diffusion sums both this and the reconstruction error over a sample: its weight, 1e-6, means the same here.
     """
 
-    weight: float = 1e-6
+    weight: Weight = 1e-6
 
     def check(self, model: Model) -> str:
         return (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ditkit.train.objective import Batch, Term
+from ditkit.train.schedules import Weight
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Regression(Term):
     eq. 14); on score it is weighted to be that too. The mean is over all elements, given ones counted as 0 (VDT).
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def loss(self, batch: Batch) -> Tensor:
         return batch.counted(batch.residual()).square().flatten(1).mean(1)
@@ -28,7 +29,7 @@ class AbsoluteError(Term):
     """mean |target - prediction| (arXiv 2112.10752, section G). The mean is over all elements, given ones counted
     as 0."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def loss(self, batch: Batch) -> Tensor:
         return batch.counted(batch.residual()).abs().flatten(1).mean(1)

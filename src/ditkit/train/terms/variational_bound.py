@@ -14,6 +14,7 @@ from ditkit.core.ddpm import DiscretePath
 from ditkit.core.model import Model
 from ditkit.train.denoising import NoisyBatch
 from ditkit.train.objective import Term
+from ditkit.train.schedules import Weight
 
 HALF_BIN = 1 / 255
 """Half the distance between two of the 256 values in [-1, 1]."""
@@ -30,12 +31,12 @@ class VariationalBound(Term):
         on_given: learn the variance of given content too, which the network sees without noise (VDT's code does).
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     on_given: bool = False
 
     def check(self, model: Model) -> str:
         convention = model.config.convention
-        if convention.path == "ddpm" and convention.extra == "variance":
+        if convention.discrete and convention.extra == "variance":
             return ""
         given = f"path={convention.path!r} and extra={convention.extra!r}"
         return f"a learned variance, path='ddpm' and extra='variance'; the model has {given}"

@@ -1,0 +1,1 @@
+"""Graphs of events: later links, and the state of nodes."""
