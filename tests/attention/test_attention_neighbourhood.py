@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log, sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from ditkit.attention.neighbourhood import Neighbourhood, Pooling, cells
 from ditkit.attention.pattern import cached_plan
+from ditkit.core.checkpoint import read_metadata, read_state, write_state
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
+from ditkit.core.model import Model
 from ditkit.core.run import Call, Site
 from patterns_support import (
     MaskedClipDataset,
@@ -319,3 +322,20 @@ def test_weights_of_the_model_are_used() -> None:
     for part in pooling.values():
         nn.init.normal_(part.weight)
     assert not torch.allclose(predicted(model, pattern, x, Cond(), learned=learned), initial)
+
+
+def test_weights_of_an_older_folder_are_read(tmp_path: Path) -> None:
+    """They were one tensor [attentions, c, c], and are one an attention now."""
+    pattern = Neighbourhood(radius=2, span=1, pooled=2, block=8, kernel="cpu")
+    model = tiny_clip_model().float().adopt([pattern])
+    state = read_state(model.save(tmp_path) / "model.safetensors")
+    names = [name for name in state if name.startswith("learned.")]
+    whole = torch.randn(len(names), 2, 2)
+    old = {name: value for name, value in state.items() if name not in names}
+    write_state(
+        tmp_path / "model.safetensors",
+        {**old, "learned.Neighbourhood.weight": whole},
+        read_metadata(tmp_path / "model.safetensors"),
+    )
+    loaded = Model.load(tmp_path)
+    assert torch.equal(torch.stack([part.weight for part in loaded.learned["Neighbourhood"].values()]), whole)

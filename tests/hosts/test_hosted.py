@@ -9,27 +9,14 @@ import torch
 from torch import Tensor
 
 import ditkit
-import flux_support as fluxes
 import hosts_support as hosts
-import lumina_wan_support as others
 from ditkit.adapt.lora import LoRA, Merged
 from ditkit.compress import Kept
 from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.hosts.hosted import Host
 from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
-CASES: dict[str, tuple[Any, Any]] = {
-    "flux": (fluxes.transformer, fluxes.call_inputs),
-    **{
-        name: (family.transformer, family.inputs)
-        for name, family in {
-            **hosts.FAMILIES,
-            "cogvideox": hosts.LATER["cogvideox"],
-            "pixart": hosts.LATER["pixart"],
-        }.items()
-    },
-    **{name: (others.CASES[name].transformer, others.CASES[name].inputs) for name in others.EACH},
-}
+CASES = {name: (family.transformer, family.inputs) for name, family in hosts.FAMILIES.items()}
 every_host = pytest.mark.parametrize("name", CASES)
 
 

@@ -101,9 +101,9 @@ def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     written, storages = {}, set[int]()
     for name in (name for name in state if name not in tied):
         value = state[name].detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        written[name] = value.clone() if place in storages else value  # a part of another is written whole
-        storages.add(place)
+        pointer = value.untyped_storage().data_ptr()
+        written[name] = value.clone() if pointer in storages else value  # a part of another is written whole
+        storages.add(pointer)
     about = {**(metadata or {}), **({TIED: json.dumps(tied)} if tied else {})}
     save_file(written, path, about)
 

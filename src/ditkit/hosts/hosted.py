@@ -166,10 +166,10 @@ class Host(Model):
             return super().load(folder)
         try:
             kind = _class_of(str(content["_class_name"]))
-            transformer, said = kind.from_pretrained(folder, output_loading_info=True)
+            transformer, loading = kind.from_pretrained(folder, output_loading_info=True)
         except (ConfigError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
-        if wrong := [*said["missing_keys"], *said["unexpected_keys"]]:
+        if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
             raise CheckpointError(
                 f"{folder}: its config and its weights disagree on {wrong[0]!r} ({len(wrong)} in all)"
             )

@@ -215,12 +215,12 @@ class Training:
 
     def hire(self) -> None:
         """Make the teachers that will be asked at this step or later; equal ones are one."""
-        made: dict[Any, Any] = {}
+        hired: dict[Any, Any] = {}
         for term in self.objective.active:
             if term.teacher is not None and not ended(term.weight, self.done):
-                if term.teacher not in made:
-                    made[term.teacher] = term.teacher.make(self)
-                self.teachers[type(term).__name__] = made[term.teacher]
+                if term.teacher not in hired:
+                    hired[term.teacher] = term.teacher.make(self)
+                self.teachers[type(term).__name__] = hired[term.teacher]
 
     def dismiss(self) -> None:
         """Let go of what no later step needs."""
