@@ -82,7 +82,7 @@ def test_a_block_that_others_read_stays():
     with pytest.raises(ConfigError, match="leave out block 0 of 'blocks', which other parts of a Host read"):
         ditkit.compress(hosts.FAMILIES["dit"].transformer(), Kept(blocks=(1, 2)))
     with pytest.raises(ConfigError, match="leave out block 2 of 'blocks'"):
-        ditkit.compress(hosts.FAMILIES["sd3"].transformer(), Kept(blocks=(0, 1)))
+        ditkit.compress(hosts.VARIANTS["sd3"].transformer(), Kept(blocks=(0, 1)))
 
 
 def test_a_pipeline_is_changed_in_place_and_still_runs(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, dispatched, flip
 from ditkit.hosts.blocks import (
     as_wide,
@@ -35,6 +36,11 @@ from ditkit.hosts.streams import ImageRotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+
+STACKS = {
+    "blocks": Stacked("transformer_blocks", "num_layers"),
+    "single": Stacked("single_transformer_blocks", "num_single_layers"),
+}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, dispatched, flip
 from ditkit.hosts.blocks import (
     as_wide,
@@ -33,6 +34,8 @@ from ditkit.hosts.blocks import (
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 
