@@ -247,6 +247,25 @@ QWEN_IMAGE = {
     ),
     "one token": Option(lambda: {"hidden_states": drawn(B, 1, 4 * C), "img_shapes": [[(1, 1, 1)]] * B}),
 }
+LATTE = {
+    "no attention along frames": Option(
+        lambda: {"enable_temporal_attentions": False}, without="temporal.0 temporal.1"
+    ),
+    "bias of text": Option(lambda: {"encoder_attention_mask": key_bias(S).repeat_interleave(3, 0)}),
+    "one frame": Option(lambda: {"hidden_states": drawn(B, C, 1, 8, 12)}, {"video_length": 1}),
+    "as many channels as latents": Option(dict, {"out_channels": C}),
+    "a pixel too many": Option(lambda: {"hidden_states": drawn(B, C, 3, 9, 13)}),
+}
+LTX = {
+    "scale of LoRA": scale_of_lora("attention_kwargs"),
+    "no mask of text": Option(lambda: {"encoder_attention_mask": None}),
+    "bias of text": Option(lambda: {"encoder_attention_mask": key_bias(S)}),
+    "time a token": Option(lambda: {"timestep": torch.arange(B * CLIP_ROWS).reshape(B, CLIP_ROWS)}),
+    "coordinates": Option(lambda: {"num_frames": None, "video_coords": drawn(B, 3, CLIP_ROWS)}),
+    "no scale of positions": Option(lambda: {"rope_interpolation_scale": None}),
+    "another clip": Option(lambda: {"hidden_states": drawn(B, 36, C), "num_frames": 3}),
+    "one token": Option(lambda: {"hidden_states": drawn(B, 1, C), "num_frames": 1, "height": 1, "width": 1}),
+}
 OPTIONS: dict[str, dict[str, Option]] = {
     "flux": FLUX,
     "sd3": SD3,
@@ -259,6 +278,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "pixart": PIXART,
     "hunyuan-video": HUNYUAN_VIDEO,
     "qwen-image": QWEN_IMAGE,
+    "latte": LATTE,
+    "ltx one time": LTX,
 }
 UNSEEN = {"pixart": {"cross_attention_kwargs"}, "qwen-image": {"guidance"}}
 """Optional inputs that change nothing: no processor takes any; or that no model of diffusers can take."""

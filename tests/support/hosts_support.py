@@ -92,7 +92,13 @@ def layout_of(model: Any, inputs: Inputs) -> tuple[Segment, ...]:
 
 def blocks_of(model: Any) -> list[Any]:
     """Blocks of a transformer, in the order of the call."""
-    names = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+    names = (
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "temporal_transformer_blocks",
+        "blocks",
+        "layers",
+    )
     return [block for name in names for block in getattr(model, name, ())]
 
 
@@ -426,6 +432,59 @@ QWEN_IMAGE = {
 }
 QWENS = partial(Family, diffusers.QwenImageTransformer2DModel, time=1.0, tolerance=1e-5)
 
+# Latte
+
+
+def latte_inputs(draw: Draws) -> Inputs:
+    return {"encoder_hidden_states": draw(B, S, 32), "timestep": torch.tensor([700, 300])}
+
+
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": C,
+    "out_channels": 2 * C,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "attention_bias": True,
+    "sample_size": 8,
+    "patch_size": PATCH,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 32,
+    "video_length": 3,
+}
+
+# LTX-Video
+
+
+def ltx_inputs(*times: int) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.randint(0, 1000, (B, *times), generator=draw.generator),
+            "encoder_attention_mask": captions(7, 3, rows=S),
+            "num_frames": 2,
+            "height": 3,
+            "width": 4,
+            "rope_interpolation_scale": (8 / 25, 32, 32),
+        }
+
+    return inputs
+
+
+LTX = {
+    "in_channels": C,
+    "out_channels": C,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "caption_channels": 20,
+}
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         diffusers.FluxTransformer2DModel,
@@ -467,6 +526,15 @@ FAMILIES: dict[str, Family] = {
     "wan": of_wan(wan_inputs(times=(CLIP_ROWS,))),
     "hunyuan-video": HUNYUANS(HUNYUAN_VIDEO, draw=hunyuan_inputs(7, 3)),
     "qwen-image": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6))),
+    "latte": Family(
+        diffusers.LatteTransformer3DModel,
+        LATTE,
+        (B, C, 3, 8, 12),
+        latte_inputs,
+        graphs=2,
+        tolerance=1e-5,  # the time is repeated for frames and places once a block
+    ),
+    "ltx": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs(CLIP_ROWS)),
 }
 """One of each."""
 VARIANTS: dict[str, Family] = {
@@ -485,6 +553,7 @@ VARIANTS: dict[str, Family] = {
     "qwen-image edit": QWENS(
         QWEN_IMAGE | {"zero_cond_t": True}, (B, 40, 4 * C), qwen_inputs((1, 4, 6), (1, 4, 2), (1, 2, 4))
     ),
+    "ltx one time": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs()),
     "wan plain norm": of_wan(wan_inputs(), cross_attn_norm=False),
 }
 """Other kinds of them."""
