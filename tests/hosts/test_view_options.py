@@ -11,6 +11,10 @@ import flux_support as fluxes
 import pytest
 import torch
 from adapters_support import flux_adapters, flux_pictures, sd3_adapter, sd3_pictures
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
 from hosts_support import (
     CAPTION,
     CLIP_ROWS,
@@ -26,6 +30,7 @@ from hosts_support import (
     call,
     captions,
     cogvideox_offset_inputs,
+    flux2_inputs,
     in_type,
     pixart_sized_inputs,
     residuals,
@@ -266,6 +271,44 @@ LTX = {
     "another clip": Option(lambda: {"hidden_states": drawn(B, 36, C), "num_frames": 3}),
     "one token": Option(lambda: {"hidden_states": drawn(B, 1, C), "num_frames": 1, "height": 1, "width": 1}),
 }
+
+
+def kept_keys(model: Any) -> Any:
+    """The processors of FLUX.2 klein's pipeline that keeps the keys of pictures, where no site can be."""
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    return model
+
+
+def pictures_first() -> Inputs:
+    """Two rows of a picture that is referred to, before the others."""
+    return {"kv_cache_mode": "extract", "num_ref_tokens": 2, "ref_fixed_timestep": 0.1}
+
+
+FLUX2 = {
+    "no guidance embedding": Option(lambda: {"guidance": None}, {"guidance_embeds": False}),
+    "mask": Option(
+        lambda: {"joint_attention_kwargs": {"attention_mask": drawn(B, 1, S + 24, S + 24) > -0.3}}
+    ),
+    "scale of LoRA": scale_of_lora("joint_attention_kwargs"),
+    "a picture that it refers to": Option(
+        lambda: {
+            "hidden_states": drawn(B, 32, 16),
+            "img_ids": flux2_inputs((4, 6), (2, 4))(Draws())["img_ids"],
+        }
+    ),
+    "ids of all samples": Option(
+        lambda: {"img_ids": flux2_inputs((6, 4))(Draws())["img_ids"][0], "txt_ids": torch.zeros(S, 4).long()}
+    ),
+    "keys of pictures that diffusers keeps": Option(
+        pictures_first, prepare=kept_keys, without="time tokens blocks head single"
+    ),
+    "a cache of diffusers that is not used": Option(
+        lambda: {"kv_cache": None, "guidance": None}, prepare=kept_keys
+    ),
+}
 OPTIONS: dict[str, dict[str, Option]] = {
     "flux": FLUX,
     "sd3": SD3,
@@ -280,6 +323,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "qwen-image": QWEN_IMAGE,
     "latte": LATTE,
     "ltx one time": LTX,
+    "flux2": FLUX2,
 }
 UNSEEN = {"pixart": {"cross_attention_kwargs"}, "qwen-image": {"guidance"}}
 """Optional inputs that change nothing: no processor takes any; or that no model of diffusers can take."""

@@ -20,6 +20,7 @@ from family_pipelines_support import (
     dpm,
     draw,
     flux,
+    flux2,
     hunyuan_vae,
     hunyuan_video,
     latte,
@@ -250,6 +251,17 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
     "ltx first frame": (
         partial(ltx, kind=diffusers.LTXImageToVideoPipeline, told={"image": FIRST}, parts=ltx_vae),
         BOTH,
+    ),
+    "flux2": (flux2, STEPS),
+    "flux2 heun": (partial(flux2, scheduler=Heun), HEUN),
+    "flux2 klein": (
+        partial(
+            flux2,
+            diffusers.Flux2KleinPipeline,
+            {"negative_prompt_embeds": torch.zeros(1, 5, 20), "guidance_scale": 3.0},
+            guidance_embeds=False,
+        ),
+        LANES,
     ),
     "pixart": (pixart, STEPS),
     "pixart sigma": (partial(pixart, kind=diffusers.PixArtSigmaPipeline), STEPS),

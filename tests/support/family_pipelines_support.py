@@ -11,7 +11,7 @@ import pipelines_support as fluxes
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from flux_support import transformer as flux_transformer
-from hosts_support import HUNYUAN_VIDEO, LATTE, LTX, QWEN_IMAGE, ROTARY
+from hosts_support import FLUX2, HUNYUAN_VIDEO, LATTE, LTX, QWEN_IMAGE, ROTARY
 from PIL import Image
 from pipelines_support import SIDE, Options, cogvideox, picture, pixart, vae
 from torch import Tensor
@@ -324,6 +324,23 @@ def ltx_vae() -> Options:
     return {"vae": codec}
 
 
+def flux2(
+    kind: Any = diffusers.Flux2Pipeline,
+    told: Options | None = None,
+    scheduler: Any = FlowMatchEulerDiscreteScheduler,
+    **config: Any,
+) -> Made:
+    """16 rows of the image, 5 of text."""
+    net = diffusers.Flux2Transformer2DModel(**{**FLUX2, **config})
+    codec = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+    parts = {"text_encoder": None, "tokenizer": None, "vae": codec}
+    pipe = kind(transformer=net, scheduler=scheduler(), **parts)
+    size = {"height": 64, "width": 64, "output_type": "latent"}
+    return pipe, {"prompt_embeds": drawn(1, 5, 20), **size, **(told or {})}
+
+
 def flux(kind: Any = diffusers.FluxPipeline, told: Options | None = None, **config: Any) -> Made:
     pipe = fluxes.pipeline(kind, net=flux_transformer(**config))
     return pipe, {**fluxes.prompt(), **SQUARE, **(told or {})}
@@ -351,4 +368,5 @@ ONE_EACH: dict[str, Make] = {
     "qwen-image": qwen_image,
     "latte": latte,
     "ltx": ltx,
+    "flux2": flux2,
 }

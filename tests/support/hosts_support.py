@@ -485,6 +485,40 @@ LTX = {
     "caption_channels": 20,
 }
 
+# FLUX.2
+
+
+def flux2_inputs(*pictures: tuple[int, int]) -> Callable[[Draws], Inputs]:
+    """The picture itself, and those that it refers to, of so many rows and columns."""
+    axes = [(torch.tensor([10 * i]), *map(torch.arange, picture)) for i, picture in enumerate(pictures)]
+    ids = [torch.cartesian_prod(*sides, torch.zeros(1).long()) for sides in axes]
+
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.tensor([0.7, 0.3]),
+            "img_ids": torch.cat(ids).expand(B, -1, -1),
+            "txt_ids": torch.cartesian_prod(*[torch.zeros(1).long()] * 3, torch.arange(S)).expand(B, -1, -1),
+            "guidance": torch.full((B,), 3.5),
+        }
+
+    return inputs
+
+
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 20,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+FLUXES2 = partial(
+    Family, diffusers.Flux2Transformer2DModel, FLUX2, time=1.0, graphs=2, kwargs="joint_attention_kwargs"
+)
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         diffusers.FluxTransformer2DModel,
@@ -534,6 +568,7 @@ FAMILIES: dict[str, Family] = {
         graphs=2,
         tolerance=1e-5,  # the time is repeated for frames and places once a block
     ),
+    "flux2": FLUXES2((B, 24, 16), flux2_inputs((4, 6))),
     "ltx": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs(CLIP_ROWS)),
 }
 """One of each."""
@@ -554,6 +589,7 @@ VARIANTS: dict[str, Family] = {
         QWEN_IMAGE | {"zero_cond_t": True}, (B, 40, 4 * C), qwen_inputs((1, 4, 6), (1, 4, 2), (1, 2, 4))
     ),
     "ltx one time": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs()),
+    "flux2 edit": FLUXES2((B, 32, 16), flux2_inputs((4, 6), (2, 4))),
     "wan plain norm": of_wan(wan_inputs(), cross_attn_norm=False),
 }
 """Other kinds of them."""
