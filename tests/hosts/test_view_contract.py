@@ -75,7 +75,7 @@ def test_return_types_and_the_order_of_parameters(name: str) -> None:
         as_named, plain = viewed(**inputs), viewed(**inputs, return_dict=False)
         assert "return_dict" not in parameters[:last]
         placed = viewed(*(inputs.get(parameter) for parameter in parameters[: last + 1]))
-    assert type(as_named).__name__ == "Transformer2DModelOutput"
+    assert type(as_named).__name__.endswith("Transformer2DModelOutput")
     assert isinstance(plain, tuple)
     assert torch.equal(as_named.sample, plain[0])
     assert torch.equal(placed.sample, plain[0])
@@ -152,7 +152,7 @@ def test_arguments_that_attention_does_not_know(name: str) -> None:
     try:
         assert torch.equal(call(family.transformer(), inputs, **given), expected)
     except TypeError:
-        with pytest.raises(TypeError, match="nobody_knows"):
+        with pytest.raises(TypeError, match="unexpected keyword"):
             call(viewed, inputs, **given)
     else:
         assert same_in_both(viewed, inputs, expected, **given)

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
 from torch import Tensor, nn
 
 import flux_support as fluxes
@@ -29,6 +33,7 @@ from hosts_support import (
     call,
     captions,
     cogvideox_offset_inputs,
+    flux2_inputs,
     in_type,
     pixart_sized_inputs,
     residuals,
@@ -247,6 +252,63 @@ QWEN_IMAGE = {
     ),
     "one token": Option(lambda: {"hidden_states": drawn(B, 1, 4 * C), "img_shapes": [[(1, 1, 1)]] * B}),
 }
+LATTE = {
+    "no attention along frames": Option(
+        lambda: {"enable_temporal_attentions": False}, without="temporal.0 temporal.1"
+    ),
+    "bias of text": Option(lambda: {"encoder_attention_mask": key_bias(S).repeat_interleave(3, 0)}),
+    "one frame": Option(lambda: {"hidden_states": drawn(B, C, 1, 8, 12)}, {"video_length": 1}),
+    "as many channels as latents": Option(dict, {"out_channels": C}),
+    "a pixel too many": Option(lambda: {"hidden_states": drawn(B, C, 3, 9, 13)}),
+}
+LTX = {
+    "scale of LoRA": scale_of_lora("attention_kwargs"),
+    "no mask of text": Option(lambda: {"encoder_attention_mask": None}),
+    "bias of text": Option(lambda: {"encoder_attention_mask": key_bias(S)}),
+    "time a token": Option(lambda: {"timestep": torch.arange(B * CLIP_ROWS).reshape(B, CLIP_ROWS)}),
+    "coordinates": Option(lambda: {"num_frames": None, "video_coords": drawn(B, 3, CLIP_ROWS)}),
+    "no scale of positions": Option(lambda: {"rope_interpolation_scale": None}),
+    "another clip": Option(lambda: {"hidden_states": drawn(B, 36, C), "num_frames": 3}),
+    "one token": Option(lambda: {"hidden_states": drawn(B, 1, C), "num_frames": 1, "height": 1, "width": 1}),
+}
+
+
+def kept_keys(model: Any) -> Any:
+    """The processors of FLUX.2 klein's pipeline that keeps the keys of pictures, where no site can be."""
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    return model
+
+
+def pictures_first() -> Inputs:
+    """Two rows of a picture that is referred to, before the others."""
+    return {"kv_cache_mode": "extract", "num_ref_tokens": 2, "ref_fixed_timestep": 0.1}
+
+
+FLUX2 = {
+    "no guidance embedding": Option(lambda: {"guidance": None}, {"guidance_embeds": False}),
+    "mask": Option(
+        lambda: {"joint_attention_kwargs": {"attention_mask": drawn(B, 1, S + 24, S + 24) > -0.3}}
+    ),
+    "scale of LoRA": scale_of_lora("joint_attention_kwargs"),
+    "a picture that it refers to": Option(
+        lambda: {
+            "hidden_states": drawn(B, 32, 16),
+            "img_ids": flux2_inputs((4, 6), (2, 4))(Draws())["img_ids"],
+        }
+    ),
+    "ids of all samples": Option(
+        lambda: {"img_ids": flux2_inputs((6, 4))(Draws())["img_ids"][0], "txt_ids": torch.zeros(S, 4).long()}
+    ),
+    "keys of pictures that diffusers keeps": Option(
+        pictures_first, prepare=kept_keys, without="time tokens blocks head single"
+    ),
+    "a cache of diffusers that is not used": Option(
+        lambda: {"kv_cache": None, "guidance": None}, prepare=kept_keys
+    ),
+}
 OPTIONS: dict[str, dict[str, Option]] = {
     "flux": FLUX,
     "sd3": SD3,
@@ -259,6 +321,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "pixart": PIXART,
     "hunyuan-video": HUNYUAN_VIDEO,
     "qwen-image": QWEN_IMAGE,
+    "latte": LATTE,
+    "ltx one time": LTX,
+    "flux2": FLUX2,
 }
 UNSEEN = {"pixart": {"cross_attention_kwargs"}, "qwen-image": {"guidance"}}
 """Optional inputs that change nothing: no processor takes any; or that no model of diffusers can take."""

@@ -11,6 +11,7 @@ import torch
 import ditkit
 from ditkit.caching import RAS
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.core.errors import NoEffectError
 from ditkit.core.policy import Policy
 from family_pipelines_support import (
     CLIP,
@@ -25,8 +26,12 @@ from family_pipelines_support import (
     dpm,
     draw,
     flux,
+    flux2,
     hunyuan_vae,
     hunyuan_video,
+    latte,
+    ltx,
+    ltx_vae,
     lumina2,
     lumina_next,
     qwen_image,
@@ -235,6 +240,29 @@ CASES: dict[str, tuple[Make, dict[str, str]]] = {
         ),
         dict.fromkeys(("cond", "uncond"), "2-4 6"),
     ),
+    "latte": (latte, STEPS),
+    "latte heun": (partial(latte, diffusers.HeunDiscreteScheduler), HEUN),
+    "latte unguided": (partial(latte, told={"guidance_scale": 1.0}), STEPS),
+    "latte of frames": (partial(latte, told={"enable_temporal_attentions": False}), STEPS),
+    "ltx": (ltx, BOTH),
+    "ltx heun": (partial(ltx, Heun), {"cond_uncond": "0-2 4 7 10 13"}),
+    "ltx unguided": (partial(ltx, told={"guidance_scale": 1.0}), BOTH),
+    "ltx rescaled guidance": (partial(ltx, told={"guidance_rescale": 0.5}), BOTH),
+    "ltx first frame": (
+        partial(ltx, kind=diffusers.LTXImageToVideoPipeline, told={"image": FIRST}, parts=ltx_vae),
+        BOTH,
+    ),
+    "flux2": (flux2, STEPS),
+    "flux2 heun": (partial(flux2, scheduler=Heun), HEUN),
+    "flux2 klein": (
+        partial(
+            flux2,
+            diffusers.Flux2KleinPipeline,
+            {"negative_prompt_embeds": torch.zeros(1, 5, 20), "guidance_scale": 3.0},
+            guidance_embeds=False,
+        ),
+        LANES,
+    ),
     "pixart": (pixart, STEPS),
     "pixart sigma": (partial(pixart, kind=diffusers.PixArtSigmaPipeline), STEPS),
     "pixart at 1024": (partial(pixart, **SIZED | {"sample_size": 128}), STEPS),
@@ -266,6 +294,10 @@ def test_every_family_is_exact_when_neutral_and_saves_by_default(case: str) -> N
 )
 def test_policies_start_anew_and_are_exact_when_neutral(family: str, policy: Policy) -> None:
     pipe, told = ready(ONE_EACH[family])
+    if family == "latte" and isinstance(policy, RAS):
+        with pytest.raises(NoEffectError, match="no site that it can use"):
+            ditkit.accelerate(pipe, policy)
+        return
     exact = draw(pipe, told)
     with ditkit.accelerate(pipe, policy.exact()) as neutral:
         assert torch.equal(draw(neutral, told), exact)

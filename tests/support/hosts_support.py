@@ -92,7 +92,13 @@ def layout_of(model: Any, inputs: Inputs) -> tuple[Segment, ...]:
 
 def blocks_of(model: Any) -> list[Any]:
     """Blocks of a transformer, in the order of the call."""
-    names = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+    names = (
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "temporal_transformer_blocks",
+        "blocks",
+        "layers",
+    )
     return [block for name in names for block in getattr(model, name, ())]
 
 
@@ -426,6 +432,93 @@ QWEN_IMAGE = {
 }
 QWENS = partial(Family, diffusers.QwenImageTransformer2DModel, time=1.0, tolerance=1e-5)
 
+# Latte
+
+
+def latte_inputs(draw: Draws) -> Inputs:
+    return {"encoder_hidden_states": draw(B, S, 32), "timestep": torch.tensor([700, 300])}
+
+
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": C,
+    "out_channels": 2 * C,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "attention_bias": True,
+    "sample_size": 8,
+    "patch_size": PATCH,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 32,
+    "video_length": 3,
+}
+
+# LTX-Video
+
+
+def ltx_inputs(*times: int) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.randint(0, 1000, (B, *times), generator=draw.generator),
+            "encoder_attention_mask": captions(7, 3, rows=S),
+            "num_frames": 2,
+            "height": 3,
+            "width": 4,
+            "rope_interpolation_scale": (8 / 25, 32, 32),
+        }
+
+    return inputs
+
+
+LTX = {
+    "in_channels": C,
+    "out_channels": C,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "caption_channels": 20,
+}
+
+# FLUX.2
+
+
+def flux2_inputs(*pictures: tuple[int, int]) -> Callable[[Draws], Inputs]:
+    """The picture itself, and those that it refers to, of so many rows and columns."""
+    axes = [(torch.tensor([10 * i]), *map(torch.arange, picture)) for i, picture in enumerate(pictures)]
+    ids = [torch.cartesian_prod(*sides, torch.zeros(1).long()) for sides in axes]
+
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.tensor([0.7, 0.3]),
+            "img_ids": torch.cat(ids).expand(B, -1, -1),
+            "txt_ids": torch.cartesian_prod(*[torch.zeros(1).long()] * 3, torch.arange(S)).expand(B, -1, -1),
+            "guidance": torch.full((B,), 3.5),
+        }
+
+    return inputs
+
+
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 20,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+FLUXES2 = partial(
+    Family, diffusers.Flux2Transformer2DModel, FLUX2, time=1.0, graphs=2, kwargs="joint_attention_kwargs"
+)
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         diffusers.FluxTransformer2DModel,
@@ -467,6 +560,16 @@ FAMILIES: dict[str, Family] = {
     "wan": of_wan(wan_inputs(times=(CLIP_ROWS,))),
     "hunyuan-video": HUNYUANS(HUNYUAN_VIDEO, draw=hunyuan_inputs(7, 3)),
     "qwen-image": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6))),
+    "latte": Family(
+        diffusers.LatteTransformer3DModel,
+        LATTE,
+        (B, C, 3, 8, 12),
+        latte_inputs,
+        graphs=2,
+        tolerance=1e-5,  # the time is repeated for frames and places once a block
+    ),
+    "flux2": FLUXES2((B, 24, 16), flux2_inputs((4, 6))),
+    "ltx": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs(CLIP_ROWS)),
 }
 """One of each."""
 VARIANTS: dict[str, Family] = {
@@ -485,6 +588,8 @@ VARIANTS: dict[str, Family] = {
     "qwen-image edit": QWENS(
         QWEN_IMAGE | {"zero_cond_t": True}, (B, 40, 4 * C), qwen_inputs((1, 4, 6), (1, 4, 2), (1, 2, 4))
     ),
+    "ltx one time": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs()),
+    "flux2 edit": FLUXES2((B, 32, 16), flux2_inputs((4, 6), (2, 4))),
     "wan plain norm": of_wan(wan_inputs(), cross_attn_norm=False),
 }
 """Other kinds of them."""

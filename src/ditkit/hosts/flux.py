@@ -35,6 +35,43 @@ __all__ = ["layout", "restore", "running", "sites", "view"]
 opens(host.FluxAttnProcessor)
 
 
+def attend(
+    attn: Any,
+    run: Run,
+    at: str,
+    image: Tensor,
+    text: Tensor | None,
+    mask: Tensor | None,
+    table: tuple[Tensor, Tensor],
+) -> Any:
+    """Attention of image [B, L, D] and text [B, S, D] to the same pair, or of one sequence to one."""
+    S = 0 if text is None else text.shape[1]
+    *own, text_q, text_k, text_v = host._get_qkv_projections(attn, image, text)
+    q, k, v = (_split(attn, x) for x in own)
+    positions = _cut(table, S, None)
+    kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), positions))
+    # both sequences are turned at once, as in diffusers; keys from elsewhere have a table of their own
+    of_keys = table if kv.position is positions else _joined(_cut(table, 0, S), kv.position)
+    q, k, v = attn.norm_q(q), attn.norm_k(flip(kv.k)), flip(kv.v)
+    if text is not None:
+        q = torch.cat([attn.norm_added_q(_split(attn, text_q)), q], 1)
+        k = torch.cat([attn.norm_added_k(_split(attn, text_k)), k], 1)
+        v = torch.cat([_split(attn, text_v), v], 1)
+    q, k = rotate(q, table), rotate(k, of_keys)
+    masks = () if mask is None else (mask,)
+    o = run.site(at + ".core", partial(dispatched, attn.processor), flip(q), flip(k), flip(v), *masks)
+    o = flip(o).flatten(2, 3).to(q.dtype)
+    if text is None:
+        return o
+    o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
+    o_image = attn.to_out[1](attn.to_out[0](o_image.contiguous()))
+    return Streams(o_image, attn.to_add_out(o_text.contiguous()))
+
+
+def _split(attn: Any, x_BLD: Tensor) -> Tensor:
+    return x_BLD.unflatten(-1, (-1, attn.head_dim))  # [B, L, N, K]
+
+
 @stands_for(host.FluxAttention)
 class FluxAttention(host.FluxAttention):
     """Attention with `kv` and `core` sites; with a processor other than diffusers' own, without."""
@@ -55,30 +92,7 @@ class FluxAttention(host.FluxAttention):
             return super().forward(hidden_states, text, attention_mask, table, **kwargs)
         if unused := kwargs.keys() - {"ip_adapter_masks", "ip_hidden_states"}:
             host.logger.warning(f"joint_attention_kwargs {sorted(unused)} are ignored by FluxAttnProcessor.")
-        S = 0 if text is None else text.shape[1]
-        *image, text_q, text_k, text_v = host._get_qkv_projections(self, hidden_states, text)
-        q, k, v = map(self._split, image)
-        own = _cut(table, S, None)
-        kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), own))
-        # both sequences are turned at once, as in diffusers; keys from elsewhere have a table of their own
-        of_keys = table if kv.position is own else _joined(_cut(table, 0, S), kv.position)
-        q, k, v = self.norm_q(q), self.norm_k(flip(kv.k)), flip(kv.v)
-        if text is not None:
-            q = torch.cat([self.norm_added_q(self._split(text_q)), q], 1)
-            k = torch.cat([self.norm_added_k(self._split(text_k)), k], 1)
-            v = torch.cat([self._split(text_v), v], 1)
-        q, k = rotate(q, table), rotate(k, of_keys)
-        masks = () if attention_mask is None else (attention_mask,)
-        o = run.site(at + ".core", partial(dispatched, self.processor), flip(q), flip(k), flip(v), *masks)
-        o = flip(o).flatten(2, 3).to(q.dtype)
-        if text is None:
-            return o
-        o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
-        o_image = self.to_out[1](self.to_out[0](o_image.contiguous()))
-        return Streams(o_image, self.to_add_out(o_text.contiguous()))
-
-    def _split(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (-1, self.head_dim))  # [B, L, N, K]
+        return attend(self, run, at, hidden_states, text, attention_mask, table)
 
 
 @stands_for(host.FluxTransformerBlock)
@@ -284,7 +298,7 @@ def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
     segments = [Segment("text", Grid(len(txt_ids)), len(txt_ids))] if len(txt_ids) else []
     counts = torch.unique_consecutive(img_ids[:, 0], return_counts=True)[1].tolist()
     for i, ids in enumerate(img_ids.split(counts)):
-        height, width = (int(n) + 1 for n in (ids[:, 1:].amax(0) - ids[:, 1:].amin(0)).tolist())
+        height, width = (int(n) + 1 for n in (ids[:, 1:3].amax(0) - ids[:, 1:3].amin(0)).tolist())
         grid = Grid(1, height, width) if height * width == len(ids) else Grid(len(ids))
         segments.append(Segment("context" if i else "image", grid, len(ids)))
     return tuple(segments)

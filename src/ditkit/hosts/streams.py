@@ -60,6 +60,18 @@ class ImageRotary(NamedTuple):
         return self if stream == "text" else ImageRotary(self.cos[index], self.sin[index])
 
 
+class Modulation(NamedTuple):
+    """Shift and scale of a branch, [B, 1, D] or, where every token has its own time, [B, L, D]."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def rows(self, stream: str, index: Tensor) -> Modulation:
+        if self.shift.shape[1] == 1:
+            return self
+        return Modulation(take_rows(self.shift, index), take_rows(self.scale, index))
+
+
 class Control(NamedTuple):
     """ControlNet residuals of the image rows, [B, L, D]; `place[i]` is the one added after block i."""
 
