@@ -2,8 +2,8 @@
 
     python benchmarks/xl_forward.py
 
-Expected: DiCo 2 to 3 times as fast as DiT at 256 pixels (latents of 32), 2.5 or more at 512; DiMR at 256 about
-160 / 119 of DiT's time, 1.6 at most. Needs a CUDA device.
+Expected at 256 pixels (latents of 32): DiCo 2 to 3 times as fast as DiT, DiMR 0.63 to 0.75 times.
+At 512 pixels: DiCo 2.5 times or more. Needs a CUDA device.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from ditkit.core.errors import ShapeError
@@ -14,6 +16,7 @@ from ditkit.core.model import Model
 from ditkit.core.run import Site, named
 from ditkit.train.denoising import NoisyBatch
 from ditkit.train.objective import Term
+from ditkit.train.schedules import Weight
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class MultiScale(Term):
         scales: lambda of each stage, lowest resolution first.
     """
 
-    weight: float = 1.0
-    scales: tuple[float, ...] = (0.25, 1.0)
+    weight: Weight = 1.0
+    scales: Annotated[tuple[Annotated[float, Ge(0)], ...], MinLen(1)] = (0.25, 1.0)
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
         return named(sites, "head")[:-1]
