@@ -210,8 +210,8 @@ class Sparse(Session):
     def remark(self, layout: Layout) -> None:
         """What the receipt says of this layout; the kernel stays, which a call that a cache forecasts does not meet."""
         plans = [seat.plan for seat in layout.seats.values()]
-        rows = max(plan.rows_ratio for plan in plans)
-        said = {"visited": round(max(map(self.density, plans)), 4), "rows": round(rows, 4) if rows > 1 else 0}
+        rows, visited = max(plan.rows_ratio for plan in plans), max(map(self.density, layout.seats.values()))
+        said = {"visited": round(visited, 4), "rows": round(rows, 4) if rows > 1 else 0}
         kept = {name: self.remarks[name] for name in ("kernel",) if name in self.remarks}
         self.remarks = {
             name: value for name, value in {**said, "off": self.off(layout)}.items() if value
@@ -238,12 +238,12 @@ class Sparse(Session):
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
         if self.policy.kernel != "auto":
             return ""
-        plans = (seat.plan for seat in layout.seats.values())
-        return next(filter(None, (pays(plan, self.density(plan)) for plan in plans)), "")
+        seats = layout.seats.values()
+        return next(filter(None, (pays(seat.plan, self.density(seat)) for seat in seats)), "")
 
-    def density(self, plan: BlockPlan) -> float:
+    def density(self, seat: SequencePlan) -> float:
         """What will be visited of dense attention's blocks."""
-        return plan.density
+        return seat.plan.density
 
     def is_dense(self, call: Call, name: str) -> bool:
         """Whether an attention sees all keys in this call."""
@@ -253,14 +253,14 @@ class Sparse(Session):
         """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
         if self.is_dense(call, name):
             return partial(_dense, seat)
-        return partial(_sparse, seat, self.attending(call, name, seat.plan))
+        return partial(_sparse, seat, self.attending(call, name, seat))
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
         """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan.
 
         A method with a correction adds it here.
         """
-        return partial(self.attend, plan)
+        return partial(self.attend, seat.plan)
 
     def attend(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attention as the plan has it."""
