@@ -6,7 +6,7 @@ B batch, N heads, K head width, g regions of a clip, R tokens of a region.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, floor, prod
 from typing import Literal, Self
 
@@ -79,9 +79,7 @@ class Draft(Dynamic):
 
     def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
         real = None if plan.order is None else plan.order[:image] >= 0
-        pooled = (
-            pool_regions(x[:, :, :image], prod(self.patch), real, self.pooling) for x in (q, k)
-        )
+        pooled = (pool_regions(x[:, :, :image], prod(self.patch), real, self.pooling) for x in (q, k))
         regions = self.chosen(draft_map(*pooled))
         each = prod(self.patch) // self.block
         blocks = image // self.block

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditkit.attention.pattern import Layout, Pattern, SequencePlan, Sparse
 from ditkit.core.policy import Key
 from ditkit.core.run import Call, Site
-from ditkit.ops.block_sparse_attention import BlockPlan, attend_chosen, chooser_handle, choose
+from ditkit.ops.block_sparse_attention import BlockPlan, attend_chosen, choose, chooser_handle
 
 
 @dataclass(frozen=True, kw_only=True)

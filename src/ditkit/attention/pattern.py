@@ -106,6 +106,8 @@ class SequencePlan(NamedTuple):
     """The slot of each token of the image, int64 [L]."""
     real: Tensor | None
     """The rows of the sequence that are no padding; None where all are."""
+    grid: Grid
+    """Of the image."""
 
 
 @lru_cache(maxsize=64)
@@ -118,7 +120,7 @@ def place_plan(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...
     if plan.order is not None and bool((plan.order < 0).any()):
         rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
         real = (rows >= 0).nonzero().squeeze(1)
-    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
+    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real, grid)
 
 
 def append_dense_rows(

@@ -133,9 +133,7 @@ def attend_chosen(
     chosen = _kernel(q, plan, kernel)
     if chosen in ("cpu", "triton"):
         scale = q.shape[-1] ** -0.5
-        out, lse, measured = chosen_attention(
-            q, k, v, valid, plan.handle, chooser, image, scale, chosen
-        )
+        out, lse, measured = chosen_attention(q, k, v, valid, plan.handle, chooser, image, scale, chosen)
         return Attended(out, lse), measured
     narrow = chosen_plan(plan, chooser_of(chooser), image, q, k, valid)
     return attend(q, k, v, narrow, kernel=chosen), measures(narrow)
