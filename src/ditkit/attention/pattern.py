@@ -254,8 +254,8 @@ class Sparse(Session):
     def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
         """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
         if self.is_dense(call, name):
-            return partial(_dense, seat)
-        return partial(_sparse, seat, self.attending(call, name, seat))
+            return partial(run_dense, seat)
+        return partial(run_sparse, seat, self.attending(call, name, seat))
 
     def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
         """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan.
@@ -279,7 +279,7 @@ class Sparse(Session):
         return self.policy.kernel
 
 
-def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+def run_dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
     """The model's own attention, q, k, v [B, N, rows of the sequence, K], of the rows that are no padding."""
     if seat.real is None:
         return fn(q, k, v, *masks)
@@ -289,7 +289,7 @@ def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *ma
     return out.new_zeros(*out.shape[:2], q.shape[2], out.shape[3]).index_copy(2, real, out)
 
 
-def _sparse(
+def run_sparse(
     seat: SequencePlan,
     attend: Callable[..., Tensor],
     fn: Handler,
