@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Pattern, Sparse, append_dense_rows, sparse_sites
+from ditkit.attention.pattern import Pattern, SequencePlan, Sparse, append_dense_rows, sparse_sites
 from ditkit.core.config import Count, Natural
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of
@@ -175,7 +175,8 @@ class Near(Sparse):
         super().__init__(policy, sites)
         self.pooling: Any = pooling
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+        plan = seat.plan
         at, tokens, pooling = None, plan.tokens, None
         if self.pooling is not None:
             at = plan.inverse[cells(image_of(call.layout, self.stage).grid, self.policy.pooled)]

@@ -106,6 +106,8 @@ class SequencePlan(NamedTuple):
     """The slot of each token of the image, int64 [L]."""
     real: Tensor | None
     """The rows of the sequence that are no padding; None where all are."""
+    grid: Grid
+    """Of the image."""
 
 
 @lru_cache(maxsize=64)
@@ -118,7 +120,7 @@ def place_plan(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...
     if plan.order is not None and bool((plan.order < 0).any()):
         rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
         real = (rows >= 0).nonzero().squeeze(1)
-    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
+    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real, grid)
 
 
 def append_dense_rows(
@@ -210,8 +212,8 @@ class Sparse(Session):
     def remark(self, layout: Layout) -> None:
         """What the receipt says of this layout; the kernel stays, which a call that a cache forecasts does not meet."""
         plans = [seat.plan for seat in layout.seats.values()]
-        rows = max(plan.rows_ratio for plan in plans)
-        said = {"visited": round(max(map(self.density, plans)), 4), "rows": round(rows, 4) if rows > 1 else 0}
+        rows, visited = max(plan.rows_ratio for plan in plans), max(map(self.density, layout.seats.values()))
+        said = {"visited": round(visited, 4), "rows": round(rows, 4) if rows > 1 else 0}
         kept = {name: self.remarks[name] for name in ("kernel",) if name in self.remarks}
         self.remarks = {
             name: value for name, value in {**said, "off": self.off(layout)}.items() if value
@@ -238,12 +240,12 @@ class Sparse(Session):
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
         if self.policy.kernel != "auto":
             return ""
-        plans = (seat.plan for seat in layout.seats.values())
-        return next(filter(None, (pays(plan, self.density(plan)) for plan in plans)), "")
+        seats = layout.seats.values()
+        return next(filter(None, (pays(seat.plan, self.density(seat)) for seat in seats)), "")
 
-    def density(self, plan: BlockPlan) -> float:
+    def density(self, seat: SequencePlan) -> float:
         """What will be visited of dense attention's blocks."""
-        return plan.density
+        return seat.plan.density
 
     def is_dense(self, call: Call, name: str) -> bool:
         """Whether an attention sees all keys in this call."""
@@ -252,15 +254,15 @@ class Sparse(Session):
     def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
         """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
         if self.is_dense(call, name):
-            return partial(_dense, seat)
-        return partial(_sparse, seat, self.attending(call, name, seat.plan))
+            return partial(run_dense, seat)
+        return partial(run_sparse, seat, self.attending(call, name, seat))
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
         """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan.
 
         A method with a correction adds it here.
         """
-        return partial(self.attend, plan)
+        return partial(self.attend, seat.plan)
 
     def attend(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attention as the plan has it."""
@@ -277,7 +279,7 @@ class Sparse(Session):
         return self.policy.kernel
 
 
-def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+def run_dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
     """The model's own attention, q, k, v [B, N, rows of the sequence, K], of the rows that are no padding."""
     if seat.real is None:
         return fn(q, k, v, *masks)
@@ -287,7 +289,7 @@ def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *ma
     return out.new_zeros(*out.shape[:2], q.shape[2], out.shape[3]).index_copy(2, real, out)
 
 
-def _sparse(
+def run_sparse(
     seat: SequencePlan,
     attend: Callable[..., Tensor],
     fn: Handler,

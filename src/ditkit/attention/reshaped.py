@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ditkit.attention.band import Band
 from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
-from ditkit.attention.pattern import Pattern, Sparse
+from ditkit.attention.pattern import Pattern, SequencePlan, Sparse
 from ditkit.core.config import Count, Finite, Natural
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
@@ -147,8 +147,8 @@ class Reshaping(Sparse):
 
     policy: Reshape
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        key, index = (call.net, call.lane, name), call.index
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+        key, index, plan = (call.net, call.lane, name), call.index, seat.plan
         cache = partial(self.cache, key, index, plan)
         kept: Kept | None = self.state.get(key)
         if kept is None or kept.plan != plan.handle or not self._holds(kept, index):
