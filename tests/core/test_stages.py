@@ -27,7 +27,7 @@ PATTERNS = {
     "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
     "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
 }
-REFUSED = {"RAS", "ConfidentTaylor"}
+REFUSED = {"RAS", "ConfidentTaylor", "LearnedDepth"}
 ALL = Grouped(group=(4, 4), block=8, reach=9, kernel="cpu")
 
 

@@ -123,7 +123,7 @@ class LearnedDepth(Policy):
         return self.hot + (self.cold - self.hot) * done
 
     def exact(self) -> LearnedDepth:
-        return replace(self, keep=(), of=())
+        return self if self.keep == self.of else replace(self, keep=(), of=())
 
     @classmethod
     def small(cls, grid: Grid) -> LearnedDepth:
@@ -146,7 +146,7 @@ class Gates(nn.Module):
         return [getattr(self, f"choices_{k}") for k in range(len(self.logits))]
 
     def draw(self, batch: int, tau: float) -> Tensor:
-        """Masks [batch, blocks] of exact zeros and ones, whose gradient is that of the soft choice at temperature tau."""
+        """Masks [batch, blocks] of exact zeros and ones, with the gradient of the soft choice at temperature tau."""
         masks = []
         with torch.autocast(self.logits[0].device.type, enabled=False):
             for logits, options in zip(self.logits, self.options(), strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ditkit.compress.kept import Kept
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Model
 from ditkit.core.run import Handler, Run
 
@@ -78,8 +78,8 @@ def least_needed(
 def alternate(depth: int, stack: str = "blocks") -> Kept:
     """Every second block, with the first and the last: TinyFusion's oracle list after BK-SDM (arXiv 2305.15798).
 
-    Of 28 it is 0, 2, ... 12, 15, 17, ... 27. Other depths follow its rule: even blocks of the first half, odd ones of the
-    second.
+    Of 28 it is 0, 2, ... 12, 15, 17, ... 27. Other depths follow its rule: even blocks of the first half, odd ones of
+    the second.
 
     Raises:
         ConfigError: the depth does not divide by 4.
@@ -117,6 +117,7 @@ def _noting(found: dict[str, Tensor], name: str, compare: Compare, fn: Handler, 
 def _stack(model: Model, name: str) -> tuple[int, set[int]]:
     """How many blocks a stack has, and which others read."""
     stacks = model.stacks()
-    Kept((), name).check(model)
+    if name not in stacks:
+        raise ConfigError(unknown("stack", name, stacks))
     depth = len(model.get_submodule(stacks[name].path))  # type: ignore[arg-type]
     return depth, {n % depth for n in stacks[name].shared}
