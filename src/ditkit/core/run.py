@@ -100,6 +100,7 @@ class Call:
         layout: the token segments the model will see.
         times: noise-time in [0, 1] of each row of the call, [B] or [B, T], on the model's device; by default `t` for
             all, [1].
+        step: of the optimiser in training, from 0; None elsewhere.
     """
 
     index: int
@@ -109,6 +110,7 @@ class Call:
     net: str = "main"
     layout: tuple[Segment, ...] = ()
     times: Tensor = field(default=None, compare=False)  # type: ignore[assignment]
+    step: int | None = None
 
     def __post_init__(self) -> None:
         if self.times is None:

@@ -19,7 +19,7 @@ from ditkit.core.transform import origin_of
 from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import Output, run_with_taps
-from ditkit.train.teacher import Ask, Held
+from ditkit.train.teacher import Answer, Ask, Held
 from ditkit.train.terms.regression import Regression
 from ditkit.train.timesteps import (
     INDEPENDENT,
@@ -149,7 +149,7 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
-        out, seen = _evaluate(forward, model, self.taps(model, held.step), x, t, cond)
+        out, seen = _evaluate(forward, model, self.taps(model, held.step), x, t, cond, step=held.step)
         prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
@@ -180,9 +180,9 @@ class Denoising(Objective):
 
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
-    ) -> dict[str, Output | None]:
+    ) -> dict[str, Answer | None]:
         """What each term's teacher says, or what it asked: teachers that are asked the same are asked once."""
-        answers: dict[str, Output | None] = {}
+        answers: dict[str, Answer | None] = {}
         alike: dict[Any, list[Term]] = {}
         for term in self.active_at(held.step):
             name = type(term).__name__
@@ -202,7 +202,7 @@ class Denoising(Objective):
             names = tuple(sorted({was for taps in read.values() for was in taps.values()}))
             answer = _answer(network, network, batch, Ask(taps=names))
             for name, taps in read.items():
-                answers[name] = Output(answer.out, {tap: answer.taps[was] for tap, was in taps.items()})
+                answers[name] = answer._replace(taps={tap: answer.taps[was] for tap, was in taps.items()})
         return answers
 
 
@@ -215,31 +215,43 @@ def _evaluate(
     cond: Cond,
     stop: str = "",
     policies: Sequence[Policy] | None = None,
+    step: int | None = None,
 ) -> Output:
     """What a network says of x [B, ...] at times of its own path, with the noise-times of this very call."""
     convention = model.config.convention
     times = convention.make_path().noise_time(t).to(x.dtype)
     inputs = x, convention.model_time(t).to(x.dtype), cond
     return run_with_taps(
-        network, model, taps, tuple(x.shape[1:]), *inputs, times=times, stop=stop, policies=policies
+        network,
+        model,
+        taps,
+        tuple(x.shape[1:]),
+        *inputs,
+        times=times,
+        stop=stop,
+        policies=policies,
+        step=step,
     )
 
 
-def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Output:
+def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Answer:
     """What a term asked; of a denoiser a prediction in noise-time. A teacher draws nothing of the student's."""
     x = batch.x if ask.x is None else ask.x
     if not isinstance(model, Denoiser):
         with torch.no_grad():
-            return Output(network(x), {})
+            return Answer(network(x), {})
     t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
     assert cond is not None
     if ask.student:
-        out, seen = _evaluate(network, model, ask.taps, x, t, cond, policies=ask.policies)
+        out, seen = _evaluate(network, model, ask.taps, x, t, cond, policies=ask.policies, step=batch.step)
     else:
         cards = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cards):
             out, seen = _evaluate(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
-    return Output(None if out is None else model.config.convention.split(out.float())[0], seen)
+    if out is None:
+        return Answer(None, seen)
+    prediction, fraction = model.config.convention.split(out.float())
+    return Answer(prediction, seen, fraction)
 
 
 def _origin(model: Model, teacher: Model, tap: str) -> str:

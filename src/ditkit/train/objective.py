@@ -19,8 +19,8 @@ from ditkit.core.policy import detached
 from ditkit.core.run import Site
 from ditkit.train.randomness import TERMS, SampleRNG, seed_of
 from ditkit.train.schedules import Schedule, Weight, never, weight_at
-from ditkit.train.taps import Output, check_policies, site_of
-from ditkit.train.teacher import Ask, Held, SelfTeacher, Teacher
+from ditkit.train.taps import check_policies, site_of
+from ditkit.train.teacher import Answer, Ask, Held, SelfTeacher, Teacher
 
 NOTHING = Held()
 
@@ -45,7 +45,7 @@ class Batch:
     taps: Mapping[str, Any]
     sites: Sequence[Site] = ()
     own: Any = None
-    taught: Output | None = None
+    taught: Answer | None = None
     cond: Cond | None = None
     rng: SampleRNG | None = None
     step: int = 0
@@ -191,7 +191,7 @@ class Objective(ABC):
         return sorted({name for term in terms for name in term.taps(model.sites())})
 
     def weigh(
-        self, batch: Batch, held: Held = NOTHING, answers: Mapping[str, Output | None] | None = None
+        self, batch: Batch, held: Held = NOTHING, answers: Mapping[str, Answer | None] | None = None
     ) -> dict[str, Tensor]:
         """Mean loss of each term that has a weight at this step, and their weighted sum under `loss`.
 

@@ -97,6 +97,7 @@ def run_with_taps(
     times: Tensor | None = None,
     stop: str = "",
     policies: Sequence[Policy] | None = None,
+    step: int | None = None,
 ) -> Output:
     """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
 
@@ -106,12 +107,14 @@ def run_with_taps(
         times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
         stop: the site after which nothing is computed; the output is then None.
         policies: in the place of the model's.
+        step: of the optimiser, for policies that change in training.
 
     Raises:
         NoEffectError: a policy touched nothing or saved nothing.
     """
     times = torch.zeros(1) if times is None else times
-    trajectory, call, run = _under(model, shape, times, model.policies if policies is None else policies)
+    chosen = model.policies if policies is None else policies
+    trajectory, call, run = _under(model, shape, times, chosen, step)
     tap = Tap(taps, run, trajectory.rows(call), stop)
     try:
         out = trajectory.leave(call, network(*inputs, tap if taps or stop else run))
@@ -145,9 +148,13 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
 
 
 def _under(
-    model: Model, shape: tuple[int, ...], times: Tensor, policies: Sequence[Policy]
+    model: Model,
+    shape: tuple[int, ...],
+    times: Tensor,
+    policies: Sequence[Policy],
+    step: int | None = None,
 ) -> tuple[Trajectory, Call, Run]:
     """A trajectory of one evaluation, whose samples have each a time of their own."""
     trajectory = Trajectory(model.sites(), policies, 1, learned=model.learned)
-    call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times)
+    call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times, step=step)
     return trajectory, call, trajectory.run(call)

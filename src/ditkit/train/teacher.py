@@ -6,7 +6,7 @@ A teacher is made once a run, after the state was restored, and kept until its t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -153,6 +153,14 @@ class Ask:
     stop: str = ""
     student: bool = False
     policies: tuple[Policy, ...] | None = None
+
+
+class Answer(NamedTuple):
+    """A network's prediction in noise-time, sites' outputs by name, and the fraction of a learned variance."""
+
+    out: Any
+    taps: Mapping[str, Any]
+    fraction: Tensor | None = None
 
 
 class Held(NamedTuple):
