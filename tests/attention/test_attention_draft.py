@@ -226,7 +226,9 @@ def test_a_sample_chooses_for_itself() -> None:
     x, cond = drawn(3, *model.sample_shape, seed=1), prompt(3, (7, 3, 5))
     together = predicted(model, SMALL, x, cond)
     for i in range(3):
-        alone = predicted(model, SMALL, x[i : i + 1], Cond(text=cond.text[i : i + 1], text_mask=cond.text_mask[i : i + 1]))
+        alone = predicted(
+            model, SMALL, x[i : i + 1], Cond(text=cond.text[i : i + 1], text_mask=cond.text_mask[i : i + 1])
+        )
         assert (together[i] - alone[0]).abs().max() < 1e-12
 
 
@@ -260,7 +262,9 @@ def test_rows_without_a_block_give_nothing_are_counted_and_can_be_filled() -> No
     assert attend_chosen(q, k, v, with_text, chooser_handle(SMALL), 128, kernel="cpu")[1][1] == 0
 
 
-def outcome(policies: Sequence[Policy], steps: int = 8, size: tuple[int, int] = (16, 16)) -> tuple[Tensor, Trajectory]:
+def outcome(
+    policies: Sequence[Policy], steps: int = 8, size: tuple[int, int] = (16, 16)
+) -> tuple[Tensor, Trajectory]:
     model = tiny_clip_model(size=size)
     x = drawn(1, *model.sample_shape, seed=1)
     trajectory = Trajectory(model.sites(), policies, steps)
@@ -353,6 +357,7 @@ def test_gradients_are_those_of_the_mask_with_the_choice_as_given() -> None:
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox 1.5"])
 def test_on_hosts_it_is_the_slow_way(name: str) -> None:
     """Wan's clip of 2 x 3 x 4 tokens and CogVideoX's of 3 x 4 x 6, none of which patches divide."""
+
     def stepped(policies: list[Policy]) -> tuple[Tensor, Trajectory]:
         if name == "wan":
             case = of_lumina_wan.CASES[name]
