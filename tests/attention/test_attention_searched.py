@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import lumina_wan_support as of_lumina_wan
 import pytest
 import torch
 import torch.nn.functional as F
 from test_composition import GRAPHS, compiled, in_int8
 from torch import Tensor, nn
 
-import lumina_wan_support as of_lumina_wan
 from ditkit.api.search import CANDIDATES, Evidence, Objective, Searching, search, search_by
 from ditkit.attention import Grouped, HeadTable, Searched
 from ditkit.attention.searched import band_reach, sites_digest

@@ -38,9 +38,9 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site
 from ditkit.ops.block_sparse_attention import BlockPlan
+from ditkit.sample import Sampler, Sampling
 from ditkit.sample.guidance import Guidance
 from ditkit.sample.solvers import Solver
-from ditkit.sample.workload import SamplingJob
 
 Kind = Literal["relative", "raw"]
 Cost = Literal["measured", "sparsity"]
@@ -183,7 +183,7 @@ class Weighing(Sparse):
         evidence = self.policy.evidence
         if evidence.grid not in (None, seat.grid):
             raise ConfigError(
-                f"search: a clip of {seat.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"  # type: ignore[union-attr]
+                f"search: a clip of {seat.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"
             )
         evidence.grid = seat.grid
         if self.policy.columns is None:
@@ -358,15 +358,16 @@ def search(
     Raises:
         ConfigError, NoEffectError: those of `search_by`, and of `ditkit.generate`.
     """
-    work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, None)
+    settings = Sampling(steps, solver, guidance, batch_size=batch_size, seeds=tuple(seeds))  # type: ignore[arg-type]
+    sampler = Sampler.of(model, label, sampling=settings)
     found = search_by(
-        work.draw,  # type: ignore[arg-type]
+        lambda policy: sampler.draw(policies=policy),
         model.sites(),
         model=type(model).__name__,
         weights=fingerprint(model.state_dict()),
         **setting,
     )
-    sampled = {"seeds": list(work.seeds), "steps": steps}
+    sampled = {"seeds": list(sampler.sampling.seeds), "steps": steps}
     return replace(found, search={**found.search, **sampled})
 
 
