@@ -40,8 +40,6 @@ class TaylorSeer(BranchCache):
         axis: distances in evaluations ("call", the paper's) or in noise-time ("sigma").
         basis: "taylor" is the paper's series. "newton" is not: it extrapolates the polynomial through the
             latest `order + 1` full evaluations.
-        whole_warmup: take differences, and differences of them, in all of the warm-up, which matters with a
-            `warmup` of three or more and an `order` of two or more. Not the paper's; with "newton" it is always so.
     """
 
     interval: Count = 4
@@ -49,7 +47,6 @@ class TaylorSeer(BranchCache):
     warmup: Count = 2
     axis: Axis = "call"
     basis: Basis = "taylor"
-    whole_warmup: bool = False
 
     @classmethod
     def small(cls, grid: Grid) -> Self:
@@ -72,8 +69,8 @@ class TaylorSeer(BranchCache):
 
     def keep(self, step: int) -> int:
         """Two outputs in the warm-up: no published `taylor_utils` takes a difference before its last evaluation."""
-        whole = self.whole_warmup or self.basis == "newton" or step >= self.warmup
-        return self.kept if whole else min(self.kept, 2)
+        is_whole = self.basis == "newton" or step >= self.warmup
+        return self.kept if is_whole else min(self.kept, 2)
 
     def place(self, call: Call) -> float:
         if self.axis == "call":
