@@ -6,6 +6,7 @@ B batch, N heads, L tokens, K head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,7 @@ class Noting(Run):
 
 
 @torch.no_grad()
-def states_along(
-    model: Denoiser, count: int, steps: int, noted: Collection[int]
-) -> dict[int, list[State]]:
+def states_along(model: Denoiser, count: int, steps: int, noted: Collection[int]) -> dict[int, list[State]]:
     """Draw `count` clips by Euler without guidance, and return the attentions of the evaluations in `noted`.
 
     The model predicts data on the linear path; labels are spread over its classes.
@@ -101,7 +100,7 @@ def interpolated(density: float, densities: Sequence[float], errors: Sequence[Te
         ValueError: the density lies outside of the family's.
     """
     pairs = sorted(zip(densities, errors, strict=True), key=lambda pair: pair[0])
-    for (low, before), (high, after) in zip(pairs, pairs[1:], strict=False):
+    for (low, before), (high, after) in pairwise(pairs):
         if low <= density <= high:
             share = (density - low) / (high - low) if high > low else 0.0
             return before + share * (after - before)

@@ -39,7 +39,10 @@ RIVALS = {
         "Keys and values of the rows left out are needed",
         "FID of SD3 in 28 steps: 24.30, without them 31.36",
     ),
-    "no resets": ("Evaluations of all rows in between are needed", "FID of SD3 in 10 steps: 35.81, without 46.10"),
+    "no resets": (
+        "Evaluations of all rows in between are needed",
+        "FID of SD3 in 10 steps: 35.81, without 46.10",
+    ),
     "no starvation": (
         "What counts how often a row was left out is needed",
         "FID of SD3 in 10 steps: 35.81, without 39.87",
@@ -87,7 +90,9 @@ def claims(arguments: Arguments, steps: int) -> Iterator[Claim]:
 def untried() -> Iterator[Claim]:
     """Yield the claims that take other models than are here."""
     reason = "takes the published weights and a GPU"
-    yield Claim.untried("SD3 is up to 2.36 times as fast", paper="abstract: with minimal degradation", reason=reason)
+    yield Claim.untried(
+        "SD3 is up to 2.36 times as fast", paper="abstract: with minimal degradation", reason=reason
+    )
     yield Claim.untried("Lumina-Next is up to 2.51 times as fast", paper="abstract, as SD3", reason=reason)
     yield Claim.untried(
         "At 1.6 times the speed people find it as good as full sampling",
@@ -96,7 +101,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 12, steps: int = 20) -> None:
+def main(count: int = 10, steps: int = 20) -> None:
     """Try the claims.
 
     Args:

@@ -53,7 +53,13 @@ class Errors:
 
 
 def versus(
-    claim: str, paper: str, error: Tensor, rival: Tensor, setting: str, claimed: Bounds = (None, 0.0), times: float = 1
+    claim: str,
+    paper: str,
+    error: Tensor,
+    rival: Tensor,
+    setting: str,
+    claimed: Bounds = (None, 0.0),
+    times: float = 1,
 ) -> Claim:
     """The claim that an error is less than so many times a rival's."""
     off = error - times * rival
@@ -74,7 +80,9 @@ def of_orders(errors: Errors) -> Iterator[Claim]:
     full = len(TaylorSeer(4).full_steps(STEPS))
     setting = f"{errors.name}, N=4 of {STEPS} Euler steps"
     fora = "FID-50k of DiT-XL/2 at N=5: 2.65 with O=3, 6.58 of reuse (FORA)"
-    yield versus("Linear forecasts have less than half the error of reuse", fora, first, reuse, setting, times=0.5)
+    yield versus(
+        "Linear forecasts have less than half the error of reuse", fora, first, reuse, setting, times=0.5
+    )
     yield versus(
         f"The second difference does no harm: less than {ABOUT} times the error of the first alone",
         "ImageReward of FLUX at N=6: 0.9953 with O=1, 1.0039 with O=2",
@@ -118,10 +126,16 @@ def untried() -> Iterator[Claim]:
     """Yield the claims that take other models than are here."""
     reason = "takes the published weights and a GPU"
     yield Claim.untried(
-        "FLUX.1-dev keeps its ImageReward at 4.99 times fewer FLOPs", paper="0.9898 to 1.0039 (N=6, O=2)", reason=reason
+        "FLUX.1-dev keeps its ImageReward at 4.99 times fewer FLOPs",
+        paper="0.9898 to 1.0039 (N=6, O=2)",
+        reason=reason,
     )
-    yield Claim.untried("DiT-XL/2 keeps its FID at N=3, O=3", paper="2.32 to 2.34, 2.77 times fewer FLOPs", reason=reason)
-    yield Claim.untried("HunyuanVideo loses less than one point of VBench", paper="80.66 to 79.93", reason=reason)
+    yield Claim.untried(
+        "DiT-XL/2 keeps its FID at N=3, O=3", paper="2.32 to 2.34, 2.77 times fewer FLOPs", reason=reason
+    )
+    yield Claim.untried(
+        "HunyuanVideo loses less than one point of VBench", paper="80.66 to 79.93", reason=reason
+    )
 
 
 def main(count: int = 12) -> None:

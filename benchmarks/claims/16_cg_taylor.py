@@ -123,7 +123,7 @@ def untried() -> Iterator[Claim]:
         yield Claim.untried(claim, paper=paper, reason="takes the published weights and a GPU")
 
 
-def main(count: int = 12) -> None:
+def main(count: int = 10) -> None:
     """Try the claims.
 
     Args:

@@ -4,14 +4,15 @@ python benchmarks/claims/18_grat.py      writes benchmarks/results/claims/18-gra
 
 Queries, keys and values of all layers of digits-video-dit are taken at three noise levels of its own trajectories. The
 error of an attention is the squared distance of its output under a mask to that over all pairs, over the square of
-the latter, and its mean over layers and levels is that of a clip. Patterns of other densities are compared by interpolation
-within the family that can be made finer; intervals are over clips.
+the latter, and its mean over layers and levels is that of a clip. Patterns of other densities are compared by
+interpolation within the family that can be made finer; intervals are over clips.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,16 @@ from ditkit.systems.claims import Claim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # states and controls are shared
 from attention_controls import Diagonal, RandomBlocks
-from attention_states import State, balls, interpolated, masked, of_tokens, relative_error, states_along, trained_for
+from attention_states import (
+    State,
+    balls,
+    interpolated,
+    masked,
+    of_tokens,
+    relative_error,
+    states_along,
+    trained_for,
+)
 
 MODEL, STEPS, LEVELS = "digits-video-dit", 25, (5, 12, 20)
 GRID = Grid(16, 8, 8)
@@ -85,7 +95,8 @@ def claims(count: int) -> Iterator[Claim]:
     reaches = [of_tokens(Grouped(reach=reach, group=GROUP, block=BLOCK), GRID) for reach in REACHES]
     near = [mask for place, mask in enumerate(balls(GRID)) if place in BALLS]
     controls = [
-        [of_tokens(kind(each=each, block=BLOCK), GRID) for each in BLOCKS] for kind in (RandomBlocks, Diagonal)
+        [of_tokens(kind(each=each, block=BLOCK), GRID) for each in BLOCKS]
+        for kind in (RandomBlocks, Diagonal)
     ]
     found = iter(tried([cross, *reaches, *near, *controls[0], *controls[1]], states))
     x, b, circle, *rest = ([next(found) for _ in group] for group in ([cross], reaches, near, *controls))
@@ -93,13 +104,18 @@ def claims(count: int) -> Iterator[Claim]:
 
     fid = "FID of FLUX on COCO: full 33.89, X 34.59, B 35.99, CLEAR without training 47.50; densities differ"
     yield versus("Criss-cross groups have less error than blocks of groups", fid, x[0], b, "blocks", setting)
-    yield versus("Blocks of groups have less error than a ball about each token", fid, b[1], circle, "ball", setting)
+    yield versus(
+        "Blocks of groups have less error than a ball about each token", fid, b[1], circle, "ball", setting
+    )
     yield versus("Criss-cross groups have less error than a ball", fid, x[0], circle, "ball", setting)
-    for name, control in (("random blocks", random), ("nearest blocks in the order of the sequence", diagonal)):
+    for name, control in (
+        ("random blocks", random),
+        ("nearest blocks in the order of the sequence", diagonal),
+    ):
         yield versus(
             f"Blocks of groups have less error than {name}", "not compared", b[1], control, "control", setting
         )
-    falls = torch.stack([wider.error - nearer.error for nearer, wider in zip(b, b[1:], strict=False)]).amax(0)
+    falls = torch.stack([wider.error - nearer.error for nearer, wider in pairwise(b)]).amax(0)
     yield Claim.tried(
         "The error falls with the reach",
         paper="a wider reach is closer to full attention; no figure",
@@ -114,15 +130,22 @@ def claims(count: int) -> Iterator[Claim]:
 def untried() -> Iterator[Claim]:
     """Yield the claims that take large models and a GPU."""
     reason = "takes the published weights and a GPU"
-    yield Claim.untried("FLUX at 8192 x 8192 attends 35.8 times as fast (B), 11.6 times (X)", paper="A100", reason=reason)
     yield Claim.untried(
-        "FLUX with criss-cross keeps its pictures", paper="FID 33.89 to 34.59, ImageReward 1.076 to 1.068", reason=reason
+        "FLUX at 8192 x 8192 attends 35.8 times as fast (B), 11.6 times (X)", paper="A100", reason=reason
     )
     yield Claim.untried(
-        "HunyuanVideo with criss-cross keeps its clips", paper="VBench 82.71 to 83.82 at 2.4 times", reason=reason
+        "FLUX with criss-cross keeps its pictures",
+        paper="FID 33.89 to 34.59, ImageReward 1.076 to 1.068",
+        reason=reason,
     )
     yield Claim.untried(
-        "The order holds in pictures that are drawn", paper="FID, as above",
+        "HunyuanVideo with criss-cross keeps its clips",
+        paper="VBench 82.71 to 83.82 at 2.4 times",
+        reason=reason,
+    )
+    yield Claim.untried(
+        "The order holds in pictures that are drawn",
+        paper="FID, as above",
         reason="no picture model of 32 x 32 tokens ships; drawn clips by pattern are in results/attention_error.json",
     )
 

@@ -2,10 +2,10 @@
 
 python benchmarks/claims/20_re_ttention.py      writes benchmarks/results/claims/20-re-ttention.json and fills the page
 
-Queries, keys and values of all layers of digits-video-dit are taken at three evaluations in a row, at three noise levels
-of its own trajectories. The first is a cache evaluation; in the two after it attention sees a band, plain, with rho, and
-with rho and R. The error is the squared distance of its output to that over all pairs, over the square of the latter;
-its mean over layers, levels and both evaluations is that of a clip. Intervals are over clips.
+Queries, keys and values of all layers of digits-video-dit are taken at three evaluations in a row, at three noise
+levels of its own trajectories. The first is a cache evaluation; in the two after it attention sees a band, plain, with
+rho, and with rho and R. The error is the squared distance of its output to that over all pairs, over the square of the
+latter; its mean over layers, levels and both evaluations is that of a clip. Intervals are over clips.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def claims(count: int) -> Iterator[Claim]:
                 interval=bootstrap(off),
                 claimed=(None, 0.0),
                 unit="relative squared error",
-                against=f"{mask.double().mean():.1%} of pairs; means: {means}; {MODEL} {trained_for(model)}, {count} clips",
+                against=f"{mask.double().mean():.1%} of pairs; means: {means}; {MODEL} "
+                f"{trained_for(model)}, {count} clips",
             )
 
 
@@ -93,7 +94,11 @@ def untried() -> Iterator[Claim]:
     yield Claim.untried(
         "CogVideoX-2B at 1/32 keeps its clips", paper="PSNR 27.96, SSIM 0.894, LPIPS 0.059", reason=reason
     )
-    yield Claim.untried("PixArt-alpha at 1/32 loses little", paper="GenEval 0.48 to 0.448, HPSv2 30.79 to 27.57", reason=reason)
+    yield Claim.untried(
+        "PixArt-alpha at 1/32 loses little",
+        paper="GenEval 0.48 to 0.448, HPSv2 30.79 to 27.57",
+        reason=reason,
+    )
     yield Claim.untried(
         "CogVideoX takes 45 % less time on an H100, its attention 92 % less",
         paper="abstract; the released code has no sparse kernel",

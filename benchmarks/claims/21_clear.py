@@ -2,10 +2,10 @@
 
 python benchmarks/claims/21_clear.py      writes benchmarks/results/claims/21-clear.json and fills the page
 
-Before training, the error of attention's output is that of benchmarks/claims/18_grat.py. Students are digits-video-dit on
-clips of 4 frames, 256 tokens, its attention alone trained under a window over all frames; arms share batches, noise and
-times. A student's error is the squared distance of its prediction to the model's with all pairs, on the same held-out
-draws, over the square of the latter's distance to the data. Intervals are over clips.
+Before training, the error of attention's output is that of benchmarks/claims/18_grat.py. Students are digits-video-dit
+on clips of 4 frames, 256 tokens, its attention alone trained under a window over all frames; arms share batches, noise
+and times. A student's error is the squared distance of its prediction to the model's with all pairs, on the same
+held-out draws, over the square of the latter's distance to the data. Intervals are over clips.
 """
 
 from __future__ import annotations
@@ -64,9 +64,13 @@ def before_training(count: int) -> Iterator[Claim]:
     states = [state for level in states_along(model, count, STEPS, LEVELS).values() for state in level]
     circle = of_tokens(Neighbourhood(radius=3, span=16, block=16), GRID)
     families = {
-        "square windows without shift": [of_tokens(Grouped(group=g, reach=0, block=16), GRID) for g in SQUARES],
+        "square windows without shift": [
+            of_tokens(Grouped(group=g, reach=0, block=16), GRID) for g in SQUARES
+        ],
         "random blocks": [of_tokens(RandomBlocks(each=n, block=16), GRID) for n in BLOCKS],
-        "nearest blocks in the order of the sequence": [of_tokens(Diagonal(each=n, block=16), GRID) for n in BLOCKS],
+        "nearest blocks in the order of the sequence": [
+            of_tokens(Diagonal(each=n, block=16), GRID) for n in BLOCKS
+        ],
     }
     masks = [circle, *(mask for family in families.values() for mask in family)]
     errors = torch.zeros(len(masks), count, dtype=torch.float64)
@@ -105,7 +109,14 @@ def samples(split: str, length: int) -> MaskedClipDataset:
     """Clips of one digit with their classes, all of which are to be made."""
     config = clip_model().config
     clips = load_clips(
-        "moving-digits", config.size, frames=FRAMES, split=split, length=length, digits=1, speed=(1.0, 2.0), labels=True
+        "moving-digits",
+        config.size,
+        frames=FRAMES,
+        split=split,
+        length=length,
+        digits=1,
+        speed=(1.0, 2.0),
+        labels=True,
     )
     return MaskedClipDataset(clips, MaskMixture(region=0, frames=("unconditional",)))
 
@@ -169,9 +180,12 @@ def of_students(steps: int, batch: int, draws: int) -> Iterator[Claim]:
         for name, pattern in (("circle", CIRCLE), ("square", SQUARE))
     )
     for claim, paper, one, other, share, more in (
-        ("Distillation takes away half of the error, or more", "COCO FID 47.5 untrained, 33.9 full", "three losses", "untrained", 0.5, ""),
-        ("All three losses come nearer than the first alone", "no figure that could be read", "three losses", "first loss", 1.0, ""),
-        ("A circle comes nearer than square windows without shift", "no figure that could be read", "three losses", "square windows", 1.0, f"; pairs: {keys}"),
+        ("Distillation takes away half of the error, or more", "COCO FID 47.5 untrained, 33.9 full",
+            "three losses", "untrained", 0.5, ""),
+        ("All three losses come nearer than the first alone", "no figure that could be read",
+            "three losses", "first loss", 1.0, ""),
+        ("A circle comes nearer than square windows without shift", "no figure that could be read",
+            "three losses", "square windows", 1.0, f"; pairs: {keys}"),
         (
             f"A student of radius {RADIUS} does not collapse at {WIDER}: it is nearer than untrained at {RADIUS}",
             "one model runs at several sizes; no figure",
@@ -203,7 +217,9 @@ def of_flux() -> Iterator[Claim]:
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     learned = ("to_q", "to_k", "to_v", "to_out")
-    count = sum(p.numel() for name, p in model.named_parameters() if any(f".attn.{part}." in name for part in learned))
+    count = sum(
+        p.numel() for name, p in model.named_parameters() if any(f".attn.{part}." in name for part in learned)
+    )
     pooling = Neighbourhood(pooled=4).modules(flux.sites(view(model)))
     assert pooling is not None
     extra = sum(p.numel() for p in pooling.parameters())

@@ -168,6 +168,7 @@ def test_interval_one_changes_no_bit(model, order):
 @pytest.mark.parametrize("policy", [TaylorSeer(4, 2), TaylorSeer(3, 2, warmup=3)], ids=str)
 def test_interleaved_lanes_equal_runs_of_one_lane_to_the_bit(model, policy):
     """Classifier-free guidance in two calls a step: each lane draws what it would draw alone."""
+
     def alone(lane: str, seed: int) -> Tensor:
         trajectory, x = Trajectory(model.sites(), [policy], STEPS), noise(seed=seed)
         with torch.no_grad():
