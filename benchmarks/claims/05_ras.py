@@ -101,7 +101,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 10, steps: int = 20) -> None:
+def main(count: int = 8, steps: int = 20) -> None:
     """Try the claims.
 
     Args:

@@ -250,7 +250,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 6, steps: int = 24, batch: int = 8, draws: int = 256) -> None:
+def main(count: int = 6, steps: int = 16, batch: int = 8, draws: int = 192) -> None:
     """Try the claims.
 
     Args:
