@@ -222,6 +222,23 @@ def test_bad_settings(given: dict[str, object], line: str) -> None:
     assert line in str(caught.value)
 
 
+@pytest.mark.parametrize("grid", [Grid(1, 32, 32), Grid(8, 8, 12), Grid(3, 9, 7)])
+def test_a_wider_reach_sees_all_that_a_narrower_one_does_and_loses_less(grid: Grid) -> None:
+    """So the share of the softmax that is lost falls with the reach, whatever q and k are; the last loses nothing."""
+    group = (4, 4) if grid.frames == 1 else (2, 4, 4)
+    draw = torch.Generator().manual_seed(5)
+    q, k = (2 * torch.randn(grid.length, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    weights = (q @ k.T).softmax(-1)
+    before, lost = torch.zeros(grid.length, grid.length, dtype=torch.bool), weights.sum(-1)
+    for reach in range(8):
+        plan = Grouped(group=group, reach=reach, block=16).plan(grid, 0)
+        pairs = planned_mask(plan)
+        now = (weights * ~pairs).sum(-1)
+        assert (pairs | ~before).all() and (now <= lost + 1e-12).all()
+        before, lost = pairs, now
+    assert pairs.all() and lost.abs().max() == 0
+
+
 def test_two_patterns_or_rows_are_refused_by_name() -> None:
     from ditkit.caching import RAS
 

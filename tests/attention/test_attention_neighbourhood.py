@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from test_attention_hosts import outcome
 from torch import Tensor, nn
 
+import flux_support as fluxes
 from ditkit.attention.neighbourhood import Neighbourhood, Pooling, cells
 from ditkit.attention.pattern import cached_plan
 from ditkit.core.checkpoint import read_metadata, read_state, write_state
@@ -20,6 +23,8 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
 from ditkit.core.run import Call, Site
+from ditkit.hosts import flux
+from ditkit.hosts.view import view
 from patterns_support import (
     MaskedClipDataset,
     circle_meets,
@@ -339,3 +344,37 @@ def test_weights_of_an_older_folder_are_read(tmp_path: Path) -> None:
     )
     loaded = Model.load(tmp_path)
     assert torch.equal(torch.stack([part.weight for part in loaded.learned["Neighbourhood"].values()]), whole)
+
+
+def test_flux_trains_1794_million_parameters_and_16_weights_an_attention() -> None:
+    """(19 * 4 + 38 * 3) (3072^2 + 3072): the image's projections in blocks of two streams, all in the others."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    own = ("to_q", "to_k", "to_v", "to_out")
+    trained = sum(
+        p.numel() for name, p in model.named_parameters() if any(f".attn.{part}." in name for part in own)
+    )
+    assert trained == (19 * 4 + 38 * 3) * (3072**2 + 3072) == 1_793_648_640
+    weights = Neighbourhood(pooled=4).modules(flux.sites(view(model)))
+    assert weights is not None
+    assert [list(p.shape) for p in weights.parameters()] == [[4, 4]] * (19 + 38)
+
+
+def test_the_rotary_base_of_large_pictures_is_the_models() -> None:
+    """`pos_embed.theta` of FLUX, ten times as high: diffusers' own NTK factor of 10, under the pattern too."""
+    pattern, grid = Neighbourhood(radius=2, block=8, kernel="cpu"), Grid(1, fluxes.ROWS, fluxes.COLUMNS)
+    twin, inputs = MaskedClipDataset(circle_meets(pattern)), fluxes.call_inputs()
+    outs = []
+    for theta in (10_000, 100_000):
+        model = view(fluxes.transformer())
+        model.pos_embed.theta = theta
+        found, expected = (fluxes.run_steps(model, inputs, [policy])[0] for policy in (pattern, twin))
+        assert fluxes.relative(found, expected) < 1e-5
+        outs.append(found)
+    assert fluxes.relative(*outs) > 1e-4
+    cos, _ = model.pos_embed(grid.coordinates())
+    rows = [
+        get_1d_rotary_pos_embed(width, places, 10_000, use_real=True, ntk_factor=10.0)[0]
+        for width, places in zip((4, 6, 6), grid.coordinates().T, strict=True)
+    ]
+    assert torch.allclose(cos, torch.cat(rows, -1), atol=1e-6)

@@ -47,6 +47,10 @@ class BranchCache(Policy):
         """The coordinate of an evaluation in `predict`."""
         return call.index
 
+    def keep(self, step: int) -> int:
+        """The outputs of each branch that are kept at most after computed evaluation `step`, counted as in `decide`."""
+        return self.kept
+
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         return {"schedule": "own", **dict.fromkeys(named(sites, "branch"), "own")}
 
@@ -216,7 +220,7 @@ class Cached(Session):
         super().__init__()
         self.policy, self.branches = policy, [site for site in sites if site.kind == "branch"]
         self.is_neutral = policy == policy.exact()
-        self.most_kept = min(policy.kept, len(policy.full_steps(total)))
+        self.most_kept = most_kept(policy, total)
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         if self.is_neutral:
@@ -234,7 +238,8 @@ class Cached(Session):
         """After a computed evaluation, record the lane's outputs."""
         for key, evaluation in self.staged.items():
             if evaluation.outputs and evaluation.known is None:
-                self.state[key] = record(self.policy, self.state.get(key), evaluation)
+                keep = self.policy.keep(evaluation.call.index - self._origin(evaluation.call))
+                self.state[key] = record(keep, self.state.get(key), evaluation)
         self.staged.clear()
 
     def bytes(self) -> int:
@@ -251,17 +256,29 @@ class Cached(Session):
         return feature_bytes(self.branches, tokens, call.layout) * self.most_kept
 
     def _is_computed(self, call: Call, lane: Lane) -> bool:
-        # One counter a network, shared by its lanes: a lane that joins late keeps step with the others.
-        origin = min(other.first for key, other in self.state.items() if key[0] == call.net)
+        origin = self._origin(call)
         since = range(
             min(lane.last + 1, call.index), call.index + 1
         )  # with what a lane that was away has missed
         away = call.index < lane.last or any(self.policy.decide(index - origin) for index in since)
         return away or lane.geometry != geometry_of(call)
 
+    def _origin(self, call: Call) -> int:
+        """The first evaluation of the network: a lane that joins late keeps step with the others."""
+        return min((lane.first for key, lane in self.state.items() if key[0] == call.net), default=call.index)
 
-def record(policy: BranchCache, old: Lane | None, evaluation: Evaluation) -> Lane:
-    """The lane one computed evaluation later."""
+
+def most_kept(policy: BranchCache, total: int) -> int:
+    """The most outputs of a branch that are kept at once in a trajectory of `total` evaluations."""
+    kept = most = 0
+    for step in policy.full_steps(total):
+        kept = min(kept + 1, policy.keep(step))
+        most = max(most, kept)
+    return most
+
+
+def record(keep: int, old: Lane | None, evaluation: Evaluation) -> Lane:
+    """The lane one computed evaluation later, with at most `keep` outputs of each branch."""
     call, place, geometry = evaluation.call, evaluation.place, geometry_of(evaluation.call)
     first = call.index if old is None else old.first
     if old is not None and (old.geometry != geometry or old.tokens != evaluation.tokens):
@@ -272,8 +289,9 @@ def record(policy: BranchCache, old: Lane | None, evaluation: Evaluation) -> Lan
         known = {name: out for name, out in evaluation.outputs.items() if name in earlier}
         branches = {name: replace_latest(out, earlier[name]) for name, out in known.items()}
     else:
-        anchors = (place, *anchors)[: policy.kept]
-        keep = len(anchors)
-        branches = {name: push(out, earlier.get(name), keep) for name, out in evaluation.outputs.items()}
+        anchors = (place, *anchors)[:keep]
+        branches = {
+            name: push(out, earlier.get(name), len(anchors)) for name, out in evaluation.outputs.items()
+        }
     held = sum(branch.bytes for branch in branches.values())
     return Lane(first, call.index, anchors, geometry, evaluation.tokens, branches, held)

@@ -30,7 +30,8 @@ class TaylorSeer(BranchCache):
     """Compute one evaluation in `interval`, and forecast every branch in the others.
 
     A full evaluation at s, d after the full one before it, turns a branch's factors f into g_0 = F(s) and
-    g_{i+1} = (g_i - f_i) / d. A skipped one, k after s, uses sum_i g_i k^i / i! with i up to `order`.
+    g_{i+1} = (g_i - f_i) / d. A skipped one, k after s, uses sum_i g_i k^i / i! with i up to `order`. The last of the
+    warm-up takes the first difference, of itself and the one before it; those before it leave their values only.
 
     Args:
         interval: evaluations from one full one to the next; 1 computes all of them.
@@ -65,6 +66,11 @@ class TaylorSeer(BranchCache):
 
     def decide(self, step: int) -> bool:
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
+
+    def keep(self, step: int) -> int:
+        """Two outputs in the warm-up: no published `taylor_utils` takes a difference before its last evaluation."""
+        is_whole = self.basis == "newton" or step >= self.warmup
+        return self.kept if is_whole else min(self.kept, 2)
 
     def place(self, call: Call) -> float:
         if self.axis == "call":
