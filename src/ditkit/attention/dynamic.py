@@ -23,7 +23,7 @@ class Dynamic(Pattern):
 
     @abstractmethod
     def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
-        """Which blocks of the plan are visited, bool [B, N, query blocks, key blocks]; those beyond it do not count.
+        """Return the visited blocks of the plan, bool [B, N, query blocks, key blocks]; others do not count.
 
         Args:
             plan: with what is padding of these prompts left out. q, k: [B, N, slots, K], in the plan's order.
@@ -31,7 +31,7 @@ class Dynamic(Pattern):
 
     @abstractmethod
     def share(self, plan: BlockPlan) -> float:
-        """What `kept` will leave of dense attention's blocks: by this it is judged whether skipping pays."""
+        """Estimate the share of dense attention's blocks that `kept` leaves, by which skipping is judged to pay."""
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Selecting:
         self._check(sites, total)

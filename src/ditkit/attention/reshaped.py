@@ -76,15 +76,15 @@ class Reshape(Pattern):
         return Reshaping(self, sites)
 
     def due(self, index: int) -> int:
-        """The evaluation at or before `index` with which the latest scheduled cache step begins."""
+        """Return the evaluation at or before `index` with which the latest scheduled cache step begins."""
         return index - (index - self.warmup) % (self.every * self.stages)
 
     def step(self, index: int) -> int:
-        """The step of the solver that evaluation `index` is of."""
+        """Return the step of the solver that evaluation `index` is of."""
         return index // self.stages
 
     def modes(self, total: int) -> list[Mode]:
-        """What is scheduled for each evaluation of an attention that is never skipped."""
+        """Schedule each evaluation of an attention that is never skipped."""
         return [self._mode(index) for index in range(total)]
 
     def _mode(self, index: int) -> Mode:
@@ -216,6 +216,6 @@ class Reshaping(Sparse):
         return f"residual='none' would {'fit' if ratios <= allowed else f'hold {ratios:,}'}"
 
     def _holds(self, kept: Kept, index: int) -> bool:
-        """Whether statistics are as fresh as is scheduled, and of an earlier step."""
+        """Return whether statistics are as fresh as is scheduled, and of an earlier step."""
         step = self.policy.step
         return self.policy.due(index) <= kept.place and step(kept.place) < step(index)

@@ -125,7 +125,7 @@ def tell(drawn: Sequence[Samples], files: Sequence[str], noun: str, out: Path) -
 
 
 def receipts(drawn: Sequence[Samples]) -> list[dict[str, Any]]:
-    """What the policies did for all labels, each once where labels do not differ."""
+    """List the receipts of the policies for all labels, each once where labels do not differ."""
     found: list[dict[str, Any]] = []
     for d in drawn:
         found += [r for receipt in d.receipts if (r := receipt.as_dict()) not in found]
@@ -139,7 +139,7 @@ def iterate(drawn: Sequence[Samples]) -> Iterator[tuple[int, str | None]]:
 
 
 def file_stems(classes: Sequence[str]) -> dict[str, str]:
-    """What stands for each class in file names: its slug, with its index where another's is the same.
+    """Name each class in file names: its slug, with its index where another's is the same.
 
     A slug has no "@", and some file systems do not tell "A" from "a".
     """

@@ -25,7 +25,7 @@ from ditkit.tasks.recipe import Recipe, describe, train_recipe
 
 Build = Callable[[], Recipe]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
-"""What a run may leave in its folder."""
+"""The files that a run may leave in its folder."""
 
 
 def found() -> dict[str, Build]:

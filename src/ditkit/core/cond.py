@@ -1,4 +1,4 @@
-"""What a model is told, as one typed object."""
+"""The conditioning of a model, as one typed object."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Cond:
 
 
 def label_of(config: object, cond: Cond) -> Tensor:
-    """The label of each sample, [B], for the network of `config`.
+    """Return the label of each sample, [B], for the network of `config`.
 
     Raises:
         ConfigError: there is none.

@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def load(source: str | Path) -> Model:
-    """A model in float32 and eval mode.
+    """Load a model in float32 and eval mode.
 
     Args:
         source: the name of a shipped model (`shipped()`), a folder that `Model.save` wrote, or `owner/name`
@@ -43,7 +43,10 @@ def shipped() -> tuple[str, ...]:
 
 
 def _from_hub(name: str) -> Model:
-    """A mistyped folder of two parts comes here as well, so the error names that first."""
+    """Load a model of the Hub.
+
+    A mistyped folder of two parts comes here as well, so the error names that first.
+    """
     try:
         return Model.from_pretrained(name)
     except CheckpointError as error:

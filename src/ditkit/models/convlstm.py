@@ -92,7 +92,7 @@ class ConvLSTM(Model):
         return (Site("tokens", "tokens"), Site("head", "head"))
 
     def forward(self, x: Tensor, run: Run = DIRECT) -> Tensor:
-        """The frames that follow.
+        """Predict the frames that follow.
 
         Args:
             x: [B, C, T, H, W] observed frames.
@@ -125,7 +125,7 @@ class ConvLSTM(Model):
         return nn.functional.pixel_unshuffle(x.transpose(1, 2), self.config.patch)
 
     def head(self, h: Tensor) -> Tensor:
-        """The states of all layers, [B, T, D, h, w], to frames [B, C, T, H, W]."""
+        """Map the states of all layers, [B, T, D, h, w], to frames [B, C, T, H, W]."""
         said = self.out(h.flatten(0, 1)).unflatten(0, h.shape[:2])
         return nn.functional.pixel_shuffle(said, self.config.patch).transpose(1, 2)
 

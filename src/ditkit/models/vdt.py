@@ -138,7 +138,7 @@ class VDT(Denoiser):
 
     @classmethod
     def from_image(cls, image: DiT, **changes: Any) -> Self:
-        """A VDT with the weights of a DiT, whose temporal branches all give 0 at first (ours; W_fc = 0).
+        """Build a VDT with the weights of a DiT, whose temporal branches all give 0 at first (ours; W_fc = 0).
 
         Args:
             changes: to the config, such as `frames`.
@@ -202,7 +202,7 @@ class VDT(Denoiser):
         return unpatchify(out, grid, (1, self.config.patch, self.config.patch))
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
-        """c = time embedding + label embedding (+ pooled clean tokens: adaln), [B, D]; all frames share it."""
+        """Compute c = time embedding + label embedding (+ pooled clean tokens: adaln), [B, D]; all frames share it."""
         label = torch.zeros(len(t), dtype=torch.long, device=t.device) if cond.label is None else cond.label
         rate = self.config.label_dropout if self.training else 0.0
         c_BD = self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))

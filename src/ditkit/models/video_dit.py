@@ -222,7 +222,7 @@ class VideoDiT(Denoiser):
         return replace(cond, label=label, text=text, text_mask=valid)
 
     def condition(self, t: Tensor, told: Cond) -> Tensor:
-        """c = time embedding + label embedding, [B, D]."""
+        """Compute c = time embedding + label embedding, [B, D]."""
         return self.time(t) + self.label(told.label) if self.label else self.time(t)
 
     def tokenize(self, x: Tensor, told: Cond) -> RotaryTokens:

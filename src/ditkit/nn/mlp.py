@@ -23,7 +23,7 @@ class SwiGLU(nn.Module):
         return out
 
     def hidden(self, u: Tensor) -> Tensor:
-        """The values before the last layer; row-wise."""
+        """Compute the values before the last layer, row by row."""
         return F.dropout(F.silu(self.gate(u)) * self.value(u), self.dropout, self.training)
 
 
@@ -41,5 +41,5 @@ class PlainMLP(nn.Module):
         return out
 
     def hidden(self, u: Tensor) -> Tensor:
-        """The values between the two layers; row-wise."""
+        """Compute the values between the two layers, row by row."""
         return F.dropout(F.gelu(self.inner(u)), self.dropout, self.training)

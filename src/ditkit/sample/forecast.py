@@ -14,7 +14,9 @@ from ditkit.core.trajectory import Trajectory
 
 
 def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
-    """The `horizon` frames after `observed`: predicted frames are fed back, and the last pass is cut (PredFormer).
+    """Forecast the `horizon` frames after `observed`.
+
+    Predicted frames are fed back, and the last pass is cut (PredFormer).
 
     Args:
         observed: [B, C, T, H, W], on any device.

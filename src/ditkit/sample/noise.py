@@ -31,12 +31,12 @@ class SampleNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def draw(self, device: torch.device | str = "cpu") -> Tensor:
-        """The next float32 noise of every sample, [B, *shape]."""
+        """Draw the next float32 noise of every sample, [B, *shape]."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Where the trajectories of `seeds` start: float32 [len(seeds), *shape] on the CPU."""
+    """Draw the first states of the trajectories of `seeds`: float32 [len(seeds), *shape] on the CPU."""
     return SampleNoise(seeds, shape).draw()
 
 

@@ -1,4 +1,4 @@
-"""How good forecasts are on data that was not trained on, beside what costs nothing."""
+"""Scores of forecasts on held-out data, beside baselines that cost nothing."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class ClipForecasts:
         )
 
     def examples(self) -> Iterator[tuple[str, Example]]:
-        """The clip to show under each model, by the name of its files."""
+        """Yield the clip to show under each model, by the name of its files."""
         for name, model in self.models.items():
             make = partial(forecast, model, horizon=self.clips.frames - self.observed)
             for example in clip_examples(self.clips, self.show, self.observed, make):
@@ -203,7 +203,7 @@ class FieldForecasts:
         )
 
     def examples(self) -> Iterator[tuple[str, Example]]:
-        """The window to show under each model, one a variable, by the name of its files."""
+        """Yield the window to show under each model, one a variable, by the name of its files."""
         for name, model in self.models.items():
             make = partial(forecast, model, horizon=self.horizon)
             for example in field_examples(self.parts.test, self.show, self.observed, self.horizon, make):
@@ -265,7 +265,7 @@ def evaluate_forecasts(
 
 
 def forecasts_fields(models: Mapping[str, Model]) -> bool:
-    """Whether the models forecast fields or series, rather than clips.
+    """Return whether the models forecast fields or series, rather than clips.
 
     Raises:
         ConfigError: some do and others do not.
@@ -329,7 +329,7 @@ def field_forecasts(
 
 
 def same(models: Mapping[str, Model], *names: str) -> Any:
-    """The first model's config, whose fields of these names all models share.
+    """Return the first model's config, whose fields of these names all models share.
 
     Raises:
         ConfigError: they differ.
@@ -354,7 +354,7 @@ def standardised_alike(models: Mapping[str, Model]) -> None:
 
 
 def called(folders: Sequence[str]) -> list[str]:
-    """What each of some distinct model folders is called: as many last parts of its path as tell them apart."""
+    """Name some distinct model folders by as many last parts of their paths as tell them apart."""
     parts = [[part for part in Path(folder).parts if part not in ("model", "/", "..")] for folder in folders]
     for kept in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-kept:]) for own in parts]

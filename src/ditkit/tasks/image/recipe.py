@@ -95,7 +95,7 @@ class ClassDataset:
 
 
 def write_sheet(folder: Path, model: Model, step: int) -> None:
-    """Samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
+    """Draw samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
     classes = resolve_labels(model, None, SHEET_CLASSES)
     labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
     drawn = generate(
