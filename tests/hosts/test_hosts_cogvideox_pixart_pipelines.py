@@ -86,7 +86,7 @@ def test_every_pipeline_is_exact_when_neutral_and_each_evaluation_in_its_place(c
     exact = draw(pipe, told)
     with ditkit.accelerate(pipe, TaylorSeer().exact()) as neutral:
         assert torch.equal(draw(neutral, told), exact)
-        assert neutral.report().took.full == neutral.report().took.evaluations
+        assert neutral.report().cost.full == neutral.report().cost.evaluations
     fast = ditkit.accelerate(pipe, TaylorSeer(interval=3, order=1, warmup=3))
     assert not torch.equal(draw(fast, told), exact)
     # CogVideoX names the context of its one call a step, PixArt does not
@@ -127,7 +127,7 @@ def test_the_default_saves(name: str) -> None:
     pipe, told = ready(ONE_EACH[name])
     exact, fast = draw(pipe, told), ditkit.accelerate(pipe)
     assert 0 < (draw(fast, told) - exact).norm() < 0.1 * exact.norm()
-    assert fast.report().took.full == len(DEFAULT.full_steps(8)) < 8
+    assert fast.report().cost.full == len(DEFAULT.full_steps(8)) < 8
 
 
 def test_rows_are_left_out_by_the_spread_of_channels_not_of_frames() -> None:

@@ -58,7 +58,7 @@ class Target:
 
     def best(self, rows: Sequence[Row]) -> Row | None:
         """Return the best of the rows that meet it."""
-        return max(filter(self.is_met_by, rows), key=self._worth, default=None)
+        return max(filter(self.is_met_by, rows), key=self._rank, default=None)
 
     def nearest(self, rows: Sequence[Row]) -> Row:
         """Return the row that comes nearest to it: the fastest, where none beats the exact run."""
@@ -67,9 +67,9 @@ class Target:
             return max(rows, key=lambda row: row.speedup)
         return max(faster, key=error_db)
 
-    def _worth(self, row: Row) -> tuple[float, float]:
-        worth = row.speedup, error_db(row)
-        return worth if self.at_least_db is not None else worth[::-1]
+    def _rank(self, row: Row) -> tuple[float, float]:
+        rank = row.speedup, error_db(row)
+        return rank if self.at_least_db is not None else rank[::-1]
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,12 @@ class Grouped(Pattern):
     def _fitting(self, grid: Grid) -> tuple[int, ...]:
         """Return the most compact group of a block of tokens whose padding may pay."""
 
-        def worth(sides: tuple[int, ...]) -> tuple[float, int, int]:
+        def compactness(sides: tuple[int, ...]) -> tuple[float, int, int]:
             slots = prod(-(-n // side) * side for n, side in zip(grid.shape, sides, strict=True))
             return max(slots, MOST_ROWS * grid.length), sum(sides), slots
 
         powers = [1 << n for n in range(self.block.bit_length())]
-        return min((s for s in product(powers, repeat=3) if prod(s) == self.block), key=worth)
+        return min((s for s in product(powers, repeat=3) if prod(s) == self.block), key=compactness)
 
 
 def group_order(grid: Grid, sides: tuple[int, ...]) -> Tensor:

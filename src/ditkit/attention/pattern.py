@@ -159,14 +159,14 @@ class Layout:
     @cached_property
     def order(self) -> Tensor | None:
         """The token of the image in each of its slots, -1 for padding; None for the model's order."""
-        seat = next(iter(self.seats.values()))
-        return None if seat.plan.order is None else seat.plan.order[: seat.slots]
+        placed = next(iter(self.seats.values()))
+        return None if placed.plan.order is None else placed.plan.order[: placed.slots]
 
     def rows(self, stream: str) -> Tensor:
         """Return the positions of the rows of a sequence, in the model's order, int64 [rows]."""
-        seat = self.seats[stream]
-        before, after = torch.arange(seat.plan.queries - seat.slots).tensor_split((seat.before,))
-        return torch.cat((before, seat.before + seat.image, seat.slots + after))
+        placed = self.seats[stream]
+        before, after = torch.arange(placed.plan.queries - placed.slots).tensor_split((placed.before,))
+        return torch.cat((before, placed.before + placed.image, placed.slots + after))
 
     def tokens(self, fn: Handler, *args: Any) -> Any:
         """Embed the tokens and all that is aligned with them, the image's in its slots."""
@@ -178,9 +178,9 @@ class Layout:
     def head(self, fn: Handler, *args: Any) -> Tensor:
         """Return the prediction of all rows, in the model's order."""
         out = fn(*args)
-        seat = next(iter(self.seats.values()))
-        others = torch.arange(seat.slots, out.shape[1])
-        return take_rows(out, torch.cat((seat.image, others)).to(out.device))
+        placed = next(iter(self.seats.values()))
+        others = torch.arange(placed.slots, out.shape[1])
+        return take_rows(out, torch.cat((placed.image, others)).to(out.device))
 
 
 class Sparse(Session):
@@ -212,12 +212,15 @@ class Sparse(Session):
 
         That of the kernel stays, as calls that a cache forecasts run none.
         """
-        plans = [seat.plan for seat in layout.seats.values()]
+        plans = [placed.plan for placed in layout.seats.values()]
         rows = max(plan.rows_ratio for plan in plans)
-        said = {"visited": round(max(map(self.density, plans)), 4), "rows": round(rows, 4) if rows > 1 else 0}
+        shown_values = {
+            "visited": round(max(map(self.density, plans)), 4),
+            "rows": round(rows, 4) if rows > 1 else 0,
+        }
         kept = {name: self.remarks[name] for name in ("kernel",) if name in self.remarks}
         self.remarks = {
-            name: value for name, value in {**said, "off": self.off(layout)}.items() if value
+            name: value for name, value in {**shown_values, "off": self.off(layout)}.items() if value
         } | kept
 
     def accept(self, layout: Layout, fn: Handler, *args: Any) -> Any:
@@ -227,8 +230,8 @@ class Sparse(Session):
         """
         out = fn(*args) if layout.order is None else layout.tokens(fn, *args)
         features = tree_leaves(out.x)[0]
-        for seat in layout.seats.values():
-            choose(features.new_empty(0, 1), seat.plan, self.kernel)  # the width of heads is not known yet
+        for placed in layout.seats.values():
+            choose(features.new_empty(0, 1), placed.plan, self.kernel)  # the width of heads is not known yet
         return out
 
     def rows(self, call: Call) -> Mapping[str, Tensor]:
@@ -244,7 +247,7 @@ class Sparse(Session):
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
         if self.policy.kernel != "auto":
             return ""
-        plans = (seat.plan for seat in layout.seats.values())
+        plans = (placed.plan for placed in layout.seats.values())
         return next(filter(None, (pays(plan, self.density(plan)) for plan in plans)), "")
 
     def density(self, plan: BlockPlan) -> float:
@@ -255,14 +258,14 @@ class Sparse(Session):
         """Return whether an attention sees all keys in this call."""
         return call.index < self.policy.warmup or self.places[name] in self.policy.dense
 
-    def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
+    def handler(self, call: Call, name: str, placed: SequencePlan) -> Handler:
         """Return the handler of an attention in this call.
 
         Whatever differs from call to call is decided here, outside of graphs.
         """
         if self.is_dense(call, name):
-            return partial(_dense, seat)
-        return partial(_sparse, seat, self.attending(call, name, seat.plan))
+            return partial(_dense, placed)
+        return partial(_sparse, placed, self.attending(call, name, placed.plan))
 
     def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
         """Return the function of an attention that is not dense: `(q, k, v, valid)`, rows in the plan's order.
@@ -286,18 +289,18 @@ class Sparse(Session):
         return self.policy.kernel
 
 
-def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+def _dense(placed: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
     """Run the model's own attention on the rows that are no padding; q, k, v [B, N, rows of the sequence, K]."""
-    if seat.real is None:
+    if placed.real is None:
         return fn(q, k, v, *masks)
-    real = seat.real.to(q.device)
-    seen = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
-    out: Tensor = fn(*(x[:, :, real] for x in (q, k, v)), *seen)
+    real = placed.real.to(q.device)
+    visible = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
+    out: Tensor = fn(*(x[:, :, real] for x in (q, k, v)), *visible)
     return out.new_zeros(*out.shape[:2], q.shape[2], out.shape[3]).index_copy(2, real, out)
 
 
 def _sparse(
-    seat: SequencePlan,
+    placed: SequencePlan,
     attend: Callable[..., Tensor],
     fn: Handler,
     q: Tensor,
@@ -306,13 +309,13 @@ def _sparse(
     *masks: Tensor,
 ) -> Tensor:
     """`attend` in place of it: the rows that stand before the image go behind it, as in the plan, and back."""
-    valid = _valid(seat, k.shape[2], *masks)
-    q, k, v = (x.roll(-seat.before, 2) if seat.before else x for x in (q, k, v))
+    valid = _valid(placed, k.shape[2], *masks)
+    q, k, v = (x.roll(-placed.before, 2) if placed.before else x for x in (q, k, v))
     out = attend(q, k, v, valid)
-    return out.roll(seat.before, 2) if seat.before else out
+    return out.roll(placed.before, 2) if placed.before else out
 
 
-def _valid(seat: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
+def _valid(placed: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
     """Return the key tokens that no mask hides, bool [B, tokens], in the plan's numbers; None for all.
 
     Masks are [B, 1, 1, M]: bool, true for what is seen, or added to scores; for the first M rows of the sequence.
@@ -325,10 +328,10 @@ def _valid(seat: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
     (mask,) = masks
     if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
         raise ShapeError(f"attention pattern: a mask of {list(mask.shape)}, expected [B, 1, 1, keys]")
-    seen = mask[:, 0, 0] if mask.dtype == torch.bool else _kept(mask[:, 0, 0])
-    seen = F.pad(seen, (0, keys - seen.shape[1]), value=True)
-    before, image, after = seen.tensor_split((seat.before, seat.before + seat.slots), 1)
-    return torch.cat((image[:, seat.image.to(image.device)], after, before), 1)
+    visible = mask[:, 0, 0] if mask.dtype == torch.bool else _kept(mask[:, 0, 0])
+    visible = F.pad(visible, (0, keys - visible.shape[1]), value=True)
+    before, image, after = visible.tensor_split((placed.before, placed.before + placed.slots), 1)
+    return torch.cat((image[:, placed.image.to(image.device)], after, before), 1)
 
 
 def _kept(added: Tensor) -> Tensor:

@@ -162,11 +162,11 @@ class Reshaping(Sparse):
         self, key: Key, index: int, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
     ) -> Tensor:
         """Dense attention; keeps what the plan's mask loses of it."""
-        seen, whole = (self.execute(p, q, k, v, valid) for p in (plan, dense_plan(plan)))
-        ratio = (seen.lse - finite(whole.lse)).exp().detach()
+        sparse, whole = (self.execute(p, q, k, v, valid) for p in (plan, dense_plan(plan)))
+        ratio = (sparse.lse - finite(whole.lse)).exp().detach()
         residual = None
         if self.policy.residual != "none":
-            lost = torch.addcmul(whole.out.detach(), ratio[..., None], seen.out.detach(), value=-1)
+            lost = torch.addcmul(whole.out.detach(), ratio[..., None], sparse.out.detach(), value=-1)
             residual = lost.to(q.dtype if self.policy.residual == "model" else torch.bfloat16)
         self.put(key, Kept(index, plan.handle, (), ratio, residual))
         self.computed.add(key[-1])

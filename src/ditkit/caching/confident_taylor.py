@@ -149,7 +149,7 @@ class Evaluated(NamedTuple):
     """A lane as it was before, and what its ladders climb to, h_1 and h_L of each part; no h_L if all were trusted."""
 
     lane: BranchState
-    seen: list[Tensor]
+    features: list[Tensor]
     parts: list[Any]
 
 
@@ -171,13 +171,13 @@ class GatedForecaster(Session):
         """Handle the stack: its first block, then the others or the forecast of what they give."""
         lane = self._lane(call, x)
         trusted = self._given(call, lane)
-        seen: list[Tensor] = []
+        features: list[Tensor] = []
         if trusted is not None:
             rest = partial(fn, x, *args)
         else:
             h = fn(x, *args, 0, 1)
-            seen = self._parts(image_rows(h, call.layout).float())
-            trusted, rest = self._trusted(call, lane, seen), partial(fn, h, *args, 1)
+            features = self._parts(image_rows(h, call.layout).float())
+            trusted, rest = self._trusted(call, lane, features), partial(fn, h, *args, 1)
         parts: list[Any] = []
         if all(trusted):
             out = _joined([series.at(call.index) for series in lane.last])
@@ -188,13 +188,13 @@ class GatedForecaster(Session):
                 known = zip(trusted, lane.last, parts, strict=True)
                 out = _joined([series.at(call.index) if sure else part for sure, series, part in known])
         lane = lane._replace(latest=call.index, trusted=trusted)
-        self.put((call.net, call.lane), Evaluated(lane, seen, parts))
+        self.put((call.net, call.lane), Evaluated(lane, features, parts))
         return out
 
     def commit(self) -> None:
         """After a full evaluation, climb the lane's ladders."""
         for key, evaluated in self.staged.items():
-            self.state[key] = self._climbed(*evaluated)
+            self.state[key] = self._advanced(*evaluated)
         self.staged.clear()
 
     def projected_bytes(self) -> int:
@@ -208,12 +208,12 @@ class GatedForecaster(Session):
             for one in series
         )
 
-    def _climbed(self, lane: BranchState, seen: Sequence[Tensor], parts: Sequence[Any]) -> BranchState:
+    def _advanced(self, lane: BranchState, features: Sequence[Tensor], parts: Sequence[Any]) -> BranchState:
         if not parts:
             return lane
         return lane._replace(
-            first=_climbed(lane.first, lane.trusted, seen, lane.latest, self.policy.first_order),
-            last=_climbed(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
+            first=_advanced(lane.first, lane.trusted, features, lane.latest, self.policy.first_order),
+            last=_advanced(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
         )
 
     def _lane(self, call: Call, x: Any) -> BranchState:
@@ -244,11 +244,11 @@ class GatedForecaster(Session):
         gated = [other for other in others if other.first and other.latest == call.index]
         return next((other for other in gated if other.tokens == lane.tokens), None)
 
-    def _trusted(self, call: Call, lane: BranchState, seen: Sequence[Tensor]) -> tuple[bool, ...]:
+    def _trusted(self, call: Call, lane: BranchState, features: Sequence[Tensor]) -> tuple[bool, ...]:
         if not lane.first or not lane.start + self.policy.warmup < call.index < self.total - 1:
-            return (False,) * len(seen)
+            return (False,) * len(features)
         errors = [
-            relative_error(series.at(call.index), h) for series, h in zip(lane.first, seen, strict=True)
+            relative_error(series.at(call.index), h) for series, h in zip(lane.first, features, strict=True)
         ]
         return tuple(e < self.policy.threshold for e in torch.stack(errors).tolist())
 
@@ -290,7 +290,7 @@ def _followed(leader: BranchState, lane: BranchState) -> tuple[bool, ...]:
     return tuple(sure and own.anchor >= others.anchor for sure, own, others in kept)
 
 
-def _climbed(
+def _advanced(
     series: Sequence[Series], trusted: Sequence[bool], parts: Sequence[Any], index: int, order: int
 ) -> tuple[Series, ...]:
     """Advance the series by one full evaluation, those of trusted parts unchanged; no part, no series."""

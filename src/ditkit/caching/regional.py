@@ -192,8 +192,8 @@ class Evaluation:
         whole_k, whole_v = self.keys[name]
         for whole, fresh in ((whole_k, k), (whole_v, v)):
             put_rows(whole, at, fresh.detach().transpose(1, 2))
-        seen = (_widened(mask, at, whole_k.shape[1]) for mask in masks)
-        return fn(q, whole_k.transpose(1, 2), whole_v.transpose(1, 2), *seen)
+        widened = (_widened(mask, at, whole_k.shape[1]) for mask in masks)
+        return fn(q, whole_k.transpose(1, 2), whole_v.transpose(1, 2), *widened)
 
     def head(self, fn: Handler, *args: Any) -> Tensor:
         """Return the prediction of all rows, zero where none was made."""

@@ -83,12 +83,12 @@ def generate(
 
 def check_labels(model: Model, labels: Sequence[str]) -> None:
     """Refuse a class that the model does not have, or that is given twice."""
-    seen: set[int] = set()
+    chosen: set[int] = set()
     for label in labels:
         index = class_index(model, label)
-        if index in seen:
+        if index in chosen:
             raise ConfigError(f"--label {label!r} is given twice, expected each class once")
-        seen.add(index)
+        chosen.add(index)
 
 
 def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:

@@ -116,9 +116,9 @@ def with_training_options(data: str | None, words: Sequence[str], *models: Model
     runs = [run for model in models if (run := model.last_training) and run["trained"] == dataset_name(data)]
     learned = [tuple(_learned(run.get("options", {}), data, words)) for run in runs]
     if differing := [added for added in learned if added != learned[0]]:
-        ways = " and ".join(" ".join(way) or "none" for way in (learned[0], differing[0]))
+        listed = " and ".join(" ".join(option_words) or "none" for option_words in (learned[0], differing[0]))
         raise ConfigError(
-            f"the models were trained on {data} under different options, {ways}; expected --option"
+            f"the models were trained on {data} under different options, {listed}; expected --option"
         )
     added = learned[0] if learned else ()
     if added:
@@ -184,19 +184,19 @@ def writable(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: nothing can be written there.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         try:
             for place in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
                 place.mkdir(exist_ok=True)
-                made.append(place)
+                created.append(place)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise ConfigError(f"cannot write in {folder}: {error.strerror or error}") from error
         yield
     except BaseException:
-        for place in reversed(made):
+        for place in reversed(created):
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise

@@ -84,9 +84,9 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             call, left = tyro.cli(
                 bound,
                 prog=prog,
@@ -98,7 +98,7 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{one_line(said.getvalue())}; see {prog} --help") from None
+        raise ConfigError(f"{one_line(stderr.getvalue())}; see {prog} --help") from None
     if left:
         raise ConfigError(f"{_not_understood(left[0], command, prog)}; see {prog} --help")
     return call

@@ -64,14 +64,14 @@ def command_of(name: str, build: Build) -> Command:
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
-        asked = options_of(data, option, max_bad)
-        bad = asked.pop("max_bad", None)
+        typed = options_of(data, option, max_bad)
+        bad = typed.pop("max_bad", None)
         under = tuple(policies_of(policy)) if policy else recipe.policies
         chosen = replace(
             recipe,
             model=with_flags(recipe.model, network),
             data=data,
-            options={**(recipe.options if data == recipe.data else {}), **asked},
+            options={**(recipe.options if data == recipe.data else {}), **typed},
             max_bad=bad,
             codec=codec,
             init=init,

@@ -50,8 +50,8 @@ def _from_hub(name: str) -> Model:
     try:
         return Model.from_pretrained(name)
     except CheckpointError as error:
-        said = str(error).removeprefix(f"no model folder and no model of the hub at {name}: ")
-        sentence = said.partition("\n")[0].partition(". ")[0].rstrip(".")
+        message = str(error).removeprefix(f"no model folder and no model of the hub at {name}: ")
+        sentence = message.partition("\n")[0].partition(". ")[0].rstrip(".")
         raise CheckpointError(f"no folder {name!r}, and the hub: {sentence}") from error
 
 

@@ -151,12 +151,12 @@ class PolicyReceipt:
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.policy}: {len(self.sites)} sites", *self.said()]
+        parts = [f"{self.policy}: {len(self.sites)} sites", *self.summary_parts()]
         for lane, done in self.as_dict()["lanes"].items():
             parts.append(f"{lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
         return "; ".join(parts)
 
-    def said(self) -> list[str]:
+    def summary_parts(self) -> list[str]:
         return [f"{name} {value}" for name, value in self.remarks.items()]
 
 

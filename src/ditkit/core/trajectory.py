@@ -125,7 +125,7 @@ class Trajectory:
                 continue
             if not receipt.sites:
                 line = f"{policy} met none of its sites in {receipt.calls} evaluations"
-                raise NoEffectError("; ".join([line, *receipt.said()]))
+                raise NoEffectError("; ".join([line, *receipt.summary_parts()]))
             if policy.inherent:
                 continue  # the model was trained so: it is no saving that could fail
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))

@@ -65,7 +65,7 @@ def layers_of(text: str) -> tuple[Layer, ...]:
         plus, axes, count = match.groups()
         stages = tuple(Stage(cast(Axis, a), int(d or 1)) for a, d in re.findall(r"([TSF])(\d*)", axes))
         layer = Layer(stages, bool(plus))
-        if sum(made.depth for made in layers) + layer.depth * int(count or 1) > DEEPEST:
+        if sum(done.depth for done in layers) + layer.depth * int(count or 1) > DEEPEST:
             raise ConfigError(f"layout={text!r} should name at most {DEEPEST} blocks")
         layers += [layer] * int(count or 1)
     if not layers:

@@ -66,8 +66,8 @@ def seen_over_time(clip: Clip, valid_BF: Tensor | None, device: torch.device) ->
     if valid_BF is None:
         return () if line is None else (line,)
     valid_BL1 = valid_BF[:, clip.line("S", device), None]
-    seen = clip.fold(valid_BL1, "T").mT[:, None]
-    return (seen if line is None else seen & line,)
+    visible = clip.fold(valid_BL1, "T").mT[:, None]
+    return (visible if line is None else visible & line,)
 
 
 class CrossAttention(nn.Module):

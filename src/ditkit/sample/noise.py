@@ -49,12 +49,12 @@ def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
     """
     if not isinstance(seeds, Iterable):
         raise ConfigError(f"seeds={seeds!r} should be a sequence, one seed a sample")
-    seen: dict[int, None] = {}
+    unique: dict[int, None] = {}
     for given in seeds:
         seed = integer("seed", given, least=0, most=LAST_SEED)
-        if seed in seen:
+        if seed in unique:
             raise ConfigError(f"seed {seed} is given twice; expected different seeds, one a sample")
-        seen[seed] = None
-    if not seen:
+        unique[seed] = None
+    if not unique:
         raise ConfigError("seeds is empty; expected one seed a sample")
-    return tuple(seen)
+    return tuple(unique)

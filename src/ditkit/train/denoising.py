@@ -53,7 +53,7 @@ class NoisyBatch(Batch):
     other: Tensor | None = None
 
     def residual(self) -> Tensor:
-        """The target that the convention names, less the prediction.
+        """Return the target that the convention names, less the prediction.
 
         A score's target, -noise / sigma, grows without bound towards the data; its error is weighted by
         sigma^2 (SiT), which makes it DDPM's loss too.
@@ -128,7 +128,9 @@ class Denoising(Objective):
         rng: SampleRNG | None = None,
         held: Held = NOTHING,
     ) -> dict[str, Tensor]:
-        """The losses at noise [B, ...] and times [B] or [B, T], which are moved to where the prediction can be trained.
+        """Compute the losses at noise [B, ...] and times [B] or [B, T].
+
+        Times are moved to where the prediction can be trained.
 
         A loss is the mean over all elements, given ones counted as 0 (VDT); beside it stands the mean over
         those that were made, as NAME_made, unless the term counts others as well.
@@ -168,7 +170,10 @@ class Denoising(Objective):
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
     ) -> dict[str, Output | None]:
-        """What each term's teacher says, or what it asked: teachers that are asked the same are asked once."""
+        """Return each term's answer from its teacher.
+
+        Teachers that are asked the same are asked once.
+        """
         answers: dict[str, Output | None] = {}
         alike: dict[Any, list[Term]] = {}
         for term in self.active_at(held.step):
@@ -203,7 +208,7 @@ def _asked(
     stop: str = "",
     policies: Sequence[Policy] | None = None,
 ) -> Output:
-    """What a network says of x [B, ...] at times of its own path, with the noise-times of this very call."""
+    """Predict for x [B, ...] at times of the network's own path, and return the noise-times of this very call."""
     convention = model.config.convention
     times = convention.make_path().noise_time(t).to(x.dtype)
     told = x, convention.model_time(t).to(x.dtype), cond
@@ -213,7 +218,10 @@ def _asked(
 
 
 def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Output:
-    """What a term asked; of a denoiser a prediction in noise-time. A teacher draws nothing of the student's."""
+    """Answer a term's question.
+
+    That of a denoiser is a prediction in noise-time. A teacher draws nothing of the student's.
+    """
     x = batch.x if ask.x is None else ask.x
     if not isinstance(model, Denoiser):
         with torch.no_grad():
@@ -230,7 +238,7 @@ def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, as
 
 
 def _origin(model: Model, teacher: Model, tap: str) -> str:
-    """What the student's tap was called where the teacher, which has not all of its transforms, has it."""
+    """Return the name of the student's tap in the teacher, which has not all of its transforms."""
     site, colon, part = tap.partition(":")
     if model.transforms[: len(teacher.transforms)] != teacher.transforms:
         return tap

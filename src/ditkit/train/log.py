@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line a step in `losses.jsonl`, and progress on the terminal."""
+"""Logs of a run: a line a step in `losses.jsonl`, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Log:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns an operating system's error into one line that names the folder."""
+    """Turn an operating system's error into one line that names the folder."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _is_of(line: bytes, last: int) -> bool:
-    """Whether it is a whole line of a step up to `last`."""
+    """Return whether it is a whole line of a step up to `last`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last
     except (ValueError, KeyError, TypeError):

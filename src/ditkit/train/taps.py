@@ -17,7 +17,10 @@ from ditkit.core.trajectory import Trajectory
 
 
 class Output(NamedTuple):
-    """What a network said, and what sites returned meanwhile, by name: rows of attentions in the model's order."""
+    """The prediction of a network, and what sites returned meanwhile, by name.
+
+    Rows of attentions are in the model's order.
+    """
 
     out: Any
     taps: Mapping[str, Any]
@@ -33,7 +36,7 @@ class Stopped(Exception):
 
 
 def site_of(tap: str) -> str:
-    """The site of a tap.
+    """Return the site of a tap.
 
     Raises:
         ConfigError: it asks for a part that there is not.
@@ -98,7 +101,7 @@ def run_with_taps(
     stop: str = "",
     policies: Sequence[Policy] | None = None,
 ) -> Output:
-    """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
+    """Run `network`, which is `model` or a wrapper around it, on `inputs` under the model's policies.
 
     Args:
         taps: sites whose outputs are kept.
@@ -147,7 +150,7 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
 def _under(
     model: Model, shape: tuple[int, ...], times: Tensor, policies: Sequence[Policy]
 ) -> tuple[Trajectory, Call, Run]:
-    """A trajectory of one evaluation, whose samples have each a time of their own."""
+    """Return a trajectory of one evaluation, whose samples have each a time of their own."""
     trajectory = Trajectory(model.sites(), policies, 1, learned=model.learned)
     call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times)
     return trajectory, call, trajectory.run(call)

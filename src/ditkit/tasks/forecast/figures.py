@@ -35,16 +35,16 @@ MOST_VARIABLES = 4
 def clip_examples(clips: ClipSet, index: int, observed: int, forecaster: Forecaster) -> Iterator[Example]:
     """Yield the example of clip number `index`, in [0, 1]."""
     frames = (clips.clips(torch.tensor([index])) + 1) / 2
-    seen, followed = frames.tensor_split([observed], dim=2)
-    yield Example(seen[0], followed[0], forecaster(seen.contiguous())[0], fps=clips.fps)
+    past, followed = frames.tensor_split([observed], dim=2)
+    yield Example(past[0], followed[0], forecaster(past.contiguous())[0], fps=clips.fps)
 
 
 def field_examples(
     fields: FieldSet, start: int, observed: int, horizon: int, forecaster: Forecaster
 ) -> Iterator[Example]:
     """One for each variable, in its unit, of window number `start` of normalised fields."""
-    seen, followed = fields.batch([start], observed, horizon)
-    parts = [seen, followed, forecaster(seen)]
+    past, followed = fields.batch([start], observed, horizon)
+    parts = [past, followed, forecaster(past)]
     if fields.scaling is not None:
         parts = [fields.scaling.restore(x) for x in parts]
     times = fields.target_times(start - observed, observed, observed + horizon)  # with those of what was seen

@@ -96,20 +96,20 @@ def score_clips(
 def _score(
     make: Forecaster, clips: ClipSet, observed: int, batch_size: int, progress: Advance | None
 ) -> ClipForecastScore:
-    seen: list[tuple[Tensor, Tensor]] = []
+    per_clip: list[tuple[Tensor, Tensor]] = []
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(clips)).split(batch_size):
             frames = (clips.clips(index) + 1) / 2
-            said, truth = make(frames[:, :, :observed]), frames[:, :, observed:]
-            ends = said.clamp(0, 1) * 2 - 1, truth * 2 - 1  # both measures are of values in [-1, 1]
-            seen.append((frame_psnr_db(*ends), frame_ssim(*ends)))
+            predicted, truth = make(frames[:, :, :observed]), frames[:, :, observed:]
+            ends = predicted.clamp(0, 1) * 2 - 1, truth * 2 - 1  # both measures are of values in [-1, 1]
+            per_clip.append((frame_psnr_db(*ends), frame_ssim(*ends)))
             if progress is not None:
                 progress(int(index[-1]) + 1, len(clips))
-            yield said, truth
+            yield predicted, truth
 
     error = score(pairs(), (BRIGHTNESS,) * clips.channels, per="frame")
-    psnr, ssim = (torch.cat(part).mean(0).tolist() for part in zip(*seen, strict=True))
+    psnr, ssim = (torch.cat(part).mean(0).tolist() for part in zip(*per_clip, strict=True))
     return ClipForecastScore(error, tuple(psnr), tuple(ssim))
 
 

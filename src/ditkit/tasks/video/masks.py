@@ -200,11 +200,11 @@ class MaskMixture(Checked):
             ConfigError: a clip of `size` is too short or small for all of them.
         """
         region = KINDS["region"]
-        chance = self.region if region.fits(size) else 0.0
+        region_share = self.region if region.fits(size) else 0.0
         kinds = [KINDS[name] for name in self.frames if KINDS[name].fits(size)]
-        if not kinds and not chance:
+        if not kinds and not region_share:
             raise ConfigError(f"MaskMixture: clips of {size} (frames, height, width) fit none of its tasks")
-        if not kinds or float(torch.rand((), generator=generator)) < chance:
+        if not kinds or float(torch.rand((), generator=generator)) < region_share:
             return region
         return kinds[_integer(len(kinds), generator)]
 

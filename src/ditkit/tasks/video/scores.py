@@ -146,9 +146,11 @@ class VideoScores:
 
     def table(self) -> Table:
         """Make a line for the model and one for the baseline of each mask, in 80 columns."""
-        asked = any(scores.model and scores.model.feature_distance is not None for scores in self.masks)
-        columns = COLUMNS | (FEATURE_COLUMN if asked else {})
-        about = [EXPLAINED, *([f"features: distance over {FEATURE_DISTANCE}."] if asked else [])]
+        with_features = any(
+            scores.model and scores.model.feature_distance is not None for scores in self.masks
+        )
+        columns = COLUMNS | (FEATURE_COLUMN if with_features else {})
+        about = [EXPLAINED, *([f"features: distance over {FEATURE_DISTANCE}."] if with_features else [])]
         for scores in self.masks:
             if (found := scores.frechet) is not None:
                 about.append(
