@@ -17,7 +17,7 @@ from ditkit.report.strips import chosen
 if TYPE_CHECKING:
     from PIL import Image
 
-SEEN, PART, BLANK, QUERY = "#0072b2", "#e69f00", "#e6e8ec", "#d55e00"
+VISIBLE, PART, BLANK, QUERY = "#0072b2", "#e69f00", "#e6e8ec", "#d55e00"
 """Colours of Okabe and Ito, which the colour-blind can tell apart, and a grey."""
 PANEL_PX, FRAME_PX, MAP_PX, BAR_PX = 256, 92, 360, 9
 """The longer side of a picture, of a frame and of the map beside frames; the height of a bar."""
@@ -98,7 +98,7 @@ def _frame(under: Tensor | None, t: int) -> Tensor | None:
 def laid(visible: Tensor, under: Tensor | None, longest: int) -> Image.Image:
     """Tokens bool [h, w], those that are seen in one colour, over a picture in grey."""
     share, scale = _sized(visible.float(), longest)
-    colours = _rgb(BLANK) + share * (_rgb(SEEN) - _rgb(BLANK))
+    colours = _rgb(BLANK) + share * (_rgb(VISIBLE) - _rgb(BLANK))
     if under is not None:
         colours = TINT * colours + (1 - TINT) * _covering(under, *colours.shape[1:])
     if scale >= RULED_PX:
@@ -157,7 +157,7 @@ def _numbers(shown: Sequence[int], own: int, step: int, width: int) -> Image.Ima
 def _bar(label: str, visible: Tensor, width: int) -> Image.Image:
     """Rows that are no image's, side by side."""
     cells = F.interpolate(visible.float()[None, None], width, mode="nearest-exact")[0]
-    colours = _rgb(BLANK) + cells[:, None] * (_rgb(SEEN) - _rgb(BLANK))
+    colours = _rgb(BLANK) + cells[:, None] * (_rgb(VISIBLE) - _rgb(BLANK))
     text = f"{label}: {int(visible.sum()):,} of {len(visible):,}"
     bar = image(colours.expand(3, BAR_PX, -1).round().to(torch.uint8))
     return _stacked([bar, _lines([(text, PALE, 11)], width)], 2)
@@ -165,7 +165,7 @@ def _bar(label: str, visible: Tensor, width: int) -> Image.Image:
 
 def _block_map(planned: Planned) -> Image.Image:
     found = planned.blocks()
-    colours = {LEFT_OUT: BLANK, IN_PART: PART, IN_FULL: SEEN}
+    colours = {LEFT_OUT: BLANK, IN_PART: PART, IN_FULL: VISIBLE}
     palette = torch.stack([_rgb(colours[kind]).flatten() for kind in sorted(colours)])
     longest = MAP_PX if planned.grid.frames > 1 else PANEL_PX
     pixels, _ = _sized(palette[found].permute(2, 0, 1), longest)
@@ -183,7 +183,7 @@ def _legend(plans: Sequence[Planned]) -> Image.Image:
     """Draw the meaning of the colours; "part" is there where some block is visited in part."""
     from PIL import ImageDraw
 
-    entries = [(QUERY, "the query"), (SEEN, "key that it sees; block visited in full")]
+    entries = [(QUERY, "the query"), (VISIBLE, "key that it sees; block visited in full")]
     entries += [(PART, "block visited in part")] if any(p.plan.partial for p in plans) else []
     entries += [(BLANK, "left out")]
     small = font(12)

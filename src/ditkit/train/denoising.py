@@ -138,13 +138,13 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype))
-        out, seen = _asked(forward, model, self.taps(model, held.step), x, t, cond)
+        out, tapped = _predicted(forward, model, self.taps(model, held.step), x, t, cond)
         prediction, fraction = convention.split(out.float())
         batch = NoisyBatch(
             data=data,
             prediction=prediction,
             mask=cond.mask,
-            taps=seen,
+            taps=tapped,
             sites=model.sites(),
             cond=cond,
             rng=rng,
@@ -192,13 +192,13 @@ class Denoising(Objective):
                 for term in terms
             }
             names = tuple(sorted({was for taps in read.values() for was in taps.values()}))
-            said = _answer(network, network, batch, Ask(taps=names))
+            answer = _answer(network, network, batch, Ask(taps=names))
             for name, taps in read.items():
-                answers[name] = Output(said.out, {tap: said.taps[was] for tap, was in taps.items()})
+                answers[name] = Output(answer.out, {tap: answer.taps[was] for tap, was in taps.items()})
         return answers
 
 
-def _asked(
+def _predicted(
     network: Callable[..., Any],
     model: Model,
     taps: Sequence[str],
@@ -211,9 +211,9 @@ def _asked(
     """Predict for x [B, ...] at times of the network's own path, and return the noise-times of this very call."""
     convention = model.config.convention
     times = convention.make_path().noise_time(t).to(x.dtype)
-    told = x, convention.model_time(t).to(x.dtype), cond
+    inputs = x, convention.model_time(t).to(x.dtype), cond
     return run_with_taps(
-        network, model, taps, tuple(x.shape[1:]), *told, times=times, stop=stop, policies=policies
+        network, model, taps, tuple(x.shape[1:]), *inputs, times=times, stop=stop, policies=policies
     )
 
 
@@ -229,12 +229,12 @@ def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, as
     t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
     assert cond is not None
     if ask.student:
-        out, seen = _asked(network, model, ask.taps, x, t, cond, policies=ask.policies)
+        out, tapped = _predicted(network, model, ask.taps, x, t, cond, policies=ask.policies)
     else:
         cards = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cards):
-            out, seen = _asked(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
-    return Output(None if out is None else model.config.convention.split(out.float())[0], seen)
+            out, tapped = _predicted(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
+    return Output(None if out is None else model.config.convention.split(out.float())[0], tapped)
 
 
 def _origin(model: Model, teacher: Model, tap: str) -> str:

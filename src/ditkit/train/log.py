@@ -47,12 +47,12 @@ class Log:
         self.bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[progress_text]}"),
             expand=True,
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self.task = self.bar.add_task("train", total=steps, completed=start, said="")
+        self.task = self.bar.add_task("train", total=steps, completed=start, progress_text="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -79,11 +79,11 @@ class Log:
         with writing(self.folder):
             self.file.write(json.dumps(line).encode() + b"\n")
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate))
-        said = f"loss {losses['loss']:.4f}  {rate:,.1f} samples/s  {left} left"
-        self.bar.update(self.task, completed=step, said=said)
+        progress_text = f"loss {losses['loss']:.4f}  {rate:,.1f} samples/s  {left} left"
+        self.bar.update(self.task, completed=step, progress_text=progress_text)
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now
-            print(f"step {step}/{self.steps}  {said}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.steps}  {progress_text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -217,12 +217,12 @@ class Training:
 
     def hire(self) -> None:
         """Make the teachers that will be asked at this step or later; equal ones are one."""
-        made: dict[Any, Any] = {}
+        by_teacher: dict[Any, Any] = {}
         for term in self.objective.active:
             if term.teacher is not None and not ended(term.weight, self.done):
-                if term.teacher not in made:
-                    made[term.teacher] = term.teacher.make(self)
-                self.teachers[type(term).__name__] = made[term.teacher]
+                if term.teacher not in by_teacher:
+                    by_teacher[term.teacher] = term.teacher.make(self)
+                self.teachers[type(term).__name__] = by_teacher[term.teacher]
 
     def dismiss(self) -> None:
         """Let go of what no later step needs."""
@@ -238,8 +238,8 @@ class Training:
         """Step to the end; the process that has the log also writes what is due."""
         alone = self.accelerator.num_processes == 1  # one of several that stops leaves the others waiting
         try:
-            with noted_interrupts(alone) as asked:
-                while self.done < self.settings.steps and not (asked.is_set() and self.rests):
+            with noted_interrupts(alone) as interrupted:
+                while self.done < self.settings.steps and not (interrupted.is_set() and self.rests):
                     losses = self.step()
                     late = self.is_late(self.settings.save_every)
                     remembered = self.remembered() if late else {}

@@ -218,15 +218,15 @@ class Objective(ABC):
 
     def make_modules(self, model: Model, seed: int) -> nn.ModuleDict:
         """Modules of the active terms, by their names; their first values follow from `seed` and the term's name."""
-        made = nn.ModuleDict()
+        own_modules = nn.ModuleDict()
         for term in self.active:
             name = type(term).__name__
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed_of(seed, TERMS, zlib.crc32(name.encode())))
                 own = term.modules(model)
             if own is not None:
-                made[name] = own
-        return made
+                own_modules[name] = own
+        return own_modules
 
 
 class Cursor(ABC):

@@ -58,7 +58,7 @@ class Tap(Run):
         stop: the site after which `Stopped` is raised.
     """
 
-    __slots__ = ("inside", "rows", "seen", "stop")
+    __slots__ = ("inside", "rows", "recorded", "stop")
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Tap(Run):
         rows: Mapping[str, Tensor] | None = None,
         stop: str = "",
     ) -> None:
-        self.seen: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
         self.inside, self.rows, self.stop = inside, rows or {}, stop
         taps: dict[str, list[str]] = {stop: []} if stop else {}
         for name in names:
@@ -81,7 +81,7 @@ class Tap(Run):
             for tap in taps:
                 part = tap.partition(":")[2]
                 value = args[PARTS[part]] if part else out
-                self.seen.setdefault(
+                self.recorded.setdefault(
                     tap, value if rows is None else value.index_select(-2, rows.to(value.device))
                 )
             if site == self.stop:
@@ -119,9 +119,9 @@ def run_with_taps(
     try:
         out = trajectory.leave(call, network(*inputs, tap if taps or stop else run))
     except Stopped:
-        return Output(None, tap.seen)
+        return Output(None, tap.recorded)
     trajectory.finish()
-    return Output(out, tap.seen)
+    return Output(out, tap.recorded)
 
 
 def check_policies(model: Model, taps: Sequence[str]) -> None:
