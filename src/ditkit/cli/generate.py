@@ -65,7 +65,7 @@ def generate(
     if list_labels:
         print("\n".join(class_names(network)))
         return
-    task, sampling = task_of(network), flags.make(seeds_of(seeds))
+    task, sampling = task_of(network), flags.make(seeds_of(seeds)).resolved(network)
     check_labels(network, label)
     wanted: tuple[str | None, ...] = label or (None,)
     settings = {"model": model, **flags.as_dict(sampling)}

@@ -294,6 +294,11 @@ class EulerMaruyamaStepper(OneEstimate):
         return x
 
 
+def default_solver(path: Path) -> Solver:
+    """Return Euler's on a continuous path, and DDIM's on a discrete one, which has no velocity."""
+    return Ddim() if isinstance(path, DiscretePath) else Euler()
+
+
 def spaced(solver: Any, path: Path, steps: int) -> Tensor:
     """Return the times of a solver that has a `grid`, and a `spacing` for discrete paths.
 

@@ -58,7 +58,7 @@ class Tap(Run):
         stop: the site after which `Stopped` is raised.
     """
 
-    __slots__ = ("inside", "rows", "recorded", "stop")
+    __slots__ = ("inside", "recorded", "rows", "stop")
 
     def __init__(
         self,
