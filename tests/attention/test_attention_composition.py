@@ -146,7 +146,7 @@ def test_all_of_it_in_a_pipeline(kind: str) -> None:
     assert fluxes.relative(expected, exact) > 1e-3
     for fast in (ditkit.accelerate(before, pattern), late):
         assert torch.equal(latents(fast, asked(**options)), expected)
-        assert skipped(fast.report().took.receipts[-1].as_dict(), evaluations)
+        assert skipped(fast.report().cost.receipts[-1].as_dict(), evaluations)
 
 
 @pytest.mark.parametrize("times", [(), (60,)], ids=["time", "time a token"])

@@ -90,7 +90,7 @@ def test_only_the_tail_of_the_text_is_partial() -> None:
     rows, columns = plan.blocks
     partial = plan.index[plan.tile != 0]
     assert set(partial.tolist()) == {columns - 1} and plan.partial == rows
-    assert plan.seen[0, 0, -1] == 4096 + 200
+    assert plan.visible_keys[0, 0, -1] == 4096 + 200
 
 
 SETTINGS = [

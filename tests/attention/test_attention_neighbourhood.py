@@ -49,7 +49,7 @@ def test_pairs_of_a_picture_of_1024_pixels(radius: int, keys: int, pairs: int, o
     for order in ("tiles", "raster"):
         plan = Neighbourhood(radius=radius, order=order).plan(grid, text)  # type: ignore[arg-type]
         assert plan.pairs == pairs + text * (2 * grid.length + text)
-        assert int(plan.seen[0, 0, plan.inverse[32 * 64 + 32]]) == keys + text
+        assert int(plan.visible_keys[0, 0, plan.inverse[32 * 64 + 32]]) == keys + text
         assert f"{4 * plan.pairs * 3072 / 1e9:.2f}" == operations
 
 

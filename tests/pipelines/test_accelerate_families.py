@@ -281,7 +281,7 @@ def test_every_family_is_exact_when_neutral_and_saves_by_default(case: str) -> N
     exact = draw(pipe, told)
     with ditkit.accelerate(pipe, TaylorSeer().exact()) as neutral:
         assert torch.equal(draw(neutral, told), exact)
-        assert neutral.report().took.full == neutral.report().took.evaluations
+        assert neutral.report().cost.full == neutral.report().cost.evaluations
     fast = ditkit.accelerate(pipe)
     assert not torch.equal(draw(fast, told), exact)
     assert computed(fast) == receipt
@@ -306,5 +306,5 @@ def test_policies_start_anew_and_are_exact_when_neutral(family: str, policy: Pol
     assert not torch.equal(first, exact) and 0 < (first - exact).norm() < 0.5 * exact.norm()
     assert torch.equal(draw(fast, told), first)
     if isinstance(policy, RAS) and family != "wan":
-        for lane in fast.report().took.receipts[-1].as_dict()["lanes"].values():
+        for lane in fast.report().cost.receipts[-1].as_dict()["lanes"].values():
             assert lane == {"computed": "0-1", "partial": "2-7"}

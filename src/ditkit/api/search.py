@@ -125,7 +125,7 @@ class Evidence:
         return torch.tensor([self.seconds[m] / self.seconds[DENSE] for m in CANDIDATES], dtype=torch.float64)
 
     def columns(self, sparsity: float) -> dict[int, tuple[tuple[int, ...], ...]]:
-        """The key blocks of most attention, of each head by attention."""
+        """Return the key blocks of most attention, of each head by attention."""
         found = {}
         for place, mass in self.mass.items():
             count = max(1, int((1 - sparsity) * mass.shape[1] + 1e-9))
@@ -237,7 +237,7 @@ class Weighing(Sparse):
         return stack[chosen, :, torch.arange(len(chosen), device=q.device)].transpose(0, 1)
 
     def _of(self, letter: str, place: int, heads: int) -> PerHead:
-        """The session of a table in which all heads have one pattern: the code that will run."""
+        """Start a session of a table in which all heads have one pattern: the code that will run."""
         policy, columns = self.policy, ()
         if letter == STRIPE and policy.stripes == "top":
             assert policy.columns is not None

@@ -108,7 +108,7 @@ class Draft(Dynamic):
         return (1 - left_out / (rows * columns)) * plan.rows_ratio * (plan.keys / plan.tokens)
 
     def choosing_macs(self, image: int, q: Tensor) -> int:
-        """The products of the draft map; means are sums."""
+        """Count the products of the draft map; means are sums."""
         return prod(q.shape[:2]) * (image // prod(self.patch)) ** 2 * q.shape[-1]
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Drafting:

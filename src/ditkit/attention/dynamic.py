@@ -22,7 +22,7 @@ class Dynamic(Pattern):
 
     @abstractmethod
     def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
-        """Which blocks of the plan are visited, bool [B, N, query blocks, key blocks]; those beyond it do not count.
+        """Return the visited blocks of the plan, bool [B, N, query blocks, key blocks]; others do not count.
 
         Args:
             plan: with what is padding of these prompts left out.
@@ -32,7 +32,7 @@ class Dynamic(Pattern):
 
     @abstractmethod
     def share(self, plan: BlockPlan, image: int) -> float:
-        """What `kept` will leave of dense attention's blocks: by this it is judged whether skipping pays."""
+        """Estimate the share of dense attention's blocks that `kept` leaves, by which skipping is judged to pay."""
 
     def choosing_macs(self, image: int, q: Tensor) -> int:
         """MACs that `kept` takes for queries like q."""
@@ -92,7 +92,7 @@ class Selecting(Sparse):
         self._remark_means()
 
     def _remark_means(self) -> None:
-        """What was visited, and which share of the query blocks saw no key, on the average of all attentions."""
+        """Report the visited share, and the share of query blocks that saw no key, on the average of all attentions."""
         if self.visited:
             self.remarks["visited"] = round(sum(self.visited) / len(self.visited), 4)
         if any(self.empty):

@@ -26,7 +26,7 @@ from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, ne
 
 Order = Literal["tiles", "raster"]
 POOLED_SCALE = 10
-"""What CLEAR multiplies the number of tokens by in the proportional scale where it pools."""
+"""The factor of the number of tokens in CLEAR's proportional scale where it pools."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Neighbourhood(Pattern):
         )
 
     def scale(self, tokens: int) -> float:
-        """The score's scale, relative to 1 / sqrt(K)."""
+        """Return the score's scale, relative to 1 / sqrt(K)."""
         if not self.scaled_from:
             return 1.0
         return sqrt(log(tokens * (POOLED_SCALE if self.pooled else 1), self.scaled_from))
 
     def _slots(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The token in each slot, -1 for padding, and the coordinates of each slot [slots, 3]."""
+        """Return the token in each slot, -1 for padding, and the coordinates of each slot [slots, 3]."""
         if self.order == "raster":
             slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
             return slots, grid.coordinates()[slots]  # padding stands at the last token

@@ -176,17 +176,18 @@ class Searched(Pattern):
         return replace(found, heads=words)
 
     def plan(self, grid: Grid, others: int) -> BlockPlan:
-        """The bound: all blocks, in the order of frames."""
+        """Build the bound: all blocks, in the order of frames."""
         return head_plan(self.block, self.sparsity, self.stripes, grid, others, DENSE, ())
 
     def layer_plan(self, place: int, grid: Grid, others: int) -> BlockPlan:
-        """The plan of one attention: of each head the blocks of its pattern, those of 3 in the order of places."""
+        """Build the plan of one attention: of each head the blocks of its pattern, those of 3 in the order of
+        places."""
         return head_plan(
             self.block, self.sparsity, self.stripes, grid, others, self.heads[place], self._columns(place)
         )
 
     def letter_plan(self, letter: str, grid: Grid, others: int, columns: tuple[int, ...] = ()) -> BlockPlan:
-        """The plan of one pattern, in its own order: what a picture shows of it."""
+        """Build the plan of one pattern, in its own order, as a picture shows it."""
         slots, _ = _padded(grid, self.block)
         if letter == MULTI:
             slots = slots[space_major(grid, self.block)]
@@ -201,7 +202,7 @@ class Searched(Pattern):
         )
 
     def density(self, place: int, grid: Grid, others: int) -> float:
-        """What an attention visits of dense attention's blocks."""
+        """Return the share of dense attention's blocks that an attention visits."""
         return 1.0 if place in self.dense else self.layer_plan(place, grid, others).density
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Sparse:
@@ -247,7 +248,7 @@ class PerHead(Sparse):
         self.remarks["heads"] = counted(self.policy.heads)
 
     def density(self, seat: SequencePlan) -> float:
-        """The mean over attentions."""
+        """Return the mean over attentions."""
         grid, others = self._of(seat)
         every = [self.policy.density(place, grid, others) for place in self.places.values()]
         return sum(every) / len(every)
@@ -339,7 +340,7 @@ def head_plan(
     word: str,
     columns: tuple[tuple[int, ...], ...],
 ) -> BlockPlan:
-    """The plan of heads with the patterns of a word, kept by value: layers with the same heads share one."""
+    """Build the plan of heads with the patterns of a word, kept by value: layers with the same heads share one."""
     word = word[:1] if len(set(word)) == 1 and STRIPE not in word else word
     slots, _ = _padded(grid, block)
     stack = []
@@ -366,7 +367,7 @@ def letter_blocks(
     letter: str,
     columns: Sequence[int] = (),
 ) -> Tensor:
-    """The blocks of a clip that a pattern visits, bool [n, n], in its own order of tokens.
+    """Compute the blocks of a clip that a pattern visits, bool [n, n], in its own order of tokens.
 
     Raises:
         ShapeError: a stripe's block is beyond the clip's.
@@ -393,7 +394,7 @@ def letter_blocks(
 
 
 def band_reach(blocks: int, left_out: float) -> int:
-    """The greatest r for which blocks at most r apart are at most 1 - left_out of all; 0 at least."""
+    """Find the greatest r for which blocks at most r apart are at most 1 - left_out of all; 0 at least."""
     reach = 0
     while reach + 1 < blocks and blocks + _beside(blocks, reach + 1) <= (1 - left_out) * blocks**2 + 1e-9:
         reach += 1
@@ -407,14 +408,14 @@ def _beside(blocks: int, reach: int) -> int:
 
 @lru_cache(maxsize=64)
 def space_major(grid: Grid, block: int) -> Tensor:
-    """The slot of each place: tokens by row and column, then by frame, and padding at the end as it was; int64."""
+    """Compute the slot of each place, int64: tokens by row and column, then by frame, and padding at the end."""
     _, n = _padded(grid, block)
     tokens = torch.arange(grid.length).view(grid.frames, -1).T.flatten()
     return torch.cat((tokens, torch.arange(grid.length, n * block)))
 
 
 def _padded(grid: Grid, block: int) -> tuple[Tensor, int]:
-    """The token in each slot of a clip's whole blocks in the order of frames, -1 for padding; and their number."""
+    """Compute the token in each slot of a clip's whole blocks by frames, -1 for padding; and their number."""
     slots = F.pad(torch.arange(grid.length), (0, -grid.length % block), value=-1)
     return slots, len(slots) // block
 

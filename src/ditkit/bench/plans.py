@@ -89,9 +89,9 @@ class Planned:
         listed = slice(*plan.start[row : row + 2].tolist())
         pairs = plan.tiles[plan.tile[listed].long(), within]
         slots = plan.index[listed].long()[:, None] * side + torch.arange(side)
-        seen = torch.zeros(plan.tokens, dtype=torch.bool)
-        seen[self._tokens()[slots[pairs]]] = True
-        return seen
+        visible = torch.zeros(plan.tokens, dtype=torch.bool)
+        visible[self._tokens()[slots[pairs]]] = True
+        return visible
 
     def token(self, place: Place) -> int:
         """Return the number of the token at (frame, row, column).

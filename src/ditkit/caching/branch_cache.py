@@ -37,18 +37,18 @@ class BranchCache(Policy):
 
     @abstractmethod
     def decide(self, step: int) -> bool:
-        """Whether evaluation `step`, counted from the first one of its network, is computed."""
+        """Return whether evaluation `step`, counted from the first one of its network, is computed."""
 
     def predict(self, place: float, anchors: Sequence[float]) -> Sequence[float]:
-        """What each kept output counts at `place`, of computed evaluations at `anchors`, latest first; sums to 1."""
+        """Weight the kept outputs at `place`, of computed evaluations at `anchors`, latest first; the sum is 1."""
         return (1.0,)
 
     def place(self, call: Call) -> float:
-        """The coordinate of an evaluation in `predict`."""
+        """Return the coordinate of an evaluation in `predict`."""
         return call.index
 
     def keep(self, step: int) -> int:
-        """The outputs of each branch that are kept at most after computed evaluation `step`, counted as in `decide`."""
+        """Return how many outputs of each branch are kept at most after computed evaluation `step`, as in `decide`."""
         return self.kept
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -58,18 +58,18 @@ class BranchCache(Policy):
         return Cached(self, sites, total)
 
     def full_steps(self, total: int) -> list[int]:
-        """The evaluations of a trajectory of `total` that are computed."""
+        """List the evaluations of a trajectory of `total` that are computed."""
         return [step for step in range(total) if self.decide(step)]
 
 
 class Branch(NamedTuple):
-    """What a branch returned in its latest full evaluations, latest first: a list for each tensor of its output."""
+    """The outputs of a branch in its latest full evaluations, latest first: a list for each tensor of its output."""
 
     outputs: list[list[Tensor]]
     spec: TreeSpec
 
     def forecast(self, weights: Sequence[float]) -> Any:
-        """What the branch would return; `weights` of its outputs, which sum to 1."""
+        """Forecast the branch's output; `weights` of its outputs, which sum to 1."""
         leaves = [_combined(kept, weights) for kept in self.outputs]
         return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
 
@@ -83,14 +83,14 @@ class Branch(NamedTuple):
 
 
 def push(out: Any, old: Branch | None, keep: int) -> Branch:
-    """The branch after a full evaluation that returned `out`, with at most `keep` outputs."""
+    """Return the branch after a full evaluation that returned `out`, with at most `keep` outputs."""
     leaves, spec = tree_flatten(out)
     earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.outputs
     return Branch([[_kept(leaf), *kept][:keep] for leaf, kept in zip(leaves, earlier, strict=True)], spec)
 
 
 def replace_latest(out: Any, old: Branch) -> Branch:
-    """The branch after the evaluation that it knows best was made again: a newer value in the place of the latest."""
+    """Return the branch with a newer value for its latest evaluation, which was made again."""
     leaves, spec = tree_flatten(out)
     return Branch([[_kept(leaf), *kept[1:]] for leaf, kept in zip(leaves, old.outputs, strict=True)], spec)
 
@@ -108,7 +108,7 @@ def _combined(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _interpolated(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The same as nested steps between two tensors, one pass over memory each.
+    """Forecast by nested steps between two tensors, one pass over memory each.
 
     The least weight goes last: the others sum to at least a half, so scaling them to sum to 1 is harmless.
     """
@@ -185,7 +185,7 @@ class Lane(NamedTuple):
 
 
 class Evaluation:
-    """What one model call does at its branches: record their outputs, or predict them from what its lane keeps."""
+    """The work of one model call at its branches: record outputs, or predict them from what its lane keeps."""
 
     def __init__(self, call: Call, place: float, lane: Lane | None, weights: Sequence[float]) -> None:
         self.call, self.place, self.weights = call, place, weights
@@ -195,7 +195,7 @@ class Evaluation:
         self.outputs: dict[str, Any] = {}
 
     def branch(self, name: str, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
-        """The handler of branch `name`."""
+        """Handle branch `name`."""
         if not self.tokens:
             self.tokens = [t.shape for t in tree_leaves(x)]
             if self.tokens != self.expected:
@@ -212,7 +212,7 @@ class Evaluation:
 
 
 class Cached(Session):
-    """What is kept for each (net, lane); a lane that is new, has another shape or was away is computed."""
+    """The state of each (net, lane); a lane that is new, has another shape or was away is computed."""
 
     verb: ClassVar[str] = "reused"
 
@@ -264,12 +264,12 @@ class Cached(Session):
         return away or lane.geometry != geometry_of(call)
 
     def _origin(self, call: Call) -> int:
-        """The first evaluation of the network: a lane that joins late keeps step with the others."""
+        """Return the first evaluation of the network: a lane that joins late keeps step with the others."""
         return min((lane.first for key, lane in self.state.items() if key[0] == call.net), default=call.index)
 
 
 def most_kept(policy: BranchCache, total: int) -> int:
-    """The most outputs of a branch that are kept at once in a trajectory of `total` evaluations."""
+    """Return the most outputs of a branch that are kept at once in a trajectory of `total` evaluations."""
     kept = most = 0
     for step in policy.full_steps(total):
         kept = min(kept + 1, policy.keep(step))
@@ -278,7 +278,7 @@ def most_kept(policy: BranchCache, total: int) -> int:
 
 
 def record(keep: int, old: Lane | None, evaluation: Evaluation) -> Lane:
-    """The lane one computed evaluation later, with at most `keep` outputs of each branch."""
+    """Return the lane one computed evaluation later, with at most `keep` outputs of each branch."""
     call, place, geometry = evaluation.call, evaluation.place, geometry_of(evaluation.call)
     first = call.index if old is None else old.first
     if old is not None and (old.geometry != geometry or old.tokens != evaluation.tokens):

@@ -94,7 +94,7 @@ class TaylorSeer(BranchCache):
         return [place - (anchor if self.basis == "newton" else anchors[0]) for anchor in nearest]
 
     def weights(self, place: float, anchors: Sequence[float]) -> list[float]:
-        """What each factor counts in a forecast at `place`; the first always counts 1."""
+        """Return the weight of each factor in a forecast at `place`; the first always counts 1."""
         weights = [1.0]
         for i in range(1, len(anchors)):
             last, by = (anchors[i - 1], 1) if self.basis == "newton" else (anchors[0], i)
@@ -108,14 +108,17 @@ class Forecaster(Cached):
     verb: ClassVar[str] = "forecast"
 
     def fitting(self, need: int, allowed: int) -> str:
-        """The highest order that fits; each takes as much as the others."""
+        """Name the highest order that fits; each takes as much as the others."""
         factor = need // self.most_kept
         order = allowed // factor - 1
         return f"order={order} would fit" if order >= 0 else f"order=0 would hold {factor:,}"
 
 
 def update_coefficients(old: Coefficients, spans: Sequence[float]) -> Coefficients:
-    """The differences one full evaluation later: g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i."""
+    """Return the differences one full evaluation later.
+
+    g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i.
+    """
     rows: list[tuple[float, ...]] = [(1.0,)]
     for f, span in zip(old, spans, strict=False):
         pairs = zip_longest(rows[-1], (0.0, *f), fillvalue=0.0)
@@ -124,7 +127,7 @@ def update_coefficients(old: Coefficients, spans: Sequence[float]) -> Coefficien
 
 
 def output_weights(weights: Sequence[float], differences: Coefficients) -> list[float]:
-    """What each kept output counts where each difference counts `weights`."""
+    """Return the weight of each kept output where each difference counts `weights`."""
     counts = [0.0] * len(differences)
     for weight, row in zip(weights, differences, strict=True):
         for place, coefficient in enumerate(row):

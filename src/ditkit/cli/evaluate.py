@@ -79,7 +79,8 @@ def evaluate(
     settings: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     given = {"data": data, "option": list(option), "max_bad": max_bad, **own}
     if flags != FLAGS or task_of(network).generates:
-        settings["sampling"] = flags.make(DEFAULT.seeds)
+        sampling = flags.make(DEFAULT.seeds)
+        settings["sampling"] = sampling.resolved(network) if task_of(network).generates else sampling
         given |= flags.as_dict(settings["sampling"])
     options = options_of(data, option, max_bad)
     with writable(out), progress() as advance:

@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def resumable(stop: KeyboardInterrupt, words: Sequence[str]) -> str:
-    """What is saved and the command that goes on from it; nothing unless the interrupt says what is saved."""
+    """Say what is saved and the command that goes on from it; nothing unless the interrupt says what is saved."""
     if not stop.args:
         return ""
     again = words if "--resume" in words else [*words, "--resume"]

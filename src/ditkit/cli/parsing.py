@@ -42,7 +42,7 @@ class Group:
     what: str = "command"
 
     def resolve(self, words: Sequence[str]) -> Callable[[], None]:
-        """The call that `words` ask for; help is a call as well.
+        """Return the call that `words` ask for; help is a call as well.
 
         Raises:
             ConfigError: an unknown command or flag, a missing or malformed value.
@@ -84,9 +84,9 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             call, left = tyro.cli(
                 bound,
                 prog=prog,
@@ -98,20 +98,20 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{one_line(said.getvalue())}; see {prog} --help") from None
+        raise ConfigError(f"{one_line(stderr.getvalue())}; see {prog} --help") from None
     if left:
         raise ConfigError(f"{_not_understood(left[0], command, prog)}; see {prog} --help")
     return call
 
 
 def one_line(box: str) -> str:
-    """What tyro's error box says, up to its first rule."""
+    """Return the text of tyro's error box, up to its first rule."""
     text = RULE.split(FRAME.sub("", box))[0]
     return " ".join(text.split()).rstrip(".") or "the arguments are not understood"
 
 
 def _description(command: Command) -> str:
-    """The docstring without its arguments, which tyro shows at their flags.
+    """Return the docstring without its arguments, which tyro shows at their flags.
 
     tyro joins a paragraph's lines and does not wrap them, but leaves those that start with a space.
     """

@@ -87,7 +87,7 @@ def plan(
 
 
 def patterns_of(specs: Sequence[str]) -> list[Pattern]:
-    """The patterns of `--policy`.
+    """Parse the patterns of `--policy`.
 
     Raises:
         ConfigError: there is none, or another kind of policy. Those of `policies_of`.
@@ -107,7 +107,7 @@ def patterns_of(specs: Sequence[str]) -> list[Pattern]:
 def laid_out(
     name: str | None, grid: str | None, text: int | None, size: str | None
 ) -> tuple[Model | None, Grid, int]:
-    """The model if there is one, the grid of the image's tokens, and the number of other rows.
+    """Return the model, if there is one, the grid of the image's tokens, and the number of other rows.
 
     Raises:
         ConfigError: neither a model nor a grid, or flags of both. Those of `load`, `Grid` and `rows_of`.
@@ -130,7 +130,7 @@ def laid_out(
 
 
 def signal_shape(model: Model, size: str | None) -> tuple[int, ...]:
-    """Of a sample of the model, or one of another size."""
+    """Return the shape of a sample of the model, or of one of another size."""
     channels, *own = model.signal_shape
     return (channels, *(own if size is None else sides_of("--size", size, len(own))))
 
@@ -150,7 +150,7 @@ def sides_of(flag: str, text: str, *counts: int) -> tuple[int, ...]:
 
 
 def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
-    """The tokens of `--query`, by a name for each.
+    """Return the tokens of `--query`, with a name for each.
 
     Raises:
         ConfigError: no such token, or one twice.
@@ -177,7 +177,7 @@ def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
 
 
 def underlay(model: Model | None, size: str | None, sample: bool, over: Path | None) -> Tensor | None:
-    """What `--sample` or `--over` asks for: uint8 [T, 1 or 3, H, W].
+    """Make the picture that `--sample` or `--over` asks for: uint8 [T, 1 or 3, H, W].
 
     Raises:
         ConfigError: the file cannot be read.

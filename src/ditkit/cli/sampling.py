@@ -15,7 +15,12 @@ from ditkit.core.spec import named_alone, spec
 from ditkit.sample import Autoguidance, ClassifierFree, Guidance, Sampling, Solver, Unguided
 
 SOLVERS = ", ".join(named_alone(Solver))  # type: ignore[type-abstract]
-SolverName = Annotated[str, tyro.conf.arg(help=f"From noise to sample: {SOLVERS}.")]
+SolverName = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="SOLVER", help=f"One of {SOLVERS}. Default: ddim for a discrete (DDPM) model, else euler."
+    ),
+]
 Interval = Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")]
 ALL_TIMES = (0.0, 1.0)
 
@@ -77,7 +82,7 @@ class SamplingFlags:
     steps: int = 50
     guiding: Annotated[Guiding, tyro.conf.arg(name="")] = Guiding()
     policy: Policies = ()
-    solver: SolverName = "euler"
+    solver: SolverName = None
     batch_size: int = 8
     max_bytes: Number = None
 
@@ -103,7 +108,7 @@ class SamplingFlags:
         return {
             "steps": self.steps,
             **asdict(self.guiding),
-            "solver": spec(sampling.solver),
+            "solver": None if sampling.solver is None else spec(sampling.solver),
             "policies": [spec(policy) for policy in sampling.policies],
             "batch_size": self.batch_size,
             "max_bytes": self.max_bytes,

@@ -27,7 +27,7 @@ from ditkit.tasks.recipe import Recipe, describe, train_recipe
 Build = Callable[[], Recipe]
 Transforms = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
-"""What a run may leave in its folder."""
+"""The files that a run may leave in its folder."""
 
 
 def found() -> dict[str, Build]:
@@ -67,14 +67,14 @@ def command_of(name: str, build: Build) -> Command:
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
-        asked = options_of(data, option, max_bad)
-        bad = asked.pop("max_bad", None)
+        typed = options_of(data, option, max_bad)
+        bad = typed.pop("max_bad", None)
         under = tuple(policies_of(policy)) if policy else recipe.policies
         chosen = replace(
             recipe,
             model=with_flags(recipe.model, network),
             data=data,
-            options={**(recipe.options if data == recipe.data else {}), **asked},
+            options={**(recipe.options if data == recipe.data else {}), **typed},
             max_bad=bad,
             codec=codec,
             init=init,

@@ -98,7 +98,7 @@ def video(
     kinds, numbers = masks_of(mask, data), clip_seeds(seeds, count)
     option = with_training_options(data, option, network)
     options = options_of(data, option, max_bad)
-    sampling = flags.make(numbers or Sampling().seeds)
+    sampling = flags.make(numbers or Sampling().seeds).resolved(network)
     with writable(out), progress() as advance:
         found = evaluate_clips(
             network,

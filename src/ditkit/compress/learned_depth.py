@@ -118,7 +118,7 @@ class LearnedDepth(Policy):
         return DepthSearch(self, self.blocks(sites), None if known is None else known["all"])
 
     def tau(self, step: int) -> float:
-        """The temperature at a step, counted from 0."""
+        """Return the temperature at a step, counted from 0."""
         done = min(step / max(self.steps - 1, 1), 1.0)
         return self.hot + (self.cold - self.hot) * done
 
@@ -142,7 +142,7 @@ class Gates(nn.Module):
             self.register_buffer(f"choices_{k}", choices(kept, size))
 
     def options(self) -> list[Tensor]:
-        """The choices of each group, bool [C, M]."""
+        """Draw the choices of each group, bool [C, M]."""
         return [getattr(self, f"choices_{k}") for k in range(len(self.logits))]
 
     def draw(self, batch: int, tau: float) -> Tensor:
@@ -163,7 +163,7 @@ class Gates(nn.Module):
         return found
 
     def confidence(self) -> list[float]:
-        """The probability of each group's likeliest choice."""
+        """Return the probability of each group's likeliest choice."""
         return [(logits.detach() * self.scale).softmax(-1).max().item() for logits in self.logits]
 
 
@@ -198,7 +198,7 @@ class Decision(NamedTuple):
 
 
 def decide(searched: Model) -> Decision:
-    """The likeliest choice of each group of a model that was trained under `LearnedDepth`.
+    """Return the likeliest choice of each group of a model that was trained under `LearnedDepth`.
 
     What training saves has averaged logits, by which the paper decides, too. The weights of a search only stand for
     later training: apply `kept` to the model that the search began with.
@@ -222,7 +222,7 @@ def choices(kept: int, size: int) -> Tensor:
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of `like`."""
+    """Draw standard Gumbel noise of the shape of `like`."""
     return -torch.empty_like(like).exponential_().log()
 
 
@@ -243,5 +243,5 @@ def gated(mask: Tensor, fn: Handler, x: Any, *args: Any) -> Any:
 
 
 def passed(fn: Handler, x: Any, *args: Any) -> Any:
-    """A block that is not there."""
+    """Stand for a block that is not there."""
     return x

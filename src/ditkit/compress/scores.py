@@ -93,7 +93,7 @@ def alternate(depth: int, stack: str = "blocks") -> Kept:
 def _compared(
     model: Model, stack: str, compare: Compare, inputs: Sequence[Any], named: dict[str, Any]
 ) -> Tensor:
-    """A number for each block, the mean over streams by their elements."""
+    """Compute a number for each block, the mean over streams by their elements."""
     depth, _ = _stack(model, stack)
     names = [f"{stack}.{n}" for n in range(depth)]
     found: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ SEARCH, RECOVERY = 1000, 2000
 
 
 def tinyfusion() -> ClassImageRecipe:
-    """The search: one block of every two of `fashion-dit` is to stay, 6 of 12, with adapters that stand for training.
+    """Search which block of every two of `fashion-dit` stays, 6 of 12, with adapters that stand for training.
 
     `ditkit.compress.decide` says which. The paper's run is 10,000 steps of 128 of a DiT-XL/2 and averages at 0.999;
     rates, temperatures, and adapters of rank 8 on all linear layers are its own. For another depth give

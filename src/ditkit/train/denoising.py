@@ -56,7 +56,7 @@ class NoisyBatch(Batch):
     other: Tensor | None = None
 
     def residual(self) -> Tensor:
-        """The target that the convention names, less the prediction.
+        """Return the target that the convention names, less the prediction.
 
         A score's target, -noise / sigma, grows without bound towards the data; its error is weighted by
         sigma^2 (SiT), which makes it DDPM's loss too.
@@ -141,7 +141,9 @@ class Denoising(Objective):
         rng: SampleRNG | None = None,
         held: Held = NOTHING,
     ) -> dict[str, Tensor]:
-        """The losses at noise [B, ...] and times [B] or [B, T], which are moved to where the prediction can be trained.
+        """Compute the losses at noise [B, ...] and times [B] or [B, T].
+
+        Times are moved to where the prediction can be trained.
 
         A loss is the mean over all elements, given ones counted as 0 (VDT); beside it stands the mean over
         those that were made, as NAME_made, unless the term counts others as well.
@@ -149,13 +151,13 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
-        out, seen = _evaluate(forward, model, self.taps(model, held.step), x, t, cond, step=held.step)
+        out, tapped = _predicted(forward, model, self.taps(model, held.step), x, t, cond, step=held.step)
         prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
             prediction=prediction,
             mask=cond.mask,
-            taps=seen,
+            taps=tapped,
             sites=model.sites(),
             cond=cond,
             rng=rng,
@@ -181,7 +183,10 @@ class Denoising(Objective):
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
     ) -> dict[str, Answer | None]:
-        """What each term's teacher says, or what it asked: teachers that are asked the same are asked once."""
+        """Return each term's answer from its teacher.
+
+        Teachers that are asked the same are asked once.
+        """
         answers: dict[str, Answer | None] = {}
         alike: dict[Any, list[Term]] = {}
         for term in self.active_at(held.step):
@@ -206,7 +211,7 @@ class Denoising(Objective):
         return answers
 
 
-def _evaluate(
+def _predicted(
     network: Callable[..., Any],
     model: Model,
     taps: Sequence[str],
@@ -217,7 +222,7 @@ def _evaluate(
     policies: Sequence[Policy] | None = None,
     step: int | None = None,
 ) -> Output:
-    """What a network says of x [B, ...] at times of its own path, with the noise-times of this very call."""
+    """Predict for x [B, ...] at times of the network's own path, and return the noise-times of this very call."""
     convention = model.config.convention
     times = convention.make_path().noise_time(t).to(x.dtype)
     inputs = x, convention.model_time(t).to(x.dtype), cond
@@ -235,7 +240,10 @@ def _evaluate(
 
 
 def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Answer:
-    """What a term asked; of a denoiser a prediction in noise-time. A teacher draws nothing of the student's."""
+    """Answer a term's question.
+
+    That of a denoiser is a prediction in noise-time. A teacher draws nothing of the student's.
+    """
     x = batch.x if ask.x is None else ask.x
     if not isinstance(model, Denoiser):
         with torch.no_grad():
@@ -243,19 +251,19 @@ def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, as
     t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
     assert cond is not None
     if ask.student:
-        out, seen = _evaluate(network, model, ask.taps, x, t, cond, policies=ask.policies, step=batch.step)
+        out, tapped = _predicted(network, model, ask.taps, x, t, cond, policies=ask.policies, step=batch.step)
     else:
         cards = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cards):
-            out, seen = _evaluate(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
+            out, tapped = _predicted(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
     if out is None:
-        return Answer(None, seen)
+        return Answer(None, tapped)
     prediction, fraction = model.config.convention.split(out.float())
-    return Answer(prediction, seen, fraction)
+    return Answer(prediction, tapped, fraction)
 
 
 def _origin(model: Model, teacher: Model, tap: str) -> str:
-    """What the student's tap was called where the teacher, which has not all of its transforms, has it."""
+    """Return the name of the student's tap in the teacher, which has not all of its transforms."""
     site, colon, part = tap.partition(":")
     if model.transforms[: len(teacher.transforms)] != teacher.transforms:
         return tap

@@ -53,7 +53,7 @@ class MaskedDistillation(Term):
     teacher: Teacher = TEACHER
 
     def paired(self, sites: Sequence[Site]) -> dict[str, str]:
-        """The teacher's blocks by the student's."""
+        """Map the teacher's blocks by the student's."""
         depth = sum(site.kind == "block" and site.name.rpartition(".")[0] == self.stack for site in sites)
         default = [(i, self.every * i + self.every - 1) for i in range(depth)]
         return {f"{self.stack}.{own}": f"{self.stack}.{other}" for own, other in self.pairs or default}
@@ -93,7 +93,7 @@ class MaskedDistillation(Term):
         return nats / math.log(2)
 
     def unlike(self, batch: NoisyBatch, taught: Mapping[str, Tensor]) -> Tensor:
-        """The mean over pairs of the squared difference of masked outputs, [B], in float32 or wider."""
+        """Compute the mean over pairs of the squared difference of masked outputs, [B], in float32 or wider."""
         errors = []
         for own, other in self.paired(batch.sites).items():
             if other not in taught:
