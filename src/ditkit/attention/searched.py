@@ -180,8 +180,7 @@ class Searched(Pattern):
         return head_plan(self.block, self.sparsity, self.stripes, grid, others, DENSE, ())
 
     def layer_plan(self, place: int, grid: Grid, others: int) -> BlockPlan:
-        """Build the plan of one attention: of each head the blocks of its pattern, those of 3 in the order of
-        places."""
+        """Build the plan of one attention, of each head the blocks of its pattern."""
         return head_plan(
             self.block, self.sparsity, self.stripes, grid, others, self.heads[place], self._columns(place)
         )

@@ -142,7 +142,7 @@ class Gates(nn.Module):
             self.register_buffer(f"choices_{k}", choices(kept, size))
 
     def options(self) -> list[Tensor]:
-        """Draw the choices of each group, bool [C, M]."""
+        """Return the choices of each group, bool [C, M]."""
         return [getattr(self, f"choices_{k}") for k in range(len(self.logits))]
 
     def draw(self, batch: int, tau: float) -> Tensor:
