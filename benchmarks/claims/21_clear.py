@@ -140,7 +140,7 @@ def student(pattern: Pattern, objective: Denoising, steps: int, batch: int) -> V
         averaged = train(
             clip_model().adopt((pattern,)), samples("train", 4096), objective, settings, Path(folder)
         )
-    assert isinstance(averaged, VideoDiT)
+    assert isinstance(averaged, VideoDiT) and averaged.policies == (pattern,)
     return averaged
 
 
