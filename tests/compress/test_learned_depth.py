@@ -335,5 +335,5 @@ def test_masked_distillation_trains_a_shallow_student_of_the_deep_model(tmp_path
     train(student, Pictures(), objective, given, tmp_path / "run", start=start)
     assert len(seen) == 2 and all(drop is not None for drop in seen)
     wrong = Denoising((Regression(0.1), MaskedDistillation(every=3)))
-    with pytest.raises(ConfigError, match=r"the teacher has no unknown block 'blocks\.5'"):
+    with pytest.raises(ConfigError, match="the teacher has no unknown block"):
         train(ditkit.compress(deep, Kept((0, 3))), Pictures(), wrong, given, tmp_path / "no", start=start)
