@@ -24,7 +24,7 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
-from patterns_support import MaskedClipDataset, band_meets, circle_meets
+from patterns_support import Masked, band_meets, circle_meets
 from pipelines_support import asked, latents
 
 GRID, STEPS = Grid(1, 12, 12), 6
@@ -33,7 +33,7 @@ CIRCLE = Neighbourhood(radius=2, block=8, kernel="cpu")
 POOLED = replace(CIRCLE, pooled=2)
 PATTERNS: dict[str, tuple[Pattern, Policy, str]] = {
     "reshaped": (BAND, Explicit(band_meets(BAND, GRID), BAND), "2-3 5"),
-    "circle": (CIRCLE, MaskedClipDataset(circle_meets(CIRCLE)), "0-5"),
+    "circle": (CIRCLE, Masked(circle_meets(CIRCLE)), "0-5"),
     "circle with pooled keys": (POOLED, replace(POOLED, kernel="reference"), "0-5"),
 }
 """Each with the slow way to the same, over all pairs, and with the evaluations that skip."""

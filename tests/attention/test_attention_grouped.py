@@ -16,7 +16,7 @@ from ditkit.core.grid import Grid
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from patterns_support import (
-    MaskedClipDataset,
+    Masked,
     grouped_meets,
     planned_mask,
     predicted,
@@ -107,7 +107,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Grouped, text:
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, MaskedClipDataset(grouped_meets(pattern, True)), x, cond)
+    expected = predicted(model, Masked(grouped_meets(pattern, True)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 

@@ -16,7 +16,7 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
 from hosts_support import EVERY, run_steps
-from patterns_support import MaskedClipDataset, grouped_meets
+from patterns_support import Masked, grouped_meets
 
 HOSTS = (
     "sd3",
@@ -55,7 +55,7 @@ def pattern_for(name: str, **setting: object) -> Grouped:
 @every_host
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = pattern_for(name)
-    expected, _ = outcome(name, [MaskedClipDataset(grouped_meets(pattern, is_clip(name)))])
+    expected, _ = outcome(name, [Masked(grouped_meets(pattern, is_clip(name)))])
     found, trajectory = outcome(name, [pattern])
     (receipt,) = trajectory.finish()
     assert receipt.as_dict()["lanes"]["cond"] == {"computed": "", "sparse": "0-7"}
@@ -74,7 +74,7 @@ def test_the_neutral_setting_changes_no_bit(name: str) -> None:
 def test_with_a_cache_it_is_the_cache_of_the_masked_model(name: str, cache: Policy) -> None:
     """What a cache keeps is in the order of the slots, in all evaluations alike."""
     pattern = pattern_for(name)
-    expected, _ = outcome(name, [cache, MaskedClipDataset(grouped_meets(pattern, is_clip(name)))])
+    expected, _ = outcome(name, [cache, Masked(grouped_meets(pattern, is_clip(name)))])
     found, trajectory = outcome(name, [cache, pattern])
     assert (found - expected).norm() / expected.norm() < 1e-5
     forecast, sparse = (receipt.as_dict()["lanes"]["cond"] for receipt in trajectory.finish())
@@ -103,7 +103,7 @@ def test_a_reference_picture_keeps_its_rows() -> None:
         trajectory = Trajectory(flux.sites(model), [policy], 4)
         return trajectory.leave(call, of_flux.call(model, inputs, trajectory.run(call)))
 
-    dense, masked = of_flux.call(model, inputs), said(MaskedClipDataset(grouped_meets(pattern, False)), 1)
+    dense, masked = of_flux.call(model, inputs), said(Masked(grouped_meets(pattern, False)), 1)
     assert torch.allclose(said(pattern, 0), dense, atol=1e-5)
     assert torch.allclose(said(pattern, 1), masked, atol=1e-5) and not torch.allclose(
         masked, dense, atol=1e-3

@@ -26,7 +26,7 @@ from ditkit.core.run import Call, Site
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
 from patterns_support import (
-    MaskedClipDataset,
+    Masked,
     circle_meets,
     planned_mask,
     predicted,
@@ -246,7 +246,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, MaskedClipDataset(circle_meets(pattern)), x, cond)
+    expected = predicted(model, Masked(circle_meets(pattern)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 
@@ -254,7 +254,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd3.5"])
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
-    expected, _ = outcome(name, [MaskedClipDataset(circle_meets(pattern))])
+    expected, _ = outcome(name, [Masked(circle_meets(pattern))])
     found, dense = outcome(name, [pattern])[0], outcome(name, [])[0]
     error, effect = ((found - x).norm() / dense.norm() for x in (expected, dense))
     assert error < 1e-5 and effect > 1e-3
@@ -363,7 +363,7 @@ def test_flux_trains_1794_million_parameters_and_16_weights_an_attention() -> No
 def test_the_rotary_base_of_large_pictures_is_the_models() -> None:
     """`pos_embed.theta` of FLUX, ten times as high: diffusers' own NTK factor of 10, under the pattern too."""
     pattern, grid = Neighbourhood(radius=2, block=8, kernel="cpu"), Grid(1, fluxes.ROWS, fluxes.COLUMNS)
-    twin, inputs = MaskedClipDataset(circle_meets(pattern)), fluxes.call_inputs()
+    twin, inputs = Masked(circle_meets(pattern)), fluxes.call_inputs()
     outs = []
     for theta in (10_000, 100_000):
         model = view(fluxes.transformer())

@@ -23,14 +23,14 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.view import view
 from ditkit.models.video_dit import VideoDiT
 from hosts_support import EVERY, run_steps
-from patterns_support import MaskedClipDataset, MaskedSession, band_meets, tiny_clip_model
+from patterns_support import Masked, MaskedSession, band_meets, tiny_clip_model
 
 GRID = Grid(4, 6, 10)
 POLICY = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")
 
 
 @dataclass(frozen=True)
-class Explicit(MaskedClipDataset):
+class Explicit(Masked):
     """The method by its equations: all weights, in the model's order, one state for each attention."""
 
     of: Reshape
