@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_hunyuan_video as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from ditkit.core.grid import Grid, Segment
+from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.hosts.attention import computes_as, dispatched, flip
 from ditkit.hosts.blocks import (
@@ -80,7 +80,8 @@ def attend(
     Args:
         mask: bool of all keys, [B, 1, 1, L + S].
     """
-    L, table = clip.shape[1], ImageRotary(*image_rotary_emb)
+    L = clip.shape[1]
+    table: Any = ImageRotary(*image_rotary_emb)
     is_double = attn.add_q_proj is not None
     x = clip if is_double else torch.cat([clip, text], 1)
     q, k, v = (project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
@@ -326,7 +327,8 @@ def layout(model: Any, shape: Sequence[int], encoder_attention_mask: Tensor) -> 
 
 def _grid(model: Any, shape: Sequence[int]) -> Grid:
     """As the patch embedding cuts: what fills no patch is left out."""
-    return Grid(*(n // p for n, p in zip(shape[2:], _patch(model), strict=True)))
+    frames, height, width = (n // p for n, p in zip(shape[2:], _patch(model), strict=True))
+    return Grid(frames, height, width)
 
 
 def _patch(model: Any) -> tuple[int, int, int]:
