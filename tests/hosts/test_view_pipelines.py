@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ditkit
+from ditkit.caching import RAS, TaylorSeer
 from family_pipelines_support import ONE_EACH, draw, ready, sd3
 from pipelines_support import computed
 
@@ -43,6 +44,33 @@ def test_an_offloaded_pipeline_draws_the_same(family: str, how: str) -> None:
         with ditkit.accelerate(pipe) as fast:
             drawn.append(draw(fast, told))
     assert torch.equal(*drawn)
+
+
+WORDS = [family for family in ONE_EACH if family != "dit"]
+
+
+@pytest.mark.parametrize("family", WORDS)
+def test_lengths_of_text_that_differ_between_calls_and_lanes(family: str) -> None:
+    """What was kept of one length never meets another: each call is as if it were the first."""
+    pipe, told = ready(ONE_EACH[family])
+    policy = TaylorSeer(interval=2) if family == "latte" else RAS(warmup=1)
+    rows = told["prompt_embeds"].shape[1]
+
+    def longer(*prefixes: str) -> dict[str, Any]:
+        texts = {name: x for name, x in told.items() if name.startswith(prefixes) and isinstance(x, Tensor)}
+        return told | {n: torch.cat([x, x[:, :2]], 1) for n, x in texts.items() if "pooled" not in n}
+
+    calls = [told, longer("prompt", "negative"), told]
+    if told.get("negative_prompt_embeds") is not None and family in ("qwen-image", "wan", "hunyuan-video"):
+        calls.append(longer("negative"))  # these guide in a call of its own
+    fast = ditkit.accelerate(pipe, policy)
+    drawn = [draw(fast, call, num_inference_steps=4) for call in calls]
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    ditkit.restore(fast)
+    for call, found in zip(calls[1:], drawn[1:], strict=True):
+        with ditkit.accelerate(pipe, policy) as alone:
+            assert torch.equal(draw(alone, call, num_inference_steps=4), found)
+    assert rows + 2 == calls[1]["prompt_embeds"].shape[1]
 
 
 # Lanes, and pipelines inside or beside one another

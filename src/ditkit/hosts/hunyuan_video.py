@@ -86,7 +86,8 @@ def attend(
     Args:
         mask: bool of all keys, [B, 1, 1, L + S].
     """
-    L, table = clip.shape[1], ImageRotary(*image_rotary_emb)
+    L = clip.shape[1]
+    table: Any = ImageRotary(*image_rotary_emb)
     is_double = attn.add_q_proj is not None
     x = clip if is_double else torch.cat([clip, text], 1)
     q, k, v = (project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))

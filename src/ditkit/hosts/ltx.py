@@ -81,7 +81,7 @@ class LTXAttention(host.LTXAttention):
         if not has_core(self) or is_cross:
             rest = (encoder_hidden_states, attention_mask, image_rotary_emb)
             return super().forward(hidden_states, *rest, **kwargs)
-        table = Rotary(*image_rotary_emb)
+        table: Any = Rotary(*image_rotary_emb)
         q, k, v = (project(hidden_states) for project in (self.to_q, self.to_k, self.to_v))
         kv = run.site(at + ".kv", keep, KV(split_heads(self, k), split_heads(self, v), table))
         # norm and rotation are of all heads together

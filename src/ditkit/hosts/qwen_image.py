@@ -86,7 +86,8 @@ def attend(
     warn_of_unknown(attn.processor, unknown)
     width, S = attn.inner_dim // attn.heads, text.shape[1]
     q, k, v = (p(image).unflatten(-1, (-1, width)) for p in (attn.to_q, attn.to_k, attn.to_v))
-    kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), Phases(image_rotary_emb[0])))
+    phases: Any = Phases(image_rotary_emb[0])
+    kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), phases))
     q, k = (h if norm is None else norm(h) for norm, h in ((attn.norm_q, q), (attn.norm_k, flip(kv.k))))
     projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
     text_q, text_k, text_v = (p(text).unflatten(-1, (-1, width)) for p in projections)
