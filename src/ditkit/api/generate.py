@@ -12,7 +12,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.labels import class_names
 from ditkit.core.model import Model
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, as_policies
 from ditkit.sample import Euler, Guidance, Solver
 from ditkit.sample.denoiser import Progress
 from ditkit.sample.workload import UNCONDITIONED, SamplingJob
@@ -75,6 +75,7 @@ def generate(
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
     work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, max_bytes, cond, shape)
+    work.check(policies := as_policies(policies))
     began = time.perf_counter()
     drawn = work.draw(policies, progress=progress)
     return Generated(

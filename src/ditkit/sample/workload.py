@@ -124,6 +124,8 @@ class SamplingJob:
         """Raise what the first step would: a conflict, no usable site, a setting that does not fit."""
         total = self.solver.evaluations(self.steps)
         Trajectory(self.model.sites(), policies, total, self.max_bytes, self.model.learned)
+        for policy in policies:
+            policy.check_model(self.model)
 
     def draw(
         self,
