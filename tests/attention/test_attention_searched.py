@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_composition import GRAPHS, compiled, in_int8
 from torch import Tensor, nn
 
+import ditkit
 from ditkit.api.search import CANDIDATES, Evidence, Objective, Searching, search, search_by
 from ditkit.attention import Grouped, HeadTable, Searched
 from ditkit.attention.searched import band_reach, sites_digest
@@ -413,15 +414,16 @@ def test_a_table_of_another_model_or_shape_is_refused_before_the_first_block(tab
     blocks: list[int] = []
     for block in longer.blocks:
         block.register_forward_pre_hook(lambda *_: blocks.append(1))
-    with pytest.raises(ShapeError, match=r"is for 4 x 8 x 8 tokens, got 5 x 8 x 8; search again"):
+    with pytest.raises(ShapeError, match=r"searched on 4 x 8 x 8 tokens, got 5 x 8 x 8; search again"):
         predicted(longer, pattern, drawn(1, *longer.sample_shape), Cond())
     assert not blocks
     model = tiny_clip_model(size=(16, 16)).float()
     held = HeadTable.load(table)
     held.check_weights(fingerprint(model.state_dict()))
     model.embed.weight.data[0, 0] += 1
-    with pytest.raises(ConfigError, match=r"searched on weights .* got .*; search again"):
-        held.check_weights(fingerprint(model.state_dict()))
+    with pytest.raises(ConfigError, match=r"searched on weights .* got .*; search again, or say weights=any"):
+        ditkit.generate(model, steps=2, policies=[pattern])
+    ditkit.generate(model, steps=2, guidance=1.0, policies=[replace(pattern, weights="any")])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class TaskRouting(Policy):
         return replace(self, share=1.0)
 
     def tasks(self, times: Tensor) -> Tensor:
-        """The tasks, int64, of noise-times [B].
+        """Return the tasks, int64, of noise-times [B].
 
         Raises:
             ConfigError: frames have times of their own.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ditkit.attention.pattern import Layout, Pattern, SequencePlan, Sparse, append_dense_rows, sparse_sites
 from ditkit.core.checkpoint import digest, read_json, write_json
+from ditkit.core.codec import fingerprint
 from ditkit.core.config import Checked, Count, Finite, Natural, Share, config_of
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
 from ditkit.core.grid import Grid
@@ -101,7 +102,20 @@ class HeadTable(Checked):
         """
         if self.weights and self.weights != found:
             raise ConfigError(
-                f"table of {self.model}: searched on weights {self.weights[:12]}, got {found[:12]}; search again"
+                f"table of {self.model}: searched on weights {self.weights[:12]}, got {found[:12]}; search again, or "
+                "say weights=any"
+            )
+
+    def check_grid(self, grid: Grid) -> None:
+        """Refuse another shape than the search's.
+
+        Raises:
+            ShapeError: the grid is another.
+        """
+        if grid.shape != self.grid:
+            given, expected = (" x ".join(map(str, shape)) for shape in (grid.shape, self.grid))
+            raise ShapeError(
+                f"table of {self.model}: searched on {expected} tokens, got {given}; search again"
             )
 
 
@@ -122,6 +136,8 @@ class Searched(Pattern):
         stripes: blocks of pattern 4: "top" for those of most attention, which a search finds for each head; "first"
             for those of the first frame; "even" for evenly strided ones.
         columns: of "top", the key blocks of each head of each layer; a table has them.
+        weights: "same" refuses a table of other weights, where they are known: models of ours in `generate`, `compare`
+            and what is made of them, not in a pipeline; "any" takes it (of the model before it was quantised, say).
     """
 
     table: str = ""
@@ -129,6 +145,7 @@ class Searched(Pattern):
     sparsity: tuple[Share, Share, Share] = (0.8, 0.8, 0.8)
     stripes: Stripes = "top"
     columns: Columns = ()
+    weights: Literal["same", "any"] = "same"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +167,24 @@ class Searched(Pattern):
     def small(cls, grid: Grid) -> Self:
         return cls(heads=("23",), sparsity=(0.5, 0.5, 0.5), block=8, kernel="cpu")
 
+    def check_model(self, model: Any) -> None:
+        if self.table and self.weights == "same" and self.kernel != "none":
+            table = HeadTable.load(self.table)
+            if table.weights:
+                table.check_weights(fingerprint(model.state_dict()))
+
+    def read(self) -> Searched:
+        """Return the pattern with the table in place of its file.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        if not self.table:
+            return self
+        table = HeadTable.load(self.table)
+        known = ("heads", "block", "sparsity", "stripes", "columns")
+        return replace(self, table="", **{name: getattr(table, name) for name in known})
+
     def resolved(self, sites: Sequence[Site]) -> Searched:
         """Return the pattern with the table in place of its file, a word for each attention of the model.
 
@@ -157,13 +192,9 @@ class Searched(Pattern):
             ConfigError: the table is of another model, or has another number of layers or heads.
             CheckpointError: the file cannot be read.
         """
-        found = self
-        if self.table:
-            table = HeadTable.load(self.table)
-            if table.sites != sites_digest(sites):
-                raise ConfigError(f"Searched: {self.table} is of {_described(table)}, got {_shape_of(sites)}")
-            known = ("heads", "block", "sparsity", "stripes", "columns")
-            found = replace(self, table="", **{name: getattr(table, name) for name in known})
+        if self.table and (table := HeadTable.load(self.table)).sites != sites_digest(sites):
+            raise ConfigError(f"Searched: {self.table} is of {_described(table)}, got {_shape_of(sites)}")
+        found = self.read()
         cores = sparse_sites(sites)
         words = found.heads * len(cores) if len(found.heads) == 1 else found.heads
         if len(words) != len(cores):
@@ -208,8 +239,7 @@ class Searched(Pattern):
         self._check(sites, total)
         if self.kernel == "none":
             return Sparse(self, sites)
-        grid = HeadTable.load(self.table).grid if self.table else None
-        return PerHead(self.resolved(sites), sites, self.table, grid)
+        return PerHead(self.resolved(sites), sites, HeadTable.load(self.table) if self.table else None)
 
     def _columns(self, place: int) -> tuple[tuple[int, ...], ...]:
         return self.columns[place] if self.columns else ()
@@ -219,16 +249,14 @@ class PerHead(Sparse):
     """One launch an attention, in which each head has lists of its own.
 
     Args:
-        table: the file that the policy was read from, and the grid that it is for; none where there is no file.
+        table: that the policy was read from.
     """
 
     policy: Searched
 
-    def __init__(
-        self, policy: Searched, sites: Sequence[Site], table: str = "", grid: tuple[int, ...] | None = None
-    ) -> None:
+    def __init__(self, policy: Searched, sites: Sequence[Site], table: HeadTable | None = None) -> None:
         super().__init__(policy, sites)
-        self.table, self.grid = table, grid
+        self.table = table
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         if all(set(word) == {DENSE} for word in self.policy.heads):
@@ -237,9 +265,8 @@ class PerHead(Sparse):
 
     def layout(self, call: Call) -> Layout:
         found = super().layout(call)
-        if self.grid is not None and found.image.grid.shape != self.grid:
-            given, expected = (" x ".join(map(str, shape)) for shape in (found.image.grid.shape, self.grid))
-            raise ShapeError(f"Searched: {self.table} is for {expected} tokens, got {given}; search again")
+        if self.table is not None:
+            self.table.check_grid(found.image.grid)
         return found
 
     def remark(self, layout: Layout) -> None:

@@ -20,6 +20,7 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "search",
     "video",
     "forecast",
     "systems",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditkit.api.generate import generate
 from ditkit.attention.pattern import Pattern
+from ditkit.attention.searched import Searched
 from ditkit.bench.plans import Place, Planned, places, rows_of, table
 from ditkit.cli.options import Policies, policies_of, writable
 from ditkit.core.catalog import every
@@ -54,6 +55,7 @@ def plan(
         ditkit plan runs/video_dit/model --policy grouped:group=2+4+4,block=32 --sample
         ditkit plan --grid 32x48x80 --text 256 --policy grouped --policy grouped:reach=2
         ditkit plan --grid 64x64 --policy grouped --query 3,5 60,60 --out outputs/flux.png
+        ditkit plan --grid 16x8x8 --policy searched:heads=0123+2223,block=16
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub; or none, with --grid.
@@ -70,6 +72,11 @@ def plan(
     if out.suffix != ".png":
         raise ConfigError(f"--out {out}, expected a name that ends in .png")
     network, tokens, others = laid_out(model, grid, text, size)
+    if network is not None:
+        for pattern in patterns:
+            pattern.check_model(network)
+            if isinstance(pattern, Searched):
+                pattern.resolved(network.sites())
     wanted = queries_of(query, tokens) if query else places(tokens)
     if over is not None and sample:
         raise ConfigError(f"got --over {over} with --sample, expected one of the two")
@@ -78,7 +85,7 @@ def plan(
     with writable(out.parent):
         # commands run a model on the processor; a bare grid is that of a pipeline, which has the GPU
         device = "cuda" if network is None and torch.cuda.is_available() else "cpu"
-        plans = [Planned.of(pattern, tokens, others, device) for pattern in patterns]
+        plans = [part for pattern in patterns for part in Planned.parts(pattern, tokens, others, device)]
         page = png(plan_page(plans, wanted, underlay(network, size, sample, over)))
         with replacing(out) as draft:
             draft.write_bytes(page)

@@ -104,6 +104,13 @@ class Policy(Checked, ABC):
     def exact(self) -> Self:
         """Return the neutral setting: bit-identical to not using the policy."""
 
+    def check_model(self, model: Any) -> None:
+        """Refuse weights that the policy was not made for; sites alone do not tell them apart.
+
+        Raises:
+            ConfigError: it was made for others.
+        """
+
     def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
         """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
         return None

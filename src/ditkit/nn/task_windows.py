@@ -15,7 +15,7 @@ def active(channels: int, share: float) -> int:
 
 
 def offsets(index: Tensor, channels: int, share: float, alpha: float, tasks: int = TASKS) -> Tensor:
-    """The first active channel of each task, int64: round((channels - active) (index / (tasks - 1))^alpha)."""
+    """Compute the first active channel of each task: round((channels - active) (index / (tasks - 1))^alpha)."""
     slack = channels - active(channels, share)
     return (slack * (index.double() / (tasks - 1)) ** alpha).round().long()
 

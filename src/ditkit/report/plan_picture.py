@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.attention.searched import PATTERNS
 from ditkit.bench.plans import IN_FULL, IN_PART, LEFT_OUT, Place, Planned
 from ditkit.report.film import enlarged
 from ditkit.report.sheet import INK, LINE, MARGIN, PALE, PAPER, clipped, font, image
@@ -22,6 +23,9 @@ VISIBLE, PART, BLANK, QUERY = "#0072b2", "#e69f00", "#e6e8ec", "#d55e00"
 PANEL_PX, FRAME_PX, MAP_PX, BAR_PX = 256, 92, 360, 9
 """The longer side of a picture, of a frame and of the map beside frames; the height of a bar."""
 FRAMES, BETWEEN_PX = 8, 5
+HEAD_PX, HEADS_PX = (6, 18), 480
+"""The least and the greatest side of a head's cell, and the longer side of all."""
+HEAD_COLOURS = {"0": "#0072b2", "1": BLANK, "2": "#e69f00", "3": "#009e73", "4": "#cc79a7"}
 NUMBER_PX, CAPTION_PX = 56, 250
 """The least widths of a frame with its number, and of a caption."""
 RULED_PX = 6
@@ -45,7 +49,11 @@ def plan_page(
     Raises:
         ShapeError: a query is not on the grid.
     """
-    sections = [_section(planned, queries, under) for planned in plans]
+    sections = []
+    for i, planned in enumerate(plans):
+        if planned.words and (i == 0 or plans[i - 1].words is not planned.words):
+            sections.append(head_view(planned.words))
+        sections.append(_section(planned, queries, under))
     return _framed(_stacked([*sections, _legend(plans)], MARGIN))
 
 
@@ -174,9 +182,33 @@ def _block_map(planned: Planned) -> Image.Image:
     heads = f", head 1 of {planned.plan.heads}" if planned.plan.heads > 1 else ""
     lines = [
         (f"{rows} x {columns} blocks of {planned.plan.block[0]}{heads}", INK, 13),
-        (f"{planned.plan.density:.1%} visited; queries down, keys across", PALE, 12),
+        (f"{planned.visited:.1%} visited; queries down, keys across", PALE, 12),
     ]
     return _stacked([_lines(lines, longest), picture], 4)
+
+
+def head_view(words: Sequence[str]) -> Image.Image:
+    """Draw which head has which pattern: a row a layer, a cell a head, and the number of heads of each."""
+    from PIL import ImageDraw
+
+    cell = max(HEAD_PX[0], min(HEAD_PX[1], HEADS_PX // max(len(words), len(words[0]))))
+    cells = torch.stack([torch.stack([_rgb(HEAD_COLOURS[m]).flatten() for m in word]) for word in words])
+    pixels = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    for axis in (0, 1):
+        pixels.index_fill_(axis, torch.arange(cell - 1, pixels.shape[axis], cell), 255.0)
+    grid = image(pixels.permute(2, 0, 1).round().to(torch.uint8))
+    heads, small = "".join(words), font(12)
+    entries = [
+        (letter, f"{heads.count(letter)} {name}") for letter, name in PATTERNS.items() if letter in heads
+    ]
+    legend = _blank(max(round(small.getlength(text)) for _, text in entries) + LINE, LINE * len(entries))
+    draw = ImageDraw.Draw(legend)
+    for i, (letter, text) in enumerate(entries):
+        draw.rectangle((0, i * LINE + 3, 11, i * LINE + 14), HEAD_COLOURS[letter])
+        draw.text((LINE, i * LINE + 1), text, INK, small)
+    title = f"{len(words)} layers down, {len(words[0])} heads across"
+    body = _beside([grid, legend], GAP_PX)
+    return _stacked([_lines([(title, INK, 13)], max(body.width, CAPTION_PX)), body], 4)
 
 
 def _legend(plans: Sequence[Planned]) -> Image.Image:
