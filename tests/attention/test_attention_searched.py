@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import lumina_wan_support as of_lumina_wan
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.view import view
 from ditkit.ops.block_sparse_attention import attend_reference
-from hosts_support import LATER, run_steps
+from hosts_support import EVERY, run_steps
 from patterns_support import predicted, prompt, tiny_clip_model
 from policies_support import Tap
 
@@ -490,19 +489,14 @@ def test_tables_that_do_not_fit_a_model() -> None:
 
 
 def stepped(name: str, policies: Sequence[Policy], *changes: object) -> tuple[Tensor, Trajectory]:
-    if name == "wan":
-        case = of_lumina_wan.CASES[name]
-        model = case.transformer()
-    else:
-        case, model = None, LATER[name].transformer()
+    family = EVERY[name]
+    model = family.transformer()
     for change in changes:
         change(model)  # type: ignore[operator]
-    if case is not None:
-        return of_lumina_wan.run_steps(case, view(model), policies)
-    return run_steps(LATER[name], view(model), LATER[name].inputs(), policies)
+    return run_steps(family, view(model), family.inputs(), policies)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox 1.5"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox 2b", "cogvideox"])
 def test_on_hosts_it_is_the_masks(name: str) -> None:
     pattern = Searched(heads=("0123",), sparsity=(0.6, 0.6, 0.6), **SETTING)  # type: ignore[arg-type]
     (found, trajectory), (wanted, _), (dense, _) = (
@@ -535,7 +529,7 @@ def test_int8_and_compiled_blocks(kind: str) -> None:
     eager, _ = stepped("cogvideox", [pattern], in_int8)
     float32, _ = stepped("cogvideox", [pattern])
     assert 1e-5 < (eager - float32).norm() / float32.norm() < 0.1
-    case, model = LATER["cogvideox"], LATER["cogvideox"].transformer()
+    case, model = EVERY["cogvideox"], EVERY["cogvideox"].transformer()
     in_int8(model)
     compiled(model)
     model = view(model)
@@ -547,7 +541,7 @@ def test_int8_and_compiled_blocks(kind: str) -> None:
 
 
 def test_a_search_on_a_host_finds_a_table_for_it(tmp_path: Path) -> None:
-    case = LATER["cogvideox"]
+    case = EVERY["cogvideox"]
     model = view(case.transformer())
     sites = case.view.sites(model)
     found = search_by(

@@ -344,7 +344,7 @@ def search(
     label: int | str | Sequence[int | str] | None = None,
     steps: int = 10,
     guidance: float | Guidance = 2.0,
-    solver: Solver | str = "euler",
+    solver: Solver | str | None = None,
     batch_size: int = 4,
     **setting: Any,
 ) -> HeadTable:

@@ -11,8 +11,8 @@ from rich.console import Console
 from ditkit.api.search import Cost, Kind
 from ditkit.api.search import search as searched
 from ditkit.attention.searched import PATTERNS, HeadTable, Stripes, counted
-from ditkit.cli.guiding import GUIDED, GuidingFlags
-from ditkit.cli.options import Labels, ModelName, Seeds, load_maker, seeds_of, solver_of
+from ditkit.cli.options import Labels, ModelName, Seeds, load_of, seeds_of
+from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 
 Block = Literal[8, 16, 32, 64, 128, 256]
@@ -33,10 +33,7 @@ def search(
     follow: Literal["sparse", "dense"] = "sparse",
     seeds: Seeds = ("0..3",),
     label: Labels = (),
-    steps: int = 10,
-    guiding: GuidingFlags = GUIDED,
-    solver: str = "euler",
-    batch_size: int = 4,
+    flags: Flattened = SamplingFlags(steps=10, batch_size=4),
     out: Path = Path("outputs/heads.json"),
 ) -> None:
     """Search the attention pattern of each head of a video model (Sparse-vDiT).
@@ -59,22 +56,22 @@ def search(
         follow: The next layer sees what the chosen patterns give (sparse), or dense attention.
         seeds: Whole numbers, or ranges such as 0..3 with both ends; one clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
-        steps: Steps of the solver.
-        solver: From noise to sample: euler, heun, ddim, ancestral, eulermaruyama.
-        batch_size: Samples drawn at once.
         out: File to write.
     """
     if out.suffix != ".json":
         raise ConfigError(f"--out {out}, expected a name that ends in .json")
-    numbers, way, guidance = seeds_of(seeds), solver_of(solver), guiding.make()
+    network = load_of(model, "video")
+    sampling = flags.make(seeds_of(seeds)).resolved(network)
+    if sampling.policies:
+        raise ConfigError("search draws under no policy, got --policy")
     found = searched(
-        load_maker(model, "clips"),
-        numbers,
+        network,
+        sampling.seeds,
         label=label or None,
-        steps=steps,
-        guidance=guidance,
-        solver=way,
-        batch_size=batch_size,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        solver=sampling.solver,
+        batch_size=sampling.batch_size,
         block=block,
         sparsity=sparsity,
         stripes=stripes,
@@ -91,7 +88,7 @@ def search(
 
 
 def summary(table: HeadTable) -> str:
-    """The heads of each pattern, the table a line a layer, and the seconds of each pattern on this machine."""
+    """Write the heads of each pattern, the table a line a layer, and the seconds of each pattern on this machine."""
     layers = [f"layer {i:>3}  {word}" for i, word in enumerate(table.heads)]
     seconds = ", ".join(f"{PATTERNS[m]} {s * 1e3:.1f} ms" for m, s in table.seconds.items())
     return "\n".join([counted(table.heads), *layers, f"one attention, all heads alike: {seconds}"])
