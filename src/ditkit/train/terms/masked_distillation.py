@@ -50,7 +50,7 @@ class MaskedDistillation(Term):
     pairs: tuple[tuple[int, int], ...] = ()
     stack: str = "blocks"
     deviations: float = 2.0
-    teacher: Teacher = TEACHER  # type: ignore[misc]
+    teacher: Teacher = TEACHER
 
     def paired(self, sites: Sequence[Site]) -> dict[str, str]:
         """The teacher's blocks by the student's."""
