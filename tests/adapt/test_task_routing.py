@@ -78,7 +78,7 @@ def test_a_sample_has_its_own_window():
 @pytest.mark.parametrize("path", ["ddpm", *PATHS])
 def test_the_last_task_is_the_noisiest_on_every_path(path):
     task = TaskRouting(path=path).tasks(torch.linspace(0.001, 1, 50))
-    assert task[0] == 0 and task[-1] == 999 and (task.diff() >= 0).all()
+    assert task[0] == 0 and task[-1] > 990 and (task.diff() >= 0).all()  # the path vp keeps some signal
     if path == "ddpm":
         assert torch.equal(TaskRouting().tasks((torch.arange(1000) + 1) / 1000), torch.arange(1000))
 

@@ -40,6 +40,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.model import Model
 from ditkit.core.run import Run
 from ditkit.hosts.hosted import Host
+from ditkit.models.small_flux import SmallFlux, SmallFluxConfig
 from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.loop import train
 from ditkit.train.settings import Group
@@ -245,6 +246,21 @@ def test_two_streams_of_flux_share_a_mask_and_plain_diffusers_opens_the_pruned(t
     plain = FluxTransformer2DModel.from_pretrained(tmp_path).eval()
     assert type(plain) is FluxTransformer2DModel and len(plain.single_transformer_blocks) == 2
     assert torch.equal(plain(**inputs, return_dict=False)[0], expected)
+
+
+def test_the_network_of_flux_is_searched(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"size": 8, "channels": 1, "width": 32, "heads": 4, "single_depth": 4, "letters": 8, "classes": 4}
+    model = SmallFlux(SmallFluxConfig(**sizes)).adopt([LearnedDepth(stack="single", steps=2)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    given = settings(steps=2, warmup=0, groups=(Group("learneddepth", 10.0),), save_every=0)
+    searched = train(model, Pictures(), Denoising(), given, tmp_path / "run")
+    kept, _ = decide(searched)
+    assert kept.stack == "single" and len(kept.blocks) == 2
+    pipe = ditkit.compress(SmallFlux(SmallFluxConfig(**sizes)), kept).pipeline()
+    assert pipe.transformer.config.num_single_layers == 2
 
 
 @torch.no_grad()
