@@ -55,10 +55,8 @@ class Side(NamedTuple):
     def rows(self, stream: str, index: Tensor) -> Side:
         if stream == "text":
             return self
-        first = None if self.first is None else self.first.expand(1, -1)[0][index]
-        return Side(
-            self.rotary.rows(stream, index), first if index.ndim > 1 or first is None else first[None]
-        )
+        first = None if self.first is None else take_rows(self.first, index)
+        return Side(self.rotary.rows(stream, index), first)
 
 
 class ClipTokens(NamedTuple):
