@@ -250,7 +250,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 4, steps: int = 16, batch: int = 8, draws: int = 128) -> None:
+def main(count: int = 4, steps: int = 12, batch: int = 8, draws: int = 96) -> None:
     """Try the claims.
 
     Args:
