@@ -111,7 +111,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 6) -> None:
+def main(count: int = 4) -> None:
     """Try the claims.
 
     Args:

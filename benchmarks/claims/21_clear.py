@@ -54,8 +54,8 @@ SQUARE = Grouped(group=(FRAMES, 4, 8), reach=0, block=16, kernel="cpu")
 WIDE = replace(CIRCLE, radius=WIDER)
 FIRST = Denoising((Regression(),))
 THREE = Denoising((Regression(), PredictionDistillation(), AttentionDistillation()))
-SQUARES = ((16, 2, 2), (16, 2, 4), (16, 4, 4), (16, 4, 8))
-BLOCKS = (2, 8, 16, 24, 40)
+SQUARES = ((16, 4, 4), (16, 4, 8))
+BLOCKS = (16, 24)
 
 
 def before_training(count: int) -> Iterator[Claim]:
@@ -250,7 +250,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(count: int = 6, steps: int = 16, batch: int = 8, draws: int = 192) -> None:
+def main(count: int = 4, steps: int = 12, batch: int = 8, draws: int = 96) -> None:
     """Try the claims.
 
     Args:

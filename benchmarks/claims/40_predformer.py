@@ -198,7 +198,7 @@ def untried() -> Iterator[Claim]:
         yield Claim.untried(claim, paper=paper, reason=reason)
 
 
-def main(steps: int = 150, seeds: int = 3, wind_steps: int = 40) -> None:
+def main(steps: int = 100, seeds: int = 3, wind_steps: int = 20) -> None:
     """Try the claims.
 
     Args:
