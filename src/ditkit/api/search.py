@@ -183,7 +183,7 @@ class Weighing(Sparse):
         evidence = self.policy.evidence
         if evidence.grid not in (None, seat.grid):
             raise ConfigError(
-                f"search: a clip of {seat.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"  # type: ignore[union-attr]
+                f"search: a clip of {seat.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"
             )
         evidence.grid = seat.grid
         if self.policy.columns is None:
@@ -360,7 +360,7 @@ def search(
     """
     work = SamplingJob.of(model, label, seeds, steps, solver, guidance, batch_size, None)
     found = search_by(
-        work.draw,  # type: ignore[arg-type]
+        work.draw,
         model.sites(),
         model=type(model).__name__,
         weights=fingerprint(model.state_dict()),

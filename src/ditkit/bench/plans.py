@@ -79,8 +79,17 @@ class Planned:
             plan = table.letter_plan(letter, grid, others, _columns_of(table, letter))
             part = f"{heads.count(letter)} of {len(heads)} heads {PATTERNS[letter]}"
             seconds = time.perf_counter() - start
-            own = {"plan": plan, "seconds": seconds, "visited": plan.density, "part": part}
-            found.append(replace(whole, why_not=why_not, words=table.heads, **own))
+            found.append(
+                replace(
+                    whole,
+                    plan=plan,
+                    seconds=seconds,
+                    why_not=why_not,
+                    visited=plan.density,
+                    part=part,
+                    words=table.heads,
+                )
+            )
         return found
 
     @classmethod
