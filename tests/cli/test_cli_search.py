@@ -68,7 +68,7 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path, capsys: Capture) -> 
         ((model, "--out", tmp_path / "heads.txt"), "expected a name that ends in .json"),
         ((other, "--out", out), "makes pictures, expected a model of clips"),
         (
-            (model, *QUICK, "--block", 8, "--target", 0.99, "--sparsity", 0.1, 0.1, 0.1, "--weight", 9),
+            (model, *QUICK, "--block", 8, "--target", 0.99, "--sparsity", 0.1, 0.1, 0.1, "--weight", 0),
             "target=0.99",
         ),
         ((model, *QUICK, "--sparsity", 0.1, 0.1, 1.0), "sparsity=(0.1, 0.1, 1.0) should lie in [0, 1)"),
