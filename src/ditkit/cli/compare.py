@@ -93,7 +93,7 @@ def compare(
         rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 2.
         no_memory: Do not measure peak memory, which takes a process for each row.
         data: A named set or folder. Images: to report FID and KID against. Clips: given in part.
-        option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
+        option: Option of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         out: Folder to write to.
     """
