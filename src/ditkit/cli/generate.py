@@ -37,7 +37,7 @@ def generate(
     out: Path = Path("outputs/generate"),
     list_labels: bool = False,
 ) -> None:
-    """Draw samples with a trained model, one a seed: pictures, or clips of which nothing is given.
+    """Draw samples with a trained model, one a seed: pictures, or unconditional clips.
 
     Examples:
         ditkit generate emoji

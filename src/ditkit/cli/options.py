@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ CODEC, MODEL = "codec", "model"
 """Keys of config.json that name the class."""
 OF_THE_MODEL = ("size", "frames")
 """Options of loaders that follow from the model."""
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
 Advance = Callable[[str, int, int], None]
@@ -214,7 +217,7 @@ def for_stage(advance: Advance, stage: str) -> Callable[[int, int], None]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Advance]:
-    """Show a bar on stderr while the block runs, gone when it ends; silent where stderr is no terminal."""
+    """Show a bar on stderr while the block runs, gone when it ends; elsewhere, a line now and then."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(30),
@@ -224,10 +227,14 @@ def progress() -> Iterator[Advance]:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    task = bar.add_task("", total=None)
+    task, line_at = bar.add_task("", total=None), time.monotonic()
 
     def advance(stage: str, done: int, total: int) -> None:
+        nonlocal line_at
         bar.update(task, description=stage, completed=done, total=total)
+        if bar.disable and time.monotonic() - line_at > LINE_SECONDS:
+            line_at = time.monotonic()
+            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
     with bar:
         yield advance

@@ -48,7 +48,7 @@ def plan(
     sample: bool = False,
     out: Path = Path("outputs/plan.png"),
 ) -> None:
-    """Draw which keys a query sees under attention patterns, and what they skip.
+    """Draw the keys that a query attends to under sparse attention patterns, and the share that they skip.
 
     Examples:
         ditkit plan runs/video_dit/model --policy grouped:group=2+4+4,block=32
@@ -61,9 +61,9 @@ def plan(
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub; or none, with --grid.
         policy: A pattern such as grouped:reach=1. Repeat it, a section each.
         grid: Without a model: tokens of a picture, such as 64x64, or of a clip, 32x48x80.
-        text: Without a model: rows of text beside them.
-        size: Of the model's sample in pixels, and frames of a clip, if not its own.
-        query: Tokens to look from, such as 8,4,4, in a picture 4,4. Default: centre, corner, border.
+        text: Without a model: text tokens beside them.
+        size: Size of a sample in pixels, for a clip with its frames. Default: the model's own.
+        query: Query tokens, such as 8,4,4, in a picture 4,4. Default: centre, corner, border.
         over: A picture to lay the keys over, cut to fit.
         sample: Lay them over a sample that the model draws.
         out: Picture to write.

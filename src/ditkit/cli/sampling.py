@@ -33,7 +33,7 @@ class Guiding:
         guidance: Scale of classifier-free guidance, or of --guide; 1 is none, which halves the time.
         guidance_interval: Lowest and highest noise-time that is guided; 1 is pure noise.
         guidance_channels: Guide only the first so many channels. Default: all.
-        guide: A weaker model to be guided away from, named as MODEL is, instead of the missing class or frames.
+        guide: Autoguidance: a weaker model in place of the unconditional branch, named as MODEL is.
     """
 
     guidance: float = 2.0
@@ -73,10 +73,10 @@ class SamplingFlags:
 
     Args:
         steps: Steps of the solver.
-        guiding: Of guidance.
-        policy: Such as taylorseer:interval=4,order=2, or exact for none. Repeat it for several.
+        guiding: Flags of guidance.
+        policy: Cache or sparse attention, such as taylorseer:interval=4,order=2; exact is none. Repeat it for several.
         batch_size: Samples drawn at once.
-        max_bytes: Memory that the policies may hold; more is refused.
+        max_bytes: Memory in bytes that the policies may hold; more is refused.
     """
 
     steps: int = 50

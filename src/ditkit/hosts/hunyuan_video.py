@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_hunyuan_video as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from ditkit.core.grid import Grid, Segment
+from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, dispatched, flip
