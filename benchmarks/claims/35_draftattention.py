@@ -3,8 +3,8 @@
 python benchmarks/claims/35_draftattention.py      writes benchmarks/results/claims/35-draftattention.json and its page
 
 Queries, keys and values are those of the shipped video DiT, a donor at an early snapshot, on its way from noise;
-and of the shape of Wan's heads, at random. A block's true mass is the softmax that its queries give to its keys. Rivals keep
-as many blocks of each head's map: those of max-pooled queries and keys, of a diagonal in the order of regions, drawn at
+and of the shape of Wan's heads, at random. A block's true mass is the softmax that its queries give to its keys. Rivals
+keep as many blocks of each head's map: those of max-pooled queries and keys, of a diagonal in the order of regions, drawn at
 random, and, as the bound, those of most true mass.
 """
 

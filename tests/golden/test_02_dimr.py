@@ -115,7 +115,7 @@ def test_the_predictions_of_both_stages_and_what_the_second_is_told(name: str) -
     with torch.no_grad():
         out = model(x, index, Cond(label=torch.tensor(given["y"])), tap)
     for prediction, summary in zip(
-        (tap.seen["stages.0.head"], out), expected["outputs_by_stage"], strict=True
+        (tap.recorded["stages.0.head"], out), expected["outputs_by_stage"], strict=True
     ):
         assert_golden(prediction, summary)
     taps = expected["stage1_taps"]

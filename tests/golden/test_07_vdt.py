@@ -14,6 +14,7 @@ import formula
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM
 from ditkit.core.ddpm import DiscretePath
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import renamed
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.sample.denoiser import GuidedDenoiser
@@ -142,7 +143,8 @@ def test_masked_sampling(case: Case) -> None:
     mask = torch.ones(2, 1, *shape[2:])
     mask[:, :, case["results"]["given_frames"]] = 0
     cond = Cond(context=clip(), mask=mask)
-    field: Any = GuidedDenoiser(model(case), cond, Unguided(), (), 10)
+    vdt = model(case)
+    field: Any = GuidedDenoiser(vdt, cond, Unguided(), Trajectory(vdt.sites(), (), 10))
     noise: Any = GivenNoise("vs", shape)
     x = Ancestral().solve(field, formula.tensor("vs.z", shape), 10, noise)
     assert case["results"]["output_shape"] == list(x.shape)

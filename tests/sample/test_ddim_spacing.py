@@ -15,6 +15,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM
 from ditkit.core.ddpm import DiscretePath
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.sample import ClassifierFree, Ddim, SampleNoise
 from ditkit.sample.denoiser import GuidedDenoiser
@@ -89,7 +90,9 @@ def model() -> DiT:
 def test_trajectories(model: DiT, case: dict[str, Any]) -> None:
     solver = Ddim("strided" if "ddim50" in case["name"] else "even")
     guidance = ClassifierFree(4.0, channels=3)
-    field = GuidedDenoiser(model, Cond(label=torch.tensor([1, 4])), guidance, (), 50)
+    field = GuidedDenoiser(
+        model, Cond(label=torch.tensor([1, 4])), guidance, Trajectory(model.sites(), (), 50)
+    )
     stepper = solver.begin(field.path, solver.times(field.path, 50), SampleNoise([0], (1,)))
     x, states = wave("dd.z", (2, 4, 8, 8), 1.0), []
     while (t := stepper.t) is not None:

@@ -19,6 +19,7 @@ import formula
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM
 from ditkit.core.policy import Policy
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.nn.embeddings import sinusoid
 from ditkit.sample.denoiser import GuidedDenoiser
@@ -204,7 +205,9 @@ def sampled(
     """
     guidance = ClassifierFree(scale, channels=3)
     cond = Cond(label=torch.tensor([1, 4]))
-    field = GuidedDenoiser(dit(), cond, guidance, policies, solver.evaluations(steps), batched=True)
+    model = dit()
+    trajectory = Trajectory(model.sites(), policies, solver.evaluations(steps))
+    field = GuidedDenoiser(model, cond, guidance, trajectory, batched=True)
     shape = (2, 4, 8, 8)
     watched: Any = Watched(field)
     drawn: Any = GivenNoise(noise, shape)

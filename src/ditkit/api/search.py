@@ -52,7 +52,7 @@ SCORES = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Checked):
-    """What a head's pattern is chosen by: the least of error + weight cost, dense where all are above epsilon.
+    """The choice of a head's pattern: the least of error + weight cost, dense where all are above epsilon.
 
     Args:
         weight: lambda of the paper.
@@ -98,13 +98,13 @@ class Objective(Checked):
 
 @dataclass(eq=False)
 class Evidence:
-    """What was met on the way, summed over evaluations and guidance branches."""
+    """Evidence summed over evaluations and guidance branches."""
 
     grid: Grid | None = None
     heads: int = 0
     dtype: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of one attention with all heads alike, by pattern."""
+    """The cost of one attention with all heads alike, by pattern."""
     sums: dict[int, Tensor] = field(default_factory=dict)
     """By attention: float64 [2, N, 4], raw and relative errors of M1 to M4."""
     counts: dict[int, int] = field(default_factory=dict)
@@ -179,37 +179,37 @@ class Weighing(Sparse):
     def off(self, layout: Any) -> str:
         return ""
 
-    def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
+    def handler(self, call: Call, name: str, placed: SequencePlan) -> Handler:
         evidence = self.policy.evidence
-        if evidence.grid not in (None, seat.grid):
+        if evidence.grid not in (None, placed.grid):
             raise ConfigError(
-                f"search: a clip of {seat.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"
+                f"search: a clip of {placed.grid.shape} tokens after one of {evidence.grid.shape}, expected one shape"
             )
-        evidence.grid = seat.grid
+        evidence.grid = placed.grid
         if self.policy.columns is None:
-            return partial(self.sum_mass, self.places[name], seat)
-        return partial(self.weigh, self.places[name], call, name, seat)
+            return partial(self.sum_mass, self.places[name], placed)
+        return partial(self.weigh, self.places[name], call, name, placed)
 
     def sum_mass(
-        self, place: int, seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor
+        self, place: int, placed: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor
     ) -> Tensor:
         """Dense attention, and what each key block of the clip gets of it."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-            summed = key_mass(seat, q, k, valid).double().sum(0).cpu()
+            summed = key_mass(placed, q, k, valid).double().sum(0).cpu()
             held[place] = held.get(place, torch.zeros_like(summed)) + summed
             return q
 
         held = self.policy.evidence.mass
-        run_sparse(seat, attend, fn, q, k, v, *masks)  # for the order of its rows
-        return run_dense(seat, fn, q, k, v, *masks)
+        run_sparse(placed, attend, fn, q, k, v, *masks)  # for the order of its rows
+        return run_dense(placed, fn, q, k, v, *masks)
 
     def weigh(
         self,
         place: int,
         call: Call,
         name: str,
-        seat: SequencePlan,
+        placed: SequencePlan,
         fn: Handler,
         q: Tensor,
         k: Tensor,
@@ -217,22 +217,22 @@ class Weighing(Sparse):
         *masks: Tensor,
     ) -> Tensor:
         """Errors of all patterns, head by head; returns what the next layer is to see."""
-        runs: dict[str, Callable[[], Tensor]] = {DENSE: partial(run_dense, seat, fn, q, k, v, *masks)}
+        runs: dict[str, Callable[[], Tensor]] = {DENSE: partial(run_dense, placed, fn, q, k, v, *masks)}
         for letter in CANDIDATES:
-            attend = self._of(letter, place, q.shape[1]).attending(call, name, seat)
-            runs[letter] = partial(run_sparse, seat, attend, fn, q, k, v, *masks)
+            attend = self._of(letter, place, q.shape[1]).attending(call, name, placed)
+            runs[letter] = partial(run_sparse, placed, attend, fn, q, k, v, *masks)
         evidence = self.policy.evidence
         if not evidence.seconds:
             evidence.seconds = medians(alternated(runs, rounds=3))
             evidence.heads, evidence.dtype = q.shape[1], str(q.dtype).removeprefix("torch.")
         outs = {letter: run() for letter, run in runs.items()}
-        raw, relative = head_errors(outs, seat)
+        raw, relative = head_errors(outs, placed)
         sums = torch.stack((raw, relative))
         evidence.sums[place] = evidence.sums.get(place, torch.zeros_like(sums)) + sums
         evidence.counts[place] = evidence.counts.get(place, 0) + 1
         if self.policy.follow == "dense":
             return outs[DENSE]
-        chosen = self._best_so_far(place, seat).to(q.device)
+        chosen = self._best_so_far(place, placed).to(q.device)
         stack = torch.stack([outs[letter] for letter in PATTERNS])
         return stack[chosen, :, torch.arange(len(chosen), device=q.device)].transpose(0, 1)
 
@@ -254,20 +254,20 @@ class Weighing(Sparse):
         session.places, session.streams = self.places, self.streams
         return session
 
-    def _best_so_far(self, place: int, seat: SequencePlan) -> Tensor:
+    def _best_so_far(self, place: int, placed: SequencePlan) -> Tensor:
         policy, evidence = self.policy, self.policy.evidence
         errors = evidence.mean(place)[KINDS.index(policy.objective.error)]
-        sparsity = left_out(policy, seat.grid)
+        sparsity = left_out(policy, placed.grid)
         objective = replace(policy.objective, target=0.0)
         return objective.letters(errors, evidence.costs(objective, sparsity), sparsity)
 
 
-def head_errors(outs: Mapping[str, Tensor], seat: SequencePlan) -> tuple[Tensor, Tensor]:
+def head_errors(outs: Mapping[str, Tensor], placed: SequencePlan) -> tuple[Tensor, Tensor]:
     """Mean squared errors of M1 to M4 and their shares of the mean square, head by head: float64 [N, 4] each.
 
     Over the rows that are no padding; of a head whose output is 0, a share is 0.
     """
-    rows = slice(None) if seat.real is None else seat.real.to(outs[DENSE].device)
+    rows = slice(None) if placed.real is None else placed.real.to(outs[DENSE].device)
     exact = outs[DENSE][:, :, rows].double()
     square = exact.square().mean((0, 2, 3))
     raw = torch.stack(
@@ -277,15 +277,15 @@ def head_errors(outs: Mapping[str, Tensor], seat: SequencePlan) -> tuple[Tensor,
     return raw.cpu(), relative.cpu()
 
 
-def key_mass(seat: SequencePlan, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
+def key_mass(placed: SequencePlan, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
     """Attention that each key block of the clip gets of all queries, [B, N, n], without making all scores at once."""
-    plan = seat.plan
+    plan = placed.plan
     order = torch.arange(plan.queries) if plan.order is None else plan.order
-    seen = (order >= 0)[None].expand(len(q), -1).clone()
+    visible = (order >= 0)[None].expand(len(q), -1).clone()
     if valid is not None:
         held = (order >= 0) & (order < valid.shape[1])
-        seen[:, held] &= valid.cpu()[:, order[held]]
-    hidden = ~seen.to(q.device)[:, None, None]
+        visible[:, held] &= valid.cpu()[:, order[held]]
+    hidden = ~visible.to(q.device)[:, None, None]
     real = (order >= 0).to(q.device)
     total = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
     step = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -293,7 +293,7 @@ def key_mass(seat: SequencePlan, q: Tensor, k: Tensor, valid: Tensor | None) -> 
         scores = (q[:, :, rows] @ k.mT).float() * q.shape[-1] ** -0.5
         weight = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         total += (weight * real[rows.to(q.device), None]).sum(2)
-    return total[:, :, : seat.slots].unflatten(2, (-1, plan.block[1])).sum(3)
+    return total[:, :, : placed.slots].unflatten(2, (-1, plan.block[1])).sum(3)
 
 
 def left_out(policy: Searching | Searched, grid: Grid) -> Tensor:

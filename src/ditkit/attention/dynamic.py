@@ -57,12 +57,12 @@ class Selecting(Sparse):
         super().remark(layout)
         self._remark_means()
 
-    def density(self, seat: SequencePlan) -> float:
-        return self.policy.share(seat.plan, seat.slots)
+    def density(self, placed: SequencePlan) -> float:
+        return self.policy.share(placed.plan, placed.slots)
 
-    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+    def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
         handle = chooser_handle(self.policy)
-        return partial(self.select, (call.net, call.lane, name), handle, seat.plan, seat.slots)
+        return partial(self.select, (call.net, call.lane, name), handle, placed.plan, placed.slots)
 
     def select(
         self,

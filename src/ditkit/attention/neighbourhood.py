@@ -175,8 +175,8 @@ class Near(Sparse):
         super().__init__(policy, sites)
         self.pooling: Any = pooling
 
-    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
-        plan = seat.plan
+    def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
+        plan = placed.plan
         at, tokens, pooling = None, plan.tokens, None
         if self.pooling is not None:
             at = plan.inverse[cells(image_of(call.layout, self.stage).grid, self.policy.pooled)]

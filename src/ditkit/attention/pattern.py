@@ -107,7 +107,7 @@ class SequencePlan(NamedTuple):
     real: Tensor | None
     """The rows of the sequence that are no padding; None where all are."""
     grid: Grid
-    """Of the image."""
+    """The grid of the image."""
 
 
 @lru_cache(maxsize=64)

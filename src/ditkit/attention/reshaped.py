@@ -147,8 +147,8 @@ class Reshaping(Sparse):
 
     policy: Reshape
 
-    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
-        key, index, plan = (call.net, call.lane, name), call.index, seat.plan
+    def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
+        key, index, plan = (call.net, call.lane, name), call.index, placed.plan
         cache = partial(self.cache, key, index, plan)
         kept: Kept | None = self.state.get(key)
         if kept is None or kept.plan != plan.handle or not self._holds(kept, index):

@@ -40,7 +40,7 @@ DENSE, SKIPPED, DIAGONAL, MULTI, STRIPE = PATTERNS
 
 @dataclass(frozen=True)
 class HeadTable(Checked):
-    """What a search found for one model, one shape and one machine.
+    """The result of a search for one model, one shape and one machine.
 
     Args:
         model: its class. sites: digest of its attentions: their names, streams, widths and heads.
@@ -273,17 +273,17 @@ class PerHead(Sparse):
         super().remark(layout)
         self.remarks["heads"] = counted(self.policy.heads)
 
-    def density(self, seat: SequencePlan) -> float:
+    def density(self, placed: SequencePlan) -> float:
         """Return the mean over attentions."""
-        grid, others = self._of(seat)
+        grid, others = self._of(placed)
         every = [self.policy.density(place, grid, others) for place in self.places.values()]
         return sum(every) / len(every)
 
     def is_dense(self, call: Call, name: str) -> bool:
         return super().is_dense(call, name) or set(self.policy.heads[self.places[name]]) == {DENSE}
 
-    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
-        place, (grid, others) = self.places[name], self._of(seat)
+    def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
+        place, (grid, others) = self.places[name], self._of(placed)
         word = self.policy.heads[place]
         if set(word) == {SKIPPED}:
             return _skip
@@ -296,12 +296,12 @@ class PerHead(Sparse):
             order = F.pad(space_major(grid, self.policy.block), (0, others))
             order[order.numel() - others :] = torch.arange(order.numel() - others, order.numel())
             moved = Moved(heads, order, order.argsort())
-        return partial(self.attend_heads, plan, seat, moved)
+        return partial(self.attend_heads, plan, placed, moved)
 
     def attend_heads(
         self,
         plan: BlockPlan,
-        seat: SequencePlan,
+        placed: SequencePlan,
         moved: Moved | None,
         q: Tensor,
         k: Tensor,
@@ -313,15 +313,19 @@ class PerHead(Sparse):
             raise ShapeError(f"Searched: words of {plan.heads} heads, attention has {q.shape[1]} heads")
         if moved is None:
             return self.execute(plan, q, k, v, valid).out
-        if valid is not None and not torch.compiler.is_compiling() and not valid[:, : len(seat.image)].all():
+        if (
+            valid is not None
+            and not torch.compiler.is_compiling()
+            and not valid[:, : len(placed.image)].all()
+        ):
             raise ShapeError(
                 "Searched: a mask that hides tokens of the clip, expected one that hides text alone"
             )
         q, k, v = (moved.there(x) for x in (q, k, v))
         return moved.back(self.execute(plan, q, k, v, valid).out)
 
-    def _of(self, seat: SequencePlan) -> tuple[Grid, int]:
-        return seat.grid, seat.plan.queries - seat.slots
+    def _of(self, placed: SequencePlan) -> tuple[Grid, int]:
+        return placed.grid, placed.plan.queries - placed.slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -447,7 +451,7 @@ def _padded(grid: Grid, block: int) -> tuple[Tensor, int]:
 
 
 def counted(words: Sequence[str]) -> str:
-    """How many heads have each pattern: `3 dense, 9 diagonal`."""
+    """Count the heads of each pattern: `3 dense, 9 diagonal`."""
     counts = Counter("".join(words))
     return ", ".join(f"{counts[letter]} {name}" for letter, name in PATTERNS.items() if counts[letter])
 

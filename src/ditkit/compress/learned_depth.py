@@ -84,7 +84,7 @@ class LearnedDepth(Policy):
         return [name for name in names if name.rpartition(".")[0] == self.stack]
 
     def groups(self, depth: int) -> list[tuple[int, int]]:
-        """Of each group, how many blocks are kept and its size.
+        """Return the number of kept blocks of each group, and its size.
 
         Raises:
             ConfigError: the groups do not make up the depth, or one has too many choices.
@@ -186,7 +186,7 @@ class DepthSearch(Session):
 
 
 class Decision(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Args:
         kept: the transform that makes the shallower model of the one before the search.

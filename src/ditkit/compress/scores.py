@@ -115,7 +115,7 @@ def _noting(found: dict[str, Tensor], name: str, compare: Compare, fn: Handler, 
 
 
 def _stack(model: Model, name: str) -> tuple[int, set[int]]:
-    """How many blocks a stack has, and which others read."""
+    """Return the number of blocks of a stack, and those that other parts read."""
     stacks = model.stacks()
     if name not in stacks:
         raise ConfigError(unknown("stack", name, stacks))

@@ -48,8 +48,12 @@ def nearest(given: object, choices: Iterable[object]) -> str:
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
+LISTED = 16
+"""Choices that an error names."""
+
+
 def unknown(what: str, given: object, choices: Iterable[object]) -> str:
-    """One line: the unknown thing, the nearest valid one, and the (first dozen) choices."""
+    """One line: the unknown thing, the nearest valid one, and the first choices."""
     names = [str(c) for c in choices]
-    listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    listed = ", ".join(names[:LISTED]) + (f", ... ({len(names)} in all)" if len(names) > LISTED else "")
     return f"unknown {what} {str(given)!r}{nearest(given, names)} (choose from: {listed})"

@@ -192,7 +192,7 @@ def _kind(loader: partial[Any]) -> type:
     """Return the class of `KINDS` that a loader's annotation names."""
     loaded = get_type_hints(loader.func)["return"]
     # ClipSet is a protocol with attributes, which issubclass does not take
-    return next((k for k in (ImageSet, FieldSet) if issubclass(loaded, k)), ClipSet)
+    return next((k for k in (ImageSet, FieldSet, EventSet) if issubclass(loaded, k)), ClipSet)
 
 
 def _holds_images(root: Path) -> bool:

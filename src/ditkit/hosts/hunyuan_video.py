@@ -46,7 +46,7 @@ __all__ = ["layout", "restore", "running", "sites", "view"]
 
 
 class Side(NamedTuple):
-    """What is aligned with the clip's rows: their rotary table, and which of them the first picture replaced."""
+    """Side data of the clip's rows: their rotary table, and those that the first picture replaced."""
 
     rotary: ImageRotary
     first: Tensor | None = None

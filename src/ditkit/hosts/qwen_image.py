@@ -50,7 +50,7 @@ class Phases(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What is aligned with the image's rows, and the rotary table of the text's, [S, K / 2].
+    """Side data of the image's rows, and the rotary table of the text's, [S, K / 2].
 
     Args:
         clean: 1 for rows of pictures that are referred to, int [B, L]; None where all are modulated alike.

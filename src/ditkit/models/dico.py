@@ -35,7 +35,7 @@ from ditkit.nn.stages import Downsample, Upsample
 
 STAGES = (0, 1, 2, 1, 0)
 """Stage of each level."""
-TOLD = (0, 1, 2, 1, 1)
+STAGE_OF_LEVEL = (0, 1, 2, 1, 1)
 """Whose conditioning vector each level has: the last is as wide as the second, and is told the same."""
 SIZES = {
     "S": (128, (5, 4, 4, 4, 4), 2),
@@ -90,7 +90,7 @@ class DiCoConfig(ModelConfig):
 
     @property
     def widths(self) -> tuple[int, int, int, int, int]:
-        """Of the levels; the last has the full resolution at twice the first one's width."""
+        """Widths of the levels; the last has the full resolution at twice the first one's width."""
         return self.width, 2 * self.width, 4 * self.width, 2 * self.width, 2 * self.width
 
 
@@ -273,9 +273,9 @@ class DiCo(Denoiser):
                     run.site(f"up.{i - 3}", partial(self.ascend, i - 3), lower, skip, grids[stage + 1]).x
                 )
             stack = Stack(self._blocks(i), run, f"levels.{i}", self.recomputes)
-            rows[-1] = run.site(f"levels.{i}", stack.beside, rows[-1], c[TOLD[i]], grids[stage])
+            rows[-1] = run.site(f"levels.{i}", stack.beside, rows[-1], c[STAGE_OF_LEVEL[i]], grids[stage])
         head = partial(self.head, run, "head")
-        return to_map(run.site("head", head, rows[-1], c[TOLD[-1]], grids[0]), grids[0])
+        return to_map(run.site("head", head, rows[-1], c[STAGE_OF_LEVEL[-1]], grids[0]), grids[0])
 
     def _blocks(self, level: int) -> Sequence[DiCoBlock]:
         return cast(Sequence[DiCoBlock], self.levels[level])

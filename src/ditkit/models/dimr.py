@@ -38,7 +38,7 @@ from ditkit.nn.time_norms import TimeDependentLayerNorm, TimeDependentRMSNorm
 NOISE_SD = Convention("ddpm-sd", "noise", "index")
 """The published checkpoints': Stable Diffusion's betas, noise predicted, no learned variance."""
 STEPS = 1000
-"""Of every discrete path."""
+"""Steps of every discrete path."""
 SIZES = {
     "XL/2R": ((960, 480), (39, 20), (2, 1), 32),
     "G/2R": ((1152, 576), (57, 28), (2, 1), 32),

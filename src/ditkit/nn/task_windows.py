@@ -10,7 +10,7 @@ TASKS = 1000
 
 
 def active(channels: int, share: float) -> int:
-    """How many channels a task has, floor(share channels)."""
+    """Return the number of channels of a task, floor(share channels)."""
     return int(channels * share)
 
 
