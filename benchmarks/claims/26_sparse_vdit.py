@@ -100,7 +100,7 @@ def errors_of(model: Denoiser, policies: Sequence[Policy]) -> list[Tensor]:
 
 
 def of_heads(table: HeadTable, judged: HeadTable) -> Iterator[Claim]:
-    """Yield errors of the donor's own heads on held-out seeds, under the table and under tables of the same patterns."""
+    """Yield errors of the donor's heads on held-out seeds, under the table and under others of the same patterns."""
     errors = torch.tensor(judged.errors["relative"]).double()
     errors = torch.cat((torch.zeros(*errors.shape[:2], 1), errors), 2)  # of M0
 
