@@ -49,7 +49,7 @@ def grid_of(case: Case) -> Grid:
 
 
 def joined_digest(numbers: Tensor) -> str:
-    """Return the first 16 hex digits of the SHA-256 of whole numbers with commas between them, as this file has them."""
+    """Return the first 16 hex digits of the SHA-256 of whole numbers with commas between them, as the file has it."""
     return hashlib.sha256(",".join(map(str, numbers.tolist())).encode()).hexdigest()[:16]
 
 
@@ -112,5 +112,5 @@ def test_two_samples_each_have_their_own_blocks() -> None:
 def test_the_code_keeps_nothing_where_all_is_left_out_and_ours_refuses() -> None:
     from ditkit.core.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="sparsity=1.0 should lie in"):
+    with pytest.raises(ConfigError, match=r"sparsity=1.0 should lie in"):
         Draft(sparsity=1.0)
