@@ -2,10 +2,10 @@
 
 python benchmarks/claims/35_draftattention.py      writes benchmarks/results/claims/35-draftattention.json and its page
 
-Queries, keys and values are those of the shipped video DiT, a donor at an early snapshot, on its way from noise;
-and of the shape of Wan's heads, at random. A block's true mass is the softmax that its queries give to its keys. Rivals
-keep as many blocks of each head's map: those of max-pooled queries and keys, of a diagonal in the order of regions, drawn at
-random, and, as the bound, those of most true mass.
+Queries, keys and values are those of the shipped video DiT, a donor at an early snapshot, on its way from noise; and
+of the shape of Wan's heads, at random. A block's true mass is the softmax that its queries give to its keys. Rivals
+keep as many blocks of each head's map: those of max-pooled queries and keys, of a diagonal in the order of regions,
+drawn at random, and, as the bound, those of most true mass.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ditkit.systems.claims import Claim
 DONOR, GRID, PATCH, REGION = "digits-video-dit", Grid(16, 8, 8), (4, 4), 16
 STEPS, SEEDS = 4, (0, 1)
 SPARSITIES = (0.5, 0.75, 0.9)
+FILLED = "draft with empty rows given their best block"
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -102,6 +103,7 @@ def rivals(q: Tensor, k: Tensor, sparsity: float, region: int, seed: int) -> dic
         "diagonal": best(apart.expand_as(draft), count),
         "random": best(drawn, count),
         "oracle": best(mass_of(q, k, region), count),
+        FILLED: Draft(sparsity=sparsity, empty="best").chosen(draft),
     }
 
 
@@ -123,19 +125,23 @@ def of_donor() -> Iterator[Claim]:
     met = donor_qkv()
     plan = Draft(patch=PATCH, block=REGION)
     for sparsity in SPARSITIES:
+        empty = []
         recalls: dict[str, list[Tensor]] = {}
         errors: dict[str, list[Tensor]] = {}
         for seed, (q, k, v) in enumerate(met):
             ways = rivals(q, k, sparsity, REGION, seed)
+            empty.append((~ways["draft"].any(3)).double().mean().item())
             for name, kept in ways.items():
                 recalls.setdefault(name, []).append(recall(kept, ways["oracle"]))
                 errors.setdefault(name, []).append(output_error(q, k, v, kept, plan))
         share, error = ({name: torch.cat(all_) for name, all_ in of.items()} for of in (recalls, errors))
-        yield from _claims(sparsity, share, error)
+        yield from _claims(sparsity, share, error, sum(empty) / len(empty))
 
 
-def _claims(sparsity: float, share: Mapping[str, Tensor], error: Mapping[str, Tensor]) -> Iterator[Claim]:
-    setting = f"sparsity {sparsity:g}; {len(share['draft'])} heads of samples and steps"
+def _claims(
+    sparsity: float, share: Mapping[str, Tensor], error: Mapping[str, Tensor], empty: float
+) -> Iterator[Claim]:
+    setting = f"{len(share['draft'])} heads of samples and steps; {empty:.1%} of the draft's rows are empty"
     means = ", ".join(f"{name} {values.mean():.3f}" for name, values in share.items())
     yield Claim.tried(
         f"The draft finds more than seven of ten of the blocks of most true mass; sparsity {sparsity:g}",

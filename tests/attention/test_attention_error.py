@@ -54,7 +54,7 @@ def test_the_best_blocks_keep_most_of_the_softmax() -> None:
     q, k = (3 * torch.randn(2, 2, 40, 4, generator=generator) for _ in range(2))
     control = BestBlocks(each=2, block=8)
     plan = control.plan(Grid(1, 6, 6), 0)  # 36 tokens in 40 slots
-    kept = control.kept(plan, 40, q, k)
+    kept = control.kept(plan, plan.queries, q, k)
     assert kept.shape == (2, 2, 5, 5) and (kept.sum(-1) == 2).all()
     mass = (q @ k[:, :, :36].mT / 2).softmax(-1)
     parts = [range(8 * i, min(8 * i + 8, 36)) for i in range(5)]

@@ -49,7 +49,7 @@ def grid_of(case: Case) -> Grid:
 
 
 def joined_digest(numbers: Tensor) -> str:
-    """Return the first 16 hex digits of the SHA-256 of whole numbers with commas between them."""
+    """Return the first 16 hex digits of the SHA-256 of whole numbers with commas between them, as the file has it."""
     return hashlib.sha256(",".join(map(str, numbers.tolist())).encode()).hexdigest()[:16]
 
 

@@ -269,7 +269,7 @@ def test_taps_keep_what_a_site_was_given():
     tap = Tap(names)
     x: Any = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.7]), Cond(label=torch.tensor([0, 1]))
     assert torch.equal(model(*x, tap), model(*x))
-    seen = tap.seen
+    seen = tap.recorded
     assert list(seen) == [
         "blocks.0",
         "blocks.1.attn.core:q",

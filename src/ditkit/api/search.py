@@ -267,14 +267,16 @@ def head_errors(outs: Mapping[str, Tensor], placed: SequencePlan) -> tuple[Tenso
 
     Over the rows that are no padding; of a head whose output is 0, a share is 0.
     """
-    rows = slice(None) if placed.real is None else placed.real.to(outs[DENSE].device)
-    exact = outs[DENSE][:, :, rows].double()
-    square = exact.square().mean((0, 2, 3))
-    raw = torch.stack(
-        [(outs[m][:, :, rows].double() - exact).square().mean((0, 2, 3)) for m in CANDIDATES], -1
-    )
-    relative = (raw / square[:, None]).nan_to_num(0.0)
-    return raw.cpu(), relative.cpu()
+    exact = outs[DENSE]
+    rows = slice(None) if placed.real is None else placed.real.to(exact.device)
+    raw = torch.zeros(exact.shape[1], len(CANDIDATES), dtype=torch.float64)
+    square = torch.zeros(exact.shape[1], 1, dtype=torch.float64)
+    for head in range(exact.shape[1]):  # one at a time: wide copies of a whole layer would not fit
+        wide = exact[:, head, rows].to(torch.promote_types(exact.dtype, torch.float32))
+        square[head] = wide.square().mean().cpu()
+        for i, letter in enumerate(CANDIDATES):
+            raw[head, i] = (outs[letter][:, head, rows] - wide).square().mean().cpu()
+    return raw, (raw / square).nan_to_num(0.0)
 
 
 def key_mass(placed: SequencePlan, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:

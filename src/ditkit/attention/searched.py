@@ -288,14 +288,7 @@ class PerHead(Sparse):
         if set(word) == {SKIPPED}:
             return _skip
         plan = self.policy.layer_plan(place, grid, others)
-        moved = None
-        if MULTI in word and grid.frames > 1:
-            heads = (
-                None if set(word) == {MULTI} else torch.tensor([i for i, m in enumerate(word) if m == MULTI])
-            )
-            order = F.pad(space_major(grid, self.policy.block), (0, others))
-            order[order.numel() - others :] = torch.arange(order.numel() - others, order.numel())
-            moved = Moved(heads, order, order.argsort())
+        moved = moved_rows(grid, self.policy.block, others, word)
         return partial(self.attend_heads, plan, placed, moved)
 
     def attend_heads(
@@ -354,6 +347,17 @@ class Moved:
             return x[:, :, order]
         heads = self.heads.to(x.device)
         return x.index_copy(1, heads, x[:, heads][:, :, order])
+
+
+@lru_cache(maxsize=256)
+def moved_rows(grid: Grid, block: int, others: int, word: str) -> Moved | None:
+    """Compute how rows of the heads of pattern 3 move, kept by value; None where none does."""
+    if MULTI not in word or grid.frames == 1:
+        return None
+    slots = space_major(grid, block)
+    order = torch.cat((slots, torch.arange(len(slots), len(slots) + others)))
+    at = [head for head, letter in enumerate(word) if letter == MULTI]
+    return Moved(None if len(at) == len(word) else torch.tensor(at), order, order.argsort())
 
 
 def _skip(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts import flux
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, clip_half, feed, rotate, warn_of_unknown
@@ -24,6 +25,11 @@ from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+
+STACKS = {
+    "blocks": Stacked("transformer_blocks", "num_layers"),
+    "single": Stacked("single_transformer_blocks", "num_single_layers"),
+}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

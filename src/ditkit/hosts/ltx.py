@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, merge_heads, split_heads
 from ditkit.hosts.streams import Modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+
+STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
 __all__ = ["layout", "restore", "running", "sites", "view"]
 

@@ -322,6 +322,8 @@ def trajectory_of(model: Denoiser, sampling: Sampling) -> Trajectory:
         ConfigError, ConflictError, NoEffectError: as `Trajectory` does.
     """
     policies = with_inherent(model, sampling.policies)
+    for policy in policies:
+        policy.check_model(model)
     return Trajectory(model.sites(), policies, sampling.evaluations, sampling.max_bytes, model.learned)
 
 

@@ -290,10 +290,9 @@ def _cost(recipe: Recipe, model: Model) -> dict[str, str]:
     teachers = int(any(term.needs_teacher for term in recipe.objective.active))
     # backward takes two; checkpointing repeats the forward, and a teacher runs one of its own
     passes = 3 + run.gradient_checkpointing + teachers
-    kept = 4 * (
-        (1 + len(run.averages)) * parameters + moments_of(optimizers_of(model, run))
-    )  # all in float32
-    memory = kept + 4 * (trained + teachers * parameters)
+    # all in float32; frozen weights are no part of the state, but of the memory
+    kept = 4 * ((1 + len(run.averages)) * trained + moments_of(optimizers_of(model, run)))
+    memory = kept + 4 * (parameters + teachers * parameters)
     counted = ", without policies" if recipe.policies else ""
     return {
         "parameters": f"{parameters:,}",
