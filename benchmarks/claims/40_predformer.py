@@ -52,6 +52,7 @@ def settings(steps: int, seed: int, rate: float) -> Settings:
     return Settings(
         steps=steps,
         batch=SIZES.batch,
+        optimizer="muon",
         learning_rate=rate,
         warmup=min(30, steps // 5),
         cosine=True,
@@ -212,7 +213,7 @@ def untried() -> Iterator[Claim]:
         yield Claim.untried(claim, paper=paper, reason=reason)
 
 
-def main(steps: int = 80, seeds: int = 3, wind_steps: int = 20) -> None:
+def main(steps: int = 170, seeds: int = 3, wind_steps: int = 20) -> None:
     """Try the claims.
 
     Args:
