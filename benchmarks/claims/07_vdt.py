@@ -171,7 +171,7 @@ def claims(steps: int) -> Iterator[Claim]:
     yield of_replacement(models["mixed"], models["unconditional"])
 
 
-def main(steps: int = 100) -> None:
+def main(steps: int = 250) -> None:
     """Try the claims.
 
     Args:
