@@ -29,7 +29,7 @@ from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.view import view
 from ditkit.ops.block_sparse_attention import attend_reference
-from hosts_support import EVERY, run_steps
+from hosts_support import EVERY, run_steps, sites_of
 from patterns_support import predicted, prompt, tiny_clip_model
 from policies_support import Tap
 
@@ -543,7 +543,7 @@ def test_int8_and_compiled_blocks(kind: str) -> None:
 def test_a_search_on_a_host_finds_a_table_for_it(tmp_path: Path) -> None:
     case = EVERY["cogvideox"]
     model = view(case.transformer())
-    sites = case.view.sites(model)
+    sites = sites_of(model)
     found = search_by(
         lambda policy: run_steps(case, model, case.inputs(), [policy], steps=2),
         sites,
