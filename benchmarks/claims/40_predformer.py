@@ -213,7 +213,7 @@ def untried() -> Iterator[Claim]:
         yield Claim.untried(claim, paper=paper, reason=reason)
 
 
-def main(steps: int = 170, seeds: int = 3, wind_steps: int = 20) -> None:
+def main(steps: int = 130, seeds: int = 3, wind_steps: int = 20) -> None:
     """Try the claims.
 
     Args:
