@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The stamps of what is installed: for the demo, for the tests, and for the tests of kernels
+BASE := .venv/.base
 READY := .venv/.ready
+LOCK := .make-lock
 
 DEMO ?= ditkit compare emoji --demo --out outputs/demo $(addprefix --label ,face-smiling country-flag heart \
 	animal-bird food-fruit time place-building person)
@@ -12,14 +15,18 @@ FRESH := tools/fresh
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 BENCHMARKS ?= $(shell grep -l __main__ benchmarks/*.py)
 
+# One set-up or demo at a time; a lock that a killed one left is removed by hand
+ALONE := mkdir $(LOCK) 2>/dev/null || { echo "make: another make runs here (if none does: rmdir $(LOCK))" >&2; exit 1; }; \
+	trap 'rmdir $(LOCK)' EXIT; trap 'exit 130' INT TERM;
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test parity experiments bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-demo: $(READY) ## draw with the shipped model, exactly and accelerated; writes outputs/demo
-	$(BIN)/$(DEMO)
+demo: $(BASE) ## draw with the shipped model, exactly and accelerated; writes outputs/demo
+	@$(ALONE) $(BIN)/$(DEMO)
 
 test: $(READY) .venv/.kernels ## lint, types, import layers and the fast tests: what CI runs
 	$(FRESH) $(BIN)/ruff check .
@@ -41,10 +48,14 @@ bench: $(READY) ## every table of benchmarks/
 	$(PIP) install -c constraints.txt -e '.[dev,kernels]'
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("ditkit needs Python 3.11 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+$(READY): $(BASE)
+	@$(ALONE) $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) tools/check_machine.py
 # some systems split ensurepip from Python; then the pip beside $(PYTHON) fills the environment
-	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(ALONE) $(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@$(ALONE) $(PIP) install -c constraints.txt torch
+	@$(ALONE) $(PIP) install -c constraints.txt -e .
 	@touch $@

@@ -67,10 +67,10 @@ class BestBlocks(Dynamic):
         blocks = -(-grid.length // self.block)
         return raster_plan(grid, others, self.block, torch.ones(blocks, blocks, dtype=torch.bool))
 
-    def share(self, plan: BlockPlan) -> float:
+    def share(self, plan: BlockPlan, image: int) -> float:
         return min(1.0, self.each / plan.blocks[1])
 
-    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
+    def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
         rows, columns = plan.blocks
         hidden = ~(plan.mask() & plan.real.flatten()[: plan.queries, None])
         scores = (q @ k.mT * q.shape[-1] ** -0.5).float().masked_fill(hidden, -torch.inf)

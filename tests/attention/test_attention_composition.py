@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import ditkit
 import flux_support as fluxes
-import lumina_wan_support as lumina_wan
+import hosts_support as hosts
 from ditkit.attention import Neighbourhood, Reshaped
 from ditkit.attention.pattern import Pattern
 from ditkit.core.grid import Grid
@@ -24,7 +24,7 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
-from patterns_support import MaskedClipDataset, band_meets, circle_meets
+from patterns_support import Masked, band_meets, circle_meets
 from pipelines_support import asked, latents
 
 GRID, STEPS = Grid(1, 12, 12), 6
@@ -33,7 +33,7 @@ CIRCLE = Neighbourhood(radius=2, block=8, kernel="cpu")
 POOLED = replace(CIRCLE, pooled=2)
 PATTERNS: dict[str, tuple[Pattern, Policy, str]] = {
     "reshaped": (BAND, Explicit(band_meets(BAND, GRID), BAND), "2-3 5"),
-    "circle": (CIRCLE, MaskedClipDataset(circle_meets(CIRCLE)), "0-5"),
+    "circle": (CIRCLE, Masked(circle_meets(CIRCLE)), "0-5"),
     "circle with pooled keys": (POOLED, replace(POOLED, kernel="reference"), "0-5"),
 }
 """Each with the slow way to the same, over all pairs, and with the evaluations that skip."""
@@ -146,16 +146,17 @@ def test_all_of_it_in_a_pipeline(kind: str) -> None:
     assert fluxes.relative(expected, exact) > 1e-3
     for fast in (ditkit.accelerate(before, pattern), late):
         assert torch.equal(latents(fast, asked(**options)), expected)
-        assert skipped(fast.report().took.receipts[-1].as_dict(), evaluations)
+        assert skipped(fast.report().cost.receipts[-1].as_dict(), evaluations)
 
 
 @pytest.mark.parametrize("times", [(), (60,)], ids=["time", "time a token"])
 def test_reshaped_wan_is_that_of_the_equations(times: tuple[int, ...]) -> None:
     """A clip of 2 x 5 x 6 tokens, which blocks of 8 do not divide; text is only looked at."""
-    case = replace(lumina_wan.wan_case(times=times), shape=(lumina_wan.B, lumina_wan.C, 2, 10, 12))
+    case = replace(hosts.of_wan(hosts.wan_inputs(times=times)), shape=(3, hosts.C, 2, 10, 12))
     twin = Explicit(band_meets(BAND, Grid(2, 5, 6)), BAND)
     runs = [
-        lumina_wan.run_steps(case, view(case.transformer()), policies) for policies in ([BAND], [twin], [])
+        hosts.run_steps(case, view(case.transformer()), case.inputs(), policies)
+        for policies in ([BAND], [twin], [])
     ]
     (found, trajectory), (expected, _), (dense, _) = runs
     assert skipped(receipt(trajectory), "2-3 5-6")

@@ -20,7 +20,14 @@ from ditkit.core.grid import Grid, image_of, sequence
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
-from ditkit.ops.block_sparse_attention import BlockPlan, attend, attend_reference, build_plan, narrowed
+from ditkit.ops.block_sparse_attention import (
+    BlockPlan,
+    attend,
+    attend_reference,
+    build_plan,
+    chooser_handle,
+    narrowed,
+)
 from ditkit.sample import Sampler
 from patterns_support import predicted, prompt, tiny_clip_model
 
@@ -41,11 +48,11 @@ class Strongest(Dynamic):
         )
         return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
-    def share(self, plan: BlockPlan) -> float:
+    def share(self, plan: BlockPlan, image: int) -> float:
         return min(1.0, (self.each + 2) / plan.blocks[1])
 
-    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
-        blocks = int(plan.real[:, 0].sum()) - (plan.queries % self.block > 0)
+    def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
+        blocks = image // self.block
         real = plan.real[:blocks, :, None].to(q)
         mean = [
             (x[:, :, : blocks * self.block].unflatten(2, (blocks, -1)) * real).sum(3) / real.sum(1)
@@ -126,7 +133,7 @@ def test_the_receipt_says_what_was_visited_and_a_share_that_does_not_pay_leaves_
         call = Call(0, 2, 0.5, layout=model.layout(tuple(x.shape[1:])))
         trajectory = Trajectory(model.sites(), [Strongest(block=BLOCK, each=each)], 2)
         with torch.no_grad():
-            model(x, torch.tensor([0.5]).double(), Cond(), trajectory.run(call))
+            trajectory.leave(call, model(x, torch.tensor([0.5]).double(), Cond(), trajectory.run(call)))
         remarks = trajectory.sessions[0].remarks
         assert ("off" in remarks) == is_off
         if is_off:
@@ -139,12 +146,12 @@ def test_the_receipt_says_what_was_visited_and_a_share_that_does_not_pay_leaves_
 class Alternating(Strongest):
     """All blocks in the first two attentions that are asked, its own alone in the later ones."""
 
-    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
+    def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
         ASKED.append(len(ASKED))
         own = torch.eye(plan.blocks[0], dtype=torch.bool) | (len(ASKED) <= 2)
         return own.expand(*q.shape[:2], *plan.blocks)
 
-    def share(self, plan: BlockPlan) -> float:
+    def share(self, plan: BlockPlan, image: int) -> float:
         return 0.25
 
 
@@ -164,14 +171,16 @@ def test_the_receipt_tells_the_mean_over_the_trajectory_also_where_a_cache_forec
     assert receipt["kernel"] == "cpu"
 
 
-def test_a_compiler_breaks_its_graph_where_blocks_are_chosen_and_gets_them_right():
+def test_a_compiler_needs_no_break_where_blocks_are_chosen_and_gets_them_right():
     pattern = Strongest(block=BLOCK, kernel="cpu")
     session = pattern.start(tiny_clip_model().sites(), 2)
-    plan = pattern.plan(Grid(4, 8, 8), 0)
-    compiled = torch.compile(lambda *x: session.attend(plan, *x, None) + 1, backend="aot_eager")
+    plan, key, handle = pattern.plan(Grid(4, 8, 8), 0), ("main", "cond", "core"), chooser_handle(pattern)
+    compiled = torch.compile(
+        lambda *x: session.select(key, handle, plan, 256, *x, None) + 1, backend="aot_eager", fullgraph=True
+    )
     for seed in (1, 2):  # other queries, other lists
         q, k, v = torch.randn(3, 1, 2, 256, 8, generator=torch.Generator().manual_seed(seed)).double()
-        wanted = attend(q, k, v, narrowed(plan, pattern.kept(plan, q, k)), kernel="cpu").out + 1
+        wanted = attend(q, k, v, narrowed(plan, pattern.kept(plan, 256, q, k)), kernel="cpu").out + 1
         assert (compiled(q, k, v) - wanted).abs().max() < 1e-12
 
 

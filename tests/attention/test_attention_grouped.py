@@ -16,7 +16,7 @@ from ditkit.core.grid import Grid
 from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from patterns_support import (
-    MaskedClipDataset,
+    Masked,
     grouped_meets,
     planned_mask,
     predicted,
@@ -90,7 +90,7 @@ def test_only_the_tail_of_the_text_is_partial() -> None:
     rows, columns = plan.blocks
     partial = plan.index[plan.tile != 0]
     assert set(partial.tolist()) == {columns - 1} and plan.partial == rows
-    assert plan.seen[0, 0, -1] == 4096 + 200
+    assert plan.visible_keys[0, 0, -1] == 4096 + 200
 
 
 SETTINGS = [
@@ -107,7 +107,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Grouped, text:
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, MaskedClipDataset(grouped_meets(pattern, True)), x, cond)
+    expected = predicted(model, Masked(grouped_meets(pattern, True)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 
@@ -220,6 +220,23 @@ def test_bad_settings(given: dict[str, object], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Grouped(**given)  # type: ignore[arg-type]
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 32, 32), Grid(8, 8, 12), Grid(3, 9, 7)])
+def test_a_wider_reach_sees_all_that_a_narrower_one_does_and_loses_less(grid: Grid) -> None:
+    """So the share of the softmax that is lost falls with the reach, whatever q and k are; the last loses nothing."""
+    group = (4, 4) if grid.frames == 1 else (2, 4, 4)
+    draw = torch.Generator().manual_seed(5)
+    q, k = (2 * torch.randn(grid.length, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    weights = (q @ k.T).softmax(-1)
+    before, lost = torch.zeros(grid.length, grid.length, dtype=torch.bool), weights.sum(-1)
+    for reach in range(8):
+        plan = Grouped(group=group, reach=reach, block=16).plan(grid, 0)
+        pairs = planned_mask(plan)
+        now = (weights * ~pairs).sum(-1)
+        assert (pairs | ~before).all() and (now <= lost + 1e-12).all()
+        before, lost = pairs, now
+    assert pairs.all() and lost.abs().max() == 0
 
 
 def test_two_patterns_or_rows_are_refused_by_name() -> None:

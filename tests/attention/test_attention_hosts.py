@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 import flux_support as of_flux
-import lumina_wan_support as of_lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import ConfidentTaylor, TaylorSeer
 from ditkit.core.errors import NoEffectError
@@ -18,20 +15,28 @@ from ditkit.core.run import Call
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from ditkit.hosts.view import view
-from hosts_support import FAMILIES, LATER, run_steps
-from patterns_support import MaskedClipDataset, grouped_meets
+from hosts_support import EVERY, run_steps
+from patterns_support import Masked, grouped_meets
 
-HOSTS = {**FAMILIES, **LATER}
-CASES = {name: of_lumina_wan.CASES[name] for name in ("lumina2 ragged", "wan time a token")}
+HOSTS = (
+    "sd3",
+    "sd3.5",
+    "dit",
+    "pixart",
+    "pixart sized",
+    "cogvideox",
+    "cogvideox 2b",
+    "cogvideox rotary",
+    "lumina2",
+    "wan",
+)
 
 
 def outcome(name: str, policies: list[Policy]) -> tuple[Tensor, Trajectory]:
     """Eight Euler steps of a small random transformer in float32."""
     if name == "flux":
         return of_flux.run_steps(flux.view(of_flux.transformer()), of_flux.call_inputs(), policies)
-    if name in CASES:
-        return of_lumina_wan.run_steps(CASES[name], view(CASES[name].transformer()), policies)
-    family = HOSTS[name]
+    family = EVERY[name]
     return run_steps(family, view(family.transformer()), family.inputs(), policies)
 
 
@@ -39,7 +44,7 @@ def is_clip(name: str) -> bool:
     return name.startswith(("wan", "cogvideox"))
 
 
-every_host = pytest.mark.parametrize("name", ["flux", *HOSTS, *CASES])
+every_host = pytest.mark.parametrize("name", ["flux", *HOSTS])
 
 
 def pattern_for(name: str, **setting: object) -> Grouped:
@@ -50,7 +55,7 @@ def pattern_for(name: str, **setting: object) -> Grouped:
 @every_host
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = pattern_for(name)
-    expected, _ = outcome(name, [MaskedClipDataset(grouped_meets(pattern, is_clip(name)))])
+    expected, _ = outcome(name, [Masked(grouped_meets(pattern, is_clip(name)))])
     found, trajectory = outcome(name, [pattern])
     (receipt,) = trajectory.finish()
     assert receipt.as_dict()["lanes"]["cond"] == {"computed": "", "sparse": "0-7"}
@@ -69,7 +74,7 @@ def test_the_neutral_setting_changes_no_bit(name: str) -> None:
 def test_with_a_cache_it_is_the_cache_of_the_masked_model(name: str, cache: Policy) -> None:
     """What a cache keeps is in the order of the slots, in all evaluations alike."""
     pattern = pattern_for(name)
-    expected, _ = outcome(name, [cache, MaskedClipDataset(grouped_meets(pattern, is_clip(name)))])
+    expected, _ = outcome(name, [cache, Masked(grouped_meets(pattern, is_clip(name)))])
     found, trajectory = outcome(name, [cache, pattern])
     assert (found - expected).norm() / expected.norm() < 1e-5
     forecast, sparse = (receipt.as_dict()["lanes"]["cond"] for receipt in trajectory.finish())
@@ -78,9 +83,8 @@ def test_with_a_cache_it_is_the_cache_of_the_masked_model(name: str, cache: Poli
 
 def test_attention_with_a_scale_of_its_own_is_refused() -> None:
     """Lumina-Next's logits grow with the number of keys: a kernel that divides by sqrt(K) is another model."""
-    case = of_lumina_wan.CASES["lumina-next"]
     with pytest.raises(NoEffectError, match="Grouped: this model has no site that it can use"):
-        partial(of_lumina_wan.run_steps, case, view(case.transformer()))([pattern_for("lumina-next")])
+        outcome("lumina-next", [pattern_for("lumina-next")])
 
 
 def test_a_reference_picture_keeps_its_rows() -> None:
@@ -99,7 +103,7 @@ def test_a_reference_picture_keeps_its_rows() -> None:
         trajectory = Trajectory(flux.sites(model), [policy], 4)
         return trajectory.leave(call, of_flux.call(model, inputs, trajectory.run(call)))
 
-    dense, masked = of_flux.call(model, inputs), said(MaskedClipDataset(grouped_meets(pattern, False)), 1)
+    dense, masked = of_flux.call(model, inputs), said(Masked(grouped_meets(pattern, False)), 1)
     assert torch.allclose(said(pattern, 0), dense, atol=1e-5)
     assert torch.allclose(said(pattern, 1), masked, atol=1e-5) and not torch.allclose(
         masked, dense, atol=1e-3

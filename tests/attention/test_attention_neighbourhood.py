@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log, sqrt
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from test_attention_hosts import outcome
 from torch import Tensor, nn
 
+import flux_support as fluxes
 from ditkit.attention.neighbourhood import Neighbourhood, Pooling, cells
 from ditkit.attention.pattern import cached_plan
+from ditkit.core.checkpoint import read_metadata, read_state, write_state
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, Segment
+from ditkit.core.model import Model
 from ditkit.core.run import Call, Site
+from ditkit.hosts import flux
+from ditkit.hosts.view import view
 from patterns_support import (
-    MaskedClipDataset,
+    Masked,
     circle_meets,
     planned_mask,
     predicted,
@@ -41,7 +49,7 @@ def test_pairs_of_a_picture_of_1024_pixels(radius: int, keys: int, pairs: int, o
     for order in ("tiles", "raster"):
         plan = Neighbourhood(radius=radius, order=order).plan(grid, text)  # type: ignore[arg-type]
         assert plan.pairs == pairs + text * (2 * grid.length + text)
-        assert int(plan.seen[0, 0, plan.inverse[32 * 64 + 32]]) == keys + text
+        assert int(plan.visible_keys[0, 0, plan.inverse[32 * 64 + 32]]) == keys + text
         assert f"{4 * plan.pairs * 3072 / 1e9:.2f}" == operations
 
 
@@ -238,7 +246,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
     model = tiny_clip_model(text)
     x = torch.randn(3, 2, 4, 12, 20, generator=torch.Generator().manual_seed(1)).double()
     cond = prompt(3, (7, 3, 1)) if text else Cond()
-    expected = predicted(model, MaskedClipDataset(circle_meets(pattern)), x, cond)
+    expected = predicted(model, Masked(circle_meets(pattern)), x, cond)
     assert torch.allclose(predicted(model, pattern, x, cond), expected, atol=1e-10)
     assert not torch.allclose(predicted(model, None, x, cond), expected, atol=1e-3)
 
@@ -246,7 +254,7 @@ def test_a_model_under_the_pattern_is_one_under_the_mask(pattern: Neighbourhood,
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd3.5"])
 def test_a_host_under_the_pattern_is_one_under_the_mask(name: str) -> None:
     pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
-    expected, _ = outcome(name, [MaskedClipDataset(circle_meets(pattern))])
+    expected, _ = outcome(name, [Masked(circle_meets(pattern))])
     found, dense = outcome(name, [pattern])[0], outcome(name, [])[0]
     error, effect = ((found - x).norm() / dense.norm() for x in (expected, dense))
     assert error < 1e-5 and effect > 1e-3
@@ -319,3 +327,54 @@ def test_weights_of_the_model_are_used() -> None:
     for part in pooling.values():
         nn.init.normal_(part.weight)
     assert not torch.allclose(predicted(model, pattern, x, Cond(), learned=learned), initial)
+
+
+def test_weights_of_an_older_folder_are_read(tmp_path: Path) -> None:
+    """They were one tensor [attentions, c, c], and are one an attention now."""
+    pattern = Neighbourhood(radius=2, span=1, pooled=2, block=8, kernel="cpu")
+    model = tiny_clip_model().float().adopt([pattern])
+    state = read_state(model.save(tmp_path) / "model.safetensors")
+    names = [name for name in state if name.startswith("learned.")]
+    whole = torch.randn(len(names), 2, 2)
+    old = {name: value for name, value in state.items() if name not in names}
+    write_state(
+        tmp_path / "model.safetensors",
+        {**old, "learned.Neighbourhood.weight": whole},
+        read_metadata(tmp_path / "model.safetensors"),
+    )
+    loaded = Model.load(tmp_path)
+    assert torch.equal(torch.stack([part.weight for part in loaded.learned["Neighbourhood"].values()]), whole)
+
+
+def test_flux_trains_1794_million_parameters_and_16_weights_an_attention() -> None:
+    """(19 * 4 + 38 * 3) (3072^2 + 3072): the image's projections in blocks of two streams, all in the others."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    own = ("to_q", "to_k", "to_v", "to_out")
+    trained = sum(
+        p.numel() for name, p in model.named_parameters() if any(f".attn.{part}." in name for part in own)
+    )
+    assert trained == (19 * 4 + 38 * 3) * (3072**2 + 3072) == 1_793_648_640
+    weights = Neighbourhood(pooled=4).modules(flux.sites(view(model)))
+    assert weights is not None
+    assert [list(p.shape) for p in weights.parameters()] == [[4, 4]] * (19 + 38)
+
+
+def test_the_rotary_base_of_large_pictures_is_the_models() -> None:
+    """`pos_embed.theta` of FLUX, ten times as high: diffusers' own NTK factor of 10, under the pattern too."""
+    pattern, grid = Neighbourhood(radius=2, block=8, kernel="cpu"), Grid(1, fluxes.ROWS, fluxes.COLUMNS)
+    twin, inputs = Masked(circle_meets(pattern)), fluxes.call_inputs()
+    outs = []
+    for theta in (10_000, 100_000):
+        model = view(fluxes.transformer())
+        model.pos_embed.theta = theta
+        found, expected = (fluxes.run_steps(model, inputs, [policy])[0] for policy in (pattern, twin))
+        assert fluxes.relative(found, expected) < 1e-5
+        outs.append(found)
+    assert fluxes.relative(*outs) > 1e-4
+    cos, _ = model.pos_embed(grid.coordinates())
+    rows = [
+        get_1d_rotary_pos_embed(width, places, 10_000, use_real=True, ntk_factor=10.0)[0]
+        for width, places in zip((4, 6, 6), grid.coordinates().T, strict=True)
+    ]
+    assert torch.allclose(cos, torch.cat(rows, -1), atol=1e-6)

@@ -82,14 +82,16 @@ def test_what_is_kept_is_the_explicit_sums(policy: Reshape, grid: Grid, padded: 
     qkv = drawn(policy, grid)
     plan = policy.plan(grid, TEXT)
     q, k, v = (tokens(policy, grid, x) for x in qkv)
-    seen = torch.ones(2, 1, 1, q.shape[2], dtype=torch.bool)
+    visible_keys = torch.ones(2, 1, 1, q.shape[2], dtype=torch.bool)
     masks: tuple[Tensor, ...] = ()
     if padded:
-        seen[1, ..., -3:] = False
+        visible_keys[1, ..., -3:] = False
         masks = (
-            torch.cat((torch.ones(2, 1, 1, plan.queries - TEXT, dtype=torch.bool), seen[..., -TEXT:]), -1),
+            torch.cat(
+                (torch.ones(2, 1, 1, plan.queries - TEXT, dtype=torch.bool), visible_keys[..., -TEXT:]), -1
+            ),
         )
-    weight = (q @ k.mT / 8**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    weight = (q @ k.mT / 8**0.5).masked_fill(~visible_keys, -torch.inf).softmax(-1)
     mask = planned_mask(plan)
     assert not mask.all() and mask[grid.length :].all() and mask[:, grid.length :].all()
 
@@ -102,7 +104,7 @@ def test_what_is_kept_is_the_explicit_sums(policy: Reshape, grid: Grid, padded: 
     ratio, residual = (tokens(policy, grid, x) for x in (state.ratio, state.residual))
     close(ratio, (weight * mask).sum(-1))
     close(residual, (weight * ~mask) @ v)
-    sparse = attend_reference(q, k, v, mask & seen).out
+    sparse = attend_reference(q, k, v, mask & visible_keys).out
     close(ratio[..., None] * sparse, (weight * mask) @ v)
     close(ratio[..., grid.length :], torch.ones_like(ratio[..., grid.length :]))
     assert 0 < ratio[..., : grid.length].amin() < ratio[..., : grid.length].amax() < 1
@@ -178,11 +180,13 @@ def test_a_plan_is_the_mask_of_every_pair(grid: Grid, keep: float, others: int) 
 def test_counts_of_the_specification() -> None:
     for block, visited in ((64, 3 * 64 - 2), (128, 3 * 32 - 2)):
         picture = Band(block=block).plan(Grid(1, 64, 64), 0)
-        assert int(picture.seen.amax()) == 129 and picture.visited == visited and picture.order is None
+        assert (
+            int(picture.visible_keys.amax()) == 129 and picture.visited == visited and picture.order is None
+        )
     clip = Grid(13, 30, 45)
     with_text = Band().plan(clip, 226)
-    assert with_text.seen[0, 0, with_text.inverse[6 * 1350 + 675]] == 785
-    assert set(with_text.seen[0, 0, -226:].tolist()) == {17_776}
+    assert with_text.visible_keys[0, 0, with_text.inverse[6 * 1350 + 675]] == 785
+    assert set(with_text.visible_keys[0, 0, -226:].tolist()) == {17_776}
     for block, visited, percent in ((64, 2995, 3.9), (128, 954, 5.0)):
         plan = Band(block=block).plan(clip, 0)
         assert plan.visited == visited and 100 * plan.density == pytest.approx(percent, abs=0.1)

@@ -20,16 +20,17 @@ from ditkit.core.grid import Grid
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.core.trajectory import Trajectory
+from ditkit.hosts.view import view
 from ditkit.models.video_dit import VideoDiT
-from hosts_support import LATER, run_steps
-from patterns_support import MaskedClipDataset, MaskedSession, band_meets, tiny_clip_model
+from hosts_support import EVERY, run_steps
+from patterns_support import Masked, MaskedSession, band_meets, tiny_clip_model
 
 GRID = Grid(4, 6, 10)
 POLICY = Reshaped(keep=0.1, block=8, warmup=2, every=3, kernel="cpu")
 
 
 @dataclass(frozen=True)
-class Explicit(MaskedClipDataset):
+class Explicit(Masked):
     """The method by its equations: all weights, in the model's order, one state for each attention."""
 
     of: Reshape
@@ -120,9 +121,9 @@ def test_a_skipped_attention_makes_up_for_what_was_due() -> None:
 @pytest.mark.parametrize("name", ["pixart", "cogvideox rotary"])
 def test_transformers_of_diffusers(name: str) -> None:
     """PixArt's rows are its image's; CogVideoX's have the text before the clip."""
-    family = LATER[name]
+    family = EVERY[name]
     model, inputs = family.transformer(), family.inputs()
-    family.view.view(model)
+    view(model)
     exact, _ = run_steps(family, model, inputs, [])
     given = {"warmup": 1, "every": 3, "block": 8, "kernel": "cpu"}
     everything = ReshapedGrouped(group=(2, 4), reach=9, ramp=0.0, **given)  # type: ignore[arg-type]

@@ -139,13 +139,13 @@ def test_given_content_is_not_judged() -> None:
     samples, mask = Clouds(), torch.ones(1, 1, 4, 4)
     mask[..., :2] = 0
     plain = paired_loss({"it": Exact(Convention())}, samples, FEW).losses["it"]
-    masked = paired_loss({"it": Exact(Convention())}, MaskedClipDataset(mask), FEW).losses["it"]
+    masked = paired_loss({"it": Exact(Convention())}, Masked(mask), FEW).losses["it"]
     assert (masked < plain).all() and masked.mean().item() == pytest.approx(plain.mean().item() / 2, rel=0.1)
-    nothing = paired_loss({"it": Exact(Convention(), 9.0)}, MaskedClipDataset(0 * mask), FEW).losses["it"]
+    nothing = paired_loss({"it": Exact(Convention(), 9.0)}, Masked(0 * mask), FEW).losses["it"]
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 
-class MaskedClipDataset(Clouds):
+class Masked(Clouds):
     """The same samples, of which a part is given."""
 
     def __init__(self, mask: Tensor) -> None:

@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.spec import component
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.report.plan_picture import BLANK, PART, QUERY, SEEN, laid, plan_page
+from ditkit.report.plan_picture import BLANK, HEAD_COLOURS, PART, QUERY, SEEN, head_view, laid, plan_page
 from models_support import save_tiny
 from patterns_support import tiny_clip_model
 
@@ -27,11 +27,13 @@ COLUMNS = 80
 CLIP, PICTURE = Grid(4, 6, 10), Grid(1, 12, 20)
 PATTERNS = {
     "Band": "band:block=8,keep=0.2",
+    "Draft": "draft:patch=2+4,block=8",
     "Grouped": "grouped:group=2+2+4,block=16",
     "Neighbourhood": "neighbourhood:block=8,radius=3,span=2,pooled=2",
     "Reshaped": "reshaped:block=8,keep=0.2",
     "ReshapedGrouped": "reshapedgrouped:group=2+2+4,block=16,reach=0",
     "ReshapedNeighbourhood": "reshapedneighbourhood:block=8,radius=3,span=2",
+    "Searched": "searched:heads=02+34,stripes=even,block=8",
 }
 """Settings for small grids; a pattern that is not here is planned as it comes."""
 
@@ -203,9 +205,32 @@ def test_a_model_with_a_sample_or_a_picture_under_it(model: Path, tmp_path: Path
     assert "8 x 4 tokens and 0 others" in larger
 
 
+def test_a_table_is_shown_head_by_head_and_pattern_by_pattern(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "heads.png"
+    table = "searched:heads=0123+2223,block=16,stripes=even"
+    text = " ".join(said(capsys, "--grid", "16x8x8", "--policy", table, "--out", out).split())
+    assert all(f"{count} of 8 heads" in text for count in (1, 4, 2)) and "off, " not in text
+    parts = Planned.parts(pattern(table), Grid(16, 8, 8))
+    assert [p.part.rpartition(" ")[2] for p in parts] == ["dense", "skipped", "diagonal", "multi-diagonal"]
+    assert [p.visited for p in parts[:2]] == [1, 0] and all(0.1 < p.visited < 0.2 for p in parts[2:])
+    held = pixels(head_view(parts[0].words))
+    most = {letter: held[rgb(HEAD_COLOURS[letter])] for letter in "0123"}
+    cell = 17 * 17
+    assert most["0"] >= cell and most["2"] >= 4 * cell > most["3"] >= 2 * cell
+    # from the centre of frame 8: its place in other frames, of the multi-diagonal heads
+    seen = parts[3].seen_from((8, 4, 4)).view(16, 64)
+    assert seen[:, 36].all() and seen.any(0).sum() < 20
+
+
+def test_a_pattern_that_chooses_is_judged_by_what_it_will_leave(tmp_path: Path, capsys: Capture) -> None:
+    words = ("--grid", "16x16x16", "--policy", "draft:patch=8+16,sparsity=0.9", "--out", tmp_path / "d.png")
+    row = next(line.split() for line in said(capsys, *words).splitlines() if "draft" in line)
+    assert row[1] == "10.2%" and row[-1] == "cpu"  # 32 regions: 1024 - 921 + 1 of 1024, 10.2 %
+
+
 GROUPED = ("--policy", "grouped")
 REFUSED = [
-    (("--grid", "8x8"), "got no --policy, expected an attention pattern (band, grouped"),
+    (("--grid", "8x8"), "got no --policy, expected an attention pattern (band, draft, grouped"),
     (("--grid", "8x8", "--policy", "taylorseer"), "--policy taylorseer is no attention pattern"),
     (("--grid", "8x8", "--policy", "gruped"), "did you mean 'grouped'?"),
     (GROUPED, "got neither MODEL nor --grid"),

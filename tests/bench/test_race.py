@@ -88,7 +88,7 @@ def test_one_more_order_holds_what_the_receipts_say(course: Course) -> None:
         pipe, told = course.pipeline(), course.told(STEPS)
         fast = ditkit.accelerate(pipe, f"taylorseer:interval=3,order={order}")
         alive.append(count(fast, pipe.transformer, told).alive_bytes)
-        receipts.append(fast.report().took.policy_bytes)
+        receipts.append(fast.report().cost.policy_bytes)
     assert alive[1] - alive[0] == receipts[1] - receipts[0] > 0
 
 

@@ -8,7 +8,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
-import test_hosts_lumina_wan as lumina_wan
 import torch
 from torch import Tensor
 
@@ -76,21 +75,12 @@ def a_flux(references: int) -> Subject:
 
 
 def a_host(name: str) -> Subject:
-    family = hosts.FAMILIES[name]
-    model, inputs = family.view.view(family.transformer()), family.inputs()
+    model, inputs, _ = hosts.shared(name)
     C = inputs["hidden_states"].shape[1]
     return Subject(
-        family.view.sites(model), family.layout(model), lambda run: hosts.call(model, inputs, run)[:, :C]
-    )
-
-
-def a_lumina_or_wan(name: str) -> Subject:
-    case = lumina_wan.CASES[name]
-    model, inputs = case.module.view(case.transformer()), case.inputs()
-    return Subject(
-        case.sites(model),
-        case.layout(model, inputs),
-        lambda run: lumina_wan.call(model, inputs, run)[:, : lumina_wan.C],
+        hosts.sites_of(model),
+        hosts.layout_of(model, inputs),
+        lambda run: hosts.call(model, inputs, run)[:, :C],
     )
 
 
@@ -100,8 +90,10 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "VideoDiT, text": partial(our_video_dit, 5),
     "FLUX": partial(a_flux, 0),
     "FLUX, references": partial(a_flux, 6),
-    **{f"host {name}": partial(a_host, name) for name in hosts.FAMILIES},
-    **{f"host {name}": partial(a_lumina_or_wan, name) for name in lumina_wan.EACH},
+    **{
+        f"host {name}": partial(a_host, name)
+        for name in ("sd3", "sd3.5", "dit", "lumina2", "lumina-next", "wan")
+    },
 }
 subjects = pytest.mark.parametrize("name", SUBJECTS)
 

@@ -19,7 +19,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.run import Call, Run, named
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
-from rig import STEPS, calls, evaluate, noise, play, sample, tiny_dit
+from rig import STEPS, call_at, calls, evaluate, noise, play, sample, tiny_dit
 
 
 def forecasts(policy: TaylorSeer, F: Callable[[int], float], total: int) -> list[float]:
@@ -65,6 +65,12 @@ def test_irregular_spacing_after_the_warmup():
     second, first = (forecasts(TaylorSeer(6, order, warmup=3), lambda s: s * s, 16) for order in (2, 1))
     assert second[9] == pytest.approx(74.58333, abs=1e-5)
     assert (second[15], first[15]) == pytest.approx((219, 218), abs=1e-5)
+
+
+def test_the_first_difference_is_that_of_the_last_two_evaluations_of_the_warmup():
+    """On s^2 after evaluations 0, 1 and 2: 4 + 3 k. A difference of differences, 2, would make it 4 + 3 k + k^2."""
+    values = forecasts(TaylorSeer(6, 2, warmup=3), lambda s: s * s, 8)
+    assert values[3:] == pytest.approx([4 + 3 * k for k in range(1, 6)], abs=1e-10)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -127,7 +133,7 @@ def test_two_ways_to_keep_bfloat16_features():
     Ours has a thousandth of the other's error; both lie below the rounding of the forecast to bfloat16.
     """
     policy, anchors, k = TaylorSeer(6, 2, warmup=3), (0, 1, 2, 8, 14), 4
-    weights = map(float, rational_weights(2, anchors, k))
+    weights = map(float, rational_weights(2, anchors, k, warmup=3))
     exact = sum(w * feature(a).double() for w, a in zip(weights, anchors, strict=True))
     rounded: list[Tensor] = []
     for s, d in zip(anchors, (1, 1, 1, 6, 6), strict=True):
@@ -159,6 +165,24 @@ def test_interval_one_changes_no_bit(model, order):
     assert TaylorSeer(4, order).exact() == TaylorSeer(1, order)
 
 
+@pytest.mark.parametrize("policy", [TaylorSeer(4, 2), TaylorSeer(3, 2, warmup=3)], ids=str)
+def test_interleaved_lanes_equal_runs_of_one_lane_to_the_bit(model, policy):
+    """Classifier-free guidance in two calls a step: each lane draws what it would draw alone."""
+
+    def alone(lane: str, seed: int) -> Tensor:
+        trajectory, x = Trajectory(model.sites(), [policy], STEPS), noise(seed=seed)
+        with torch.no_grad():
+            for index in range(STEPS):
+                call = call_at(model, index, lane)
+                x = x - trajectory.guided(call, evaluate(model, trajectory, x, call)) / STEPS
+        return x
+
+    together = sample(model, [policy], ("cond", "uncond"))
+    assert torch.equal(together["cond"], alone("cond", 0))
+    assert torch.equal(together["uncond"], alone("uncond", 1))
+    assert not torch.equal(alone("cond", 0), alone("uncond", 0))
+
+
 class Reuse(Run):
     """FORA, written without TaylorSeer: in skipped evaluations every branch returns its last output."""
 
@@ -185,14 +209,17 @@ def test_order_zero_is_plain_reuse_bit_for_bit(model, interval, warmup):
     assert torch.equal(sample(model, [TaylorSeer(interval, 0, warmup)])["cond"], x)
 
 
-def rational_weights(order: int, anchors: Sequence[int], k: int) -> list[Fraction]:
-    """Exact weights of all `anchors` (oldest first) in the forecast k after the latest, by unit impulses."""
+def rational_weights(order: int, anchors: Sequence[int], k: int, warmup: int) -> list[Fraction]:
+    """Exact weights of all `anchors` (oldest first) in the forecast k after the latest, by unit impulses.
+
+    An evaluation before the last one of the warm-up leaves its value and no difference.
+    """
     weights = []
     for impulse in anchors:
         factors: list[Fraction] = []
         for i, s in enumerate(anchors):
             fresh = [Fraction(s == impulse)]
-            for f in factors[:order]:
+            for f in factors[:order] if s >= warmup - 1 else ():
                 fresh.append((fresh[-1] - f) / (s - anchors[i - 1]))
             factors = fresh
         weights.append(sum(g * Fraction(k**i, factorial(i)) for i, g in enumerate(factors)))
@@ -202,9 +229,9 @@ def rational_weights(order: int, anchors: Sequence[int], k: int) -> list[Fractio
 class Twin(Run):
     """The slow twin: keeps every full output, and combines them with exact weights in float64."""
 
-    def __init__(self, branches: Sequence[str], order: int) -> None:
+    def __init__(self, branches: Sequence[str], order: int, warmup: int) -> None:
         super().__init__()
-        self.branches, self.order, self.anchors = branches, order, []
+        self.branches, self.order, self.warmup, self.anchors = branches, order, warmup, []
         self.history: dict[str, list[Tensor]] = {name: [] for name in branches}
         self.index, self.full = 0, True
 
@@ -215,14 +242,14 @@ class Twin(Run):
         if self.full:
             past.append(fn(*args).double())
             return past[-1].float()
-        weights = rational_weights(self.order, self.anchors, self.index - self.anchors[-1])
+        weights = rational_weights(self.order, self.anchors, self.index - self.anchors[-1], self.warmup)
         return sum(float(w) * F for w, F in zip(weights, past, strict=True)).float()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-@pytest.mark.parametrize(("interval", "warmup"), [(2, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize(("interval", "warmup"), [(2, 1), (4, 2), (3, 3), (3, 5)])
 def test_a_trajectory_equals_the_slow_twin(model, order, interval, warmup):
-    run, x = Twin(named(model.sites(), "branch"), order), noise()
+    run, x = Twin(named(model.sites(), "branch"), order, warmup), noise()
     with torch.no_grad():
         for i in range(STEPS):
             run.index, run.full = i, i < warmup or (i - warmup) % interval == interval - 1
@@ -253,7 +280,7 @@ def test_known_branches_follow_the_closed_form():
     embedded = model.tokenize(noise()).x[0, 0, 0].item()
     for s in range(25):
         anchors = [a for a in policy.full_steps(25) if a <= s]
-        weights = rational_weights(2, anchors, s - anchors[-1])
+        weights = rational_weights(2, anchors, s - anchors[-1], policy.warmup)
         square = float(sum(w * a * a for w, a in zip(weights, anchors, strict=True)))
         if s > 10:
             assert square == s * s - 5 * (s % 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli import compare as compare_command
 from ditkit.cli import generate as generate_command
 from ditkit.cli.generate import file_stems, slug
-from ditkit.cli.main import COMMANDS, main
+from ditkit.cli.main import COMMANDS, ditkit_commands, main, summary
 from ditkit.cli.options import policies_of, seeds_of, writable
-from ditkit.cli.parsing import one_line
+from ditkit.cli.parsing import Group, one_line
 from ditkit.cli.sampling import Guiding
 from ditkit.cli.train import found
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
+from ditkit.pipelines.accelerate import DEFAULT
 from ditkit.report.sheet import grid
 from ditkit.sample import Autoguidance, ClassifierFree, Samples, Sampling, Unguided
 from ditkit.tasks.image.recipe import write_sheet
@@ -163,8 +165,9 @@ def test_the_demo_is_what_it_says(
         main(["compare", str(model), "--demo", "--out", str(tmp_path)])
     sampling = asked["sampling"]
     assert isinstance(sampling, Sampling)
-    pairs = [(policy.interval, policy.order) for policy in sampling.policies]  # type: ignore[attr-defined]
-    assert pairs == [(n, o) for n in (3, 4, 6) for o in (0, 1, 2)]
+    assert sampling.policies == (DEFAULT, TaylorSeer(interval=4), TaylorSeer(interval=6, order=2))
+    assert (tmp_path / "first.png").is_file() and "takes about" in capsys.readouterr().err
+    assert (asked["rounds"], asked["memory"], asked["converged_steps"]) == (2, False, 200)
     assert asked["controls_as_rows"] is True and sampling.seeds == tuple(range(8)) and sampling.steps == 50
 
 
@@ -336,3 +339,18 @@ def test_a_reader_that_stops_early_is_no_error(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(sys, "stdout", Closed())
     assert main(["--version"]) == 0
+
+
+def test_the_list_of_commands_imports_nothing_heavy_and_says_what_each_is() -> None:
+    code = (
+        "import sys; from ditkit.cli.main import main; main(['--help']); "
+        "print('heavy:', *{'torch', 'tyro', 'diffusers', 'matplotlib', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+    for name in COMMANDS:
+        member = ditkit_commands().members[name]()
+        assert (
+            summary(name)
+            == (member.about if isinstance(member, Group) else str(member.__doc__)).splitlines()[0]
+        )

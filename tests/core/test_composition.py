@@ -19,7 +19,6 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 import ditkit
 import flux_support as fluxes
 import hosts_support as hosts
-import lumina_wan_support as lumina_wan
 from ditkit.attention import Grouped
 from ditkit.caching import RAS, ConfidentTaylor, TaylorSeer
 from ditkit.core.cond import Cond
@@ -77,22 +76,13 @@ def a_flux() -> Subject:
 
 
 def a_host(name: str) -> Subject:
-    family = hosts.FAMILIES[name]
+    family = hosts.EVERY[name]
+    inputs = family.inputs()
 
     def call(model: Any, run: Run, dtype: torch.dtype) -> Tensor:
-        return hosts.call(model, hosts.in_type(family.inputs(), dtype), run)[:, : hosts.C]
+        return hosts.call(model, hosts.in_type(inputs, dtype), run)[:, : hosts.C]
 
-    return Subject(family.transformer(), family.view.sites, family.layout, call)
-
-
-def a_lumina_or_wan(name: str) -> Subject:
-    case = lumina_wan.CASES[name]
-    inputs = case.inputs()
-
-    def call(model: Any, run: Run, dtype: torch.dtype) -> Tensor:
-        return lumina_wan.call(model, lumina_wan.in_type(inputs, dtype), run)[:, : lumina_wan.C]
-
-    return Subject(case.transformer(), case.sites, lambda model: case.layout(model, inputs), call)
+    return Subject(family.transformer(), hosts.sites_of, lambda model: hosts.layout_of(model, inputs), call)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
@@ -100,8 +90,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "FLUX": a_flux,
     "SD3.5": lambda: a_host("sd3.5"),
     "diffusers' DiT": lambda: a_host("dit"),
-    "Lumina 2": lambda: a_lumina_or_wan("lumina2 ragged"),
-    "Wan": lambda: a_lumina_or_wan("wan"),
+    "Lumina 2": lambda: a_host("lumina2"),
+    "Wan": lambda: a_host("wan one time"),
 }
 
 

@@ -274,7 +274,7 @@ def test_a_batch_that_outgrows_its_memory() -> None:
     """A prompt batch of another size is computed anew, and must fit the budget anew."""
     fast = ditkit.accelerate(pipeline(), POLICY)
     latents(fast, asked())
-    need = fast.report().took.policy_bytes
+    need = fast.report().cost.policy_bytes
     fast = ditkit.accelerate(ditkit.restore(fast), POLICY, max_bytes=need)
     refused_and_then_as_before(
         fast, {}, {"batch": 2}, f"max_bytes={need:,}: .* would hold {2 * need:,} bytes"
@@ -289,7 +289,7 @@ def test_too_small_a_budget_is_refused_before_the_first_step(policy: Policy) -> 
     guided = {**prompt(seed=9, prefix="negative_"), "true_cfg_scale": 2.0}
     fast = ditkit.accelerate(pipeline(), policy)
     drawn = latents(fast, asked(**guided))
-    need = fast.report().took.policy_bytes
+    need = fast.report().cost.policy_bytes
     pipe, steps = ditkit.restore(fast), []
 
     def count(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditkit.attention import Band, Grouped, Neighbourhood, Reshaped, ReshapedGrouped, ReshapedNeighbourhood
+from ditkit.attention import Grouped
 from ditkit.caching import TaylorSeer
 from ditkit.core.catalog import every
 from ditkit.core.cond import Cond
@@ -19,15 +19,7 @@ from rig import call_at
 from two_stages import TwoStages, two_stages
 
 TOTAL = 9
-PATTERNS = {
-    "Band": Band(keep=0.2, block=8, kernel="cpu"),
-    "Grouped": Grouped(group=(2, 4), block=8, reach=0, kernel="cpu"),
-    "Neighbourhood": Neighbourhood(radius=2, block=8, kernel="cpu"),
-    "Reshaped": Reshaped(keep=0.2, block=8, warmup=1, every=4, kernel="cpu"),
-    "ReshapedGrouped": ReshapedGrouped(group=(2, 4), block=8, reach=0, warmup=1, every=4, kernel="cpu"),
-    "ReshapedNeighbourhood": ReshapedNeighbourhood(radius=2, block=8, warmup=1, every=4, kernel="cpu"),
-}
-REFUSED = {"RAS", "ConfidentTaylor"}
+REFUSED = {"RAS", "ConfidentTaylor", "LearnedDepth"}
 ALL = Grouped(group=(4, 4), block=8, reach=9, kernel="cpu")
 
 
@@ -67,7 +59,7 @@ def test_every_site_is_met_once_in_the_stated_order(model):
 
 @pytest.mark.parametrize("kind", every(Policy), ids=lambda kind: kind.__name__)
 def test_every_policy_acts_in_its_stage_or_is_refused_by_name(model, kind):
-    policy = PATTERNS.get(kind.__name__) or kind()
+    policy = kind.small(Grid(1, 8, 8))
     if kind.__name__ in REFUSED:
         with pytest.raises((ConfigError, NoEffectError), match=f"{kind.__name__}: "):
             evaluated(model, [policy])

@@ -1,27 +1,27 @@
-"""The FLUX view equals diffusers bit for bit, whatever the transformer carries."""
+"""FLUX: half precision, ControlNets, IP-Adapters, offload that comes and goes, and what is refused."""
 
 from __future__ import annotations
 
-import copy
-import json
-import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FluxTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, apply_group_offloading
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.transformers import transformer_flux
+from torch import Tensor
 
+from adapters_support import flux_adapters, flux_pictures
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts import flux
 from flux_support import (
+    COLUMNS,
+    DOUBLE,
+    LAYOUT,
     SINGLE,
     B,
     D,
@@ -33,12 +33,13 @@ from flux_support import (
     call_inputs,
     controls,
     in_type,
+    relative,
     run_steps,
     transformer,
     visited,
     with_lora,
 )
-from policies_support import Tap
+from policies_support import BandReuse, Gate, Gated, RowSelector, SelectedRows, Tap
 
 
 @pytest.fixture
@@ -52,47 +53,15 @@ def inputs() -> Inputs:
     return call_inputs()
 
 
-def with_ip_adapter(model: Any) -> Any:
-    torch.manual_seed(4)
-    for block in model.transformer_blocks:
-        block.attn.set_processor(transformer_flux.FluxIPAdapterAttnProcessor(D, 32, scale=0.7).eval())
-    project = ImageProjection(cross_attention_dim=32, image_embed_dim=20, num_image_text_embeds=4)
-    model.encoder_hid_proj = MultiIPAdapterImageProjection([project])
-    return model
-
-
-def every_block(model: Any) -> list[Any]:
-    return [*model.transformer_blocks, *model.single_transformer_blocks]
-
-
-def offload(model: Any, whole: bool = False) -> Any:
-    """accelerate keeps the weights of each block (or of the model) elsewhere, and brings them for a call."""
-    for module in [model] if whole else every_block(model):
+def offload(model: Any) -> Any:
+    """accelerate keeps the weights of each block elsewhere, and brings them for a call."""
+    for module in (*model.transformer_blocks, *model.single_transformer_blocks):
         weights = {name: p.clone() for name, p in module.state_dict().items()}
         hook = AlignDevicesHook(
             execution_device="cpu", offload=True, weights_map=weights, place_submodules=True
         )
         add_hook_to_module(module, hook)
     return model
-
-
-def offload_groups(model: Any, kind: str = "block_level") -> Any:
-    cpu = torch.device("cpu")
-    apply_group_offloading(model, cpu, cpu, offload_type=kind, num_blocks_per_group=1)
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_without_policies_it_is_diffusers_to_the_bit(host: Any, inputs: Inputs, dtype: torch.dtype) -> None:
-    host, inputs = host.to(dtype), in_type(inputs, dtype)
-    expected = call(host, inputs)
-    viewed = flux.view(host)
-    assert viewed is host
-    assert isinstance(viewed, FluxTransformer2DModel)
-    assert torch.equal(call(viewed, inputs), expected)
-    assert torch.equal(call(flux.view(viewed), inputs), expected)
-    assert torch.equal(call(copy.deepcopy(viewed), inputs), expected)
-    assert torch.equal(call(pickle.loads(pickle.dumps(viewed)), inputs), expected)
 
 
 def test_clips_half_precision_as_diffusers_does(host: Any) -> None:
@@ -109,24 +78,6 @@ def test_clips_half_precision_as_diffusers_does(host: Any) -> None:
     for ours, theirs in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert ours[0].max() == 65504
-
-
-def test_return_types(host: Any, inputs: Inputs) -> None:
-    viewed = flux.view(host)
-    with torch.no_grad():
-        named, plain = viewed(**inputs), viewed(**inputs, return_dict=False)
-        placed = viewed(*inputs.values())  # the order of diffusers' parameters
-    assert type(named).__name__ == "Transformer2DModelOutput"
-    assert isinstance(plain, tuple)
-    assert torch.equal(named.sample, plain[0])
-    assert torch.equal(placed.sample, plain[0])
-
-
-def test_without_a_guidance_embedding(inputs: Inputs) -> None:
-    torch.manual_seed(0)
-    host = transformer(guidance_embeds=False)
-    expected = call(host, inputs, guidance=None)
-    assert torch.equal(call(flux.view(host), inputs, guidance=None), expected)
 
 
 def test_ids_with_a_batch_axis(host: Any, inputs: Inputs) -> None:
@@ -148,78 +99,6 @@ def test_control_residuals(host: Any, inputs: Inputs, double: int, single: int, 
     assert torch.equal(call(flux.view(host), inputs, **given), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lora_before_and_after_the_swap(host: Any, inputs: Inputs, dtype: torch.dtype) -> None:
-    host, inputs = host.to(dtype), in_type(inputs, dtype)
-    plain = call(host, inputs)
-    after = with_lora(flux.view(copy.deepcopy(host)))
-    expected = call(with_lora(host), inputs)
-    scaled = call(host, inputs, joint_attention_kwargs={"scale": 0.3})
-    assert not torch.equal(plain, expected)
-    assert not torch.equal(scaled, expected)
-    for viewed in (after, flux.view(host)):
-        assert torch.equal(call(viewed, inputs), expected)
-        assert torch.equal(call(viewed, inputs, joint_attention_kwargs={"scale": 0.3}), scaled)
-        viewed.delete_adapters("default")
-        assert torch.equal(call(viewed, inputs), plain)
-
-
-def test_ip_adapter(host: Any, inputs: Inputs) -> None:
-    plain = call(host, inputs)
-    host = with_ip_adapter(host)
-    draw = torch.Generator().manual_seed(2)
-
-    def given() -> Inputs:
-        return {"ip_adapter_image_embeds": [torch.randn(B, 1, 20, generator=draw.manual_seed(2))]}
-
-    expected = call(host, inputs, joint_attention_kwargs=given())
-    assert not torch.equal(plain, expected)
-    viewed = flux.view(host)
-    assert torch.equal(call(viewed, inputs, joint_attention_kwargs=given()), expected)
-    cores = [site.name for site in flux.sites(viewed) if site.kind == "core"]
-    assert cores == [f"single.{i}.attn.core" for i in range(SINGLE)]
-    x = run_steps(viewed, inputs, [TaylorSeer(3, 1, 1)], joint_attention_kwargs=given())[0]
-    assert x.isfinite().all()
-
-
-def test_attention_mask_and_unknown_arguments(host: Any, inputs: Inputs) -> None:
-    mask = torch.ones(B, 1, S + L, S + L, dtype=torch.bool)
-    mask[..., S - 3 : S] = False
-    given = {"attention_mask": mask, "nobody_knows": 1}
-    expected = call(host, inputs, joint_attention_kwargs=given)
-    assert not torch.equal(expected, call(host, inputs))
-    assert torch.equal(call(flux.view(host), inputs, joint_attention_kwargs=given), expected)
-
-
-@pytest.mark.parametrize("swap_first", [False, True])
-def test_fused_projections(host: Any, inputs: Inputs, swap_first: bool) -> None:
-    model = flux.view(copy.deepcopy(host)) if swap_first else host
-    host.fuse_qkv_projections()
-    expected = call(host, inputs)
-    model.fuse_qkv_projections()
-    assert torch.equal(call(flux.view(model), inputs), expected)
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients(host: Any, inputs: Inputs, checkpointed: bool) -> None:
-    host.train()
-    host(**inputs).sample.square().sum().backward()
-    expected = {name: p.grad.clone() for name, p in host.named_parameters() if p.grad is not None}
-    host.zero_grad()
-    viewed = flux.view(host)
-    if checkpointed:
-        viewed.enable_gradient_checkpointing()
-    tap = Tap(("blocks.0.attn",))
-    with flux.running(Trajectory(flux.sites(viewed), [tap], 1).run(at(0, 1))):
-        loss = viewed(**inputs).sample.square().sum()
-    loss.backward()
-    assert "blocks.0.attn" in tap.seen
-    assert expected
-    for name, p in viewed.named_parameters():
-        assert (p.grad is None) == (name not in expected), name
-        assert p.grad is None or torch.equal(p.grad, expected[name]), name
-
-
 def test_blocks_can_be_called_as_diffusers_calls_them(host: Any) -> None:
     draw = torch.Generator().manual_seed(1)
     image, text, temb = (torch.randn(B, *n, D, generator=draw) for n in ((L,), (S,), ()))
@@ -233,50 +112,6 @@ def test_blocks_can_be_called_as_diffusers_calls_them(host: Any) -> None:
     assert all(
         torch.equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)
     )
-
-
-# What the transformer carries
-
-
-def test_hooks_of_blocks_attention_and_leaves_fire(host: Any, inputs: Inputs) -> None:
-    fired = []
-    block = host.transformer_blocks[1]
-    for module in (
-        host,
-        block,
-        block.attn,
-        block.attn.to_q,
-        block.norm1.linear,
-        host.single_transformer_blocks[0],
-    ):
-        module.register_forward_hook(lambda module, args, out: fired.append(module))
-    block.register_forward_pre_hook(lambda module, args, kw: fired.append(kw["temb"]), with_kwargs=True)
-    call(host, inputs)
-    expected = [type(x).__name__ for x in fired]
-    fired.clear()
-    call(flux.view(host), inputs)
-    assert sorted(type(x).__name__ for x in fired) == sorted(expected)
-
-
-OFFLOADS: dict[str, Callable[[Any], Any]] = {
-    "blocks": offload,
-    "model": lambda model: offload(model, whole=True),
-    "groups": offload_groups,
-    "leaves": lambda model: offload_groups(model, "leaf_level"),
-}
-
-
-@pytest.mark.parametrize("how", OFFLOADS)
-def test_offload_before_and_after_the_swap(host: Any, inputs: Inputs, how: str) -> None:
-    expected, sites = call(host, inputs), flux.sites(host)
-    before = flux.view(OFFLOADS[how](copy.deepcopy(host)))
-    after = OFFLOADS[how](flux.view(host))
-    for viewed in (before, after):
-        assert torch.equal(call(viewed, inputs), expected)
-        assert len(visited(viewed, inputs)) == len(sites)
-        restored = flux.restore(viewed)
-        assert torch.equal(call(restored, inputs), expected)
-        assert visited(restored, inputs) == set()
 
 
 def test_offload_that_is_removed_after_the_swap(host: Any, inputs: Inputs) -> None:
@@ -342,38 +177,72 @@ def test_a_foreign_forward_or_class_is_refused_and_nothing_changes(host: Any, in
         flux.view(torch.nn.Linear(1, 1))
 
 
-def test_saved_model_is_diffusers_own(host: Any, inputs: Inputs, tmp_path: Path) -> None:
-    expected = call(host, inputs)
-    flux.view(host).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"
-    loaded = FluxTransformer2DModel.from_pretrained(tmp_path).eval()
-    assert type(loaded) is FluxTransformer2DModel
-    assert torch.equal(call(loaded, inputs), expected)
-    assert (
-        type(host).__module__ == FluxTransformer2DModel.__module__
-    )  # pipelines write it in model_index.json
+def test_layouts(inputs: Inputs) -> None:
+    assert flux.layout(inputs["img_ids"], inputs["txt_ids"]) == LAYOUT
+    reference = inputs["img_ids"][: 2 * COLUMNS] + torch.tensor([1.0, 0.0, 0.0])
+    kontext = flux.layout(torch.cat([inputs["img_ids"], reference]), inputs["txt_ids"])
+    assert kontext == (*LAYOUT, Segment("context", Grid(1, 2, COLUMNS), 2 * COLUMNS))
+    assert flux.layout(inputs["img_ids"][:-1], inputs["txt_ids"])[1] == Segment("image", Grid(L - 1), L - 1)
 
 
-def test_restore_gives_the_original_back(host: Any, inputs: Inputs) -> None:
-    expected, classes = call(host, inputs), [type(module) for module in host.modules()]
-    restored = flux.restore(flux.view(host))
-    assert restored is host
-    assert [type(module) for module in host.modules()] == classes
-    assert all("forward" not in vars(module) for module in host.modules())
-    assert torch.equal(call(restored, inputs), expected)
+def test_an_ip_adapter_leaves_the_single_blocks_cores(host: Any, inputs: Inputs) -> None:
+    viewed = flux.view(flux_adapters(host, 1))
+    cores = [site.name for site in flux.sites(viewed) if site.kind == "core"]
+    assert cores == [f"single.{i}.attn.core" for i in range(SINGLE)]
+    x = run_steps(viewed, inputs, [TaylorSeer(3, 1, 1)], **flux_pictures(1))[0]
+    assert x.isfinite().all()
 
 
-def test_blocks_compile_without_a_break_and_once_for_all(inputs: Inputs) -> None:
-    host = transformer(num_layers=3, num_single_layers=1)
-    expected = call(host, inputs)
+def test_selected_rows_take_their_residuals_along(host: Any, inputs: Inputs) -> None:
+    """The same input twice: with the keys of all rows kept, those computed come out as in the dense run."""
+    viewed, given = flux.view(host), {"controlnet_block_samples": controls(2, 5)}
+    trajectory = Trajectory(flux.sites(viewed), [RowSelector(0.5, 1)], 4)
+    dense = trajectory.leave(at(0, 4), call(viewed, inputs, trajectory.run(at(0, 4)), **given))
+    trajectory.guided(at(0, 4), dense)
+    (session,) = trajectory.sessions
+    assert isinstance(session, SelectedRows) and session.active is not None
+    sparse: Tensor = call(viewed, inputs, trajectory.run(at(1, 4)), **given)
+    assert (sparse - dense)[:, session.active].abs().max() <= 1e-6 * dense.abs().max()
+    assert sparse.abs().sum() == sparse[:, session.active].abs().sum()
+
+
+def test_taylorseer_of_higher_order_is_closer(host: Any, inputs: Inputs) -> None:
     viewed = flux.view(host)
-    compiled = []
+    exact = run_steps(viewed, inputs, [])[0]
+    errors = [relative(run_steps(viewed, inputs, [TaylorSeer(3, order, 2)])[0], exact) for order in (0, 1)]
+    assert 0 < errors[1] < errors[0] < 0.05
 
-    def backend(graph: Any, examples: Any) -> Any:
-        compiled.append(graph)
-        return graph.forward
 
-    torch._dynamo.reset()
-    viewed.compile_repeated_blocks(fullgraph=True, backend=backend)
-    assert torch.equal(call(viewed, inputs), expected)
-    assert len(compiled) == 2  # the double blocks share one
+def test_reused_statistics_are_exact_on_constant_attention(host: Any, inputs: Inputs) -> None:
+    viewed = flux.view(host)
+    dense = call(viewed, inputs)
+    trajectory = Trajectory(flux.sites(viewed), [BandReuse(0.2, warmup=0, every=4)], 4)
+    for i in range(3):
+        out = trajectory.leave(at(i, 4), call(viewed, inputs, trajectory.run(at(i, 4))))
+        assert (out - dense).abs().max() <= 1e-5 * dense.abs().max()
+    assert trajectory.finish()[0].saved == 2 * (DOUBLE + SINGLE)
+
+
+def test_a_gate_cuts_the_stack(host: Any, inputs: Inputs) -> None:
+    viewed = flux.view(host)
+    given = {"controlnet_block_samples": controls(2, 5), "controlnet_single_block_samples": controls(3, 6)}
+    exact = run_steps(viewed, inputs, [], **given)[0]
+    assert torch.equal(run_steps(viewed, inputs, [Gate(0.0)], **given)[0], exact)
+    x, trajectory = run_steps(viewed, inputs, [Gate(10.0)], **given)
+    gated = trajectory.sessions[0]
+    assert isinstance(gated, Gated)
+    assert gated.log == ["computed"] * 2 + ["skipped"] * 5 + ["computed"]
+    assert 0 < relative(x, exact) < 0.1
+
+
+def test_methods_compose(host: Any, inputs: Inputs) -> None:
+    tap = Tap(("blocks.1.attn.core", "blocks.1.attn.kv", "single.2.fused"))
+    viewed = flux.view(host)
+    x, _trajectory = run_steps(viewed, inputs, [TaylorSeer(3, 1, 1), BandReuse(0.25), tap])
+    assert x.isfinite().all()
+    q, k, v = tap.seen["blocks.1.attn.core"][0]
+    assert q.shape == k.shape == v.shape == (B, D // 16, S + L, 16)
+    (kv,), _ = tap.seen["blocks.1.attn.kv"]
+    assert kv.k.shape == kv.v.shape == (B, D // 16, L, 16)
+    assert [table.shape for table in kv.position] == [(L, 16)] * 2
+    assert tap.seen["single.2.fused"][1].shape == (B, S + L, D)

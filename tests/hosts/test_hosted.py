@@ -9,27 +9,14 @@ import torch
 from torch import Tensor
 
 import ditkit
-import flux_support as fluxes
 import hosts_support as hosts
-import lumina_wan_support as others
 from ditkit.adapt.lora import LoRA, Merged
 from ditkit.compress import Kept
 from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.hosts.hosted import Host
 from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
-CASES: dict[str, tuple[Any, Any]] = {
-    "flux": (fluxes.transformer, fluxes.call_inputs),
-    **{
-        name: (family.transformer, family.inputs)
-        for name, family in {
-            **hosts.FAMILIES,
-            "cogvideox": hosts.LATER["cogvideox"],
-            "pixart": hosts.LATER["pixart"],
-        }.items()
-    },
-    **{name: (others.CASES[name].transformer, others.CASES[name].inputs) for name in others.EACH},
-}
+CASES = {name: (family.transformer, family.inputs) for name, family in hosts.FAMILIES.items()}
 every_host = pytest.mark.parametrize("name", CASES)
 
 
@@ -95,7 +82,7 @@ def test_a_block_that_others_read_stays():
     with pytest.raises(ConfigError, match="leave out block 0 of 'blocks', which other parts of a Host read"):
         ditkit.compress(hosts.FAMILIES["dit"].transformer(), Kept(blocks=(1, 2)))
     with pytest.raises(ConfigError, match="leave out block 2 of 'blocks'"):
-        ditkit.compress(hosts.FAMILIES["sd3"].transformer(), Kept(blocks=(0, 1)))
+        ditkit.compress(hosts.VARIANTS["sd3"].transformer(), Kept(blocks=(0, 1)))
 
 
 def test_a_pipeline_is_changed_in_place_and_still_runs(tmp_path):

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+import ditkit
+from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.bench.macs import count_macs
-from ditkit.core.errors import ConfigError, ShapeError
+from ditkit.caching import RAS, TaylorSeer
+from ditkit.core.errors import ConfigError, DitkitError, ShapeError
 from ditkit.core.grid import patchify, unpatchify
 from ditkit.core.model import Model, parameter_count
 from ditkit.core.run import DIRECT, Run
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.predformer import PUBLISHED, VARIANTS, PredFormer, PredFormerConfig, sequence_table
 from ditkit.nn.axes import Clip
 from ditkit.sample.forecast import forecast
@@ -231,6 +235,20 @@ def test_a_stack_can_be_cut_between_blocks_and_not_within_a_skip():
         assert torch.equal(model(x, run=Run({"blocks": cut(*places)})), exact)
     with pytest.raises(ConfigError, match="blocks 2 to 4 have one skip"):
         model(x, run=Run({"blocks": cut(3)}))
+
+
+@pytest.mark.parametrize("policy", [TaylorSeer(), RAS(), Neighbourhood()], ids=lambda p: type(p).__name__)
+def test_policies_of_sampling_are_refused_by_name(policy):
+    """A forecast is one evaluation, and its attention is of lines, without a core that a pattern could take over."""
+    with pytest.raises(DitkitError, match=type(policy).__name__):
+        trajectory = Trajectory(tiny("TSST").sites(), [policy], 1)
+        trajectory.finish()
+
+
+def test_a_transform_that_leaves_out_blocks_is_refused_by_name():
+    """A layout says which block attends along which axis."""
+    with pytest.raises(ConfigError, match="Kept: unknown stack 'blocks'"):
+        ditkit.compress(tiny("TS*3"), "kept:blocks=0+1+4+5")
 
 
 def test_horizons_longer_and_shorter_than_a_pass():

@@ -198,12 +198,12 @@ def test_labels_and_text_are_dropped_at_the_stated_rate_in_training_only() -> No
     model = VideoDiT(replace(TOLD, label_dropout=0.25)).train()
     told = prompt(*[S] * 2000)
     told = replace(told, label=torch.ones(2000, dtype=torch.long))
-    seen = model.told(told, 2000)
+    seen = model.prepare_cond(told, 2000)
     assert seen.label is not None and seen.text is not None
     dropped = seen.label == 3
     assert torch.equal(dropped, ~seen.text.flatten(1).any(1))
     assert 0.21 < dropped.float().mean() < 0.29
-    assert torch.equal(model.eval().told(told, 2000).label, told.label)  # type: ignore[arg-type]
+    assert torch.equal(model.eval().prepare_cond(told, 2000).label, told.label)  # type: ignore[arg-type]
 
 
 def test_given_content_takes_the_place_of_noise() -> None:

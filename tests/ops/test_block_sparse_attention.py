@@ -156,7 +156,7 @@ def test_padding_in_the_order_influences_nothing() -> None:
     order = torch.full((32,), -1)
     order[[0, 1, 2, 5, 6, 8, 9, 12, 30, 31]] = torch.tensor([3, 1, 2, 0, 9, 5, 4, 7, 6, 8])
     plan = build_plan(32, 35, 8, order=order)  # three keys more than queries, tokens 10 to 12
-    assert int((plan.seen == 13).sum()) == 10 and plan.pairs == 130
+    assert int((plan.visible_keys == 13).sum()) == 10 and plan.pairs == 130
     assert plan.visited == 3 * 4  # a block of queries and one of keys hold no token
     tokens = qkv(10, 13)
     held = order.clamp(min=0)

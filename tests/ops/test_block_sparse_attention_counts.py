@@ -55,7 +55,7 @@ def test_clear_pairs_at_1024(radius: int, keys: int, pairs: int) -> None:
         plan = circle(Grid(1, 64, 64, tile), radius)
         assert plan.pairs == pairs
         middle = plan.inverse[32 * 64 + 32]
-        assert int(plan.seen[0, 0, middle]) == keys
+        assert int(plan.visible_keys[0, 0, middle]) == keys
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_grat_counts() -> None:
 def test_re_ttention_counts() -> None:
     for block, most in ((64, 3), (128, 3)):
         image = band(1, 4096, 4096 // 32, block=block)
-        assert int(image.seen.amax()) == 129 and int(image.counts[0].amax()) == most
+        assert int(image.visible_keys.amax()) == 129 and int(image.counts[0].amax()) == most
     width = 1350 // 32
     with_text = band(13, 1350, width, text=226)
-    assert with_text.seen[0, 0, with_text.inverse[226 + 675]] == 785
-    assert with_text.seen[0, 0, 0] == 17_776
+    assert with_text.visible_keys[0, 0, with_text.inverse[226 + 675]] == 785
+    assert with_text.visible_keys[0, 0, 0] == 17_776
     for block, visited, percent in ((64, 2995, 3.9), (128, 954, 5.0)):
         video = band(13, 1350, width, block=block)
         assert video.visited == visited and 100 * video.density == pytest.approx(percent, abs=0.1)

@@ -88,7 +88,7 @@ def test_every_evaluation_has_its_place(scheduler: str) -> None:
     fast = ditkit.accelerate(pipeline(scheduler=SCHEDULERS[scheduler]()), POLICY)
     latents(fast, asked())
     total = 2 * STEPS - 1 if scheduler == "heun" else STEPS
-    assert list(fast.report().took.receipts[0].rows["cond"]) == list(range(total))
+    assert list(fast.report().cost.receipts[0].rows["cond"]) == list(range(total))
     assert computed(fast) == {"cond": "0-1 4 7 10 13" if scheduler == "heun" else "0-1 4 7"}
 
 
@@ -338,5 +338,5 @@ def test_diffusers_own_callbacks_are_asked_what_they_want(first: Tensor) -> None
 def test_the_default_saves_something() -> None:
     fast = ditkit.accelerate(pipeline())
     latents(fast, asked())
-    (receipt,) = fast.report().took.receipts
+    (receipt,) = fast.report().cost.receipts
     assert receipt.policy == DEFAULT and receipt.saved > 0

@@ -64,7 +64,7 @@ def test_what_the_message_proposes_fits() -> None:
     drawn = latents(ditkit.accelerate(pipe, POLICY), asked())
     fast = ditkit.accelerate(pipe, POLICY, max_bytes=2 * FACTOR)
     assert torch.equal(latents(fast, asked()), drawn)
-    assert fast.report().took.policy_bytes == 2 * FACTOR
+    assert fast.report().cost.policy_bytes == 2 * FACTOR
 
 
 class Keeping(Session):

@@ -136,8 +136,8 @@ def test_report_has_no_error_that_was_not_measured() -> None:
     latents(fast, asked())
     report = fast.report()
     assert str(report).startswith("error not measured") and report.rows == ()
-    assert report.took.seconds > 0 and report.took.policy_bytes > 0
-    assert (report.took.evaluations, report.took.full, report.took.forwards) == (STEPS, 4, STEPS)
+    assert report.cost.seconds > 0 and report.cost.policy_bytes > 0
+    assert (report.cost.evaluations, report.cost.full, report.cost.forwards) == (STEPS, 4, STEPS)
 
 
 def test_report_measures_against_the_same_randomness() -> None:

@@ -29,7 +29,7 @@ from ditkit.report.sheet import LINE as HEAD
 from ditkit.report.strips import fitting
 from ditkit.tasks.forecast.figures import clip_examples, field_examples, page, write_pictures, write_sheet
 
-SEEN, SAID = 3, 2
+SEEN, FORECAST = 3, 2
 NAMES, UNITS = ("eastward", "northward"), ("m/s", "")
 
 
@@ -44,12 +44,12 @@ def fields(height: int = 40, width: int = 30, step: str = "h") -> FieldSet:
 
 def later(seen: Tensor) -> Tensor:
     """A forecast: the first frames again."""
-    return seen[:, :, :SAID]
+    return seen[:, :, :FORECAST]
 
 
 def examples(of: FieldSet) -> list[Example]:
     scaled = of.normalised(of.fit_scaling())
-    return list(field_examples(scaled, 1, SEEN, SAID, later))
+    return list(field_examples(scaled, 1, SEEN, FORECAST, later))
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_an_example_is_in_the_unit_of_its_variable_and_has_the_times_of_its_fram
         assert (example.variable, example.unit) == (name, unit)
         torch.testing.assert_close(example.observed[0], of.values[1:4, i])
         torch.testing.assert_close(example.followed[0], of.values[4:6, i])
-        torch.testing.assert_close(example.said[0], of.values[1:3, i])
+        torch.testing.assert_close(example.forecast[0], of.values[1:3, i])
         assert example.times is not None and (example.times == of.times[1:6]).all()
     ahead = replace(of, lead_in=5)  # the first target is the first frame after the border
-    example = next(field_examples(ahead, 1, SEEN, SAID, later))
+    example = next(field_examples(ahead, 1, SEEN, FORECAST, later))
     assert example.times is not None and (example.times == of.times[3:8]).all()
     assert torch.equal(example.followed[0], of.values[6:8, 0])
 
@@ -117,7 +117,7 @@ def test_fields_have_a_scale_of_values_and_no_difference_where_they_were_observe
     size = fitting(40, 30)
     scale = size[0] // 30
     viridis = torch.from_numpy(colormaps["viridis"](range(256), bytes=True)[:, :3].copy())
-    rows = {0: example.observed, 1: example.followed, 2: example.said}
+    rows = {0: example.observed, 1: example.followed, 2: example.forecast}
     for row, frames in rows.items():
         for column in range(frames.shape[1]):
             expected = viridis[((frames[0, column] - low) / (high - low) * 255).round().long()]
@@ -169,7 +169,7 @@ def test_cells_that_hold_no_data_are_grey_and_are_told(written: list[str]) -> No
     valid = torch.ones(2, 40, 30, dtype=torch.bool)
     valid[:, 10:20, 5:9] = False
     example = examples(replace(of, values=of.values.where(valid, torch.tensor(0.0)), valid=valid))[0]
-    example.said[..., 10:20, 5:9] = 1e6
+    example.forecast[..., 10:20, 5:9] = 1e6
     assert example.span[0] == pytest.approx(1)
     strip = forecast_strip(example)
     size = fitting(40, 30)
@@ -185,7 +185,7 @@ def moving(size: tuple[int, int], channels: int = 1) -> MemoryClips:
     """A film of noise, and clips of all its windows."""
     shape = (9, channels, *size)
     film = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return MemoryClips("noise", (film,), ("a",), 12.5, frames=SEEN + SAID)
+    return MemoryClips("noise", (film,), ("a",), 12.5, frames=SEEN + FORECAST)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -202,9 +202,9 @@ def test_a_film_shows_truth_forecast_and_error_side_by_side(
         film[:, :, head : head + tall, x : x + wide] for x in (i * (wide + BETWEEN_PX) for i in range(3))
     ]
     truth, said, error = (tile[:, :, scale // 2 :: scale, scale // 2 :: scale] for tile in tiles)
-    whole = clips.films[0][2 : 2 + SEEN + SAID].expand(-1, 3, -1, -1)
+    whole = clips.films[0][2 : 2 + SEEN + FORECAST].expand(-1, 3, -1, -1)
     assert torch.equal(truth, whole) and torch.equal(said[:SEEN], whole[:SEEN])
-    assert torch.equal(said[SEEN:], whole[:SAID])
+    assert torch.equal(said[SEEN:], whole[:FORECAST])
     largest = example.errors.max()
     assert torch.equal(error[SEEN:], coloured(example.errors / largest)) and (error[:SEEN] == 255).all()
     amber = (tiles[1] == torch.tensor(GIVEN_RGB, dtype=torch.uint8).view(3, 1, 1)).all(1)
@@ -292,7 +292,10 @@ def test_of_many_values_some_dates_are_shown_and_that_of_the_last_observed_is() 
 def test_nothing_of_a_series_is_drawn_outside_the_picture() -> None:
     example = examples(fields(1, 1))[0]
     large = replace(
-        example, observed=example.observed + 1e6, followed=example.followed + 1e6, said=example.said + 1e6
+        example,
+        observed=example.observed + 1e6,
+        followed=example.followed + 1e6,
+        forecast=example.forecast + 1e6,
     )
     pixels = torch.from_numpy(np.array(series_plot(large)))
     panel = pixels[0, 0]
@@ -307,8 +310,8 @@ def test_sheets_of_training_show_every_variable(side: int, pages: list, tmp_path
     scaled = of.normalised(of.fit_scaling())
     drawn = [draw(example) for draw, example in zip(pages, examples(of), strict=True)]
     model: Any = torch.nn.Identity()
-    model.config = SimpleNamespace(frames=SAID)
-    write_sheet(tmp_path, partial(field_examples, scaled, 1, SEEN, SAID), model, 7)
+    model.config = SimpleNamespace(frames=FORECAST)
+    write_sheet(tmp_path, partial(field_examples, scaled, 1, SEEN, FORECAST), model, 7)
     with Image.open(tmp_path / "000007.png") as sheet:
         assert sheet.size == (max(p.width for p in drawn), sum(p.height for p in drawn))
         assert sheet.crop((0, 0, *drawn[0].size)).tobytes() == drawn[0].tobytes()

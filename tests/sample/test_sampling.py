@@ -29,7 +29,10 @@ from ditkit.sample import (
     Guidance,
     Heun,
     SampleNoise,
+    Sampler,
+    Sampling,
     Solver,
+    Unguided,
     initial_noise,
     sample,
 )
@@ -342,3 +345,21 @@ def test_solvers_and_guidances_are_found_by_name() -> None:
         "UniPc",
     }
     assert find(Guidance, "classifierfree") is ClassifierFree  # type: ignore[type-abstract]
+
+
+@pytest.mark.parametrize(
+    ("convention", "solver"), [(SIT, Euler()), (DDPM, Ddim())], ids=["continuous", "discrete"]
+)
+def test_the_default_solver_follows_from_the_path(convention: Convention, solver: Solver) -> None:
+    model = tiny(convention)
+    named = Sampling(steps=2, solver=solver, guidance=Unguided(), seeds=(0, 1))
+    assert named.changed(solver=None).resolved(model) == named == named.resolved(model)
+    sampler = Sampler.of(model, sampling=named.changed(solver=None))
+    assert sampler.sampling.solver == solver and sampler.sampling.as_dict()["solver"] == str(solver)
+    assert torch.equal(sampler.draw().samples, Sampler.of(model, sampling=named).draw().samples)
+    assert torch.equal(sampler.draw(solver=None).samples, sampler.draw().samples)
+
+
+def test_settings_without_a_model_have_no_solver_yet() -> None:
+    assert Sampling().solver is None and Sampling().as_dict()["solver"] is None
+    assert Sampling(steps=7).evaluations == 7 and Sampling(steps=7, solver=Heun()).evaluations == 13

@@ -23,6 +23,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.path import Cosine, Linear, VariancePreserving
 from ditkit.core.spec import component, spec
 from ditkit.core.time_grid import Even, Shift, Table, TimeGrid
+from ditkit.core.trajectory import Trajectory
 from ditkit.sample import (
     Ancestral,
     ClassifierFree,
@@ -55,7 +56,7 @@ ORDERS = {  # between the ends; UniPC's corrector adds one to its p
 
 
 def field_of(model: Any, total: int) -> GuidedDenoiser:
-    return GuidedDenoiser(model, COND, Unguided(), (), total)
+    return GuidedDenoiser(model, COND, Unguided(), Trajectory(model.sites(), (), total))
 
 
 def start(points: int = 50) -> Tensor:
@@ -231,7 +232,7 @@ def test_what_is_inverted_is_drawn_again(convention: Convention) -> None:
         noise = invert(model, data, COND.rows(slice(1)), steps=steps)
         assert noise.isfinite().all()
         times = Ddim().times(model.path, steps)
-        field = GuidedDenoiser(model, COND.rows(slice(1)), Unguided(), (), steps)
+        field = GuidedDenoiser(model, COND.rows(slice(1)), Unguided(), Trajectory(model.sites(), (), steps))
         again = follow(Ddim().begin(model.path, times), field, noise)
         errors.append((again - data).square().mean().sqrt().item())
     assert errors[1] < 0.65 * errors[0] and errors[1] < 0.1

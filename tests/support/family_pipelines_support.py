@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -14,7 +15,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import pipelines_support as fluxes
 from flux_support import transformer as flux_transformer
-from pipelines_support import SIDE, Options, picture, vae
+from hosts_support import FLUX2, HUNYUAN_VIDEO, LATTE, LTX, QWEN_IMAGE, ROTARY
+from pipelines_support import SIDE, Options, cogvideox, picture, pixart, vae
 
 Made = tuple[Any, Options]
 Make = Callable[[], Made]
@@ -215,6 +217,131 @@ def dit(scheduler: Any = diffusers.DDIMScheduler) -> Made:
     return pipe, {"class_labels": [1, 2], "guidance_scale": 4.0, "output_type": "np"}
 
 
+def hunyuan_video(
+    scheduler: Any = FlowMatchEulerDiscreteScheduler,
+    kind: Any = diffusers.HunyuanVideoPipeline,
+    told: Options | None = None,
+    parts: Callable[[], Options] = dict,
+    **config: Any,
+) -> Made:
+    """Text of five rows, three of them known, behind the clip."""
+    net = diffusers.HunyuanVideoTransformer3DModel(
+        **{**HUNYUAN_VIDEO, "in_channels": 16, "out_channels": 16, **config}
+    )
+    without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae"))
+    pipe = kind(transformer=net, scheduler=scheduler(), **{**without, **parts()})
+    texts = {
+        f"{prefix}{name}": value
+        for seed, prefix in enumerate(("", "negative_"))
+        for name, value in (
+            ("prompt_embeds", drawn(1, 5, 20, seed=seed)),
+            ("pooled_prompt_embeds", drawn(1, 12, seed=seed)),
+            ("prompt_attention_mask", torch.tensor([[1, 1, 1, 0, 0]])),
+        )
+    }
+    size = {"height": 32, "width": 48, "num_frames": 5, "output_type": "latent"}
+    return pipe, {**texts, **size, **(told or {})}
+
+
+def hunyuan_vae() -> Options:
+    """A frame in four and a pixel in eight each way; and what the pipeline of a first picture has beside it."""
+    codec = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=16,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    return {"vae": codec, "image_processor": None}
+
+
+def qwen_image(
+    scheduler: Any = FlowMatchEulerDiscreteScheduler,
+    kind: Any = diffusers.QwenImagePipeline,
+    told: Options | None = None,
+    parts: Callable[[], Options] = dict,
+    **config: Any,
+) -> Made:
+    """16 rows of the image; five of text, of which three are known."""
+    sizes = {"in_channels": 64, "out_channels": 16}
+    net = diffusers.QwenImageTransformer2DModel(**{**QWEN_IMAGE, "num_layers": 2, **sizes, **config})
+    without = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    pipe = kind(transformer=net, scheduler=scheduler(), **{**without, **parts()})
+    texts = {
+        "prompt_embeds": drawn(1, 5, 20),
+        "negative_prompt_embeds": drawn(1, 4, 20, seed=1),
+        "prompt_embeds_mask": torch.tensor([[1, 1, 1, 0, 0]]).bool(),
+        "negative_prompt_embeds_mask": torch.ones(1, 4).bool(),
+    }
+    return pipe, {**texts, "height": 64, "width": 64, "output_type": "latent", **(told or {})}
+
+
+def qwen_vae() -> Options:
+    codec = diffusers.AutoencoderKLQwenImage(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return {"vae": codec}
+
+
+def latte(
+    scheduler: Any = diffusers.DPMSolverMultistepScheduler, told: Options | None = None, **config: Any
+) -> Made:
+    """Three frames of 16 rows."""
+    net = diffusers.LatteTransformer3DModel(**{**LATTE, **config})
+    parts = {"vae": vae(), "text_encoder": None, "tokenizer": None}
+    pipe = diffusers.LattePipeline(transformer=net, scheduler=scheduler(), **parts)
+    texts = {"prompt_embeds": drawn(1, 5, 32), "negative_prompt_embeds": drawn(1, 5, 32, seed=1)}
+    plainly = {"negative_prompt": None, "video_length": 3, "mask_feature": False, "clean_caption": False}
+    return pipe, {**texts, **plainly, "guidance_scale": 4.0, **SQUARE, **(told or {})}
+
+
+def ltx(
+    scheduler: Any = FlowMatchEulerDiscreteScheduler,
+    kind: Any = diffusers.LTXPipeline,
+    told: Options | None = None,
+    parts: Callable[[], Options] = dict,
+    **config: Any,
+) -> Made:
+    """Two frames of 2 x 3 rows."""
+    net = diffusers.LTXVideoTransformer3DModel(**{**LTX, "in_channels": 16, "out_channels": 16, **config})
+    without = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    pipe = kind(transformer=net, scheduler=scheduler(), **{**without, **parts()})
+    texts = {
+        "prompt_embeds": drawn(1, 5, 20),
+        "negative_prompt_embeds": drawn(1, 5, 20, seed=1),
+        "prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+        "negative_prompt_attention_mask": torch.ones(1, 5).long(),
+    }
+    size = {"height": 64, "width": 96, "num_frames": 9, "output_type": "latent"}
+    return pipe, {**texts, **size, **(told or {})}
+
+
+def ltx_vae() -> Options:
+    codec = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return {"vae": codec}
+
+
+def flux2(
+    kind: Any = diffusers.Flux2Pipeline,
+    told: Options | None = None,
+    scheduler: Any = FlowMatchEulerDiscreteScheduler,
+    **config: Any,
+) -> Made:
+    """16 rows of the image, 5 of text."""
+    net = diffusers.Flux2Transformer2DModel(**{**FLUX2, **config})
+    codec = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+    parts = {"text_encoder": None, "tokenizer": None, "vae": codec}
+    pipe = kind(transformer=net, scheduler=scheduler(), **parts)
+    size = {"height": 64, "width": 64, "output_type": "latent"}
+    return pipe, {"prompt_embeds": drawn(1, 5, 20), **size, **(told or {})}
+
+
 def flux(kind: Any = diffusers.FluxPipeline, told: Options | None = None, **config: Any) -> Made:
     pipe = fluxes.pipeline(kind, net=flux_transformer(**config))
     return pipe, {**fluxes.prompt(), **SQUARE, **(told or {})}
@@ -236,4 +363,11 @@ ONE_EACH: dict[str, Make] = {
     "lumina-next": lumina_next,
     "wan": wan_two_experts,
     "flux": flux,
+    "cogvideox": partial(cogvideox, patch_size_t=2, **ROTARY),
+    "pixart": pixart,
+    "hunyuan-video": hunyuan_video,
+    "qwen-image": qwen_image,
+    "latte": latte,
+    "ltx": ltx,
+    "flux2": flux2,
 }

@@ -1,119 +1,208 @@
-"""Small random transformers of diffusers with patches of latents, their inputs, and calls of them."""
+"""Small random transformers of diffusers, of each family that has a view, their inputs, and calls of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
-import pytest
+import diffusers
 import torch
-from diffusers import (
-    CogVideoXTransformer3DModel,
-    DiTTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-)
-from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.embeddings import IPAdapterTimeImageProjection, get_3d_rotary_pos_embed
-from torch import Tensor
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina, get_3d_rotary_pos_embed
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import flux_support as fluxes
 from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy
-from ditkit.core.run import DIRECT, Call, Run
+from ditkit.core.run import DIRECT, Call, Run, Site
 from ditkit.core.trajectory import Trajectory
-from ditkit.hosts import cogvideox, dit, pixart, sd3
-from ditkit.hosts.view import running
+from ditkit.hosts.family import families
+from ditkit.hosts.family import family as family_of
+from ditkit.hosts.view import running, view
 from policies_support import Tap
 
+families()
 B, C, S, D, DEPTH, HEADS, PATCH, CLASSES = 2, 4, 7, 64, 3, 4, 2, 10
 Inputs = dict[str, Any]
+TABLES = ("image_rotary_emb", "img_ids", "txt_ids", "video_coords")
+"""Inputs that pipelines leave in float32: positions."""
+LORA = {
+    "r": 2,
+    "target_modules": ["to_q", "linear", "linear_1", "proj_out", "proj_out_1"],
+    "init_lora_weights": False,
+}
+
+
+class Draws:
+    """A generator that a family draws its inputs from, always the same ones."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of transformer: its class with a small config, and the view that it gets.
+    """One kind of transformer: its class with a small config, and the inputs of a call.
 
     Args:
-        text: rows of it, where they are part of the sequence. frames: of a clip, which come before its channels.
+        shape: of its latents. draw: its other inputs. time: the largest timestep.
+        graphs: number of graphs when its blocks are compiled.
+        tolerance: of gradients, relative, where a sum has another order than in diffusers.
     """
 
     host: Any
-    view: ModuleType
-    config: dict[str, Any]
-    size: tuple[int, int]
-    draw: Callable[[torch.Generator], Inputs]
-    text: tuple[int, ...] = field(default=())
-    frames: tuple[int, ...] = field(default=())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (B, *self.frames, C, *self.size)
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+    draw: Callable[[Draws], Inputs]
+    time: float = 1000.0
+    graphs: int = 1
+    tolerance: float = 0.0
+    kwargs: str = "attention_kwargs"
+    """The argument that holds what attention processors take, and the scale of LoRAs."""
 
     def transformer(self, **changed: Any) -> Any:
-        """Always the same weights."""
+        """Always the same weights, none of them zero."""
         torch.manual_seed(0)
-        return self.host(**{**self.config, **changed}).eval()
+        model = self.host(**{**self.config, **changed}).eval()
+        for name, p in model.named_parameters():
+            if name.endswith((".gate", "pad_token")):
+                nn.init.normal_(p)
+        return model
 
     def inputs(self) -> Inputs:
-        draw = torch.Generator().manual_seed(1)
-        return {"hidden_states": torch.randn(self.shape, generator=draw), **self.draw(draw)}
-
-    def layout(self, model: Any) -> tuple[Segment, ...]:
-        layout: tuple[Segment, ...] = self.view.layout(model, self.shape, *self.text)
-        return layout
-
-    def channels_first(self, v: Tensor) -> Tensor:
-        """As policies see a prediction, and back: a clip's channels before its frames."""
-        return v.transpose(1, 2) if self.frames else v
+        draw = Draws()
+        return {"hidden_states": draw(*self.shape), **self.draw(draw)}
 
 
-def sd3_inputs(draw: torch.Generator) -> Inputs:
+def sites_of(model: Any) -> tuple[Site, ...]:
+    """Sites of a transformer by the module that knows it."""
+    return family_of(model).sites(model)
+
+
+def layout_of(model: Any, inputs: Inputs) -> tuple[Segment, ...]:
+    """Segments of a call by the module that knows the transformer."""
+    return family_of(model).layout(model, inputs)
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """Blocks of a transformer, in the order of the call."""
+    names = (
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "temporal_transformer_blocks",
+        "blocks",
+        "layers",
+    )
+    return [block for name in names for block in getattr(model, name, ())]
+
+
+def attention_of(block: Any) -> Any:
+    """Self-attention of a block."""
+    return block.attn1 if hasattr(block, "attn1") else block.attn
+
+
+@torch.no_grad()
+def call(model: Any, inputs: Inputs, run: Run = DIRECT, **changed: Any) -> Tensor:
+    with running(run):
+        return model(**{**inputs, **changed}, return_dict=False)[0]
+
+
+def in_type(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Inputs in `dtype`; positions stay as they are, as in diffusers' pipelines."""
+
+    def cast(v: Any) -> Any:
+        return v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    return {name: v if name in TABLES else tree_map(cast, v) for name, v in inputs.items()}
+
+
+def tapped(model: Any) -> tuple[Run, dict[str, Any]]:
+    """A run that passes through a handler at every site, and what it meets."""
+    sites = sites_of(model)
+    tap = Tap(tuple(site.name for site in sites))
+    return Trajectory(sites, [tap], 1).run(Call(0, 1, 1.0)), tap.seen
+
+
+def same_in_both(model: Any, inputs: Inputs, expected: Tensor, without: str = "-", **given: Any) -> bool:
+    """Whether a viewed transformer gives `expected`, without handlers and with one at each site.
+
+    Args:
+        without: ends of the names of sites that this call does not have, or blocks.
+    """
+    run, seen = tapped(model)
+    plain, sited = call(model, inputs, **given), call(model, inputs, run, **given)
+    names = {site.name for site in sites_of(model)}
+    skipped = tuple(without.split())
+    inside = tuple(name + "." for name in skipped)
+    visited = set(seen) == {name for name in names if not (name.endswith(skipped) or name.startswith(inside))}
+    # a sum over an axis of other strides, as Lumina 2's pipeline takes one, can be another sum
+    laid_out = plain.stride() == sited.stride() == expected.stride()
+    return visited and laid_out and torch.equal(plain, expected) and torch.equal(sited, expected)
+
+
+def run_steps(
+    family: Family,
+    model: Any,
+    inputs: Inputs,
+    policies: Sequence[Policy],
+    steps: int = 8,
+    **given: Any,
+) -> tuple[Tensor, Trajectory]:
+    """Euler from noise to data."""
+    home = family_of(model)
+    trajectory, x = Trajectory(home.sites(model), policies, steps), inputs["hidden_states"]
+    axis = home.channel_axis if x.ndim > 3 else 2
+    for i in range(steps):
+        now = Call(i, steps, 1 - i / steps, layout=home.layout(model, inputs))
+        t = torch.full_like(inputs["timestep"], family.time * now.t)
+        v = call(model, inputs, trajectory.run(now), hidden_states=x, timestep=t, **given)
+        v = trajectory.leave(now, v).narrow(axis, 0, min(x.shape[axis], v.shape[axis]))
+        v = trajectory.guided(now, v.movedim(axis, 1) if x.ndim > 3 else v)
+        x = x - (v.movedim(1, axis) if x.ndim > 3 else v) / steps
+    return x, trajectory
+
+
+def with_lora(model: Any) -> Any:
+    torch.manual_seed(3)
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(LoraConfig(**LORA))
+        return model
+    return inject_adapter_in_model(LoraConfig(**LORA), model)
+
+
+def residuals(count: int, rows: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    return [0.1 * torch.randn(B, rows, D, generator=draw) for _ in range(count)]
+
+
+def captions(*lengths: int, rows: int = 9) -> Tensor:
+    """Mask [B, S] of captions that end in padding."""
+    return (torch.arange(rows) < torch.tensor(lengths)[:, None]).long()
+
+
+# FLUX, Stable Diffusion 3, DiT
+
+
+def flux_inputs(draw: Draws) -> Inputs:
+    return fluxes.call_inputs()
+
+
+def sd3_inputs(draw: Draws) -> Inputs:
     return {
-        "encoder_hidden_states": torch.randn(B, S, 32, generator=draw),
-        "pooled_projections": torch.randn(B, 24, generator=draw),
+        "encoder_hidden_states": draw(B, S, 32),
+        "pooled_projections": draw(B, 24),
         "timestep": torch.tensor([700.0, 300.0]),
     }
 
 
-def dit_inputs(draw: torch.Generator) -> Inputs:
+def dit_inputs(draw: Draws) -> Inputs:
     return {"timestep": torch.tensor([700, 300]), "class_labels": torch.tensor([3, CLASSES])}
-
-
-def cogvideox_inputs(draw: torch.Generator) -> Inputs:
-    return {
-        "encoder_hidden_states": torch.randn(B, S, 32, generator=draw),
-        "timestep": torch.tensor([700, 300]),
-    }
-
-
-def rotated(frames: int) -> Callable[[torch.Generator], Inputs]:
-    """With the rotary table of so many frames of tokens, as CogVideoX's pipelines make it."""
-
-    def inputs(draw: torch.Generator) -> Inputs:
-        table = get_3d_rotary_pos_embed(D // HEADS, ((0, 0), (4, 6)), (4, 6), frames)
-        return {**cogvideox_inputs(draw), "image_rotary_emb": table}
-
-    return inputs
-
-
-def cogvideox_offset_inputs(draw: torch.Generator) -> Inputs:
-    return {**rotated(2)(draw), "ofs": torch.full((1,), 2.0)}
-
-
-def pixart_inputs(draw: torch.Generator) -> Inputs:
-    return {
-        "encoder_hidden_states": torch.randn(B, S, 32, generator=draw),
-        "timestep": torch.tensor([700, 300]),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]),
-    }
-
-
-def pixart_sized_inputs(draw: torch.Generator) -> Inputs:
-    sizes = {"resolution": torch.tensor([[64.0, 96.0]] * B), "aspect_ratio": torch.tensor([[0.7]] * B)}
-    return {**pixart_inputs(draw), "added_cond_kwargs": sizes}
 
 
 SHARED = {"num_layers": DEPTH, "num_attention_heads": HEADS, "attention_head_dim": D // HEADS}
@@ -129,13 +218,48 @@ SD3 = {
     "pos_embed_max_size": 8,
 }
 DUAL = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
-DIT = {**SHARED, "sample_size": 8, "patch_size": PATCH, "in_channels": C, "out_channels": 2 * C}
-
-FAMILIES = {
-    "sd3": Family(SD3Transformer2DModel, sd3, SD3, (8, 12), sd3_inputs, (S,)),
-    "sd3.5": Family(SD3Transformer2DModel, sd3, SD3 | DUAL, (8, 12), sd3_inputs, (S,)),
-    "dit": Family(DiTTransformer2DModel, dit, DIT | {"num_embeds_ada_norm": CLASSES}, (8, 8), dit_inputs),
+DIT = {
+    **SHARED,
+    "sample_size": 8,
+    "patch_size": PATCH,
+    "in_channels": C,
+    "out_channels": 2 * C,
+    "num_embeds_ada_norm": CLASSES,
 }
+
+# CogVideoX, PixArt
+
+
+def cogvideox_inputs(draw: Draws) -> Inputs:
+    return {"encoder_hidden_states": draw(B, S, 32), "timestep": torch.tensor([700, 300])}
+
+
+def rotated(frames: int) -> Callable[[Draws], Inputs]:
+    """With the rotary table of so many frames of tokens, as CogVideoX's pipelines make it."""
+
+    def inputs(draw: Draws) -> Inputs:
+        table = get_3d_rotary_pos_embed(D // HEADS, ((0, 0), (4, 6)), (4, 6), frames)
+        return {**cogvideox_inputs(draw), "image_rotary_emb": table}
+
+    return inputs
+
+
+def cogvideox_offset_inputs(draw: Draws) -> Inputs:
+    return {**rotated(2)(draw), "ofs": torch.full((1,), 2.0)}
+
+
+def pixart_inputs(draw: Draws) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(B, S, 32),
+        "timestep": torch.tensor([700, 300]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]),
+    }
+
+
+def pixart_sized_inputs(draw: Draws) -> Inputs:
+    sizes = {"resolution": torch.tensor([[64.0, 96.0]] * B), "aspect_ratio": torch.tensor([[0.7]] * B)}
+    return {**pixart_inputs(draw), "added_cond_kwargs": sizes}
+
 
 COGVIDEOX = {
     **SHARED,
@@ -163,86 +287,319 @@ SIZED: dict[str, Any] = {
     "cross_attention_dim": 48,
 }
 """Size and aspect ratio are embedded in a third of the width each."""
-LATER = {
-    "cogvideox": Family(
-        CogVideoXTransformer3DModel, cogvideox, COGVIDEOX, (8, 12), cogvideox_inputs, (S,), (3,)
-    ),
-    "cogvideox rotary": Family(
-        CogVideoXTransformer3DModel, cogvideox, COGVIDEOX | ROTARY, (8, 12), rotated(3), (S,), (3,)
-    ),
-    "cogvideox 1.5": Family(
-        CogVideoXTransformer3DModel,
-        cogvideox,
-        COGVIDEOX | ROTARY | {"patch_size_t": 2, "ofs_embed_dim": 24},
-        (8, 12),
-        cogvideox_offset_inputs,
-        (S,),
-        (4,),
-    ),
-    "pixart": Family(PixArtTransformer2DModel, pixart, PIXART, (8, 12), pixart_inputs),
-    "pixart sized": Family(
-        PixArtTransformer2DModel,
-        pixart,
-        PIXART | SIZED,
-        (8, 12),
-        pixart_sized_inputs,
-    ),
+PIXARTS = partial(Family, diffusers.PixArtTransformer2DModel, graphs=2, kwargs="cross_attention_kwargs")
+COGVIDEOXES = partial(Family, diffusers.CogVideoXTransformer3DModel, graphs=2)
+
+# Lumina 2 and Lumina-Next
+
+CAPTION = 9
+"""Rows of text of Lumina and Wan, whose batches are of three samples."""
+
+
+def lumina2_inputs(*lengths: int) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "timestep": torch.tensor([0.3, 0.9, 0.5]),
+            "encoder_hidden_states": draw(3, CAPTION, 20),
+            "encoder_attention_mask": captions(*lengths),
+        }
+
+    return inputs
+
+
+def next_inputs(draw: Draws) -> Inputs:
+    return {
+        "timestep": torch.tensor([0.3, 0.9, 0.5]),
+        "encoder_hidden_states": draw(3, CAPTION, 20),
+        "encoder_mask": captions(9, 4, 1),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(24, 16, 16),
+        "cross_attention_kwargs": {},
+    }
+
+
+LUMINA = {
+    "sample_size": 8,
+    "in_channels": C,
+    "hidden_size": 96,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "multiple_of": 32,
+}
+LUMINA2 = LUMINA | {
+    "num_refiner_layers": 2,
+    "axes_dim_rope": (8, 8, 8),
+    "axes_lens": (64, 32, 32),
+    "cap_feat_dim": 20,
+}
+LUMINA_NEXT = LUMINA | {"cross_attention_dim": 20}
+LUMINAS = partial(Family, diffusers.Lumina2Transformer2DModel, LUMINA2, (3, C, 8, 12), time=1.0)
+
+# Wan
+
+CLIP_ROWS = 24
+
+
+def wan_inputs(text: int = CAPTION, times: tuple[int, ...] = (), picture: bool = False) -> Any:
+    def inputs(draw: Draws) -> Inputs:
+        given = {"encoder_hidden_states_image": draw(3, 5, 16)} if picture else {}
+        t = torch.randint(0, 1000, (3, *times), generator=draw.generator)
+        return {"timestep": t, "encoder_hidden_states": draw(3, text, 20), **given}
+
+    return inputs
+
+
+WAN = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 12,
+    "in_channels": C,
+    "out_channels": C,
+    "text_dim": 20,
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
 }
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-of_sd3 = pytest.mark.parametrize("family", [FAMILIES["sd3"], FAMILIES["sd3.5"]], ids=["sd3", "sd3.5"])
+
+def of_wan(draw: Callable[[Draws], Inputs], **config: Any) -> Family:
+    return Family(diffusers.WanTransformer3DModel, WAN | config, (3, C, 2, 6, 8), draw)
 
 
-@torch.no_grad()
-def call(model: Any, inputs: Inputs, run: Run = DIRECT, **changed: Any) -> Tensor:
-    with running(run):
-        return model(**{**inputs, **changed}, return_dict=False)[0]
+# HunyuanVideo
 
 
-def in_type(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Rotary tables stay as they are, as in diffusers' pipelines."""
+def hunyuan_inputs(*lengths: int, guidance: bool = True) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        embedded: Inputs = {"guidance": torch.tensor([3000.0, 5000.0])} if guidance else {}
+        return {
+            "timestep": torch.tensor([700.0, 300.0]),
+            "encoder_hidden_states": draw(B, S, 20),
+            "encoder_attention_mask": captions(*lengths, rows=S),
+            "pooled_projections": draw(B, 12),
+            **embedded,
+        }
 
-    def cast(v: Any) -> Any:
-        return v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-
-    return {name: v if name == "image_rotary_emb" else tree_map(cast, v) for name, v in inputs.items()}
-
-
-def tapped(family: Family, model: Any) -> tuple[Run, dict[str, Any]]:
-    """A run that passes through a handler at every site, and what it meets."""
-    sites = family.view.sites(model)
-    tap = Tap(tuple(site.name for site in sites))
-    return Trajectory(sites, [tap], 1).run(Call(0, 1, 1.0)), tap.seen
+    return inputs
 
 
-def run_steps(
-    family: Family, model: Any, inputs: Inputs, policies: Sequence[Policy], steps: int = 8, **given: Any
-) -> tuple[Tensor, Trajectory]:
-    """Euler from noise to data."""
-    trajectory = Trajectory(family.view.sites(model), policies, steps)
-    x = inputs["hidden_states"]
-    for i in range(steps):
-        now = Call(i, steps, 1 - i / steps, layout=family.layout(model))
-        t = torch.full((B,), 1000 * now.t, dtype=inputs["timestep"].dtype)
-        v = call(model, inputs, trajectory.run(now), hidden_states=x, timestep=t, **given)
-        v = family.channels_first(trajectory.leave(now, v))[:, :C]
-        x = x - family.channels_first(trajectory.guided(now, v)) / steps
-    return x, trajectory
+HUNYUAN_VIDEO = {
+    "in_channels": C,
+    "out_channels": C,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 20,
+    "pooled_projection_dim": 12,
+    "rope_axes_dim": (4, 4, 4),
+}
+HUNYUANS = partial(
+    Family,
+    diffusers.HunyuanVideoTransformer3DModel,
+    shape=(B, C, 2, 6, 8),
+    graphs=3,
+    tolerance=1e-5,  # gradients of the time are summed over its modulations in another order
+)
+
+# Qwen-Image
 
 
-def residuals(count: int, rows: int) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    return [0.1 * torch.randn(B, rows, D, generator=draw) for _ in range(count)]
+def qwen_inputs(*pictures: tuple[int, int, int], ragged: bool = True) -> Callable[[Draws], Inputs]:
+    """The picture itself, and those that it refers to."""
+
+    def inputs(draw: Draws) -> Inputs:
+        known = torch.tensor([[1] * 7, [1, 1, 0, 1, 0, 0, 0]]).bool()
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            **({"encoder_hidden_states_mask": known} if ragged else {}),
+            "timestep": torch.tensor([0.7, 0.3]),
+            "img_shapes": [list(pictures)] * B,
+        }
+
+    return inputs
 
 
-def with_ip_adapter(model: Any, scale: float = 0.7) -> Any:
-    torch.manual_seed(4)
-    for block in model.transformer_blocks:
-        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(D, D, D // 4, 32, scale=scale).eval())
-    model.image_proj = IPAdapterTimeImageProjection(20, D, 32, 1, 16, 2, 4, timestep_in_dim=16).eval()
-    return model
+QWEN_IMAGE = {
+    "in_channels": 4 * C,
+    "out_channels": C,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "joint_attention_dim": 20,
+    "axes_dims_rope": (4, 4, 4),
+}
+QWENS = partial(Family, diffusers.QwenImageTransformer2DModel, time=1.0, tolerance=1e-5)
+
+# Latte
 
 
-def pictures() -> Inputs:
-    picture = torch.randn(B, 5, 20, generator=torch.Generator().manual_seed(2))
-    return {"joint_attention_kwargs": {"ip_adapter_image_embeds": picture}}
+def latte_inputs(draw: Draws) -> Inputs:
+    return {"encoder_hidden_states": draw(B, S, 32), "timestep": torch.tensor([700, 300])}
+
+
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": C,
+    "out_channels": 2 * C,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "attention_bias": True,
+    "sample_size": 8,
+    "patch_size": PATCH,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 32,
+    "video_length": 3,
+}
+
+# LTX-Video
+
+
+def ltx_inputs(*times: int) -> Callable[[Draws], Inputs]:
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.randint(0, 1000, (B, *times), generator=draw.generator),
+            "encoder_attention_mask": captions(7, 3, rows=S),
+            "num_frames": 2,
+            "height": 3,
+            "width": 4,
+            "rope_interpolation_scale": (8 / 25, 32, 32),
+        }
+
+    return inputs
+
+
+LTX = {
+    "in_channels": C,
+    "out_channels": C,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "caption_channels": 20,
+}
+
+# FLUX.2
+
+
+def flux2_inputs(*pictures: tuple[int, int]) -> Callable[[Draws], Inputs]:
+    """The picture itself, and those that it refers to, of so many rows and columns."""
+    axes = [(torch.tensor([10 * i]), *map(torch.arange, picture)) for i, picture in enumerate(pictures)]
+    ids = [torch.cartesian_prod(*sides, torch.zeros(1).long()) for sides in axes]
+
+    def inputs(draw: Draws) -> Inputs:
+        return {
+            "encoder_hidden_states": draw(B, S, 20),
+            "timestep": torch.tensor([0.7, 0.3]),
+            "img_ids": torch.cat(ids).expand(B, -1, -1),
+            "txt_ids": torch.cartesian_prod(*[torch.zeros(1).long()] * 3, torch.arange(S)).expand(B, -1, -1),
+            "guidance": torch.full((B,), 3.5),
+        }
+
+    return inputs
+
+
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 20,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+FLUXES2 = partial(
+    Family, diffusers.Flux2Transformer2DModel, FLUX2, time=1.0, graphs=2, kwargs="joint_attention_kwargs"
+)
+
+FAMILIES: dict[str, Family] = {
+    "flux": Family(
+        diffusers.FluxTransformer2DModel,
+        fluxes.CONFIG,
+        (fluxes.B, fluxes.L, 16),
+        flux_inputs,
+        time=1.0,
+        graphs=3,  # a second one of the single blocks, whose tokens have other strides after the first
+        kwargs="joint_attention_kwargs",
+    ),
+    "sd3.5": Family(
+        diffusers.SD3Transformer2DModel,
+        SD3 | DUAL,
+        (B, C, 8, 12),
+        sd3_inputs,
+        graphs=2,
+        tolerance=1e-5,  # dual attention norms its input once a branch
+        kwargs="joint_attention_kwargs",
+    ),
+    "dit": Family(
+        diffusers.DiTTransformer2DModel, DIT, (B, C, 8, 8), dit_inputs, kwargs="cross_attention_kwargs"
+    ),
+    "pixart": PIXARTS(PIXART, (B, C, 8, 12), pixart_inputs),
+    "cogvideox": COGVIDEOXES(
+        COGVIDEOX | ROTARY | {"patch_size_t": 2, "ofs_embed_dim": 24},
+        (B, 4, C, 8, 12),
+        cogvideox_offset_inputs,
+    ),
+    # ragged captions: padding lies elsewhere in the sequence, so sums over rows have another order
+    "lumina2": LUMINAS(lumina2_inputs(7, 2, 4), tolerance=1e-5),
+    "lumina-next": Family(
+        diffusers.LuminaNextDiT2DModel,
+        LUMINA_NEXT,
+        (3, C, 8, 12),
+        next_inputs,
+        time=1.0,
+        kwargs="cross_attention_kwargs",
+    ),
+    "wan": of_wan(wan_inputs(times=(CLIP_ROWS,))),
+    "hunyuan-video": HUNYUANS(HUNYUAN_VIDEO, draw=hunyuan_inputs(7, 3)),
+    "qwen-image": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6))),
+    "latte": Family(
+        diffusers.LatteTransformer3DModel,
+        LATTE,
+        (B, C, 3, 8, 12),
+        latte_inputs,
+        graphs=2,
+        tolerance=1e-5,  # the time is repeated for frames and places once a block
+    ),
+    "flux2": FLUXES2((B, 24, 16), flux2_inputs((4, 6))),
+    "ltx": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs(CLIP_ROWS)),
+}
+"""One of each."""
+VARIANTS: dict[str, Family] = {
+    "sd3": replace(FAMILIES["sd3.5"], config=SD3, tolerance=0.0),
+    "pixart sized": PIXARTS(PIXART | SIZED, (B, C, 8, 12), pixart_sized_inputs),
+    "cogvideox 2b": COGVIDEOXES(COGVIDEOX, (B, 3, C, 8, 12), cogvideox_inputs),
+    "cogvideox rotary": COGVIDEOXES(COGVIDEOX | ROTARY, (B, 3, C, 8, 12), rotated(3)),
+    "lumina2 even": LUMINAS(lumina2_inputs(6, 6, 6)),
+    "lumina2 full": LUMINAS(lumina2_inputs(9, 9, 9)),
+    "wan one time": of_wan(wan_inputs()),
+    "wan picture": of_wan(wan_inputs(text=512, picture=True), image_dim=16, added_kv_proj_dim=48),
+    "hunyuan-video first frame": HUNYUANS(
+        HUNYUAN_VIDEO | {"image_condition_type": "token_replace"}, draw=hunyuan_inputs(7, 7)
+    ),
+    "qwen-image no mask": QWENS(QWEN_IMAGE, (B, 24, 4 * C), qwen_inputs((1, 4, 6), ragged=False)),
+    "qwen-image edit": QWENS(
+        QWEN_IMAGE | {"zero_cond_t": True}, (B, 40, 4 * C), qwen_inputs((1, 4, 6), (1, 4, 2), (1, 2, 4))
+    ),
+    "ltx one time": Family(diffusers.LTXVideoTransformer3DModel, LTX, (B, CLIP_ROWS, C), ltx_inputs()),
+    "flux2 edit": FLUXES2((B, 32, 16), flux2_inputs((4, 6), (2, 4))),
+    "wan plain norm": of_wan(wan_inputs(), cross_attn_norm=False),
+}
+"""Other kinds of them."""
+EVERY = FAMILIES | VARIANTS
+
+
+@lru_cache(maxsize=64)
+def shared(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Inputs, Tensor]:
+    """A transformer with its view on, its inputs, and what diffusers gave for them: to read, not to change."""
+    family = EVERY[name]
+    host, inputs = family.transformer().to(dtype), in_type(family.inputs(), dtype)
+    expected = call(host, inputs)
+    return view(host), inputs, expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ditkit.core.run import Call, Handler, Site, named
 class Routing(Policy):
     """A block computes a window of its channels, which moves with the noise-time of the sample (after DTR)."""
 
-    inherent: ClassVar[bool] = True
+    inherent = True
     share: float = 0.5
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -64,7 +64,7 @@ class Map(nn.Module):
 class Mapped(Policy):
     """A linear attention through a learned map is added to each core (after SLA)."""
 
-    inherent: ClassVar[bool] = True
+    inherent = True
     off: bool = False
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:

@@ -25,7 +25,7 @@ Meets = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class MaskedClipDataset(Policy):
+class Masked(Policy):
     """Dense attention under `meets`, token by token; others see all and are seen by all but where padding."""
 
     meets: Meets
@@ -36,12 +36,12 @@ class MaskedClipDataset(Policy):
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> MaskedSession:
         return MaskedSession(self, attended(sites))
 
-    def exact(self) -> MaskedClipDataset:
+    def exact(self) -> Masked:
         raise NotImplementedError
 
 
 class MaskedSession(Session):
-    def __init__(self, policy: MaskedClipDataset, streams: Mapping[str, str]) -> None:
+    def __init__(self, policy: Masked, streams: Mapping[str, str]) -> None:
         super().__init__()
         self.policy, self.streams = policy, streams
 

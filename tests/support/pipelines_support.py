@@ -86,7 +86,7 @@ def latents(pipe: Any, options: Options) -> Tensor:
 
 def lanes(fast: Accelerated) -> dict[str, dict[str, str]]:
     """The receipt of the last trajectory of the last call."""
-    return fast.report().took.receipts[-1].as_dict()["lanes"]
+    return fast.report().cost.receipts[-1].as_dict()["lanes"]
 
 
 def computed(fast: Accelerated) -> dict[str, str]:

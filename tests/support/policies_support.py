@@ -81,6 +81,7 @@ class SelectedRows(Session):
             whole_k, whole_v = self.state[key]
             after = torch.arange(first + rows.numel(), k.shape[2]) - k.shape[2] + whole_k.shape[2]
             at = torch.cat([torch.arange(first), first + rows, after])
+            mask = tuple(widened(one, at, k.shape[2], whole_k.shape[2]) for one in mask)
             k, v = whole_k.index_copy(2, at, k), whole_v.index_copy(2, at, v)
         self.put(key, (k, v))
         return fn(q, k, v, *mask)
@@ -100,6 +101,13 @@ class SelectedRows(Session):
             dropped = (dropped + 1).index_fill(0, self.active, 0.0)
         self.stale, self.dropped = v, dropped
         return v
+
+
+def widened(mask: Tensor, at: Tensor, keys: int, length: int) -> Tensor:
+    """A mask of all computed keys, made one of all; those that were not computed are seen."""
+    if mask.shape[-1] != keys:
+        return mask
+    return mask.new_ones(*mask.shape[:-1], length).index_copy(-1, at, mask)
 
 
 def place(layout: Sequence[Segment]) -> tuple[int, Segment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def test_what_is_written_by_hand_is_kept(tmp_path: Path) -> None:
-    row = find("12")
+    row = replace(find("12"), claims="")
     assert write_page(row, tmp_path)
     path = tmp_path / page_of(row)
     by_hand = path.read_text().replace("# TaylorSeer\n", "# TaylorSeer\n\nBefore.\n") + "\nAfter | it.\n"

@@ -32,7 +32,7 @@ from ditkit.train.settings import Settings
 from ditkit.train.teacher import Held
 from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
-from patterns_support import MaskedClipDataset, circle_meets, prompt, tiny_clip_model
+from patterns_support import Masked, circle_meets, prompt, tiny_clip_model
 
 CLEAR = Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1)))
 CYLINDER = Neighbourhood(radius=3, span=2, block=8, kernel="cpu")
@@ -74,7 +74,7 @@ def said(model: VideoDiT, masked: bool) -> tuple[Tensor, list[Tensor]]:
     data, noise = torch.randn(2, 2, 2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0.3, 0.7])
     x = model.config.convention.make_path().mix(data, noise, t)
-    trajectory = Trajectory(model.sites(), [MaskedClipDataset(circle_meets(CYLINDER))] if masked else [], 1)
+    trajectory = Trajectory(model.sites(), [Masked(circle_meets(CYLINDER))] if masked else [], 1)
     inside, outputs = trajectory.run(Call(0, 1, 0.5, layout=model.layout(tuple(x.shape[1:])))), []
 
     class Noting(Run):

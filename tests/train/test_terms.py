@@ -20,6 +20,7 @@ from taught_run import ADAPTED, CALLS, POLICY, RUNS, Adversary, Aligned, Represe
 from toy_run import Pictures, losses, settings, toy_model  # noqa: E402
 
 import ditkit  # noqa: E402
+from ditkit.core.checkpoint import read_metadata, read_state, write_state  # noqa: E402
 from ditkit.core.cond import Cond  # noqa: E402
 from ditkit.core.convention import SIT  # noqa: E402
 from ditkit.core.errors import CheckpointError, ConfigError  # noqa: E402
@@ -32,8 +33,7 @@ from ditkit.train.teacher import EmaTeacher, GivenTeacher  # noqa: E402
 from ditkit.train.terms.distillation import PredictionDistillation  # noqa: E402
 from ditkit.train.terms.regression import Regression  # noqa: E402
 
-NAMES = ("aligned", "adversary", "walk", "silent walk", "adapted")
-DONE = ("adapted", "aligned")
+NAMES = ("aligned", "adversary", "walk", "silent walk", "adapted", "distilled")
 
 
 def same(a: Path, b: Path) -> bool:
@@ -167,7 +167,7 @@ def test_groups_have_rates_and_splitting_changes_no_bit(tmp_path):
         Training(toy_model(SIT), Pictures(), objective, settings(trained="lora"), tmp_path / "n")
 
 
-@pytest.mark.parametrize("name", ["aligned", "adversary", "walk"])
+@pytest.mark.parametrize("name", ["aligned", "adversary", "walk", "distilled"])
 def test_two_processes_hold_the_same_weights(whole, tmp_path, name):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -179,6 +179,16 @@ def test_two_processes_hold_the_same_weights(whole, tmp_path, name):
     if name != "walk":  # ranks walk trajectories of their own
         for line, other in zip(losses(tmp_path / "run"), losses(whole[name]), strict=False):
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_an_objective_under_way_goes_on_with_as_many_processes(tmp_path):
+    run(tmp_path, "walk", steps=3)
+    path = tmp_path / "state.safetensors"
+    write_state(path, read_state(path), {**read_metadata(path), "processes": "2"})
+    with pytest.raises(
+        ConfigError, match="its objective is under way on 2 processes; resume it on as many, got 1"
+    ):
+        run(tmp_path, "walk", steps=4, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 from ditkit.sample import Autoguidance
 from ditkit.sample.denoiser import GuidedDenoiser
+from ditkit.sample.sampler import Sampling, trajectory_of
 from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.loop import train
 from ditkit.train.objective import Term
@@ -53,7 +54,7 @@ def test_policies_that_read_times_and_learn_train_alike_with_and_without_checkpo
     loaded = Model.load(tmp_path / "False" / "model")
     assert loaded.policies == POLICIES
     drawn = {"seeds": [0, 1], "steps": 2, "guidance": 1.0}
-    assert torch.equal(generate(loaded, **drawn).images, generate(plain, **drawn).images)
+    assert torch.equal(generate(loaded, **drawn).samples, generate(plain, **drawn).samples)
 
 
 def test_a_model_is_not_sampled_without_what_it_was_trained_under(tmp_path):
@@ -62,12 +63,14 @@ def test_a_model_is_not_sampled_without_what_it_was_trained_under(tmp_path):
     own = generate(model, **drawn)
     named = generate(model, **drawn, policies=POLICIES)
     without = generate(model, **drawn, policies=[policy.exact() for policy in POLICIES])
-    assert torch.equal(own.images, named.images) and not torch.allclose(own.images, without.images, atol=1e-3)
-    assert [receipt.get("inherent") for receipt in own.receipts] == [True, True]
+    assert torch.equal(own.samples, named.samples) and not torch.allclose(
+        own.samples, without.samples, atol=1e-3
+    )
+    assert [receipt.as_dict().get("inherent") for receipt in own.receipts] == [True, True]
     assert with_inherent(model, [TaylorSeer()]) == (*POLICIES, TaylorSeer())
     assert with_inherent(model, [Routing(1.0)]) == (Mapped(), Routing(1.0))
     cached = generate(model, **drawn, policies=[TaylorSeer(interval=1)])
-    assert torch.equal(cached.images, own.images)
+    assert torch.equal(cached.samples, own.samples)
     forecast = generate(model, **{**drawn, "steps": 8}, policies=[TaylorSeer(interval=2, order=1)])
     assert len(forecast.receipts) == 3
 
@@ -75,7 +78,13 @@ def test_a_model_is_not_sampled_without_what_it_was_trained_under(tmp_path):
 def test_compare_is_exact_under_the_inherent_ones(tmp_path):
     model = trained(tmp_path)
     report = compare(
-        model, [Routing(), Routing(1.0)], seeds=[0], steps=2, guidance=1.0, rounds=1, memory=False
+        model,
+        policies=[Routing(), Routing(1.0)],
+        seeds=[0],
+        steps=2,
+        guidance=1.0,
+        rounds=1,
+        memory=False,
     )
     same, off = (row for row in report.rows if row.kind == "policy")
     assert same.identical and not off.identical
@@ -84,12 +93,12 @@ def test_compare_is_exact_under_the_inherent_ones(tmp_path):
 def test_a_guide_has_its_own_inherent_policies():
     model, guide = (toy_model(SIT).eval() for _ in range(2))
     guide.adopt([Routing()])
-    field = GuidedDenoiser(model, Cond(label=torch.tensor([0])), Autoguidance(2.0, guide), (), 2)
+    label, settings = Cond(label=torch.tensor([0])), Sampling(steps=2, guidance=1.0)
+    field = GuidedDenoiser(model, label, Autoguidance(2.0, guide), trajectory_of(model, settings))
     main, other = field.trajectories
     assert main.policies == () and other.policies == (Routing(),)
-    shared = GuidedDenoiser(
-        model, Cond(label=torch.tensor([0])), Autoguidance(2.0, toy_model(SIT).eval()), (), 2
-    )
+    alike = Autoguidance(2.0, toy_model(SIT).eval())
+    shared = GuidedDenoiser(model, label, alike, trajectory_of(model, settings))
     assert len(shared.trajectories) == 1
 
 

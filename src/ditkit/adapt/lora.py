@@ -180,7 +180,7 @@ def merged(model: Any) -> Iterator[None]:
 
 
 def save_adapter(model: Any, folder: str | Path) -> Path:
-    """The low-rank weights alone, with the setting and the digest of the base that they were trained on.
+    """Save the low-rank weights alone, with the setting and the digest of the base that they were trained on.
 
     Raises:
         ConfigError: the model has no LoRA, or the folder cannot be written.
@@ -225,7 +225,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
 
 
 def base_digest(model: Any) -> str:
-    """Of all tensors but the low-rank ones, under the names that they had without them."""
+    """Digest all tensors but the low-rank ones, under the names that they had without them."""
     own = set(_own(model))
     base = {k.replace(BASE, ""): v for k, v in model.state_dict().items() if k not in own}
     return fingerprint(base)
@@ -259,7 +259,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _own(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The low-rank weights, by name."""
+    """Return the low-rank weights, by name."""
     return {
         f"{name}.{inner}": weight
         for name, module in model.named_modules()

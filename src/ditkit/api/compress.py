@@ -16,7 +16,7 @@ Network = TypeVar("Network")
 
 
 def compress(model_or_pipe: Network, *transforms: Transform | str, calibration: Any = None) -> Network:
-    """A copy of a model with `transforms` applied in order; or a pipeline itself, its transformers changed in place.
+    """Apply `transforms` in order to a copy of a model, or in place to the transformers of a pipeline.
 
     The result saves and loads like any other: it lists its transforms, which are replayed. A transformer of diffusers
     stays an ordinary one where diffusers can open the result; where not, its `save_pretrained` says so and how to save.
@@ -49,7 +49,7 @@ def adapt(model_or_pipe: Network, *transforms: Transform | str, calibration: Any
 
 
 def as_transforms(given: Iterable[Transform | str]) -> tuple[Transform, ...]:
-    """Transforms, each itself or as its text.
+    """Return transforms, of which each is given itself or as its text.
 
     Raises:
         ConfigError: none, something else, or a text that describes no transform.
@@ -66,7 +66,7 @@ def as_transforms(given: Iterable[Transform | str]) -> tuple[Transform, ...]:
 
 
 def _transformers(pipe: Any) -> list[nn.Module]:
-    """The transformers of a pipeline, or the transformer that is given, that have a view."""
+    """List the transformers, of a pipeline or given alone, that have a view."""
     from ditkit.hosts.family import families, family, is_known
 
     families()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What a setting has to reach.
+    """The conditions that a setting has to meet.
 
     Args:
         at_least_db: PSNR to the exact run; of settings that reach it and are faster, the fastest is the best.
@@ -57,19 +57,19 @@ class Target:
         return self.at_most is not None and 1 / row.speedup <= self.at_most
 
     def best(self, rows: Sequence[Row]) -> Row | None:
-        """Of those that it grants."""
-        return max(filter(self.is_met_by, rows), key=self._worth, default=None)
+        """Return the best of the rows that meet it."""
+        return max(filter(self.is_met_by, rows), key=self._rank, default=None)
 
     def nearest(self, rows: Sequence[Row]) -> Row:
-        """Where it grants none, the one that comes nearest to it: the fastest, where none beats the exact run."""
+        """Return the row that comes nearest to it: the fastest, where none beats the exact run."""
         faster = [row for row in rows if is_faster(row)]
         if self.at_least_db is None or not faster:
             return max(rows, key=lambda row: row.speedup)
         return max(faster, key=error_db)
 
-    def _worth(self, row: Row) -> tuple[float, float]:
-        worth = row.speedup, error_db(row)
-        return worth if self.at_least_db is not None else worth[::-1]
+    def _rank(self, row: Row) -> tuple[float, float]:
+        rank = row.speedup, error_db(row)
+        return rank if self.at_least_db is not None else rank[::-1]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def expanded(text: str) -> list[str]:
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:
-    """Those that no other row beats: none is as fast and as near to the exact run, and better in one of the two."""
+    """List the rows that no other beats: none is as fast and as near to the exact run, and better in one of them."""
     return [row for row in rows if not any(_beats(other, row) for other in rows)]
 
 

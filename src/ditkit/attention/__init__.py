@@ -1,8 +1,20 @@
 """Policies whose attention leaves out keys, one file each."""
 
 from ditkit.attention.band import Band
+from ditkit.attention.draft import Draft
 from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.reshaped import Reshaped, ReshapedGrouped, ReshapedNeighbourhood
+from ditkit.attention.searched import HeadTable, Searched
 
-__all__ = ["Band", "Grouped", "Neighbourhood", "Reshaped", "ReshapedGrouped", "ReshapedNeighbourhood"]
+__all__ = [
+    "Band",
+    "Draft",
+    "Grouped",
+    "HeadTable",
+    "Neighbourhood",
+    "Reshaped",
+    "ReshapedGrouped",
+    "ReshapedNeighbourhood",
+    "Searched",
+]

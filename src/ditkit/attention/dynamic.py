@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.attention.pattern import Layout, Pattern, Sparse
-from ditkit.core.run import Site
-from ditkit.ops.block_sparse_attention import Attended, BlockPlan, for_valid, narrowed
+from ditkit.attention.pattern import Layout, Pattern, SequencePlan, Sparse
+from ditkit.core.policy import Key
+from ditkit.core.run import Call, Site
+from ditkit.ops.block_sparse_attention import BlockPlan, attend_chosen, choose, chooser_handle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(Pattern):
-    """A pattern whose `plan` is a bound, within which `kept` chooses for each attention of each evaluation.
-
-    How many blocks that are only data say, so a compiler has to break its graph at each of these attentions.
-    """
+    """A pattern whose `plan` is a bound, within which `kept` chooses for each attention of each evaluation."""
 
     @abstractmethod
-    def kept(self, plan: BlockPlan, q: Tensor, k: Tensor) -> Tensor:
-        """Which blocks of the plan are visited, bool [B, N, query blocks, key blocks]; those beyond it do not count.
+    def kept(self, plan: BlockPlan, image: int, q: Tensor, k: Tensor) -> Tensor:
+        """Return the visited blocks of the plan, bool [B, N, query blocks, key blocks]; others do not count.
 
         Args:
-            plan: with what is padding of these prompts left out. q, k: [B, N, slots, K], in the plan's order.
+            plan: with what is padding of these prompts left out.
+            image: slots of the image, which come first and fill whole blocks; rows of others follow.
+            q, k: [B, N, slots, K], in the plan's order.
         """
 
     @abstractmethod
-    def share(self, plan: BlockPlan) -> float:
-        """What `kept` will leave of dense attention's blocks: by this it is judged whether skipping pays."""
+    def share(self, plan: BlockPlan, image: int) -> float:
+        """Estimate the share of dense attention's blocks that `kept` leaves, by which skipping is judged to pay."""
+
+    def choosing_macs(self, image: int, q: Tensor) -> int:
+        """MACs that `kept` takes for queries like q."""
+        return 0
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Selecting:
         self._check(sites, total)
@@ -46,20 +51,49 @@ class Selecting(Sparse):
     def __init__(self, policy: Dynamic, sites: Sequence[Site]) -> None:
         super().__init__(policy, sites)
         self.visited: list[float] = []
+        self.empty: list[float] = []
 
     def remark(self, layout: Layout) -> None:
         super().remark(layout)
+        self._remark_means()
+
+    def density(self, seat: SequencePlan) -> float:
+        return self.policy.share(seat.plan, seat.slots)
+
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+        handle = chooser_handle(self.policy)
+        return partial(self.select, (call.net, call.lane, name), handle, seat.plan, seat.slots)
+
+    def select(
+        self,
+        key: Key,
+        chooser: int,
+        plan: BlockPlan,
+        image: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Attention over the blocks that are chosen for these queries and keys; notes how many those were."""
+        if not torch.compiler.is_compiling():
+            self.remarks["kernel"] = choose(q, plan, self.kernel).kernel
+        found, measured = attend_chosen(q, k, v, plan, chooser, image, valid=valid, kernel=self.kernel)
+        self.put(key, measured)
+        return found.out
+
+    def commit(self) -> None:
+        """Numbers are kept of the measures, no tensors."""
+        for measured in self.staged.values():
+            density, empty, _ = measured.tolist()
+            self.visited.append(density)
+            self.empty.append(empty)
+        self.staged.clear()
+        self._remark_means()
+
+    def _remark_means(self) -> None:
+        """Report the visited share, and the share of query blocks that saw no key, on the average of all attentions."""
         if self.visited:
             self.remarks["visited"] = round(sum(self.visited) / len(self.visited), 4)
-
-    def density(self, plan: BlockPlan) -> float:
-        return self.policy.share(plan)
-
-    def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()  # how long the lists are is known from data only
-        bound = for_valid(plan, valid).to(q.device)
-        chosen = narrowed(bound, self.policy.kept(bound, q, k))
-        self.visited.append(chosen.density)
-        self.remarks["visited"] = round(sum(self.visited) / len(self.visited), 4)
-        return super().execute(chosen, q, k, v, None)
+        if any(self.empty):
+            self.remarks["empty"] = round(sum(self.empty) / len(self.empty), 4)

@@ -71,7 +71,7 @@ class Grouped(Pattern):
         return build_plan(len(slots) + others, block=self.block, order=order, kept=kept)
 
     def meets(self, groups: Grid, is_clip: bool) -> Tensor:
-        """Which groups see which, bool [G, G], for groups in row-major order."""
+        """Return which groups see which, bool [G, G], for groups in row-major order."""
         at = groups.coordinates()
         apart = (at[:, None] - at).abs()
         if self.meeting == "blocks":
@@ -90,18 +90,18 @@ class Grouped(Pattern):
         return sides
 
     def _fitting(self, grid: Grid) -> tuple[int, ...]:
-        """The most compact group of a block of tokens whose padding may pay."""
+        """Return the most compact group of a block of tokens whose padding may pay."""
 
-        def worth(sides: tuple[int, ...]) -> tuple[float, int, int]:
+        def compactness(sides: tuple[int, ...]) -> tuple[float, int, int]:
             slots = prod(-(-n // side) * side for n, side in zip(grid.shape, sides, strict=True))
             return max(slots, MOST_ROWS * grid.length), sum(sides), slots
 
         powers = [1 << n for n in range(self.block.bit_length())]
-        return min((s for s in product(powers, repeat=3) if prod(s) == self.block), key=worth)
+        return min((s for s in product(powers, repeat=3) if prod(s) == self.block), key=compactness)
 
 
 def group_order(grid: Grid, sides: tuple[int, ...]) -> Tensor:
-    """The token in each slot, group by group, -1 where a group reaches beyond the grid: int64 [slots]."""
+    """Order tokens group by group: int64 [slots], -1 where a group reaches beyond the grid."""
     tokens = torch.arange(grid.length).view(grid.shape)
     tokens = F.pad(
         tokens,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Pattern, Sparse, append_dense_rows, sparse_sites
+from ditkit.attention.pattern import Pattern, SequencePlan, Sparse, append_dense_rows, sparse_sites
 from ditkit.core.config import Count, Natural
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of
@@ -26,7 +26,7 @@ from ditkit.ops.block_sparse_attention import Allowed, BlockPlan, build_plan, ne
 
 Order = Literal["tiles", "raster"]
 POOLED_SCALE = 10
-"""What CLEAR multiplies the number of tokens by in the proportional scale where it pools."""
+"""The factor of the number of tokens in CLEAR's proportional scale where it pools."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Neighbourhood(Pattern):
         )
 
     def scale(self, tokens: int) -> float:
-        """The score's scale, relative to 1 / sqrt(K)."""
+        """Return the score's scale, relative to 1 / sqrt(K)."""
         if not self.scaled_from:
             return 1.0
         return sqrt(log(tokens * (POOLED_SCALE if self.pooled else 1), self.scaled_from))
 
     def _slots(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The token in each slot, -1 for padding, and the coordinates of each slot [slots, 3]."""
+        """Return the token in each slot, -1 for padding, and the coordinates of each slot [slots, 3]."""
         if self.order == "raster":
             slots = F.pad(torch.arange(grid.length), (0, -grid.length % self.block), value=-1)
             return slots, grid.coordinates()[slots]  # padding stands at the last token
@@ -175,7 +175,8 @@ class Near(Sparse):
         super().__init__(policy, sites)
         self.pooling: Any = pooling
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+        plan = seat.plan
         at, tokens, pooling = None, plan.tokens, None
         if self.pooling is not None:
             at = plan.inverse[cells(image_of(call.layout, self.stage).grid, self.policy.pooled)]

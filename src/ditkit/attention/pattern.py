@@ -1,4 +1,4 @@
-"""What all attention patterns share: tokens put in the order of their blocks once, lists of key blocks, a schedule.
+"""Attention patterns: tokens put in the order of their blocks once, lists of key blocks, a schedule.
 
 B batch, N heads, K head width, S slots: the image's rows in the order of blocks, some of them padding.
 """
@@ -25,12 +25,12 @@ from ditkit.ops.block_sparse_attention import Attended, BlockPlan, attend, choos
 
 Execution = Literal["auto", "cpu", "triton", "flex", "reference", "none"]
 HIDES = -1e4
-"""What an additive mask adds to hide a key, or less: exp(-10000) is 0 in every type, and float16 has no -1e5."""
+"""The additive mask that hides a key, or less: exp(-10000) is 0 in every type, and float16 has no -1e5."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(Policy):
-    """Which keys each query sees, in all evaluations and layers that are not said to be dense.
+    """A sparse attention: the keys each query sees, in all evaluations and layers that are not dense.
 
     Args:
         block: slots of a block of queries, and of keys: what a kernel visits or leaves out.
@@ -47,7 +47,7 @@ class Pattern(Policy):
 
     @abstractmethod
     def plan(self, grid: Grid, others: int) -> BlockPlan:
-        """The image's slots, a whole number of blocks, then `others` rows, which see all and are seen by all.
+        """Plan the image's slots, a whole number of blocks, then `others` rows, which see all and are seen by all.
 
         Tokens are numbered as the model has them, the image's first. Made once for each layout.
         """
@@ -87,7 +87,7 @@ def sparse_sites(sites: Sequence[Site]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def cached_plan(pattern: Pattern, grid: Grid, others: int) -> BlockPlan:
-    """The plan of a layout, kept by value: all trajectories with this layout share it."""
+    """Return the plan of a layout, kept by value: all trajectories with this layout share it."""
     plan = pattern.plan(grid, others)
     if (plan.queries - others) % plan.block[0]:
         raise ShapeError(
@@ -106,11 +106,13 @@ class SequencePlan(NamedTuple):
     """The slot of each token of the image, int64 [L]."""
     real: Tensor | None
     """The rows of the sequence that are no padding; None where all are."""
+    grid: Grid
+    """Of the image."""
 
 
 @lru_cache(maxsize=64)
 def place_plan(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...]) -> SequencePlan:
-    """The plan in a sequence of segments of these streams and lengths, kept by value as plans are."""
+    """Place the plan in a sequence of segments of these streams and lengths, kept by value as plans are."""
     place = [name for name, _ in lengths].index("image")
     before, others = sum(n for _, n in lengths[:place]), sum(n for name, n in lengths if name != "image")
     plan = cached_plan(pattern, grid, others)
@@ -118,13 +120,13 @@ def place_plan(pattern: Pattern, grid: Grid, lengths: tuple[tuple[str, int], ...
     if plan.order is not None and bool((plan.order < 0).any()):
         rows = torch.cat((plan.order.new_zeros(before), plan.order))[: plan.queries]
         real = (rows >= 0).nonzero().squeeze(1)
-    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real)
+    return SequencePlan(plan, before, plan.queries - others, plan.inverse[: grid.length], real, grid)
 
 
 def append_dense_rows(
     slots: Tensor, kept: Tensor, others: int, block: int, pooled: int = 0
 ) -> tuple[Tensor | None, Tensor]:
-    """The image's slots [S] and blocks, with rows of others behind them that see all and are seen by all.
+    """Append, to the image's slots [S] and blocks, rows of others that see all and are seen by all.
 
     Args:
         pooled: further keys, behind these rows.
@@ -159,28 +161,28 @@ class Layout:
     @cached_property
     def order(self) -> Tensor | None:
         """The token of the image in each of its slots, -1 for padding; None for the model's order."""
-        seat = next(iter(self.seats.values()))
-        return None if seat.plan.order is None else seat.plan.order[: seat.slots]
+        placed = next(iter(self.seats.values()))
+        return None if placed.plan.order is None else placed.plan.order[: placed.slots]
 
     def rows(self, stream: str) -> Tensor:
-        """Where the rows of a sequence stand, in the model's order, int64 [rows]."""
-        seat = self.seats[stream]
-        before, after = torch.arange(seat.plan.queries - seat.slots).tensor_split((seat.before,))
-        return torch.cat((before, seat.before + seat.image, seat.slots + after))
+        """Return the positions of the rows of a sequence, in the model's order, int64 [rows]."""
+        placed = self.seats[stream]
+        before, after = torch.arange(placed.plan.queries - placed.slots).tensor_split((placed.before,))
+        return torch.cat((before, placed.before + placed.image, placed.slots + after))
 
     def tokens(self, fn: Handler, *args: Any) -> Any:
-        """The embedded tokens and all that is aligned with them, the image's in its slots."""
+        """Embed the tokens and all that is aligned with them, the image's in its slots."""
         out = fn(*args)
         assert self.order is not None
         rows = torch.cat((self.order.clamp(min=0), torch.arange(self.image.length, self.length)))
         return out.rows("image", rows.to(tree_leaves(out.x)[0].device))
 
     def head(self, fn: Handler, *args: Any) -> Tensor:
-        """The prediction of all rows, in the model's order."""
+        """Return the prediction of all rows, in the model's order."""
         out = fn(*args)
-        seat = next(iter(self.seats.values()))
-        others = torch.arange(seat.slots, out.shape[1])
-        return take_rows(out, torch.cat((seat.image, others)).to(out.device))
+        placed = next(iter(self.seats.values()))
+        others = torch.arange(placed.slots, out.shape[1])
+        return take_rows(out, torch.cat((placed.image, others)).to(out.device))
 
 
 class Sparse(Session):
@@ -208,21 +210,27 @@ class Sparse(Session):
         return cores if layout.order is None else cores | dict.fromkeys(self.heads, layout.head)
 
     def remark(self, layout: Layout) -> None:
-        """What the receipt says of this layout; the kernel stays, which a call that a cache forecasts does not meet."""
-        plans = [seat.plan for seat in layout.seats.values()]
-        rows = max(plan.rows_ratio for plan in plans)
-        said = {"visited": round(max(map(self.density, plans)), 4), "rows": round(rows, 4) if rows > 1 else 0}
+        """Write the receipt's remarks on this layout.
+
+        That of the kernel stays, as calls that a cache forecasts run none.
+        """
+        plans = [placed.plan for placed in layout.seats.values()]
+        rows, visited = max(plan.rows_ratio for plan in plans), max(map(self.density, layout.seats.values()))
+        shown_values = {"visited": round(visited, 4), "rows": round(rows, 4) if rows > 1 else 0}
         kept = {name: self.remarks[name] for name in ("kernel",) if name in self.remarks}
         self.remarks = {
-            name: value for name, value in {**said, "off": self.off(layout)}.items() if value
+            name: value for name, value in {**shown_values, "off": self.off(layout)}.items() if value
         } | kept
 
     def accept(self, layout: Layout, fn: Handler, *args: Any) -> Any:
-        """The embedded tokens in their slots, if their device and type have the kernel: known before any block."""
+        """Put the embedded tokens in their slots.
+
+        Refuse before any block if their device and type lack the kernel.
+        """
         out = fn(*args) if layout.order is None else layout.tokens(fn, *args)
         features = tree_leaves(out.x)[0]
-        for seat in layout.seats.values():
-            choose(features.new_empty(0, 1), seat.plan, self.kernel)  # the width of heads is not known yet
+        for placed in layout.seats.values():
+            choose(features.new_empty(0, 1), placed.plan, self.kernel)  # the width of heads is not known yet
         return out
 
     def rows(self, call: Call) -> Mapping[str, Tensor]:
@@ -238,36 +246,39 @@ class Sparse(Session):
         """Why skipping does not pay with this layout; empty if it does, or if a kernel is named."""
         if self.policy.kernel != "auto":
             return ""
-        plans = (seat.plan for seat in layout.seats.values())
-        return next(filter(None, (pays(plan, self.density(plan)) for plan in plans)), "")
+        seats = layout.seats.values()
+        return next(filter(None, (pays(placed.plan, self.density(placed)) for placed in seats)), "")
 
-    def density(self, plan: BlockPlan) -> float:
-        """What will be visited of dense attention's blocks."""
-        return plan.density
+    def density(self, placed: SequencePlan) -> float:
+        """Return the share of dense attention's blocks that will be visited."""
+        return placed.plan.density
 
     def is_dense(self, call: Call, name: str) -> bool:
-        """Whether an attention sees all keys in this call."""
+        """Return whether an attention sees all keys in this call."""
         return call.index < self.policy.warmup or self.places[name] in self.policy.dense
 
-    def handler(self, call: Call, name: str, seat: SequencePlan) -> Handler:
-        """Of an attention in this call: what differs from call to call is decided here, outside of graphs."""
-        if self.is_dense(call, name):
-            return partial(_dense, seat)
-        return partial(_sparse, seat, self.attending(call, name, seat.plan))
+    def handler(self, call: Call, name: str, placed: SequencePlan) -> Handler:
+        """Return the handler of an attention in this call.
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        """What an attention that is not dense runs: `(q, k, v, valid)`, rows in the order of the plan.
+        Whatever differs from call to call is decided here, outside of graphs.
+        """
+        if self.is_dense(call, name):
+            return partial(run_dense, placed)
+        return partial(run_sparse, placed, self.attending(call, name, placed))
+
+    def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
+        """Return the function of an attention that is not dense: `(q, k, v, valid)`, rows in the plan's order.
 
         A method with a correction adds it here.
         """
-        return partial(self.attend, plan)
+        return partial(self.attend, placed.plan)
 
     def attend(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attention as the plan has it."""
         return self.execute(plan, q, k, v, valid).out
 
     def execute(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Attended:
-        """The plan, by the kernel that the policy says or the device has."""
+        """Execute the plan, by the kernel that the policy names or the device has."""
         if not torch.compiler.is_compiling():
             self.remarks["kernel"] = choose(q, plan, self.kernel).kernel
         return attend(q, k, v, plan, kernel=self.kernel, valid=valid)
@@ -277,18 +288,18 @@ class Sparse(Session):
         return self.policy.kernel
 
 
-def _dense(seat: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
-    """The model's own attention, q, k, v [B, N, rows of the sequence, K], of the rows that are no padding."""
-    if seat.real is None:
+def run_dense(placed: SequencePlan, fn: Handler, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+    """Run the model's own attention on the rows that are no padding; q, k, v [B, N, rows of the sequence, K]."""
+    if placed.real is None:
         return fn(q, k, v, *masks)
-    real = seat.real.to(q.device)
-    seen = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
-    out: Tensor = fn(*(x[:, :, real] for x in (q, k, v)), *seen)
+    real = placed.real.to(q.device)
+    visible = (mask[..., real] if mask.shape[-1] == k.shape[2] else mask for mask in masks)
+    out: Tensor = fn(*(x[:, :, real] for x in (q, k, v)), *visible)
     return out.new_zeros(*out.shape[:2], q.shape[2], out.shape[3]).index_copy(2, real, out)
 
 
-def _sparse(
-    seat: SequencePlan,
+def run_sparse(
+    placed: SequencePlan,
     attend: Callable[..., Tensor],
     fn: Handler,
     q: Tensor,
@@ -297,14 +308,14 @@ def _sparse(
     *masks: Tensor,
 ) -> Tensor:
     """`attend` in place of it: the rows that stand before the image go behind it, as in the plan, and back."""
-    valid = _valid(seat, k.shape[2], *masks)
-    q, k, v = (x.roll(-seat.before, 2) if seat.before else x for x in (q, k, v))
+    valid = _valid(placed, k.shape[2], *masks)
+    q, k, v = (x.roll(-placed.before, 2) if placed.before else x for x in (q, k, v))
     out = attend(q, k, v, valid)
-    return out.roll(seat.before, 2) if seat.before else out
+    return out.roll(placed.before, 2) if placed.before else out
 
 
-def _valid(seat: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
-    """Which tokens of the keys no mask hides, bool [B, tokens], in the plan's numbers; None for all.
+def _valid(placed: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
+    """Return the key tokens that no mask hides, bool [B, tokens], in the plan's numbers; None for all.
 
     Masks are [B, 1, 1, M]: bool, true for what is seen, or added to scores; for the first M rows of the sequence.
 
@@ -316,14 +327,14 @@ def _valid(seat: SequencePlan, keys: int, *masks: Tensor) -> Tensor | None:
     (mask,) = masks
     if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
         raise ShapeError(f"attention pattern: a mask of {list(mask.shape)}, expected [B, 1, 1, keys]")
-    seen = mask[:, 0, 0] if mask.dtype == torch.bool else _kept(mask[:, 0, 0])
-    seen = F.pad(seen, (0, keys - seen.shape[1]), value=True)
-    before, image, after = seen.tensor_split((seat.before, seat.before + seat.slots), 1)
-    return torch.cat((image[:, seat.image.to(image.device)], after, before), 1)
+    visible = mask[:, 0, 0] if mask.dtype == torch.bool else _kept(mask[:, 0, 0])
+    visible = F.pad(visible, (0, keys - visible.shape[1]), value=True)
+    before, image, after = visible.tensor_split((placed.before, placed.before + placed.slots), 1)
+    return torch.cat((image[:, placed.image.to(image.device)], after, before), 1)
 
 
 def _kept(added: Tensor) -> Tensor:
-    """Where a mask that is added to scores hides nothing.
+    """Return the positions at which a mask that is added to scores hides nothing.
 
     Raises:
         ShapeError: it weighs keys, which no kernel does.

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ditkit.attention.band import Band
 from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
-from ditkit.attention.pattern import Pattern, Sparse
+from ditkit.attention.pattern import Pattern, SequencePlan, Sparse
 from ditkit.core.config import Count, Finite, Natural
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
@@ -76,15 +76,15 @@ class Reshape(Pattern):
         return Reshaping(self, sites)
 
     def due(self, index: int) -> int:
-        """The evaluation at or before `index` with which the latest scheduled cache step begins."""
+        """Return the evaluation at or before `index` with which the latest scheduled cache step begins."""
         return index - (index - self.warmup) % (self.every * self.stages)
 
     def step(self, index: int) -> int:
-        """The step of the solver that evaluation `index` is of."""
+        """Return the step of the solver that evaluation `index` is of."""
         return index // self.stages
 
     def modes(self, total: int) -> list[Mode]:
-        """What is scheduled for each evaluation of an attention that is never skipped."""
+        """Schedule each evaluation of an attention that is never skipped."""
         return [self._mode(index) for index in range(total)]
 
     def _mode(self, index: int) -> Mode:
@@ -147,8 +147,8 @@ class Reshaping(Sparse):
 
     policy: Reshape
 
-    def attending(self, call: Call, name: str, plan: BlockPlan) -> Callable[..., Tensor]:
-        key, index = (call.net, call.lane, name), call.index
+    def attending(self, call: Call, name: str, seat: SequencePlan) -> Callable[..., Tensor]:
+        key, index, plan = (call.net, call.lane, name), call.index, seat.plan
         cache = partial(self.cache, key, index, plan)
         kept: Kept | None = self.state.get(key)
         if kept is None or kept.plan != plan.handle or not self._holds(kept, index):
@@ -162,11 +162,11 @@ class Reshaping(Sparse):
         self, key: Key, index: int, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
     ) -> Tensor:
         """Dense attention; keeps what the plan's mask loses of it."""
-        seen, whole = (self.execute(p, q, k, v, valid) for p in (plan, dense_plan(plan)))
-        ratio = (seen.lse - finite(whole.lse)).exp().detach()
+        sparse, whole = (self.execute(p, q, k, v, valid) for p in (plan, dense_plan(plan)))
+        ratio = (sparse.lse - finite(whole.lse)).exp().detach()
         residual = None
         if self.policy.residual != "none":
-            lost = torch.addcmul(whole.out.detach(), ratio[..., None], seen.out.detach(), value=-1)
+            lost = torch.addcmul(whole.out.detach(), ratio[..., None], sparse.out.detach(), value=-1)
             residual = lost.to(q.dtype if self.policy.residual == "model" else torch.bfloat16)
         self.put(key, Kept(index, plan.handle, (), ratio, residual))
         self.computed.add(key[-1])
@@ -216,6 +216,6 @@ class Reshaping(Sparse):
         return f"residual='none' would {'fit' if ratios <= allowed else f'hold {ratios:,}'}"
 
     def _holds(self, kept: Kept, index: int) -> bool:
-        """Whether statistics are as fresh as is scheduled, and of an earlier step."""
+        """Return whether statistics are as fresh as is scheduled, and of an earlier step."""
         step = self.policy.step
         return self.policy.due(index) <= kept.place and step(kept.place) < step(index)

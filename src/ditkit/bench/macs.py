@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
 
 aten = torch.ops.aten
@@ -193,4 +194,6 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     **{getattr(aten, name): (_kind(getattr(aten, name)), formula) for name, formula in _OURS.items()},
     torch.ops.ditkit.block_sparse_attention: ("attention", forward_macs),
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
+    torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
+    torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
 }

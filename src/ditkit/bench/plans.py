@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
+from ditkit.attention.dynamic import Dynamic
 from ditkit.attention.pattern import Pattern, cached_plan
+from ditkit.attention.searched import PATTERNS, STRIPE, HeadTable, Searched
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid, image_of, sequence
 from ditkit.core.model import Model
@@ -37,6 +39,10 @@ class Planned:
     Args:
         seconds: that planning took.
         kernel: what executes the plan. why_not: why the pattern is switched off here; empty if it is not.
+        visited: share of dense attention's blocks; of a pattern that chooses from queries and keys, of the plan that
+            bounds it, what it will leave; of one pattern among a table's, its own.
+        part: which of the patterns of a table this is; empty for all of a pattern.
+        words: the table, a word a layer, a letter a head.
     """
 
     pattern: Pattern
@@ -46,6 +52,45 @@ class Planned:
     seconds: float
     kernel: str
     why_not: str
+    visited: float
+    part: str = ""
+    words: tuple[str, ...] = ()
+
+    @classmethod
+    def parts(
+        cls, pattern: Pattern, grid: Grid, others: int = 0, device: str | torch.device = "cpu"
+    ) -> list[Self]:
+        """Plan a pattern, or of a table each pattern that some head has, in the pattern's own order of tokens.
+
+        Raises:
+            ConfigError, ShapeError, CheckpointError: those of `of`; a table of another shape, or none.
+        """
+        if not isinstance(pattern, Searched):
+            return [cls.of(pattern, grid, others, device)]
+        if pattern.table:
+            HeadTable.load(pattern.table).check_grid(grid)
+        table, whole = pattern.read(), cls.of(pattern, grid, others, device)
+        heads = [head for word in table.heads for head in word]
+        mean = sum(table.density(place, grid, others) for place in range(len(table.heads))) / len(table.heads)
+        why_not = pays(whole.plan, mean) if pattern.kernel == "auto" else whole.why_not
+        found = []
+        for letter in sorted(set(heads)):
+            start = time.perf_counter()
+            plan = table.letter_plan(letter, grid, others, _columns_of(table, letter))
+            part = f"{heads.count(letter)} of {len(heads)} heads {PATTERNS[letter]}"
+            seconds = time.perf_counter() - start
+            found.append(
+                replace(
+                    whole,
+                    why_not=why_not,
+                    words=table.heads,
+                    plan=plan,
+                    seconds=seconds,
+                    visited=plan.density,
+                    part=part,
+                )
+            )
+        return found
 
     @classmethod
     def of(cls, pattern: Pattern, grid: Grid, others: int = 0, device: str | torch.device = "cpu") -> Self:
@@ -58,15 +103,19 @@ class Planned:
         start = time.perf_counter()
         plan = cached_plan(pattern, grid, others)
         seconds = time.perf_counter() - start
+        visited = plan.density
+        if isinstance(pattern, Dynamic):
+            visited = pattern.share(plan, plan.queries - others)
         if pattern.kernel == "none":
-            return cls(pattern, grid, others, plan, seconds, "none", "kernel=none never skips")
+            return cls(pattern, grid, others, plan, seconds, "none", "kernel=none never skips", visited)
         q = torch.empty(1, 1, 1, HEAD_WIDTH, device=device)
-        why_not = pays(plan) if pattern.kernel == "auto" else ""
-        return cls(pattern, grid, others, plan, seconds, choose(q, plan, pattern.kernel).kernel, why_not)
+        why_not = pays(plan, visited) if pattern.kernel == "auto" else ""
+        kernel = choose(q, plan, pattern.kernel).kernel
+        return cls(pattern, grid, others, plan, seconds, kernel, why_not, visited)
 
     @property
     def name(self) -> str:
-        return spec(self.pattern)
+        return spec(self.pattern) + (f": {self.part}" if self.part else "")
 
     @property
     def pairs_share(self) -> float:
@@ -76,7 +125,7 @@ class Planned:
     @property
     def partial_share(self) -> float:
         """PARTIAL blocks, over those that are visited."""
-        return self.plan.partial / self.plan.visited
+        return self.plan.partial / max(self.plan.visited, 1)
 
     def seen_from(self, place: Place) -> Tensor:
         """Keys that a query of the image sees: bool [tokens], the image's, the others, then any that are added.
@@ -89,9 +138,9 @@ class Planned:
         listed = slice(*plan.start[row : row + 2].tolist())
         pairs = plan.tiles[plan.tile[listed].long(), within]
         slots = plan.index[listed].long()[:, None] * side + torch.arange(side)
-        seen = torch.zeros(plan.tokens, dtype=torch.bool)
-        seen[self._tokens()[slots[pairs]]] = True
-        return seen
+        visible = torch.zeros(plan.tokens, dtype=torch.bool)
+        visible[self._tokens()[slots[pairs]]] = True
+        return visible
 
     def token(self, place: Place) -> int:
         """Return the number of the token at (frame, row, column).
@@ -120,6 +169,15 @@ class Planned:
         plan = self.plan
         queries = torch.arange(plan.queries) if plan.order is None else plan.order
         return torch.cat((queries, torch.arange(len(plan.inverse), plan.tokens)))
+
+
+def _columns_of(table: Searched, letter: str) -> tuple[int, ...]:
+    """Find the blocks of the first striped head."""
+    if letter != STRIPE or not table.columns:
+        return ()
+    every = ((place, head) for place, word in enumerate(table.heads) for head in range(len(word)))
+    place, head = next((p, h) for p, h in every if table.heads[p][h] == letter)
+    return table.columns[place][head]
 
 
 def rows_of(model: Model, shape: tuple[int, ...]) -> tuple[Grid, int]:
@@ -172,7 +230,7 @@ def table(plans: Sequence[Planned]) -> Table:
         middle = p.seen_from(places(p.grid)["centre"])
         out.add_row(
             p.name.replace(",", ", "),
-            f"{p.plan.density:.1%}",
+            f"{p.visited:.1%}",
             f"{p.partial_share:.1%}",
             f"{p.pairs_share:.1%}",
             f"{int(middle.sum()):,}",

@@ -37,15 +37,19 @@ class BranchCache(Policy):
 
     @abstractmethod
     def decide(self, step: int) -> bool:
-        """Whether evaluation `step`, counted from the first one of its network, is computed."""
+        """Return whether evaluation `step`, counted from the first one of its network, is computed."""
 
     def predict(self, place: float, anchors: Sequence[float]) -> Sequence[float]:
-        """What each kept output counts at `place`, of computed evaluations at `anchors`, latest first; sums to 1."""
+        """Weight the kept outputs at `place`, of computed evaluations at `anchors`, latest first; the sum is 1."""
         return (1.0,)
 
     def place(self, call: Call) -> float:
-        """The coordinate of an evaluation in `predict`."""
+        """Return the coordinate of an evaluation in `predict`."""
         return call.index
+
+    def keep(self, step: int) -> int:
+        """Return how many outputs of each branch are kept at most after computed evaluation `step`, as in `decide`."""
+        return self.kept
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         return {"schedule": "own", **dict.fromkeys(named(sites, "branch"), "own")}
@@ -54,18 +58,18 @@ class BranchCache(Policy):
         return Cached(self, sites, total)
 
     def full_steps(self, total: int) -> list[int]:
-        """The evaluations of a trajectory of `total` that are computed."""
+        """List the evaluations of a trajectory of `total` that are computed."""
         return [step for step in range(total) if self.decide(step)]
 
 
 class Branch(NamedTuple):
-    """What a branch returned in its latest full evaluations, latest first: a list for each tensor of its output."""
+    """The outputs of a branch in its latest full evaluations, latest first: a list for each tensor of its output."""
 
     outputs: list[list[Tensor]]
     spec: TreeSpec
 
     def forecast(self, weights: Sequence[float]) -> Any:
-        """What the branch would return; `weights` of its outputs, which sum to 1."""
+        """Forecast the branch's output; `weights` of its outputs, which sum to 1."""
         leaves = [_combined(kept, weights) for kept in self.outputs]
         return leaves[0] if self.spec.is_leaf() else tree_unflatten(leaves, self.spec)
 
@@ -79,14 +83,14 @@ class Branch(NamedTuple):
 
 
 def push(out: Any, old: Branch | None, keep: int) -> Branch:
-    """The branch after a full evaluation that returned `out`, with at most `keep` outputs."""
+    """Return the branch after a full evaluation that returned `out`, with at most `keep` outputs."""
     leaves, spec = tree_flatten(out)
     earlier: list[list[Tensor]] = [[] for _ in leaves] if old is None else old.outputs
     return Branch([[_kept(leaf), *kept][:keep] for leaf, kept in zip(leaves, earlier, strict=True)], spec)
 
 
 def replace_latest(out: Any, old: Branch) -> Branch:
-    """The branch after the evaluation that it knows best was made again: a newer value in the place of the latest."""
+    """Return the branch with a newer value for its latest evaluation, which was made again."""
     leaves, spec = tree_flatten(out)
     return Branch([[_kept(leaf), *kept[1:]] for leaf, kept in zip(leaves, old.outputs, strict=True)], spec)
 
@@ -104,7 +108,7 @@ def _combined(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _interpolated(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The same as nested steps between two tensors, one pass over memory each.
+    """Forecast by nested steps between two tensors, one pass over memory each.
 
     The least weight goes last: the others sum to at least a half, so scaling them to sum to 1 is harmless.
     """
@@ -181,7 +185,7 @@ class Lane(NamedTuple):
 
 
 class Evaluation:
-    """What one model call does at its branches: record their outputs, or predict them from what its lane keeps."""
+    """The work of one model call at its branches: record outputs, or predict them from what its lane keeps."""
 
     def __init__(self, call: Call, place: float, lane: Lane | None, weights: Sequence[float]) -> None:
         self.call, self.place, self.weights = call, place, weights
@@ -191,7 +195,7 @@ class Evaluation:
         self.outputs: dict[str, Any] = {}
 
     def branch(self, name: str, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
-        """The handler of branch `name`."""
+        """Handle branch `name`."""
         if not self.tokens:
             self.tokens = [t.shape for t in tree_leaves(x)]
             if self.tokens != self.expected:
@@ -208,7 +212,7 @@ class Evaluation:
 
 
 class Cached(Session):
-    """What is kept for each (net, lane); a lane that is new, has another shape or was away is computed."""
+    """The state of each (net, lane); a lane that is new, has another shape or was away is computed."""
 
     verb: ClassVar[str] = "reused"
 
@@ -216,7 +220,7 @@ class Cached(Session):
         super().__init__()
         self.policy, self.branches = policy, [site for site in sites if site.kind == "branch"]
         self.is_neutral = policy == policy.exact()
-        self.most_kept = min(policy.kept, len(policy.full_steps(total)))
+        self.most_kept = most_kept(policy, total)
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         if self.is_neutral:
@@ -234,7 +238,8 @@ class Cached(Session):
         """After a computed evaluation, record the lane's outputs."""
         for key, evaluation in self.staged.items():
             if evaluation.outputs and evaluation.known is None:
-                self.state[key] = record(self.policy, self.state.get(key), evaluation)
+                keep = self.policy.keep(evaluation.call.index - self._origin(evaluation.call))
+                self.state[key] = record(keep, self.state.get(key), evaluation)
         self.staged.clear()
 
     def bytes(self) -> int:
@@ -251,17 +256,29 @@ class Cached(Session):
         return feature_bytes(self.branches, tokens, call.layout) * self.most_kept
 
     def _is_computed(self, call: Call, lane: Lane) -> bool:
-        # One counter a network, shared by its lanes: a lane that joins late keeps step with the others.
-        origin = min(other.first for key, other in self.state.items() if key[0] == call.net)
+        origin = self._origin(call)
         since = range(
             min(lane.last + 1, call.index), call.index + 1
         )  # with what a lane that was away has missed
         away = call.index < lane.last or any(self.policy.decide(index - origin) for index in since)
         return away or lane.geometry != geometry_of(call)
 
+    def _origin(self, call: Call) -> int:
+        """Return the first evaluation of the network: a lane that joins late keeps step with the others."""
+        return min((lane.first for key, lane in self.state.items() if key[0] == call.net), default=call.index)
 
-def record(policy: BranchCache, old: Lane | None, evaluation: Evaluation) -> Lane:
-    """The lane one computed evaluation later."""
+
+def most_kept(policy: BranchCache, total: int) -> int:
+    """Return the most outputs of a branch that are kept at once in a trajectory of `total` evaluations."""
+    kept = most = 0
+    for step in policy.full_steps(total):
+        kept = min(kept + 1, policy.keep(step))
+        most = max(most, kept)
+    return most
+
+
+def record(keep: int, old: Lane | None, evaluation: Evaluation) -> Lane:
+    """Return the lane one computed evaluation later, with at most `keep` outputs of each branch."""
     call, place, geometry = evaluation.call, evaluation.place, geometry_of(evaluation.call)
     first = call.index if old is None else old.first
     if old is not None and (old.geometry != geometry or old.tokens != evaluation.tokens):
@@ -272,8 +289,9 @@ def record(policy: BranchCache, old: Lane | None, evaluation: Evaluation) -> Lan
         known = {name: out for name, out in evaluation.outputs.items() if name in earlier}
         branches = {name: replace_latest(out, earlier[name]) for name, out in known.items()}
     else:
-        anchors = (place, *anchors)[: policy.kept]
-        keep = len(anchors)
-        branches = {name: push(out, earlier.get(name), keep) for name, out in evaluation.outputs.items()}
+        anchors = (place, *anchors)[:keep]
+        branches = {
+            name: push(out, earlier.get(name), len(anchors)) for name, out in evaluation.outputs.items()
+        }
     held = sum(branch.bytes for branch in branches.values())
     return Lane(first, call.index, anchors, geometry, evaluation.tokens, branches, held)

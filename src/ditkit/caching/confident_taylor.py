@@ -100,7 +100,7 @@ class ConfidentTaylor(Policy):
         return replace(self, threshold=0.0, interval=0, schedule=())
 
     def full_steps(self, total: int) -> tuple[int, ...]:
-        """The full evaluations of a trajectory of `total`, where no gate decides; else empty."""
+        """List the full evaluations of a trajectory of `total`, where no gate decides; else none."""
         listed = (
             (*LISTED, *range(LISTED[-1] + self.interval, total, self.interval))
             if self.interval
@@ -117,7 +117,7 @@ class Series(NamedTuple):
     branch: Branch
 
     def at(self, index: int) -> Any:
-        """The forecast for evaluation `index`: sum_i f_i k^i / i!, k after the anchor."""
+        """Forecast evaluation `index`: sum_i f_i k^i / i!, k after the anchor."""
         k = index - self.anchor
         weights = [k**i / factorial(i) for i in range(len(self.differences))]
         return self.branch.forecast(output_weights(weights, self.differences))
@@ -128,7 +128,10 @@ class Series(NamedTuple):
 
 
 class BranchState(NamedTuple):
-    """What is known of one lane. With `per_sample_gate` there is one part a sample, else one for the batch."""
+    """The state of one lane.
+
+    With `per_sample_gate` there is one part a sample, else one for the batch.
+    """
 
     start: int
     latest: int
@@ -136,9 +139,9 @@ class BranchState(NamedTuple):
     geometry: Geometry
     tokens: list[torch.Size]
     trusted: tuple[bool, ...] = ()
-    """What the latest evaluation took from forecasts, one a part."""
+    """The parts that took forecasts in the latest evaluation, one value a part."""
     first: tuple[Series, ...] = ()
-    """Of h_1, one a part; none in a lane that does as another did."""
+    """The series of h_1, one a part; none in a lane that does as another did."""
     last: tuple[Series, ...] = ()
 
 
@@ -146,7 +149,7 @@ class Evaluated(NamedTuple):
     """A lane as it was before, and what its ladders climb to, h_1 and h_L of each part; no h_L if all were trusted."""
 
     lane: BranchState
-    seen: list[Tensor]
+    features: list[Tensor]
     parts: list[Any]
 
 
@@ -165,16 +168,16 @@ class GatedForecaster(Session):
         return {} if is_neutral else {self.stack: partial(self.through, call)}
 
     def through(self, call: Call, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
-        """The handler of the stack: its first block, then the others or the forecast of what they give."""
+        """Handle the stack: its first block, then the others or the forecast of what they give."""
         lane = self._lane(call, x)
         trusted = self._given(call, lane)
-        seen: list[Tensor] = []
+        features: list[Tensor] = []
         if trusted is not None:
             rest = partial(fn, x, *args)
         else:
             h = fn(x, *args, 0, 1)
-            seen = self._parts(image_rows(h, call.layout).float())
-            trusted, rest = self._trusted(call, lane, seen), partial(fn, h, *args, 1)
+            features = self._parts(image_rows(h, call.layout).float())
+            trusted, rest = self._trusted(call, lane, features), partial(fn, h, *args, 1)
         parts: list[Any] = []
         if all(trusted):
             out = _joined([series.at(call.index) for series in lane.last])
@@ -185,13 +188,13 @@ class GatedForecaster(Session):
                 known = zip(trusted, lane.last, parts, strict=True)
                 out = _joined([series.at(call.index) if sure else part for sure, series, part in known])
         lane = lane._replace(latest=call.index, trusted=trusted)
-        self.put((call.net, call.lane), Evaluated(lane, seen, parts))
+        self.put((call.net, call.lane), Evaluated(lane, features, parts))
         return out
 
     def commit(self) -> None:
         """After a full evaluation, climb the lane's ladders."""
         for key, evaluated in self.staged.items():
-            self.state[key] = self._climbed(*evaluated)
+            self.state[key] = self._advanced(*evaluated)
         self.staged.clear()
 
     def projected_bytes(self) -> int:
@@ -205,12 +208,12 @@ class GatedForecaster(Session):
             for one in series
         )
 
-    def _climbed(self, lane: BranchState, seen: Sequence[Tensor], parts: Sequence[Any]) -> BranchState:
+    def _advanced(self, lane: BranchState, features: Sequence[Tensor], parts: Sequence[Any]) -> BranchState:
         if not parts:
             return lane
         return lane._replace(
-            first=_climbed(lane.first, lane.trusted, seen, lane.latest, self.policy.first_order),
-            last=_climbed(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
+            first=_advanced(lane.first, lane.trusted, features, lane.latest, self.policy.first_order),
+            last=_advanced(lane.last, lane.trusted, parts, lane.latest, self.policy.last_order),
         )
 
     def _lane(self, call: Call, x: Any) -> BranchState:
@@ -221,7 +224,7 @@ class GatedForecaster(Session):
         return lane
 
     def _given(self, call: Call, lane: BranchState) -> tuple[bool, ...] | None:
-        """What is trusted without a gate: as the schedule or another lane says; None where the gate is asked."""
+        """Return what is trusted without a gate, by the schedule or another lane; None where the gate is asked."""
         if self.listed:
             origin = self._origin(call, lane) if self.policy.interval else 0
             due = max(origin + step for step in self.listed if origin + step <= call.index)
@@ -230,27 +233,27 @@ class GatedForecaster(Session):
         return None if leader is None else _followed(leader, lane)
 
     def _origin(self, call: Call, lane: BranchState) -> int:
-        """The first evaluation of a network: its lanes keep step, also one that joins late."""
+        """Return the first evaluation of a network: its lanes keep step, also one that joins late."""
         return min((lane.start, *(other.start for key, other in self.state.items() if key[0] == call.net)))
 
     def _leader(self, call: Call, lane: BranchState) -> BranchState | None:
-        """The lane of the same network that was gated in this evaluation already."""
+        """Return the lane of the same network that was gated in this evaluation already."""
         if self.policy.decider == "each":
             return None
         others = [other for key, other in self.state.items() if key[0] == call.net and key[1] != call.lane]
         gated = [other for other in others if other.first and other.latest == call.index]
         return next((other for other in gated if other.tokens == lane.tokens), None)
 
-    def _trusted(self, call: Call, lane: BranchState, seen: Sequence[Tensor]) -> tuple[bool, ...]:
+    def _trusted(self, call: Call, lane: BranchState, features: Sequence[Tensor]) -> tuple[bool, ...]:
         if not lane.first or not lane.start + self.policy.warmup < call.index < self.total - 1:
-            return (False,) * len(seen)
+            return (False,) * len(features)
         errors = [
-            relative_error(series.at(call.index), h) for series, h in zip(lane.first, seen, strict=True)
+            relative_error(series.at(call.index), h) for series, h in zip(lane.first, features, strict=True)
         ]
         return tuple(e < self.policy.threshold for e in torch.stack(errors).tolist())
 
     def _parts(self, tree: Any) -> list[Any]:
-        """What is decided alone: each sample, or the batch."""
+        """Split into what is decided alone: each sample, or the batch."""
         if not self.policy.per_sample_gate:
             return [tree]
         return [tree_map(lambda t, i=i: t[i : i + 1], tree) for i in range(len(tree_leaves(tree)[0]))]
@@ -280,17 +283,17 @@ def relative_error(forecast: Tensor, h: Tensor) -> Tensor:
 
 
 def _followed(leader: BranchState, lane: BranchState) -> tuple[bool, ...]:
-    """The leader's decisions, where what the lane keeps is not older than what the leader keeps."""
+    """Return the leader's decisions, where what the lane keeps is not older than what the leader keeps."""
     if not lane.last:
         return (False,) * len(leader.trusted)
     kept = zip(leader.trusted, lane.last, leader.last, strict=True)
     return tuple(sure and own.anchor >= others.anchor for sure, own, others in kept)
 
 
-def _climbed(
+def _advanced(
     series: Sequence[Series], trusted: Sequence[bool], parts: Sequence[Any], index: int, order: int
 ) -> tuple[Series, ...]:
-    """The series one full evaluation later, those of trusted parts as they were; no part, no series."""
+    """Advance the series by one full evaluation, those of trusted parts unchanged; no part, no series."""
     known: Sequence[Series | None] = series or [None] * len(parts)
     return tuple(
         old if sure and old is not None else _extended(old, index, part, order)

@@ -87,7 +87,7 @@ class RAS(Policy):
         return replace(self, ratio=1.0, slope=0)
 
     def skipped(self, total: int, rows: int) -> list[int]:
-        """How many of `rows` each of `total` evaluations leaves out.
+        """Count how many of `rows` each of `total` evaluations leaves out.
 
         Raises:
             ConfigError: the slope leaves out fewer than none or all of them.
@@ -129,14 +129,14 @@ class RAS(Policy):
         return order[:, : q.shape[1] - skip].sort().values
 
     def counted(self, drops: Tensor, rows: Tensor) -> Tensor:
-        """`drops` [B, L] after all rows but `rows` [B, R] were left out once more."""
+        """Return `drops` [B, L] after all rows but `rows` [B, R] were left out once more."""
         # the code starts at -(T + 1), a factor common to all rows that no order sees
         kept = drops.gather(1, rows) if self.selection == "published" else torch.zeros_like(rows).to(drops)
         return (drops + 1).scatter(1, rows, kept)
 
 
 class Choice(NamedTuple):
-    """What evaluation `place` computes, [B, R] rows of the image, and the guided prediction before it."""
+    """The [B, R] rows of the image that evaluation `place` computes, and the guided prediction before it."""
 
     place: int
     rows: Tensor
@@ -150,11 +150,11 @@ class Kept(NamedTuple):
     layout: tuple[tuple[str, int], ...]
     keys: dict[str, tuple[Tensor, Tensor]]
     bytes: int
-    """What they take once they are all there."""
+    """The bytes that they take once they are all there."""
 
 
 class Evaluation:
-    """What one model call does at its sites: all rows, or those of `choice`.
+    """The work of one model call at its sites: all rows, or those of `choice`.
 
     Args:
         kept: keys and values of the lane, written where they lie. An interrupted call is harmless: the next one
@@ -169,10 +169,10 @@ class Evaluation:
         self.keys = {} if kept is None else kept.keys
         self.bytes: dict[str, int] = {}
         self.places: dict[str, Tensor] = {}
-        """Of the rows to compute in the sequence of each stream; none: all are computed."""
+        """The positions of the rows to compute in the sequence of each stream; empty if all are computed."""
 
     def tokens(self, fn: Handler, *args: Any) -> Any:
-        """The embedded tokens, of the image only the rows to compute."""
+        """Embed the tokens, of the image only the rows to compute."""
         out = fn(*args)
         if self.choice is None:
             return out
@@ -192,11 +192,11 @@ class Evaluation:
         whole_k, whole_v = self.keys[name]
         for whole, fresh in ((whole_k, k), (whole_v, v)):
             put_rows(whole, at, fresh.detach().transpose(1, 2))
-        seen = (_widened(mask, at, whole_k.shape[1]) for mask in masks)
-        return fn(q, whole_k.transpose(1, 2), whole_v.transpose(1, 2), *seen)
+        widened = (_widened(mask, at, whole_k.shape[1]) for mask in masks)
+        return fn(q, whole_k.transpose(1, 2), whole_v.transpose(1, 2), *widened)
 
     def head(self, fn: Handler, *args: Any) -> Tensor:
-        """The prediction of all rows, zero where none was made."""
+        """Return the prediction of all rows, zero where none was made."""
         out = fn(*args)
         if not self.places:
             return out
@@ -205,7 +205,7 @@ class Evaluation:
         return put_rows(whole, self.places["image"], out)
 
     def left(self, goes_on: bool) -> Kept:
-        """What the lane keeps after this call; nothing if no later evaluation leaves out rows."""
+        """Return what the lane keeps after this call; nothing if no later evaluation leaves out rows."""
         size = sum(self.bytes.values()) or (self.kept.bytes if self.kept else 0)
         keys, size = (self.keys, size) if goes_on else ({}, 0)
         return Kept(self.call.index, _lengths(self.call), keys, size)
@@ -228,7 +228,7 @@ class Evaluation:
             old[1].copy_(fresh[1])
 
     def _places(self, stream: str, rows: Tensor) -> Tensor:
-        """Where the image's `rows`, and all rows of the other segments, stand in a sequence."""
+        """Return the positions of the image's `rows`, and of all rows of the other segments, in a sequence."""
         parts, start = [], 0
         for segment in sequence(self.call.layout, stream):
             every = torch.arange(segment.length, device=rows.device).expand(*rows.shape[:-1], -1)
@@ -250,7 +250,7 @@ class Regions(Session):
         self.choice: Choice | None = None
         self.drops: Tensor | None = None
         self.chosen_bytes = 0
-        """What the next choices will take: a prediction, the rows, and how often each was left out."""
+        """The bytes that the next choices will take: a prediction, the rows, and how often each was left out."""
         self.is_partial = False
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
@@ -316,7 +316,7 @@ class Regions(Session):
 
 
 def row_metric(v: Tensor, image: Segment, metric: Metric) -> Tensor:
-    """q of each row, [B, L], of a prediction [B, L, C], [B, C, H, W] or [B, C, T, H, W].
+    """Compute q of each row, [B, L], of a prediction [B, L, C], [B, C, H, W] or [B, C, T, H, W].
 
     Raises:
         ConfigError: the spread of a single channel is asked for.
@@ -330,7 +330,7 @@ def row_metric(v: Tensor, image: Segment, metric: Metric) -> Tensor:
 
 
 def by_row(mask: Tensor, image: Segment, v: Tensor) -> Tensor:
-    """A mask of rows [B, L] that broadcasts to the prediction `v`, as in `row_metric`."""
+    """Shape a mask of rows [B, L] to broadcast to the prediction `v`, as in `row_metric`."""
     if v.ndim == 3:
         return mask[..., None]
     sides = image.grid.sides(v.shape[2:])
@@ -349,7 +349,7 @@ def _each(rows: Tensor, batch: int, keys: Sequence[Tensor]) -> Tensor | None:
 
 
 def _widened(mask: Tensor, at: Tensor, length: int) -> Tensor:
-    """A mask over computed keys, made one over all keys; rows that are left out are seen."""
+    """Widen a mask over computed keys to all keys; rows that are left out are visible."""
     if mask.shape[-1] != at.shape[-1]:
         return mask
     whole = mask.new_full((*mask.shape[:-1], length), mask.dtype == torch.bool)

@@ -30,7 +30,8 @@ class TaylorSeer(BranchCache):
     """Compute one evaluation in `interval`, and forecast every branch in the others.
 
     A full evaluation at s, d after the full one before it, turns a branch's factors f into g_0 = F(s) and
-    g_{i+1} = (g_i - f_i) / d. A skipped one, k after s, uses sum_i g_i k^i / i! with i up to `order`.
+    g_{i+1} = (g_i - f_i) / d. A skipped one, k after s, uses sum_i g_i k^i / i! with i up to `order`. The last of the
+    warm-up takes the first difference, of itself and the one before it; those before it leave their values only.
 
     Args:
         interval: evaluations from one full one to the next; 1 computes all of them.
@@ -66,6 +67,11 @@ class TaylorSeer(BranchCache):
     def decide(self, step: int) -> bool:
         return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
 
+    def keep(self, step: int) -> int:
+        """Two outputs in the warm-up: no published `taylor_utils` takes a difference before its last evaluation."""
+        is_whole = self.basis == "newton" or step >= self.warmup
+        return self.kept if is_whole else min(self.kept, 2)
+
     def place(self, call: Call) -> float:
         if self.axis == "call":
             return call.index
@@ -88,7 +94,7 @@ class TaylorSeer(BranchCache):
         return [place - (anchor if self.basis == "newton" else anchors[0]) for anchor in nearest]
 
     def weights(self, place: float, anchors: Sequence[float]) -> list[float]:
-        """What each factor counts in a forecast at `place`; the first always counts 1."""
+        """Return the weight of each factor in a forecast at `place`; the first always counts 1."""
         weights = [1.0]
         for i in range(1, len(anchors)):
             last, by = (anchors[i - 1], 1) if self.basis == "newton" else (anchors[0], i)
@@ -102,14 +108,17 @@ class Forecaster(Cached):
     verb: ClassVar[str] = "forecast"
 
     def fitting(self, need: int, allowed: int) -> str:
-        """The highest order that fits; each takes as much as the others."""
+        """Name the highest order that fits; each takes as much as the others."""
         factor = need // self.most_kept
         order = allowed // factor - 1
         return f"order={order} would fit" if order >= 0 else f"order=0 would hold {factor:,}"
 
 
 def update_coefficients(old: Coefficients, spans: Sequence[float]) -> Coefficients:
-    """The differences one full evaluation later: g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i."""
+    """Return the differences one full evaluation later.
+
+    g_0 = F, and g_{i+1} = (g_i - f_i) / span_i for each old f_i.
+    """
     rows: list[tuple[float, ...]] = [(1.0,)]
     for f, span in zip(old, spans, strict=False):
         pairs = zip_longest(rows[-1], (0.0, *f), fillvalue=0.0)
@@ -118,7 +127,7 @@ def update_coefficients(old: Coefficients, spans: Sequence[float]) -> Coefficien
 
 
 def output_weights(weights: Sequence[float], differences: Coefficients) -> list[float]:
-    """What each kept output counts where each difference counts `weights`."""
+    """Return the weight of each kept output where each difference counts `weights`."""
     counts = [0.0] * len(differences)
     for weight, row in zip(weights, differences, strict=True):
         for place, coefficient in enumerate(row):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from ditkit.api.compare import compare as compared
+from ditkit.api.generate import generate
+from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.cli.options import (
     DataName,
@@ -25,9 +28,11 @@ from ditkit.cli.options import (
     writable,
 )
 from ditkit.cli.sampling import Flattened, SamplingFlags
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.task import task_of
+from ditkit.sample import Sampling
 from ditkit.tasks.video.masks import KINDS, mask_kind
 
 MaskName = Annotated[
@@ -36,7 +41,14 @@ MaskName = Annotated[
         metavar="KIND", help=f"Kind of masks on the clips of --data: {', '.join(KINDS)}. Default: predict."
     ),
 ]
-DEMO_INTERVALS, DEMO_ORDERS = (3, 4, 6), (0, 1, 2)
+DEMO_SETTINGS = ((4, 1), (6, 2))
+"""Intervals and orders of TaylorSeer in the demo, beside the default policy of `ditkit.accelerate`."""
+ROUNDS, DEMO_ROUNDS = 3, 2
+DEMO_CONVERGED = 4  # times the steps; ten times, as elsewhere, would take longer than all else
+PROBE_STEPS = 10
+FIRST = "first.png"
+NARROW = 80
+PICTURES = 4  # axes of a batch of them
 
 
 def compare(
@@ -48,7 +60,7 @@ def compare(
     label: Labels = (),
     converged_steps: Number = None,
     fewer_steps: bool = False,
-    rounds: int = 3,
+    rounds: Number = None,
     no_memory: bool = False,
     data: DataName = None,
     option: Options = (),
@@ -73,28 +85,36 @@ def compare(
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
-        demo: Instead of --policy: TaylorSeer with intervals 3, 4, 6 and orders 0, 1, 2, and --fewer-steps.
+        demo: Instead of --policy: a few that show most in three minutes, with --fewer-steps and --no-memory.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
-        converged_steps: Of the run that stands for convergence. Default: ten times --steps.
+        converged_steps: Steps of the run that stands for the sampler's limit. Default: 10 times --steps; --demo: 4.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
-        rounds: Timed passes over all seeds; the median counts.
+        rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 2.
         no_memory: Do not measure peak memory, which takes a process for each row.
         data: A named set or folder. Images: to report FID and KID against. Clips: given in part.
-        option: Of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
+        option: Option of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         out: Folder to write to.
     """
     if not flags.policy and not demo:
         raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
     sampling = flags.make(seeds_of(seeds))
+    network = load_generator(model, "compare")
     if demo:
         sampling = sampling.changed(policies=demo_policies(flags.policy))
-    network = load_generator(model, "compare")
+        converged_steps = converged_steps or DEMO_CONVERGED * sampling.steps
+    rounds = (DEMO_ROUNDS if demo else ROUNDS) if rounds is None else rounds
     kind = None if mask is None else mask_kind(mask)
     loading = options_of(data, with_training_options(data, option, network))
     real, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
+        if demo and converged_steps is not None:
+            seconds = first_picture(out / FIRST, network, label or None, cond, sampling)
+            total = seconds * demo_evaluations(sampling, rounds, converged_steps)
+            print(
+                f"wrote {out / FIRST}; the comparison takes about {total:.0f} s", file=sys.stderr, flush=True
+            )
         report = compared(
             network,
             label=label or None,
@@ -102,13 +122,16 @@ def compare(
             sampling=sampling,
             converged_steps=converged_steps,
             rounds=rounds,
-            memory=not no_memory,
+            memory=not (no_memory or demo),
             real=real,
             controls_as_rows=fewer_steps or demo,
             progress=advance,
         )
         files = report.save(out)
-    Console().print(report.table())
+    if (columns := Console().width) < NARROW:
+        print(f"the table needs {NARROW} columns and this terminal has {columns}: see report.html")
+    else:
+        Console().print(report.table())
     print(f"wrote {out}: " + ", ".join(file.name for file in files))
     print(f"open {next(file for file in files if file.suffix == '.html')} in a browser")
 
@@ -121,4 +144,24 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     """
     if given:
         raise ConfigError(f"compare: got --policy {given[0]} with --demo, expected one of the two")
-    return [TaylorSeer(interval=n, order=o) for n in DEMO_INTERVALS for o in DEMO_ORDERS]
+    return [ConfidentTaylor(interval=3), *(TaylorSeer(interval=n, order=o) for n, o in DEMO_SETTINGS)]
+
+
+def first_picture(path: Path, network: Any, label: Any, cond: Cond, sampling: Sampling) -> float:
+    """Draw all seeds in few exact steps, as a picture; return the seconds of one evaluation of them.
+
+    What a task draws of other samples than pictures is left to the report: then nothing is written.
+    """
+    from ditkit.report.sheet import grid, write_png
+
+    drawn = generate(network, label, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS)
+    if drawn.samples.ndim == PICTURES:
+        write_png(path, grid(drawn.samples, columns=len(drawn.samples)))
+    return drawn.seconds / drawn.evaluations
+
+
+def demo_evaluations(sampling: Sampling, rounds: int, converged_steps: int) -> int:
+    """Count the evaluations of the demo, those forecast as none: each policy has a control that costs the same."""
+    policies: Any = sampling.policies
+    fast = 2 * sum(len(policy.full_steps(sampling.steps)) for policy in policies)
+    return converged_steps + (rounds + 1) * (sampling.steps + fast) + fast // 2

@@ -26,7 +26,7 @@ def compress(model: ModelName, transforms: Transforms, *, out: Path) -> None:
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
-        transforms: Such as kept:blocks=0+2+3 or lora:rank=8.
+        transforms: Changes of the weights, such as kept:blocks=0+2+3 or lora:rank=8.
         out: Folder to write.
     """
     chosen = as_transforms(transforms)

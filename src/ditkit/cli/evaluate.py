@@ -63,13 +63,13 @@ def evaluate(
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         data: A named set, or a folder or file of the kind that the model takes. Default: the one it was trained on.
-        option: Of the loader of --data, such as split=test of fashion. Repeat it for several. Default,
+        option: Option of the loader of --data, such as split=test of fashion. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         count: Samples, with seeds 0, 1, 2 ...; pictures have classes as often as the data. Default: 1000 pictures,
             8 clips, 64 forecasts.
-        neighbours: Of pictures: shown beside their nearest real ones, at most --count. Default: 16.
+        neighbours: Pictures that are shown beside their nearest real ones, at most --count. Default: 16.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
-        real_count: Of pictures: real ones to measure against, from all over the set. Default: all.
+        real_count: Real pictures to measure against, from all over the set. Default: all.
         out: Folder to write to.
     """
     network = load_trained(model)
@@ -79,7 +79,8 @@ def evaluate(
     settings: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     given = {"data": data, "option": list(option), "max_bad": max_bad, **own}
     if flags != FLAGS or task_of(network).generates:
-        settings["sampling"] = flags.make(DEFAULT.seeds)
+        sampling = flags.make(DEFAULT.seeds)
+        settings["sampling"] = sampling.resolved(network) if task_of(network).generates else sampling
         given |= flags.as_dict(settings["sampling"])
     options = options_of(data, option, max_bad)
     with writable(out), progress() as advance:

@@ -15,7 +15,7 @@ C = TypeVar("C")
 
 
 def flags_of(config: Any) -> Any:
-    """A dataclass of the fields of `config` that have flags, with its values: the default of one of tyro's arguments.
+    """Make a dataclass of the fields of `config` that have flags, with its values: a default of tyro's arguments.
 
     A field has none where the data decide it, and where it is a dataclass of its own, such as a convention.
     """
@@ -38,7 +38,7 @@ def with_flags(config: C, flags: Any) -> C:
 
 
 def _helps(kind: type) -> dict[str, str]:
-    """The lines of `Args:` of a docstring by field; one line may be for several."""
+    """Read the lines of `Args:` of a docstring by field; one line may be for several."""
     params = docstring_parser.parse(inspect.getdoc(kind) or "").params
     return {
         name: " ".join((param.description or "").split())
@@ -48,6 +48,6 @@ def _helps(kind: type) -> dict[str, str]:
 
 
 def _help(helps: dict[str, str], name: str, hints: dict[str, Any]) -> str:
-    """What the docstring says of a field, and its bounds, as sentences."""
+    """Return the docstring's help of a field, and its bounds, as sentences."""
     texts = helps.get(name, "").rstrip("."), limits_of(union_members(hints[name])[0])
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in texts if text)

@@ -37,7 +37,7 @@ def generate(
     out: Path = Path("outputs/generate"),
     list_labels: bool = False,
 ) -> None:
-    """Draw samples with a trained model, one a seed: pictures, or clips of which nothing is given.
+    """Draw samples with a trained model, one a seed: pictures, or unconditional clips.
 
     Examples:
         ditkit generate emoji
@@ -65,7 +65,7 @@ def generate(
     if list_labels:
         print("\n".join(class_names(network)))
         return
-    task, sampling = task_of(network), flags.make(seeds_of(seeds))
+    task, sampling = task_of(network), flags.make(seeds_of(seeds)).resolved(network)
     check_labels(network, label)
     wanted: tuple[str | None, ...] = label or (None,)
     settings = {"model": model, **flags.as_dict(sampling)}
@@ -83,12 +83,12 @@ def generate(
 
 def check_labels(model: Model, labels: Sequence[str]) -> None:
     """Refuse a class that the model does not have, or that is given twice."""
-    seen: set[int] = set()
+    chosen: set[int] = set()
     for label in labels:
         index = class_index(model, label)
-        if index in seen:
+        if index in chosen:
             raise ConfigError(f"--label {label!r} is given twice, expected each class once")
-        seen.add(index)
+        chosen.add(index)
 
 
 def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:
@@ -125,7 +125,7 @@ def tell(drawn: Sequence[Samples], files: Sequence[str], noun: str, out: Path) -
 
 
 def receipts(drawn: Sequence[Samples]) -> list[dict[str, Any]]:
-    """What the policies did for all labels, each once where labels do not differ."""
+    """List the receipts of the policies for all labels, each once where labels do not differ."""
     found: list[dict[str, Any]] = []
     for d in drawn:
         found += [r for receipt in d.receipts if (r := receipt.as_dict()) not in found]
@@ -139,7 +139,7 @@ def iterate(drawn: Sequence[Samples]) -> Iterator[tuple[int, str | None]]:
 
 
 def file_stems(classes: Sequence[str]) -> dict[str, str]:
-    """What stands for each class in file names: its slug, with its index where another's is the same.
+    """Name each class in file names: its slug, with its index where another's is the same.
 
     A slug has no "@", and some file systems do not tell "A" from "a".
     """

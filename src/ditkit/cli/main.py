@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from ditkit.cli.parsing import Command, Group
 from ditkit.core.errors import DitkitError
@@ -20,6 +23,7 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "search",
     "video",
     "forecast",
     "systems",
@@ -30,6 +34,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (by default the process's arguments) ask for; the exit code."""
     words = sys.argv[1:] if words is None else words
+    silence_libraries()
     try:
         if list(words) == ["--version"]:
             import ditkit
@@ -51,8 +56,16 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def silence_libraries() -> None:
+    """Keep to errors what other libraries log, such as missing kernels at import; a variable that is set wins."""
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def resumable(stop: KeyboardInterrupt, words: Sequence[str]) -> str:
-    """What is saved and the command that goes on from it; nothing unless the interrupt says what is saved."""
+    """Say what is saved and the command that goes on from it; nothing unless the interrupt says what is saved."""
     if not stop.args:
         return ""
     again = words if "--resume" in words else [*words, "--resume"]
@@ -65,7 +78,19 @@ def ditkit_commands() -> Group:
         prog="ditkit",
         about="Diffusion transformers: faster, smaller or better, and what it cost.",
         members={name: partial(_command, name) for name in COMMANDS},
+        summary=summary,
     )
+
+
+def summary(name: str) -> str:
+    """Read the first sentence about a command from its source: importing all of them takes seconds."""
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+        if isinstance(node, ast.keyword) and node.arg == "about" and isinstance(node.value, ast.Constant):
+            return str(node.value.value).partition("\n")[0]
+    return ""
 
 
 def _command(name: str) -> Command | Group:

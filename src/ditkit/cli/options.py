@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ CODEC, MODEL = "codec", "model"
 """Keys of config.json that name the class."""
 OF_THE_MODEL = ("size", "frames")
 """Options of loaders that follow from the model."""
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
 Advance = Callable[[str, int, int], None]
@@ -83,7 +86,7 @@ def load_trained(name: str) -> Any:
 
 
 def options_of(data: str | None, words: Sequence[str], max_bad: int | None = None) -> dict[str, Any]:
-    """What `--option` and `--max-bad` ask of the loader of `--data`.
+    """Read the words of `--option` and `--max-bad` for the loader of `--data`.
 
     Raises:
         ConfigError: there are no data, or their loader has no such option; one that the model decides, one given
@@ -104,7 +107,7 @@ def options_of(data: str | None, words: Sequence[str], max_bad: int | None = Non
 
 
 def with_training_options(data: str | None, words: Sequence[str], *models: Model) -> tuple[str, ...]:
-    """The words of `--option`, and before them those under which the models were trained on the same data last.
+    """Return the words of `--option`, preceded by those of the models' last training on the same data.
 
     Says on the screen what it adds: a model that learned slow digits makes nothing of fast ones.
 
@@ -116,9 +119,9 @@ def with_training_options(data: str | None, words: Sequence[str], *models: Model
     runs = [run for model in models if (run := model.last_training) and run["trained"] == dataset_name(data)]
     learned = [tuple(_learned(run.get("options", {}), data, words)) for run in runs]
     if differing := [added for added in learned if added != learned[0]]:
-        ways = " and ".join(" ".join(way) or "none" for way in (learned[0], differing[0]))
+        listed = " and ".join(" ".join(option_words) or "none" for option_words in (learned[0], differing[0]))
         raise ConfigError(
-            f"the models were trained on {data} under different options, {ways}; expected --option"
+            f"the models were trained on {data} under different options, {listed}; expected --option"
         )
     added = learned[0] if learned else ()
     if added:
@@ -184,26 +187,26 @@ def writable(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: nothing can be written there.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         try:
             for place in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
                 place.mkdir(exist_ok=True)
-                made.append(place)
+                created.append(place)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise ConfigError(f"cannot write in {folder}: {error.strerror or error}") from error
         yield
     except BaseException:
-        for place in reversed(made):
+        for place in reversed(created):
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all: torchrun and accelerate number theirs in RANK."""
+    """Return whether this process speaks for all: torchrun and accelerate number theirs in RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -214,7 +217,7 @@ def for_stage(advance: Advance, stage: str) -> Callable[[int, int], None]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Advance]:
-    """A bar on stderr while the block runs, gone when it ends; silent where stderr is no terminal."""
+    """Show a bar on stderr while the block runs, gone when it ends; elsewhere, a line now and then."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(30),
@@ -224,10 +227,14 @@ def progress() -> Iterator[Advance]:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    task = bar.add_task("", total=None)
+    task, line_at = bar.add_task("", total=None), time.monotonic()
 
     def advance(stage: str, done: int, total: int) -> None:
+        nonlocal line_at
         bar.update(task, description=stage, completed=done, total=total)
+        if bar.disable and time.monotonic() - line_at > LINE_SECONDS:
+            line_at = time.monotonic()
+            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
     with bar:
         yield advance

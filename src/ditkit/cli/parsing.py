@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -34,15 +33,17 @@ class Group:
     Args:
         prog: what is typed before a command's name. about: what the commands are.
         what: what a member is called in the list and in errors.
+        summary: first sentence of a member by its name, for the list; by default members are made and asked.
     """
 
     prog: str
     about: str
     members: Mapping[str, Callable[[], Command | Group]]
     what: str = "command"
+    summary: Callable[[str], str] | None = None
 
     def resolve(self, words: Sequence[str]) -> Callable[[], None]:
-        """The call that `words` ask for; help is a call as well.
+        """Return the call that `words` ask for; help is a call as well.
 
         Raises:
             ConfigError: an unknown command or flag, a missing or malformed value.
@@ -63,9 +64,7 @@ class Group:
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for name, make in self.members.items():
-            member = make()
-            about = member.about if isinstance(member, Group) else inspect.getdoc(member) or ""
-            table.add_row(f"  {name}", about.partition("\n")[0])
+            table.add_row(f"  {name}", _summary(make) if self.summary is None else self.summary(name))
         console = Console(highlight=False)
         one = f"{self.prog} {self.what.upper()}"
         console.print(f"usage: {one} ...\n\n{self.about}\n\n{self.what}s:", markup=False)
@@ -84,9 +83,11 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
-    said = io.StringIO()
+    import tyro  # the list of commands does without
+
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             call, left = tyro.cli(
                 bound,
                 prog=prog,
@@ -98,20 +99,26 @@ def parse(command: Command, prog: str, words: Sequence[str]) -> Callable[[], Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{one_line(said.getvalue())}; see {prog} --help") from None
+        raise ConfigError(f"{one_line(stderr.getvalue())}; see {prog} --help") from None
     if left:
         raise ConfigError(f"{_not_understood(left[0], command, prog)}; see {prog} --help")
     return call
 
 
+def _summary(make: Callable[[], Command | Group]) -> str:
+    member = make()
+    about = member.about if isinstance(member, Group) else inspect.getdoc(member) or ""
+    return about.partition("\n")[0]
+
+
 def one_line(box: str) -> str:
-    """What tyro's error box says, up to its first rule."""
+    """Return the text of tyro's error box, up to its first rule."""
     text = RULE.split(FRAME.sub("", box))[0]
     return " ".join(text.split()).rstrip(".") or "the arguments are not understood"
 
 
 def _description(command: Command) -> str:
-    """The docstring without its arguments, which tyro shows at their flags.
+    """Return the docstring without its arguments, which tyro shows at their flags.
 
     tyro joins a paragraph's lines and does not wrap them, but leaves those that start with a space.
     """
@@ -129,6 +136,8 @@ def _not_understood(word: str, command: Command, prog: str) -> str:
 
 def _flags(command: Command, prog: str) -> list[str]:
     """Every flag that the help of `command` names."""
+    import tyro
+
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         tyro.cli(command, prog=prog, description="", args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))

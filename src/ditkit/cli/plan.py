@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ditkit.api.generate import generate
 from ditkit.attention.pattern import Pattern
+from ditkit.attention.searched import Searched
 from ditkit.bench.plans import Place, Planned, places, rows_of, table
 from ditkit.cli.options import Policies, policies_of, writable
 from ditkit.core.catalog import every
@@ -47,21 +48,22 @@ def plan(
     sample: bool = False,
     out: Path = Path("outputs/plan.png"),
 ) -> None:
-    """Draw which keys a query sees under attention patterns, and what they skip.
+    """Draw the keys that a query attends to under sparse attention patterns, and the share that they skip.
 
     Examples:
         ditkit plan runs/video_dit/model --policy grouped:group=2+4+4,block=32
         ditkit plan runs/video_dit/model --policy grouped:group=2+4+4,block=32 --sample
         ditkit plan --grid 32x48x80 --text 256 --policy grouped --policy grouped:reach=2
         ditkit plan --grid 64x64 --policy grouped --query 3,5 60,60 --out outputs/flux.png
+        ditkit plan --grid 16x8x8 --policy searched:heads=0123+2223,block=16
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub; or none, with --grid.
         policy: A pattern such as grouped:reach=1. Repeat it, a section each.
         grid: Without a model: tokens of a picture, such as 64x64, or of a clip, 32x48x80.
-        text: Without a model: rows of text beside them.
-        size: Of the model's sample in pixels, and frames of a clip, if not its own.
-        query: Tokens to look from, such as 8,4,4, in a picture 4,4. Default: centre, corner, border.
+        text: Without a model: text tokens beside them.
+        size: Size of a sample in pixels, for a clip with its frames. Default: the model's own.
+        query: Query tokens, such as 8,4,4, in a picture 4,4. Default: centre, corner, border.
         over: A picture to lay the keys over, cut to fit.
         sample: Lay them over a sample that the model draws.
         out: Picture to write.
@@ -70,6 +72,11 @@ def plan(
     if out.suffix != ".png":
         raise ConfigError(f"--out {out}, expected a name that ends in .png")
     network, tokens, others = laid_out(model, grid, text, size)
+    if network is not None:
+        for pattern in patterns:
+            pattern.check_model(network)
+            if isinstance(pattern, Searched):
+                pattern.resolved(network.sites())
     wanted = queries_of(query, tokens) if query else places(tokens)
     if over is not None and sample:
         raise ConfigError(f"got --over {over} with --sample, expected one of the two")
@@ -78,7 +85,7 @@ def plan(
     with writable(out.parent):
         # commands run a model on the processor; a bare grid is that of a pipeline, which has the GPU
         device = "cuda" if network is None and torch.cuda.is_available() else "cpu"
-        plans = [Planned.of(pattern, tokens, others, device) for pattern in patterns]
+        plans = [part for pattern in patterns for part in Planned.parts(pattern, tokens, others, device)]
         page = png(plan_page(plans, wanted, underlay(network, size, sample, over)))
         with replacing(out) as draft:
             draft.write_bytes(page)
@@ -87,7 +94,7 @@ def plan(
 
 
 def patterns_of(specs: Sequence[str]) -> list[Pattern]:
-    """The patterns of `--policy`.
+    """Parse the patterns of `--policy`.
 
     Raises:
         ConfigError: there is none, or another kind of policy. Those of `policies_of`.
@@ -107,7 +114,7 @@ def patterns_of(specs: Sequence[str]) -> list[Pattern]:
 def laid_out(
     name: str | None, grid: str | None, text: int | None, size: str | None
 ) -> tuple[Model | None, Grid, int]:
-    """The model if there is one, the grid of the image's tokens, and the number of other rows.
+    """Return the model, if there is one, the grid of the image's tokens, and the number of other rows.
 
     Raises:
         ConfigError: neither a model nor a grid, or flags of both. Those of `load`, `Grid` and `rows_of`.
@@ -130,7 +137,7 @@ def laid_out(
 
 
 def signal_shape(model: Model, size: str | None) -> tuple[int, ...]:
-    """Of a sample of the model, or one of another size."""
+    """Return the shape of a sample of the model, or of one of another size."""
     channels, *own = model.signal_shape
     return (channels, *(own if size is None else sides_of("--size", size, len(own))))
 
@@ -150,7 +157,7 @@ def sides_of(flag: str, text: str, *counts: int) -> tuple[int, ...]:
 
 
 def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
-    """The tokens of `--query`, by a name for each.
+    """Return the tokens of `--query`, with a name for each.
 
     Raises:
         ConfigError: no such token, or one twice.
@@ -177,7 +184,7 @@ def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
 
 
 def underlay(model: Model | None, size: str | None, sample: bool, over: Path | None) -> Tensor | None:
-    """What `--sample` or `--over` asks for: uint8 [T, 1 or 3, H, W].
+    """Make the picture that `--sample` or `--over` asks for: uint8 [T, 1 or 3, H, W].
 
     Raises:
         ConfigError: the file cannot be read.

@@ -15,7 +15,12 @@ from ditkit.core.spec import named_alone, spec
 from ditkit.sample import Autoguidance, ClassifierFree, Guidance, Sampling, Solver, Unguided
 
 SOLVERS = ", ".join(named_alone(Solver))  # type: ignore[type-abstract]
-SolverName = Annotated[str, tyro.conf.arg(help=f"From noise to sample: {SOLVERS}.")]
+SolverName = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="SOLVER", help=f"One of {SOLVERS}. Default: ddim for a discrete (DDPM) model, else euler."
+    ),
+]
 Interval = Annotated[tuple[float, float], tyro.conf.arg(metavar="LOW HIGH")]
 ALL_TIMES = (0.0, 1.0)
 
@@ -28,7 +33,7 @@ class Guiding:
         guidance: Scale of classifier-free guidance, or of --guide; 1 is none, which halves the time.
         guidance_interval: Lowest and highest noise-time that is guided; 1 is pure noise.
         guidance_channels: Guide only the first so many channels. Default: all.
-        guide: A weaker model to be guided away from, named as MODEL is, instead of the missing class or frames.
+        guide: Autoguidance: a weaker model in place of the unconditional branch, named as MODEL is.
     """
 
     guidance: float = 2.0
@@ -68,16 +73,16 @@ class SamplingFlags:
 
     Args:
         steps: Steps of the solver.
-        guiding: Of guidance.
-        policy: Such as taylorseer:interval=4,order=2, or exact for none. Repeat it for several.
+        guiding: Flags of guidance.
+        policy: Cache or sparse attention, such as taylorseer:interval=4,order=2; exact is none. Repeat it for several.
         batch_size: Samples drawn at once.
-        max_bytes: Memory that the policies may hold; more is refused.
+        max_bytes: Memory in bytes that the policies may hold; more is refused.
     """
 
     steps: int = 50
     guiding: Annotated[Guiding, tyro.conf.arg(name="")] = Guiding()
     policy: Policies = ()
-    solver: SolverName = "euler"
+    solver: SolverName = None
     batch_size: int = 8
     max_bytes: Number = None
 
@@ -103,7 +108,7 @@ class SamplingFlags:
         return {
             "steps": self.steps,
             **asdict(self.guiding),
-            "solver": spec(sampling.solver),
+            "solver": None if sampling.solver is None else spec(sampling.solver),
             "policies": [spec(policy) for policy in sampling.policies],
             "batch_size": self.batch_size,
             "max_bytes": self.max_bytes,

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit import recipes
+from ditkit.api.compress import as_transforms
 from ditkit.cli.flags import flags_of, with_flags
 from ditkit.cli.options import Number, Options, Policies, is_main_process, options_of, policies_of, writable
 from ditkit.cli.parsing import Command, Group
@@ -24,8 +25,9 @@ from ditkit.core.spec import spec
 from ditkit.tasks.recipe import Recipe, describe, train_recipe
 
 Build = Callable[[], Recipe]
+Transforms = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
-"""What a run may leave in its folder."""
+"""The files that a run may leave in its folder."""
 
 
 def found() -> dict[str, Build]:
@@ -54,6 +56,7 @@ def command_of(name: str, build: Build) -> Command:
         codec: str = recipe.codec,
         init: str = recipe.init,
         policy: Policies = (),
+        transform: Transforms = (),
         network: Any = own,
         settings: Any = run_flags,
         resume: bool = False,
@@ -64,18 +67,19 @@ def command_of(name: str, build: Build) -> Command:
             raise ConfigError(
                 f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
             )
-        asked = options_of(data, option, max_bad)
-        bad = asked.pop("max_bad", None)
+        typed = options_of(data, option, max_bad)
+        bad = typed.pop("max_bad", None)
         under = tuple(policies_of(policy)) if policy else recipe.policies
         chosen = replace(
             recipe,
             model=with_flags(recipe.model, network),
             data=data,
-            options={**(recipe.options if data == recipe.data else {}), **asked},
+            options={**(recipe.options if data == recipe.data else {}), **typed},
             max_bad=bad,
             codec=codec,
             init=init,
             policies=under,
+            transforms=as_transforms(transform) if transform else recipe.transforms,
             settings=with_flags(recipe.settings, settings),
         )
         if dry_run:
@@ -121,6 +125,8 @@ def command_of(name: str, build: Build) -> Command:
         init: Go on from a trained model: a folder, a shipped model or an id of the hub; its sizes are taken.
         policy: Train under a policy, as {recipe.then} --policy takes it, or under none: exact. Again for more than one.
             Default: {" ".join(map(spec, recipe.policies)) or "exact"}.
+        transform: Change the network first, as ditkit compress does: kept:blocks=0+2+3. Again for more than one, which
+            are all then.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

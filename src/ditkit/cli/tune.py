@@ -52,7 +52,7 @@ def tune(
     mask: MaskName = None,
     out: Path = Path("outputs/tune"),
 ) -> None:
-    """Find the fastest setting that is near enough, or the nearest that is fast enough.
+    """Find the fastest setting within an error, or the one of least error within a time.
 
     A field of a --policy may have several values between bars, each of which is a setting.
 
@@ -73,7 +73,7 @@ def tune(
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         rounds: Timed passes over all seeds; the median counts.
         data: Clips given in part, such as moving-digits.
-        option: Of the loader of --data, such as split=train or fps=10. Repeat it for several. Default,
+        option: Option of the loader of --data, such as split=train or fps=10. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         out: Folder to write to.
     """

@@ -84,12 +84,12 @@ def video(
 
     Args:
         model: A shipped model (digits, vizdoom), a folder, or owner/name on the Hugging Face hub.
-        option: Of the loader of --data, such as fps=10 or split=train. Repeat it for several. Default,
+        option: Option of the loader of --data, such as fps=10 or split=train. Repeat it for several. Default,
             where the model was trained on these data: as it was.
         count: Clips, spread over the whole set. Default: one a seed; without --seeds 8, or all if there are fewer.
-        frames: Of a clip. Default: the model's own.
-        size: Of a frame: height and width, or one number for a square. Default: the model's own.
-        seeds: One a clip: whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
+        frames: Frames of a clip. Default: the model's own.
+        size: Size of a frame: height and width, or one number for a square. Default: the model's own.
+        seeds: One a clip; whole numbers, or ranges such as 0..7. Default: 0, 1, 2 ...
         features: Also measure in the features of EfficientNet-Lite0; of unconditional clips, from 400 on.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         out: Folder to write to.
@@ -98,7 +98,7 @@ def video(
     kinds, numbers = masks_of(mask, data), clip_seeds(seeds, count)
     option = with_training_options(data, option, network)
     options = options_of(data, option, max_bad)
-    sampling = flags.make(numbers or Sampling().seeds)
+    sampling = flags.make(numbers or Sampling().seeds).resolved(network)
     with writable(out), progress() as advance:
         found = evaluate_clips(
             network,

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def every(base: type[T]) -> list[type[T]]:
-    """Final subclasses of `base` in the packages its class attribute `homes` names, sorted by name."""
+    """List the final subclasses of `base` in the packages that its class attribute `homes` names, sorted by name."""
     homes: tuple[str, ...] = getattr(base, "homes", ())
     for home in homes:
         if importlib.util.find_spec(home) is None:
@@ -32,7 +32,7 @@ def every(base: type[T]) -> list[type[T]]:
 
 
 def find(base: type[T], name: str) -> type[T]:
-    """The subclass called `name`, in any case.
+    """Return the subclass called `name`, in any case.
 
     Raises:
         ConfigError: there is none; the message names the nearest.

@@ -27,7 +27,7 @@ PICKLED = (".pt", ".pth", ".bin")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is removed otherwise.
+    """Yield a temporary file beside `path` that replaces it when the block ends well, and is removed otherwise.
 
     Raises:
         ConfigError: the folder cannot be written, or the disk is full; an earlier file at `path` is kept.
@@ -66,7 +66,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         CheckpointError: the file is missing, is not JSON, or is not an object.
@@ -101,15 +101,15 @@ def dump_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     written, storages = {}, set[int]()
     for name in (name for name in state if name not in tied):
         value = state[name].detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        written[name] = value.clone() if place in storages else value  # a part of another is written whole
-        storages.add(place)
+        pointer = value.untyped_storage().data_ptr()
+        written[name] = value.clone() if pointer in storages else value  # a part of another is written whole
+        storages.add(pointer)
     about = {**(metadata or {}), **({TIED: json.dumps(tied)} if tied else {})}
     save_file(written, path, about)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself.
+    """Read the metadata of a safetensors file.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -1,4 +1,4 @@
-"""What turns a signal into what a model works on, and back: pixels as they are, or the latents of a network."""
+"""Codecs: from a signal to what a model works on, and back; pixels as they are, or the latents of a network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Codec(nn.Module, ABC):
     Config: ClassVar[type]
     config: Any
     history: tuple[Any, ...] = ()
-    """What was done to the weights since training; saved with them."""
+    """The steps that the weights went through since training; saved with them."""
     task: str = ""
     """Name of the task (`ditkit.core.task`) that the weights were trained for."""
     gradient_checkpointing: bool = False
@@ -63,7 +63,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """The signal of latents.
+        """Decode latents to a signal.
 
         Raises:
             ShapeError: `z` is not what `encode` makes.
@@ -71,7 +71,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the latents of a signal of `shape`, both without the batch axis.
+        """Return the shape of the latents of a signal of `shape`, both without the batch axis.
 
         Raises:
             ShapeError: a signal of this shape cannot be coded.
@@ -79,7 +79,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def signal_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the signal of latents of `shape`, both without the batch axis.
+        """Return the shape of the signal of latents of `shape`, both without the batch axis.
 
         Raises:
             ShapeError: no signal has such latents.
@@ -115,7 +115,7 @@ class Codec(nn.Module, ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """A codec saved by `save`, in float32 and eval mode.
+        """Load a codec saved by `save`, in float32 and eval mode.
 
         Raises:
             CheckpointError: the folder is incomplete, of another codec, damaged, or a config and weights that were
@@ -137,7 +137,7 @@ class Codec(nn.Module, ABC):
 
     @classmethod
     def holding(cls, config: Any, state: Mapping[str, Tensor], source: object) -> Self:
-        """A codec in eval mode with copies of the tensors `state`, in float32.
+        """Build a codec in eval mode with copies of the tensors `state`, in float32.
 
         Raises:
             CheckpointError: the tensors are not those of `config`; `source` is what the message names.
@@ -152,7 +152,7 @@ class Codec(nn.Module, ABC):
         return codec.eval()
 
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
-        """A copy in eval mode that holds `state` instead, with the same history."""
+        """Return a copy in eval mode that holds `state` instead, with the same history."""
         copy = self.holding(self.config, state, source)
         copy.history = self.history
         return copy
@@ -163,8 +163,12 @@ class VariationalCodec(Codec):
 
     @abstractmethod
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What training sees, before normalisation: `x` coded with `noise` and decoded, and its latents' mean and
-        log variance."""
+        """Code `x` with `noise` and decode it, for training, which is before normalisation.
+
+        The second and third tensor are the mean and log variance of its latents.
+
+        The second and third tensor are the mean and log variance of its latents.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a model is told, as one typed object."""
+"""The conditioning of a model, as one typed object."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class Cond:
         Raises:
             ConfigError: they are not told the same kinds of things.
         """
-        told = [[f.name for f in fields(Cond) if getattr(c, f.name) is not None] for c in conds]
-        if any(names != told[0] for names in told):
-            raise ConfigError(f"Cond.cat: batches are told different things: {told}")
-        present = told[0]
+        present_names = [[f.name for f in fields(Cond) if getattr(c, f.name) is not None] for c in conds]
+        if any(names != present_names[0] for names in present_names):
+            raise ConfigError(f"Cond.cat: batches have different conditioning: {present_names}")
+        present = present_names[0]
         return Cond(**{name: torch.cat([getattr(c, name) for c in conds]) for name in present})
 
 
 def label_of(config: object, cond: Cond) -> Tensor:
-    """The label of each sample, [B], for the network of `config`.
+    """Return the label of each sample, [B], for the network of `config`.
 
     Raises:
         ConfigError: there is none.

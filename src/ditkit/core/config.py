@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from inspect import get_annotations
 from numbers import Integral, Real
 from reprlib import repr as short
 from types import MappingProxyType, NoneType, UnionType
@@ -84,11 +85,11 @@ class ModelConfig(Checked, ABC):
     @classmethod
     @abstractmethod
     def tiny(cls) -> Self:
-        """A network that a test runs in milliseconds and that has all its kinds of parts."""
+        """Return the config of a network that a test runs in milliseconds and that has all its kinds of parts."""
 
 
 def network(config: object) -> str:
-    """The name of the network that a config is of; of anything else, of its class."""
+    """Return the name of the network that a config is of; of anything else, that of its class."""
     return type(config).__name__.removesuffix("Config")
 
 
@@ -172,7 +173,7 @@ def names_every_class(config: Any) -> None:
 
 
 def described(kind: Any) -> str:
-    """What an annotation expects, in words: "an integer of at least 1", "a tuple of numbers"."""
+    """Put into words what an annotation expects: "an integer of at least 1", "a tuple of numbers"."""
     bare, limits = _bare(kind), limits_of(kind)
     if get_origin(bare) is Literal:
         return "one of " + ", ".join(map(str, get_args(bare)))
@@ -186,7 +187,7 @@ def described(kind: Any) -> str:
 
 
 def limits_of(kind: Any) -> str:
-    """The bounds that an annotation declares, in words: "at least 1", "in [0, 1)"; empty for none."""
+    """Put into words the bounds that an annotation declares: "at least 1", "in [0, 1)"; empty for none."""
     low, high = _bounds(kind)
     if low and high and (_bound(low), _bound(high)) == (-math.inf, math.inf):
         return "finite"
@@ -198,15 +199,28 @@ def limits_of(kind: Any) -> str:
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation itself."""
+    """Return the members of a union, or the annotation itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 @cache
 def _declared(kind: Any) -> tuple[tuple[str, Any], ...]:
-    """Fields of a dataclass with their annotations."""
-    hints = get_type_hints(kind, include_extras=True)
-    return tuple((f.name, hints[f.name]) for f in fields(kind))
+    """Return the fields of a dataclass with their annotations.
+
+    One that cannot be read here, of a class inside a function, allows anything.
+    """
+    return tuple((f.name, _annotation(kind, f.name)) for f in fields(kind))
+
+
+def _annotation(kind: type, name: str) -> Any:
+    """Evaluate the annotation of one field in the module of the class that declares it."""
+    owner = next(base for base in kind.__mro__ if name in get_annotations(base))
+    alone = type(owner.__name__, (), {"__annotations__": {name: get_annotations(owner)[name]}})
+    alone.__module__ = owner.__module__
+    try:
+        return get_type_hints(alone, include_extras=True)[name]
+    except NameError:
+        return Any
 
 
 def _bare(kind: Any) -> Any:
@@ -219,12 +233,12 @@ def _constraints(kind: Any) -> Iterator[Any]:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation itself; a union has no bounds of its own."""
+    """Return the members of a union, or the annotation itself; a union has no bounds of its own."""
     return union_members(_bare(kind)) if union_members(_bare(kind)) != (_bare(kind),) else (kind,)
 
 
 def _is_of(given: Any, kind: Any) -> bool:
-    """Whether a value is of the type of an annotation, whatever its bounds."""
+    """Return whether a value is of the type of an annotation, whatever its bounds."""
     bare = _bare(kind)
     if get_origin(bare) is Literal:
         return any(type(choice) is type(given) and choice == given for choice in get_args(bare))
@@ -246,7 +260,7 @@ def _is_of(given: Any, kind: Any) -> bool:
 
 
 def _broken(given: Any, kind: Any) -> str:
-    """What a value of the type of an annotation should do to be within its bounds; empty if it is."""
+    """Say what would bring a value of the right type within the bounds of its annotation; empty if it is."""
     if get_origin(_bare(kind)) is tuple:
         return _members_broken(given, _bare(kind)) or _length_broken(given, kind)
     low, high = _bounds(kind)
@@ -314,7 +328,7 @@ def _interval(low: Ge | Gt, high: Le | Lt) -> str:
 
 
 def _joined(words: str, limits: str) -> str:
-    """A noun with its bounds: "a number of at least 1", "a number in [0, 1)", "a finite number"."""
+    """Join a noun and its bounds: "a number of at least 1", "a number in [0, 1)", "a finite number"."""
     if limits and not any(map(str.isdigit, limits)):
         article, _, noun = words.rpartition(" ")
         return f"{article} {limits} {noun}".strip()
@@ -335,7 +349,7 @@ def _plain(given: Any) -> Any:
 
 
 def config_of(kind: type[C], given: object, source: object) -> C:
-    """A `kind` with the values of a JSON object: numbers, strings, literals, tuples and dataclasses.
+    """Build a `kind` from the values of a JSON object: numbers, strings, literals, tuples and dataclasses.
 
     Args:
         source: what the errors name, such as the file that `given` was read from.

@@ -1,4 +1,4 @@
-"""What a network's numbers mean: its path, its unit of time, what it predicts. Written in every model's config."""
+"""The convention of a network: its path, its unit of time and its prediction; written in every model's config."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Convention(Checked):
 
     @property
     def discrete(self) -> bool:
-        """Whether the path is a table of steps, of which the network is fed the index."""
+        """True if the path is a table of steps, of which the network is fed the index."""
         return self.path in DISCRETE
 
     def make_path(self) -> Path:

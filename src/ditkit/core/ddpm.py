@@ -66,7 +66,7 @@ class DiscretePath(Path):
         return len(self.abar)
 
     def evenly(self, steps: int) -> Tensor:
-        """`steps` indices at equal fractional strides, both ends included (250: 0, 4, 8 ... 995, 999).
+        """Return `steps` indices at equal fractional strides, both ends included (250: 0, 4, 8 ... 995, 999).
 
         Raises:
             ConfigError: more steps than the schedule has.
@@ -76,7 +76,7 @@ class DiscretePath(Path):
         return torch.tensor([round(i * stride) for i in range(steps)])
 
     def strided(self, steps: int) -> Tensor:
-        """`steps` indices with one integer stride, from 0 (DDIM; 50: 0, 20 ... 980, never 999)."""
+        """Return `steps` indices with one integer stride, from 0 (DDIM; 50: 0, 20 ... 980, never 999)."""
         self._check(steps)
         return torch.arange(steps) * (self.steps // steps)
 
@@ -143,7 +143,7 @@ class DiscretePath(Path):
 
     @cached_property
     def log_posterior_variance(self) -> Tensor:
-        """log beta~ with the zero at t = 0 replaced by the value at t = 1."""
+        """Return log beta~ with the zero at t = 0 replaced by the value at t = 1."""
         clipped = self.posterior_variance.clone()
         clipped[0] = self.posterior_variance[1] if self.steps > 1 else self.beta[0]
         return clipped.log()
@@ -155,12 +155,12 @@ class DiscretePath(Path):
         return self.gather(on_data, t, x) * data + self.gather(on_x, t, x) * x
 
     def log_variance(self, fraction: Tensor | None, t: Tensor, like: Tensor) -> Tensor:
-        """f log beta + (1 - f) log beta~; without a learned fraction, the fixed log beta~."""
+        """Return f log beta + (1 - f) log beta~; without a learned fraction, the fixed log beta~."""
         low, high = self.gather(self.log_posterior_variance, t, like), self.gather(self.beta.log(), t, like)
         return low if fraction is None else fraction * high + (1 - fraction) * low
 
     def gather(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """A table's entries at `t` [B], shaped to broadcast against `like`, in its dtype."""
+        """Return a table's entries at `t` [B], shaped to broadcast against `like`, in its dtype."""
         return spread(table.to(t.device)[t.long()], like).to(like.dtype)
 
 

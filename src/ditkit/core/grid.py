@@ -47,7 +47,7 @@ class Grid:
 
     @classmethod
     def of(cls, size: tuple[int, ...], patch: int | tuple[int, ...]) -> Grid:
-        """The grid of a signal of `size` (T,), (H, W) or (T, H, W) cut into patches of the same axes.
+        """Return the grid of a signal of `size` (T,), (H, W) or (T, H, W) cut into patches of the same axes.
 
         One number is the length of a series' patch, or the side of a square patch of one frame.
 
@@ -167,7 +167,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """x [B, L, ...] with `rows` [B, R, ...] at `index`, as in `take_rows`; written where x lies."""
+    """Write `rows` [B, R, ...] into x [B, L, ...] at `index`, as in `take_rows`, in place."""
     x[_samples(index), index] = rows
     return x
 
@@ -213,13 +213,13 @@ SEQUENCES: dict[str, tuple[str, ...]] = {
 
 
 def sequence(layout: Sequence[Segment], stream: str, stage: int = 0) -> list[Segment]:
-    """The segments of a stage that attention of `stream` runs over, in their order."""
+    """List the segments of a stage that attention of `stream` runs over, in their order."""
     names = SEQUENCES[stream]
     return [s for s in layout if s.stage == stage and (not names or s.stream in names)]
 
 
 def image_of(layout: Sequence[Segment], stage: int = 0) -> Segment:
-    """The segment of the image's tokens in a stage.
+    """Return the segment of the image's tokens in a stage.
 
     Raises:
         ShapeError: there is none, or more than one.

@@ -15,7 +15,7 @@ from ditkit.core.transform import Report
 
 @dataclass(frozen=True)
 class Inherit:
-    """Where a model's tensors come from in another.
+    """The source, in another model, of each of a model's tensors.
 
     A name is taken from the same name, unless one of these says otherwise. In a pattern `*` is one part of a name
     between dots, or, at its end, all that follows.
@@ -34,7 +34,7 @@ class Inherit:
                 raise ConfigError(f"Inherit: map {own!r} to {other!r}, expected as many stars in both")
 
     def source(self, name: str) -> str | None:
-        """What a tensor is called in the source; None where it is skipped."""
+        """Return a tensor's name in the source; None if it is skipped."""
         if any(_matched(pattern, name) is not None for pattern in self.skip):
             return None
         for own, other in self.map:
@@ -83,7 +83,7 @@ def _check_patterns(rule: Inherit, names: Iterable[str]) -> None:
 
 
 def _matched(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What the stars stand for; None where the name does not match."""
+    """Return the text that each star stands for; None if the name does not match."""
     parts = [re.escape(part) for part in pattern.split("*")]
     stars = [r"([^.]+)"] * (len(parts) - 1)
     if pattern.endswith("*"):

@@ -37,7 +37,7 @@ def resolve_labels(
 
 
 def class_index(model: Model, label: int | str) -> int:
-    """The index of a class, given by its index or its name (see `class_names`).
+    """Return the index of a class, given by its index or its name (see `class_names`).
 
     Raises:
         ConfigError: the model has no such class.
@@ -54,6 +54,6 @@ def class_index(model: Model, label: int | str) -> int:
 
 
 def class_names(model: Model) -> tuple[str, ...]:
-    """The model's classes; a model that was saved without their names calls them "0", "1" ..."""
+    """Return the model's classes; those of a model that was saved without their names are "0", "1" ..."""
     named: tuple[str, ...] = getattr(model.config, "class_names", ())
     return named or tuple(str(i) for i in range(getattr(model.config, "classes", 0)))

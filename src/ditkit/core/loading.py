@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def load(source: str | Path) -> Model:
-    """A model in float32 and eval mode.
+    """Load a model in float32 and eval mode.
 
     Args:
         source: the name of a shipped model (`shipped()`), a folder that `Model.save` wrote, or `owner/name`
@@ -43,12 +43,15 @@ def shipped() -> tuple[str, ...]:
 
 
 def _from_hub(name: str) -> Model:
-    """A mistyped folder of two parts comes here as well, so the error names that first."""
+    """Load a model of the Hub.
+
+    A mistyped folder of two parts comes here as well, so the error names that first.
+    """
     try:
         return Model.from_pretrained(name)
     except CheckpointError as error:
-        said = str(error).removeprefix(f"no model folder and no model of the hub at {name}: ")
-        sentence = said.partition("\n")[0].partition(". ")[0].rstrip(".")
+        message = str(error).removeprefix(f"no model folder and no model of the hub at {name}: ")
+        sentence = message.partition("\n")[0].partition(". ")[0].rstrip(".")
         raise CheckpointError(f"no folder {name!r}, and the hub: {sentence}") from error
 
 

@@ -1,4 +1,4 @@
-"""What every network is: a module with named sites, saved as a folder with config.json and safetensors."""
+"""Models: networks with named sites, saved as a folder with config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -75,24 +75,28 @@ class Model(nn.Module, ModelHubMixin, ABC):
     Config: ClassVar[type]
     config: Any
     history: tuple[Any, ...] = ()
-    """What was done to the weights, training first; saved with them."""
+    """The steps that the weights went through, training first; saved with them."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass of training, instead of keeping what is inside them."""
     task: str = ""
     """Name of the task (`ditkit.core.task`) that the weights were trained for; a class has that of its paper."""
     codec: Codec = IDENTITY
-    """What makes this model's samples of signals, and back. Saved and loaded along; its weights are not the model's
-    to train, and it goes to its input's device by itself."""
+    """The coder from signals to this model's samples, and back.
+
+    Saved and loaded along; its weights are not the model's to train, and it goes to its input's device by itself.
+    """
     policies: tuple[Policy, ...] = ()
-    """What the weights are trained under; saved with them. Sampling is under those that are inherent and those that
-    it is given."""
+    """The policies that the weights are trained under; saved with them.
+
+    Sampling is under those that are inherent and those that it is given.
+    """
     transforms: tuple[Transform, ...] = ()
-    """What was done to the structure that the config gives, in order; saved, and replayed whenever it is rebuilt."""
+    """The changes of the structure that the config gives, in order; saved, and replayed whenever it is rebuilt."""
 
     def __init__(self) -> None:
         super().__init__()
         self.learned = nn.ModuleDict()
-        """What `policies` train of their own, by class name; sampling under a policy takes it from here."""
+        """The weights that `policies` train of their own, by class name; sampling under a policy takes them here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`codec` is kept beside the model, not in it: among its modules it would be trained and saved as a part.
@@ -111,12 +115,12 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """Every place a policy can act on, in the order of the forward pass."""
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
-        """The token segments of a call on a sample of `shape`, without the batch axis; none where it is no grid."""
+        """List the token segments of a call on a sample of `shape`, without the batch axis; none without a grid."""
         return ()
 
     @property
     def recomputes(self) -> bool:
-        """Whether blocks of this call are to be computed again in its backward pass."""
+        """True if blocks of this call are to be computed again in its backward pass."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
@@ -155,11 +159,11 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self
 
     def stacks(self) -> Mapping[str, Stacked]:
-        """The lists of blocks that a transform may name, by the names of their sites; none by default."""
+        """List the stacks of blocks that a transform may name, by the names of their sites; none by default."""
         return {}
 
     def origin(self, name: str) -> str:
-        """What a site or tensor was called before all `transforms`."""
+        """Return the name that a site or tensor had before all `transforms`."""
         return origin_of(self.transforms, name)
 
     def transform(self, transform: Transform, calibration: Any = None) -> Report:
@@ -194,7 +198,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return report
 
     def shaped(self, transforms: Sequence[Transform]) -> Self:
-        """The structure of `transforms`, in order, whose tensors are to be filled.
+        """Build the structure of `transforms`, in order, whose tensors are to be filled.
 
         Raises:
             ConfigError, ConflictError: one does not fit what those before it leave.
@@ -206,7 +210,10 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return self
 
     def rebuilt(self, transforms: Sequence[Transform]) -> Self:
-        """The structure that `transforms` make of the config's, on the meta device, without what policies learn."""
+        """Build the structure that `transforms` make of the config's, on the meta device.
+
+        Without the weights that policies learn.
+        """
         with torch.device("meta"):
             bare: Self = type(self)(self.config)  # type: ignore[call-arg]
             return bare.shaped(transforms)
@@ -236,8 +243,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
             )
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
-        """config.json and safetensors in `folder`, with the codec's own in `codec`; all on disk before any takes its
-        place.
+        """Write config.json, safetensors and the codec into `folder`; all are on disk before any takes its place.
 
         Weights or a codec saved with another config, as a kill between them leaves them, are refused by `load`.
 
@@ -275,7 +281,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
     @contextmanager
     def _codec_drafted(self, folder: Path) -> Iterator[dict[str, str]]:
-        """Yields what config.json says of the codec, whose files take their places after the model's."""
+        """Yield the codec's entry of config.json; the codec's files take their places after the model's."""
         if isinstance(self.codec, Identity):
             yield {}
             return
@@ -284,7 +290,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """A model saved by `save`, in float32 and eval mode.
+        """Load a model saved by `save`, in float32 and eval mode.
 
         Raises:
             CheckpointError: the folder is incomplete, of another architecture, damaged, or a config, weights and
@@ -319,7 +325,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         policies: Sequence[Policy] = (),
         transforms: Sequence[Transform] = (),
     ) -> Self:
-        """A model in eval mode with the weights `state`; no memory is taken before their shapes are checked.
+        """Build a model in eval mode with the weights `state`; no memory is taken before their shapes are checked.
 
         Raises:
             CheckpointError: the tensors are not those of `config` and `transforms`, or these do not fit; `source` is
@@ -340,7 +346,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return model.eval()
 
     def with_weights(self, state: Mapping[str, Tensor], source: object) -> Self:
-        """A copy in eval mode that holds `state` instead, with all else that is saved."""
+        """Return a copy in eval mode that holds `state` instead, with all else that is saved."""
         copy = self.holding(self.config, state, source, self.policies, self.transforms)
         copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
@@ -389,11 +395,13 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
 
 class Denoiser(Model):
-    """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B]; its config has a
-    `convention`, which says what its numbers mean."""
+    """A model of `forward(x, t, cond, run=DIRECT)`, x and its output [B, C, ...], t [B].
+
+    Its config has a `convention`, which says what its numbers mean.
+    """
 
     completes: ClassVar[bool] = False
-    """Whether `Cond.context` and `Cond.mask` are read: whether samples can be given in part."""
+    """True if `Cond.context` and `Cond.mask` are read: samples can be given in part."""
 
     def sites(self) -> tuple[Site, ...]:
         """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
@@ -413,11 +421,11 @@ class Denoiser(Model):
 
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
-        """The same batch, told nothing."""
+        """Return the conditioning of the same batch with nothing given."""
 
 
 def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
-    """The class that a config.json names.
+    """Return the class that a config.json names.
 
     Raises:
         CheckpointError: it names none, or holds something that is not a model's.
@@ -442,7 +450,7 @@ def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:
 
 
 def _policies(described: Mapping[str, Any], path: Path) -> list[Policy]:
-    """The policies that a config.json names."""
+    """Build the policies that a config.json names."""
     texts = described.get(POLICIES, [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{path}: {POLICIES!r} should be a list of texts, not {texts!r:.80}")
@@ -503,7 +511,7 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 def _codec(described: Mapping[str, Any], path: Path) -> Codec:
-    """The codec beside a model's config.json, if it is the one that this was saved with."""
+    """Load the codec beside a model's config.json, if it is the one that this was saved with."""
     folder = path.parent / CODEC
     if digest(read_json(folder / CODEC_CONFIG)) != described[CODEC]:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""How data and noise mix, in noise-time: t = 0 is data, t = 1 noise. Predictions are converted here only."""
+"""Paths: mixtures of data and noise in noise-time (t = 0 data, t = 1 noise), and conversions of predictions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Path(ABC):
         target: Prediction,
         axis: int | None = None,
     ) -> Tensor:
-        """A prediction at (x, t) in another form; `t` [B], or [B, T] along `axis` as in `spread`.
+        """Convert a prediction at (x, t) to another form; `t` [B], or [B, T] along `axis` as in `spread`.
 
         A data prediction says nothing of the noise at sigma = 0, nor a noise or score prediction of the data
         at alpha = 0: such a conversion gives infinities. Velocity converts at every t.
@@ -113,7 +113,7 @@ class Path(ABC):
 
 
 def _separate(value: Tensor, x: Tensor, c: Coefficients, source: Prediction):  # type: ignore[no-untyped-def]
-    """Data and noise as functions, so that only what is asked for is computed (and divided by)."""
+    """Return data and noise as functions, so that only what is asked for is computed (and divided by)."""
     if source == "velocity":  # solves x = a d + s n, v = a' d + s' n
         det = c.alpha * c.sigma_rate - c.alpha_rate * c.sigma
         return (

@@ -17,20 +17,20 @@ Claim = Literal["own", "wrap", "see"]
 Key = tuple[str, ...]
 """(net, lane), and where a policy keeps more than one thing a lane, its site or name."""
 RESOURCES = ("schedule", "rows", "solver")
-"""What can be owned beside sites: which steps are computed, which tokens exist, and the solver's update."""
+"""The resources beside sites that can be owned: the steps computed, the tokens that exist, the solver's update."""
 
 
 class Session:
     """All state of one policy in one scope, shared by its guidance lanes; keys start with (net, lane)."""
 
     verb: ClassVar[str] = "replaced"
-    """What the receipt calls a site whose function did not run: forecast, reused, skipped ..."""
+    """The receipt's word for a site whose function did not run: forecast, reused, skipped ..."""
 
     def __init__(self) -> None:
         self.state: dict[Key, Any] = {}
         self.staged: dict[Key, Any] = {}
         self.remarks: dict[str, str | float] = {}
-        """What the receipt says beside what was replaced."""
+        """Remarks for the receipt, beside what was replaced."""
         self.computed: set[str] = set()
         """Sites that did all their work in this call although their function did not run."""
 
@@ -43,7 +43,7 @@ class Session:
         return {}
 
     def leave(self, call: Call, out: Any) -> Any:
-        """The model's output, possibly replaced."""
+        """Return the model's output, possibly replaced."""
         return out
 
     def guided(self, call: Call, v: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Session:
         self.staged[key] = value
 
     def commit(self) -> None:
-        """The call is complete: staged values become state."""
+        """Turn staged values into state, once the call is complete."""
         self.state.update(self.staged)
         self.staged.clear()
 
@@ -64,7 +64,7 @@ class Session:
         return sum(t.numel() * t.element_size() for t in tree_leaves(self.state) if isinstance(t, Tensor))
 
     def projected_bytes(self) -> int:
-        """What `bytes` will grow to over the trajectory, as far as it can be known now."""
+        """Return what `bytes` will grow to over the trajectory, as far as it can be known now."""
         return self.bytes()
 
     def foreseen_bytes(self, call: Call, tokens: Any) -> int:
@@ -72,7 +72,7 @@ class Session:
         return self.projected_bytes()
 
     def fitting(self, need: int, allowed: int) -> str:
-        """Which setting would hold at most `allowed` bytes where this one needs `need`; empty if it knows none."""
+        """Name a setting that would hold at most `allowed` bytes, this one needing `need`; empty if none is known."""
         return ""
 
 
@@ -86,7 +86,7 @@ class Policy(Checked, ABC):
         "ditkit.compress",
     )
     inherent: ClassVar[bool] = False
-    """Whether a model that was trained under it cannot do without: see `with_inherent`."""
+    """True if a model that was trained under it cannot do without: see `with_inherent`."""
 
     @abstractmethod
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
@@ -102,7 +102,14 @@ class Policy(Checked, ABC):
 
     @abstractmethod
     def exact(self) -> Self:
-        """The neutral setting: bit-identical to not using the policy."""
+        """Return the neutral setting: bit-identical to not using the policy."""
+
+    def check_model(self, model: Any) -> None:
+        """Refuse weights that the policy was not made for; sites alone do not tell them apart.
+
+        Raises:
+            ConfigError: it was made for others.
+        """
 
     def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
         """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
@@ -119,7 +126,7 @@ class Policy(Checked, ABC):
 
 
 def site_key(name: str) -> str:
-    """A site's name as a key of a ModuleDict, which takes no dots."""
+    """Return a site's name as a key of a ModuleDict, which takes no dots."""
     return name.replace(".", "/")
 
 
@@ -134,5 +141,5 @@ def with_inherent(model: Any, policies: Sequence[Policy]) -> tuple[Policy, ...]:
 
 
 def detached(value: Any) -> Any:
-    """A tree of tensors cut from autograd, as caches keep them."""
+    """Cut a tree of tensors from autograd, as caches keep them."""
     return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, value)

@@ -1,4 +1,4 @@
-"""What a policy really did in a trajectory: measured at the sites, not declared by the policy."""
+"""Receipts: the effect of a policy on a trajectory, measured at the sites, not declared by the policy."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class PolicyReceipt:
         self.sites: set[str] = set()
         self.rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
         self.token_rows: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
-        """Of each evaluation of a lane: token rows that went on from `tokens` sites, and all that there were."""
+        """The token rows that went on from `tokens` sites, and all that there were, at each evaluation of a lane."""
         self.remarks: Mapping[str, str | float] = {}
-        """What the policy says beside, of the last complete evaluation."""
+        """Remarks of the policy at the last complete evaluation."""
         self._went: tuple[int, int] = (0, 0)
         self._call: Call | None = None
         self._met: set[str] = set()
@@ -49,7 +49,7 @@ class PolicyReceipt:
         self._call, self._met, self._ran, self._went = call, set(), set(), (0, 0)
 
     def watch(self, name: str, handler: Handler) -> Handler:
-        """`handler`, noting whether it ran the site's own function."""
+        """Wrap `handler` to note whether it ran the site's own function."""
         if self.owned and name not in self.owned:
             return handler
         if name in self.tokens:
@@ -93,13 +93,13 @@ class PolicyReceipt:
         return counting
 
     def _rows(self, stage: int, tokens: Any) -> int:
-        """Those of a stage, by the call's layout: embedded tokens need not have their rows at axis 1."""
+        """Count the rows of a stage by the call's layout: embedded tokens need not have their rows at axis 1."""
         assert self._call is not None
         rows = sum(segment.length for segment in self._call.layout if segment.stage == stage)
         return rows or sum(leaf.shape[1] for leaf in _features(tokens))
 
     def end(self, computed: Collection[str] = ()) -> None:
-        """The call is complete: only complete calls are counted. `computed` are sites as good as run."""
+        """Count the call, which is complete; `computed` are sites as good as run."""
         assert self._call is not None
         self._ran |= self._met.intersection(computed)
         self.sites |= self._met
@@ -122,11 +122,11 @@ class PolicyReceipt:
         return sum(whole - went for lane in self.token_rows.values() for went, whole in lane.values())
 
     def met(self, lane: str) -> list[int]:
-        """The evaluations of a lane in which the policy met a site; all, if it never met one."""
+        """List the evaluations of a lane in which the policy met a site; all, if it never met one."""
         return [i for i, (ran, gone) in self.rows[lane].items() if ran or gone or not self.sites]
 
     def full(self, lane: str) -> list[int]:
-        """Those in which every site ran, on all rows."""
+        """List the evaluations of a lane in which every site ran, on all rows."""
         rows, went = self.rows[lane], self.token_rows[lane]
         return [i for i in self.met(lane) if not rows[i][1] and went[i][0] == went[i][1]]
 
@@ -151,12 +151,12 @@ class PolicyReceipt:
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.policy}: {len(self.sites)} sites", *self.said()]
+        parts = [f"{self.policy}: {len(self.sites)} sites", *self.summary_parts()]
         for lane, done in self.as_dict()["lanes"].items():
             parts.append(f"{lane}: " + ", ".join(f"{verb} {steps or 'none'}" for verb, steps in done.items()))
         return "; ".join(parts)
 
-    def said(self) -> list[str]:
+    def summary_parts(self) -> list[str]:
         return [f"{name} {value}" for name, value in self.remarks.items()]
 
 

@@ -37,11 +37,11 @@ class Site(NamedTuple):
     """Channels of what it returns: of a `kv` and a `core`, of all heads together; of a `modulation`, of one of its
     parts. 0 where it has none, or does not say."""
     heads: int = 0
-    """Of a `kv` and a `core`."""
+    """The number of attention heads, of a `kv` and a `core`."""
     stage: int = 0
-    """Which resolution of a network with several: that of the segments whose rows it holds."""
+    """The resolution, in a network with several, of the segments whose rows it holds."""
     attention: AttentionKind = "full"
-    """Of a `core`."""
+    """The kind of attention, of a `core`."""
     ordered: bool = False
     """Its function reads its rows as a grid (convolution, scan, windows): none may be moved or taken out around it."""
     over: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ def attended(sites: Iterable[Site]) -> dict[str, str]:
 
 
 def moving(sites: Sequence[Site], names: Collection[str], who: str) -> list[Site]:
-    """The sites of the one stage in which the cores `names` lie, if a policy may move its rows, or take some out.
+    """List the sites of the one stage of the cores `names`, if a policy may move its rows or take some out.
 
     Raises:
         ConfigError: the cores lie in several stages; or in theirs a function reads its rows as a grid, attention runs
@@ -100,6 +100,7 @@ class Call:
         layout: the token segments the model will see.
         times: noise-time in [0, 1] of each row of the call, [B] or [B, T], on the model's device; by default `t` for
             all, [1].
+        step: of the optimiser in training, from 0; None elsewhere.
     """
 
     index: int
@@ -109,6 +110,7 @@ class Call:
     net: str = "main"
     layout: tuple[Segment, ...] = ()
     times: Tensor = field(default=None, compare=False)  # type: ignore[assignment]
+    step: int | None = None
 
     def __post_init__(self) -> None:
         if self.times is None:

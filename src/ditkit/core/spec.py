@@ -23,13 +23,13 @@ READERS: Mapping[Any, Callable[[str], Any]] = {
     str: str,
     NoneType: lambda text: {"none": None}[text],
 }
-"""How a scalar of each type is read; `SCALARS` has an error's words for it."""
+"""The reader of a scalar of each type; `SCALARS` has an error's words for it."""
 PLUS = re.compile(r"(?<!\d[eE])\+")
-"""What stands between the members of a tuple: no exponent's sign."""
+"""The separator of a tuple's members, which is no exponent's sign."""
 
 
 def component(base: type[T], spec: str) -> T:
-    """The component that `spec` describes: a subclass of `base` by its name in any case, then its fields.
+    """Build the component that `spec` describes: a subclass of `base` by its name in any case, then its fields.
 
     Raises:
         ConfigError: an unknown name or field, a field given twice, a value of another type, or one that the
@@ -78,7 +78,7 @@ def named_alone(base: type[T]) -> list[str]:
 
 
 def spec(value: Any) -> str:
-    """The text from which `component` makes an equal component; fields that have their default are left out.
+    """Return the text from which `component` makes an equal component; fields that have their default are left out.
 
     Raises:
         ConfigError: a field holds something that has no such text.
@@ -127,14 +127,14 @@ def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:
 
 
 def as_text(given: Any) -> str:
-    """A scalar, or the members of a tuple, as `read_value` reads it."""
+    """Write a scalar, or the members of a tuple, as `read_value` reads it."""
     if isinstance(given, tuple):
         return "+".join(map(as_text, given))
     return str(given).lower() if isinstance(given, bool | None) else str(given)
 
 
 def _read_tuple(kind: Any, parts: Sequence[str], where: str) -> tuple[Any, ...]:
-    """The members of a tuple; of a fixed length, as many as it says."""
+    """Read the members of a tuple; of one of fixed length, as many as it has."""
     kinds = get_args(kind)
     if len(kinds) == 1 or kinds[-1] is ...:
         kinds = kinds[:1] * len(parts)

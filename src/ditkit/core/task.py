@@ -57,15 +57,15 @@ class Task(ABC):
     data: ClassVar[str]
     """Kind of the dataset: images, clips, or fields."""
     axes: ClassVar[tuple[str, ...]]
-    """Of one sample: C channels, T frames, H W height and width."""
+    """The axes of one sample: C channels, T frames, H height and W width."""
     has_frames: ClassVar[bool] = False
-    """Whether a sample is a sequence of pictures."""
+    """True if a sample is a sequence of pictures."""
     command: ClassVar[str] = "ditkit generate"
     """The command that takes a trained model."""
     settings: ClassVar[tuple[str, ...]] = ("count",)
     """Words that `evaluate` takes beside those of sampling."""
     generates: ClassVar[bool] = True
-    """Whether samples are drawn from noise, without data."""
+    """True if samples are drawn from noise, without data."""
 
     @property
     @abstractmethod

@@ -62,7 +62,7 @@ class Trajectory:
         self.peak_bytes = 0
 
     def run(self, call: Call) -> Run:
-        """The handlers of all policies for this call, chained."""
+        """Chain the handlers of all policies for this call."""
         if not self.sessions:
             return DIRECT
         chains: dict[str, list[tuple[int, Handler]]] = {}
@@ -103,7 +103,7 @@ class Trajectory:
         return out
 
     def guided(self, call: Call, v: Tensor) -> Tensor:
-        """What guidance gave, possibly replaced, for the solver.
+        """Return the guided prediction for the solver, possibly replaced.
 
         Raises:
             ConfigError: the policies will hold more than `max_bytes`; some keep what guidance gave.
@@ -114,7 +114,7 @@ class Trajectory:
         return v
 
     def finish(self) -> list[PolicyReceipt]:
-        """The receipts.
+        """End the trajectory and return the receipts.
 
         Raises:
             NoEffectError: a policy whose setting is not the neutral one was met at none of its sites, or owns
@@ -125,7 +125,7 @@ class Trajectory:
                 continue
             if not receipt.sites:
                 line = f"{policy} met none of its sites in {receipt.calls} evaluations"
-                raise NoEffectError("; ".join([line, *receipt.said()]))
+                raise NoEffectError("; ".join([line, *receipt.summary_parts()]))
             if policy.inherent:
                 continue  # the model was trained so: it is no saving that could fail
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
@@ -134,7 +134,7 @@ class Trajectory:
         return self.receipts
 
     def _foresee(self, call: Call, fn: Handler, *args: Any) -> Any:
-        """The handler of the embedded tokens, which refuses before the first block."""
+        """Handle the embedded tokens, and refuse before the first block."""
         tokens = fn(*args)
         self._keep_budget(lambda session: session.foreseen_bytes(call, tokens))
         return tokens
@@ -154,7 +154,7 @@ class Trajectory:
 
 
 def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str, Claim]]:
-    """What each policy claims, checked against the model's sites and against each other."""
+    """Return each policy's claims, checked against the model's sites and against each other."""
     names = {site.name for site in sites} | set(RESOURCES)
     owners: dict[str, str] = {}
     claims = [policy.claims(sites) for policy in policies]
@@ -184,7 +184,7 @@ def _depths(sites: Sequence[Site]) -> dict[str, int]:
 
 
 def _owned(claims: Mapping[str, Claim]) -> list[str]:
-    """The sites among what a policy owns."""
+    """List the sites among what a policy owns."""
     return [name for name, how in claims.items() if how == "own" and name not in RESOURCES]
 
 

@@ -1,4 +1,4 @@
-"""What changes which tensors exist in a model: applied once, then replayed whenever the model is rebuilt."""
+"""Transforms: changes of the tensors of a model, applied once, then replayed whenever the model is rebuilt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError
 
 Report = Mapping[str, Any]
-"""What applying a transform did, as JSON."""
+"""The report of applying a transform, as JSON."""
 
 
 class Stacked(NamedTuple):
@@ -53,7 +53,7 @@ class Transform(ABC):
 
     @abstractmethod
     def shape(self, model: Any) -> Any:
-        """The structure alone, in place; on the meta device, too.
+        """Change the structure alone, in place; on the meta device, too.
 
         It follows from the fields, draws nothing from the global generator, makes only tensors that are saved, and
         sees no parameters of policies. Weights that are not trained stay trainable: a run's groups decide.
@@ -64,7 +64,7 @@ class Transform(ABC):
         return self.shape(model), {}
 
     def origin(self, name: str) -> str:
-        """What a site, or tensor, of the result was called before."""
+        """Return the name that a site, or tensor, of the result had before."""
         return name
 
     def trains(self, model: Any) -> list[str]:
@@ -84,22 +84,22 @@ class Transform(ABC):
 
     @classmethod
     def small(cls, model: Any) -> tuple[Transform, ...]:
-        """Settings that, in order, do something on a small model, this class's last."""
+        """Return settings that, in order, do something on a small model, this class's last."""
         return (cls(),)
 
     @abstractmethod
     def exact(self) -> Self:
-        """The neutral setting: neither applied nor recorded."""
+        """Return the neutral setting: neither applied nor recorded."""
 
 
 def described(transform: Transform) -> dict[str, Any]:
-    """A transform as config.json has it."""
+    """Return a transform as config.json has it."""
     fields: Any = transform
     return {"name": type(transform).__name__, "fields": dataclasses.asdict(fields)}
 
 
 def transforms_of(given: object, source: object) -> list[Transform]:
-    """The transforms that a config.json lists.
+    """Build the transforms that a config.json lists.
 
     Raises:
         CheckpointError: one is unknown, or has a field that this version does not know.
@@ -137,14 +137,14 @@ def check_named(transform: Transform) -> None:
 
 
 def origin_of(transforms: Iterable[Transform], name: str) -> str:
-    """What a site or tensor was called before all of `transforms`."""
+    """Return the name that a site or tensor had before all of `transforms`."""
     for transform in reversed(list(transforms)):
         name = transform.origin(name)
     return name
 
 
 def standing(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
-    """Those of `transforms` that are to be replayed, in order: without what a later one took away, and without that."""
+    """List the `transforms` to replay, in order: without what a later one took away, and without that."""
     left: list[Transform] = []
     for transform in transforms:
         if transform.undoes:

@@ -53,7 +53,7 @@ class LabelledClips(ClipSet, Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
     def class_labels(self, indices: Tensor) -> Tensor:
-        """The class of each chosen clip, int64 [n]."""
+        """Return the class of each chosen clip, int64 [n]."""
         ...
 
 
@@ -221,7 +221,7 @@ class Subset:
 
 
 def class_labels(clips: ClipSet, indices: Tensor) -> Tensor:
-    """The class of each chosen clip, int64 [n].
+    """Return the class of each chosen clip, int64 [n].
 
     Raises:
         DataError: the clips have no classes.

@@ -177,7 +177,7 @@ def _read(path: Path, separator: str) -> DataFrame:
 
 
 def _line(table: DataFrame, i: int) -> int:
-    """Number the line of row `i` in its file, whose first is the header."""
+    """Return the line number of row `i` in its file, whose first is the header."""
     return int(table.index[i]) + 2
 
 

@@ -100,7 +100,7 @@ class EventSet:
 
     @cached_property
     def bipartite(self) -> bool:
-        """Whether no node is both a source and a destination."""
+        """True if no node is both a source and a destination."""
         return not torch.isin(self.source, self.destination).any()
 
     @cached_property
@@ -111,7 +111,7 @@ class EventSet:
         return torch.cat([self.source, self.destination]).unique()
 
     def links(self, pairs: Tensor) -> Tensor:
-        """Number each pair of nodes [P, 2], the same for both directions where links have none: [P]."""
+        """Return a number for each pair of nodes [P, 2], the same for both directions where links have none: [P]."""
         if not self.directed:
             pairs = pairs.sort(-1).values
         return pairs[:, 0] * len(self.nodes) + pairs[:, 1]

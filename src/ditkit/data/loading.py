@@ -53,8 +53,10 @@ def names_of(kind: str) -> tuple[str, ...]:
 
 
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
-    """Load a named set, a folder of images or of videos, a CSV file of series, a netCDF file of fields,
-    or an event list in CSV (columns `source` and `destination`) or Parquet.
+    """Load a named set, or a folder or file of a user's own.
+
+    A folder holds images or videos; a file is a CSV of series, a netCDF of fields, or an event list in CSV (columns
+    `source` and `destination`) or Parquet.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.

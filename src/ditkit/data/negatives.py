@@ -113,7 +113,7 @@ class Negatives:
         return (self.events.moment * len(self.events.nodes) ** 2 + links).sort().values
 
     def _directions(self, index: Tensor) -> Tensor:
-        """Number these events by source * nodes + destination; in both directions where links have no direction."""
+        """Return source * nodes + destination of these events; of both directions where links have no direction."""
         pairs, nodes = self.events.pairs[index], len(self.events.nodes)
         both = [pairs] if self.events.directed else [pairs, pairs.flip(1)]
         return torch.cat([pair[:, 0] * nodes + pair[:, 1] for pair in both])

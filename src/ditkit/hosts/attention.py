@@ -66,7 +66,9 @@ def closed(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def refuse_closed(model: nn.Module, sites: Sequence[Site], policies: Sequence[Policy]) -> None:
     """Raise ConflictError where a policy of rows would meet attention whose keys it cannot keep, nor replace."""
-    rows = [type(policy).__name__ for policy in policies if policy.claims(sites).get("rows") == "own"]
+    # the keys of these cores come from elsewhere, which a policy of rows refuses too, but not by the processor
+    own = [site for site in sites if not site.over]
+    rows = [type(policy).__name__ for policy in policies if policy.claims(own).get("rows") == "own"]
     for path, processor in closed(model) if rows else ():
         raise ConflictError(
             f"{rows[0]}: {path} attends by {processor}, where no keys can be kept; expected diffusers' default "

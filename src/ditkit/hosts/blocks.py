@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention as host_blocks
 from diffusers.models import attention_processor as host
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from ditkit.core.grid import Grid, unpatchify
 from ditkit.core.run import AttentionKind, Run, Site
 from ditkit.hosts.attention import computes_as, has_core
 from ditkit.hosts.streams import Streams
@@ -43,7 +46,7 @@ def attend(
         mask: ignored, as diffusers does.
         beside: of the image's queries and kept keys, before their norms, what is added to its rows [B, L, D].
     """
-    _warn_of_unknown(attn.processor, kwargs)
+    warn_of_unknown(attn.processor, kwargs)
     q, k, v = (split_heads(attn, project(image)) for project in (attn.to_q, attn.to_k, attn.to_v))
     kv = run.site(at + ".kv", keep, KV(k, v))
     raw_q = q
@@ -122,6 +125,24 @@ def modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(parts, -1)
 
 
+def chosen(mark: Tensor | None, part: Tensor, other: Sequence[Tensor]) -> Tensor:
+    """One part of a modulation: [B, 1, D], or [B, L, D] where marked rows, bool [B, L], have `other[0]`."""
+    return part if mark is None else torch.where(mark[..., None], other[0], part)
+
+
+def modulated(
+    norm: nn.Module, x_BLD: Tensor, mark: Tensor | None, by: Sequence[Tensor], other: Sequence[Tensor]
+) -> Tensor:
+    """Norm, shift and scale; those of marked rows are `other`."""
+    shift, scale = (chosen(mark, part, other[i : i + 1]) for i, part in enumerate(by))
+    return modulate(norm(x_BLD), shift, scale)
+
+
+def clip_half(x: Tensor) -> Tensor:
+    """Keep features in the range of float16, as diffusers does after some blocks."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 def feed(norm: nn.Module, ff: nn.Module, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Compute the MLP branch before its gate, row by row."""
     return ff(modulate(norm(x_BLD), shift, scale))
@@ -137,6 +158,20 @@ def feed_in_chunks(
     return host_blocks._chunked_feed_forward(ff, h_BLD, block._chunk_dim, block._chunk_size)
 
 
+def rotate(x_BLNK: Tensor, table: tuple[Tensor, ...]) -> Tensor:
+    """Turn by cosines and sines [L, K], or [B, L, K] of rows that were chosen for each sample."""
+    if table[0].ndim == 2:
+        return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
+    # rows chosen for each sample have tables of their own, and diffusers knows one: all samples as one sequence
+    one = (table[0].flatten(0, 1), table[1].flatten(0, 1))
+    return apply_rotary_emb(x_BLNK.flatten(0, 1)[None], one, sequence_dim=1).view_as(x_BLNK)
+
+
+def unpatchify_channels_first(out: Tensor, grid: Grid, patch: tuple[int, ...]) -> Tensor:
+    """Rows [B, L, C P], channels slowest, to a sample [B, C, H, W] or [B, C, T, H, W]."""
+    return unpatchify(out.unflatten(-1, (-1, prod(patch))).mT.flatten(-2), grid, patch)
+
+
 def split_heads(attn: Any, x_BLD: Tensor) -> Tensor:
     return x_BLD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, N, L, K]
 
@@ -149,7 +184,8 @@ def _normed(norm: nn.Module | None, x_BNLK: Tensor) -> Tensor:
     return x_BNLK if norm is None else norm(x_BNLK)
 
 
-def _warn_of_unknown(processor: Any, kwargs: Mapping[str, Any]) -> None:
+def warn_of_unknown(processor: Any, kwargs: Mapping[str, Any]) -> None:
+    """Warn of arguments that a processor does not take, and diffusers drops."""
     if kwargs:
         known = inspect.signature(processor.__call__).parameters
         if unknown := sorted(kwargs.keys() - known.keys() - _QUIET):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,20 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from ditkit.core.errors import ShapeError
-from ditkit.core.grid import Grid, Segment, unpatchify
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as
-from ditkit.hosts.blocks import as_wide, attention_sites, call_block, merge_heads, modulation, split_heads
-from ditkit.hosts.streams import Streams
+from ditkit.hosts.blocks import (
+    as_wide,
+    attention_sites,
+    call_block,
+    merge_heads,
+    modulation,
+    split_heads,
+    unpatchify_channels_first,
+)
+from ditkit.hosts.streams import ImageRotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
@@ -38,21 +45,11 @@ CHANNEL_AXIS = 2
 """The channel axis of latents and of predictions."""
 
 
-class Rotary(NamedTuple):
-    """Rotary table of the clip's rows, [L, K] each, or [B, R, K] of rows chosen for each sample; text has none."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rows(self, stream: str, index: Tensor) -> Rotary:
-        return self if stream == "text" else Rotary(self.cos[index], self.sin[index])
-
-
 class ClipTokens(NamedTuple):
     """Embedded tokens and what is aligned with them: what the `tokens` site returns."""
 
     x: Streams
-    rotary: Rotary | None
+    rotary: ImageRotary | None
     """None in CogVideoX-2B, where positions are already added to `x`."""
 
     def rows(self, stream: str, index: Tensor) -> ClipTokens:
@@ -106,7 +103,7 @@ class CogVideoXBlock(host.CogVideoXBlock):
         at: str = "",
     ) -> Streams:
         x = Streams(hidden_states, encoder_hidden_states)
-        rotary = image_rotary_emb and Rotary(*image_rotary_emb)
+        rotary = image_rotary_emb and ImageRotary(*image_rotary_emb)
         by, gates = _modulation(self.norm1, temb)
         attend = partial(self._attend, run, at + ".attn", attention_kwargs or {})
         x = _added(x, gates, run.site(at + ".attn", attend, x, rotary, *by))
@@ -114,7 +111,13 @@ class CogVideoXBlock(host.CogVideoXBlock):
         return _added(x, gates, run.site(at + ".mlp", self._feed, x, *by))
 
     def _attend(
-        self, run: Run, at: str, kwargs: Mapping[str, Any], x: Streams, rotary: Rotary | None, *by: Tensor
+        self,
+        run: Run,
+        at: str,
+        kwargs: Mapping[str, Any],
+        x: Streams,
+        rotary: ImageRotary | None,
+        *by: Tensor,
     ) -> Streams:
         """Clip and text before their gates."""
         clip, text = _modulated(self.norm1.norm, x, *by)
@@ -153,7 +156,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
     ) -> Any:
         run, clip = current(), hidden_states
         temb = run.site("time", partial(self._condition, clip.dtype), timestep, timestep_cond, ofs)
-        rotary = image_rotary_emb and Rotary(*image_rotary_emb)
+        rotary = image_rotary_emb and ImageRotary(*image_rotary_emb)
         tokens = run.site("tokens", self._embed, clip, encoder_hidden_states, rotary)
         stack = partial(self._stack, run, attention_kwargs)
         x = run.site("blocks", stack, tokens.x, temb, tokens.rotary)
@@ -168,7 +171,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
             return temb
         return temb + self.ofs_embedding(self.ofs_proj(ofs).to(dtype))
 
-    def _embed(self, clip: Tensor, text: Tensor, rotary: Rotary | None) -> ClipTokens:
+    def _embed(self, clip: Tensor, text: Tensor, rotary: ImageRotary | None) -> ClipTokens:
         S = text.shape[1]
         x = self.embedding_dropout(self.patch_embed(text, clip))
         return ClipTokens(Streams(x[:, S:], x[:, :S]), rotary)
@@ -179,7 +182,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
         kwargs: dict[str, Any] | None,
         x: Streams,
         temb: Tensor,
-        rotary: Rotary | None,
+        rotary: ImageRotary | None,
         start: int = 0,
         stop: int | None = None,
     ) -> Streams:
@@ -197,7 +200,7 @@ class CogVideoXTransformer3DModel(host.CogVideoXTransformer3DModel):
         kwargs: dict[str, Any] | None,
         x: Streams,
         temb: Tensor,
-        rotary: Rotary | None,
+        rotary: ImageRotary | None,
     ) -> Streams:
         out = call_block(
             self,
@@ -250,8 +253,7 @@ def _patch(model: Any) -> tuple[int, int, int]:
 
 def _unpatched(out: Tensor, grid: Grid, patch: tuple[int, int, int]) -> Tensor:
     """Rows [B, L, C P], channels slowest, to a clip [B, T, C, H, W]."""
-    channels_fastest = out.unflatten(-1, (-1, prod(patch))).mT.flatten(-2)
-    return unpatchify(channels_fastest, grid, patch).transpose(1, CHANNEL_AXIS).contiguous()
+    return unpatchify_channels_first(out, grid, patch).transpose(1, CHANNEL_AXIS).contiguous()
 
 
 def _modulation(norm: Any, temb: Tensor) -> tuple[tuple[Tensor, ...], Streams]:
@@ -271,7 +273,7 @@ def _added(x: Streams, gates: Streams, branch: tuple[Tensor, Tensor]) -> Streams
     return Streams(x.image + gates.image * clip, x.text + gates.text * text)
 
 
-def _rotate(x_BNLK: Tensor, text: int, table: Rotary | None) -> Tensor:
+def _rotate(x_BNLK: Tensor, text: int, table: ImageRotary | None) -> Tensor:
     """Rows after the first `text`, by the table of the clip."""
     if table is None:
         return x_BNLK

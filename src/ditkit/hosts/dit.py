@@ -1,4 +1,4 @@
-"""diffusers' `BasicTransformerBlock`, of which DiT and PixArt are made, with sites.
+"""diffusers' `BasicTransformerBlock`, of which DiT, PixArt and Latte are made, with sites.
 
 B batch, L image rows, S text rows, D width.
 """
@@ -29,7 +29,7 @@ STACKS = {"blocks": Stacked("transformer_blocks", "num_layers", (0,))}
 
 @stands_for(host_attention.BasicTransformerBlock)
 class BasicTransformerBlock(host_attention.BasicTransformerBlock):
-    """The block of DiT, and that of PixArt; what else diffusers makes of this class has no sites."""
+    """The block of DiT, and that of PixArt and Latte; what else diffusers makes of this class has no sites."""
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class BasicTransformerBlock(host_attention.BasicTransformerBlock):
         kwargs: Mapping[str, Any],
         x_BLD: Tensor,
         times: Tensor,
-        seen: Tensor | None,
+        mask_bias: Tensor | None,
         text: Tensor | None,
         known: Tensor | None,
     ) -> Tensor:
@@ -91,8 +91,9 @@ class BasicTransformerBlock(host_attention.BasicTransformerBlock):
         shift, scale, gate, *mlp = (self.scale_shift_table + times.unflatten(-1, (6, -1))).chunk(6, 1)
         attend = partial(self._attend, self.norm1, run, at + ".attn", kwargs)
         # a sum has the strides of its first term, and bf16 products of other strides other bits
-        x_BLD = gate * run.site(at + ".attn", attend, x_BLD, shift, scale, seen) + x_BLD
-        x_BLD = run.site(at + ".cross_attn", partial(self._look, kwargs), x_BLD, text, known) + x_BLD
+        x_BLD = gate * run.site(at + ".attn", attend, x_BLD, shift, scale, mask_bias) + x_BLD
+        if self.attn2 is not None:
+            x_BLD = run.site(at + ".cross_attn", partial(self._look, kwargs), x_BLD, text, known) + x_BLD
         feed = partial(feed_in_chunks, self, self.norm2, self.ff)
         return mlp[2] * run.site(at + ".mlp", feed, x_BLD, *mlp[:2]) + x_BLD
 
@@ -105,11 +106,11 @@ class BasicTransformerBlock(host_attention.BasicTransformerBlock):
         x_BLD: Tensor,
         shift: Tensor,
         scale: Tensor,
-        seen: Tensor | None = None,
+        mask_bias: Tensor | None = None,
     ) -> Tensor:
         """Compute the attention branch before its gate."""
         h_BLD = modulate(norm(x_BLD), shift, scale)
-        return self.attn1(h_BLD, attention_mask=seen, run=run, at=at, **kwargs)
+        return self.attn1(h_BLD, attention_mask=mask_bias, run=run, at=at, **kwargs)
 
     def _look(
         self, kwargs: Mapping[str, Any], x_BLD: Tensor, text_BSD: Tensor | None, known: Tensor | None
@@ -125,7 +126,7 @@ def call_basic_block(
     kwargs: dict[str, Any] | None,
     x_BLD: Tensor,
     timestep: Any,
-    seen: Tensor | None = None,
+    mask_bias: Tensor | None = None,
     text: Tensor | None = None,
     known: Tensor | None = None,
     label: Any = None,
@@ -137,7 +138,7 @@ def call_basic_block(
         run,
         name,
         x_BLD,
-        attention_mask=seen,
+        attention_mask=mask_bias,
         encoder_hidden_states=text,
         encoder_attention_mask=known,
         timestep=timestep,
@@ -153,9 +154,9 @@ def _is_dit(block: Any) -> bool:
 
 
 def _is_pixart(block: Any) -> bool:
-    """Return whether a block is self-attention, cross-attention and MLP under adaLN-single, and no more."""
+    """Return whether a block is self-attention, cross-attention or none, and MLP under adaLN-single, and no more."""
     plain = block.pos_embed is None and not block.only_cross_attention
-    return block.use_ada_layer_norm_single and block.attn2 is not None and plain
+    return block.use_ada_layer_norm_single and plain
 
 
 __all__ = ["layout", "restore", "running", "sites", "view"]

@@ -68,7 +68,7 @@ def family(model: nn.Module) -> Family:
         raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
     ours = VIEWS.get(type(model), type(model))
     home = next(module for module in modules if ours in vars(module).values())
-    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1), home.STACKS)
+    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1), getattr(home, "STACKS", {}))
 
 
 def transformers() -> list[type]:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_flux as host
 from diffusers.utils import apply_lora_scale
@@ -20,7 +19,7 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
-from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed, modulation
+from ditkit.hosts.blocks import as_wide, attention_sites, call_block, clip_half, feed, modulation, rotate
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -34,6 +33,43 @@ STACKS = {
 __all__ = ["layout", "restore", "running", "sites", "view"]
 
 opens(host.FluxAttnProcessor)
+
+
+def attend(
+    attn: Any,
+    run: Run,
+    at: str,
+    image: Tensor,
+    text: Tensor | None,
+    mask: Tensor | None,
+    table: tuple[Tensor, Tensor],
+) -> Any:
+    """Attention of image [B, L, D] and text [B, S, D] to the same pair, or of one sequence to one."""
+    S = 0 if text is None else text.shape[1]
+    *own, text_q, text_k, text_v = host._get_qkv_projections(attn, image, text)
+    q, k, v = (_split(attn, x) for x in own)
+    positions = _cut(table, S, None)
+    kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), positions))
+    # both sequences are turned at once, as in diffusers; keys from elsewhere have a table of their own
+    of_keys = table if kv.position is positions else _joined(_cut(table, 0, S), kv.position)
+    q, k, v = attn.norm_q(q), attn.norm_k(flip(kv.k)), flip(kv.v)
+    if text is not None:
+        q = torch.cat([attn.norm_added_q(_split(attn, text_q)), q], 1)
+        k = torch.cat([attn.norm_added_k(_split(attn, text_k)), k], 1)
+        v = torch.cat([_split(attn, text_v), v], 1)
+    q, k = rotate(q, table), rotate(k, of_keys)
+    masks = () if mask is None else (mask,)
+    o = run.site(at + ".core", partial(dispatched, attn.processor), flip(q), flip(k), flip(v), *masks)
+    o = flip(o).flatten(2, 3).to(q.dtype)
+    if text is None:
+        return o
+    o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
+    o_image = attn.to_out[1](attn.to_out[0](o_image.contiguous()))
+    return Streams(o_image, attn.to_add_out(o_text.contiguous()))
+
+
+def _split(attn: Any, x_BLD: Tensor) -> Tensor:
+    return x_BLD.unflatten(-1, (-1, attn.head_dim))  # [B, L, N, K]
 
 
 @stands_for(host.FluxAttention)
@@ -56,30 +92,7 @@ class FluxAttention(host.FluxAttention):
             return super().forward(hidden_states, text, attention_mask, table, **kwargs)
         if unused := kwargs.keys() - {"ip_adapter_masks", "ip_hidden_states"}:
             host.logger.warning(f"joint_attention_kwargs {sorted(unused)} are ignored by FluxAttnProcessor.")
-        S = 0 if text is None else text.shape[1]
-        *image, text_q, text_k, text_v = host._get_qkv_projections(self, hidden_states, text)
-        q, k, v = map(self._split, image)
-        own = _cut(table, S, None)
-        kv = run.site(at + ".kv", keep, KV(flip(k), flip(v), own))
-        # both sequences are turned at once, as in diffusers; keys from elsewhere have a table of their own
-        of_keys = table if kv.position is own else _joined(_cut(table, 0, S), kv.position)
-        q, k, v = self.norm_q(q), self.norm_k(flip(kv.k)), flip(kv.v)
-        if text is not None:
-            q = torch.cat([self.norm_added_q(self._split(text_q)), q], 1)
-            k = torch.cat([self.norm_added_k(self._split(text_k)), k], 1)
-            v = torch.cat([self._split(text_v), v], 1)
-        q, k = _rotate(q, table), _rotate(k, of_keys)
-        masks = () if attention_mask is None else (attention_mask,)
-        o = run.site(at + ".core", partial(dispatched, self.processor), flip(q), flip(k), flip(v), *masks)
-        o = flip(o).flatten(2, 3).to(q.dtype)
-        if text is None:
-            return o
-        o_text, o_image = o.split_with_sizes([S, o.shape[1] - S], 1)
-        o_image = self.to_out[1](self.to_out[0](o_image.contiguous()))
-        return Streams(o_image, self.to_add_out(o_text.contiguous()))
-
-    def _split(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (-1, self.head_dim))  # [B, L, N, K]
+        return attend(self, run, at, hidden_states, text, attention_mask, table)
 
 
 @stands_for(host.FluxTransformerBlock)
@@ -112,7 +125,7 @@ class FluxTransformerBlock(host.FluxTransformerBlock):
         text = text + text_gate * a_text
         mlp = partial(feed, self.norm2_context, self.ff_context)
         text = text + text_mlp[2] * run.site(at + ".text.mlp", mlp, text, *text_mlp[:2])
-        return _clip(text), image
+        return clip_half(text), image
 
     def _attend(
         self,
@@ -156,7 +169,7 @@ class FluxSingleTransformerBlock(host.FluxSingleTransformerBlock):
         shift, scale, gate = modulation(self.norm, temb, 3)
         rotary = image_rotary_emb and Rotary.of(image_rotary_emb)
         branch = partial(self._branch, run, at + ".attn", joint_attention_kwargs or {})
-        x = _clip(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
+        x = clip_half(x + gate * run.site(at + ".fused", branch, x, rotary, shift, scale))
         return x[:, :S], x[:, S:]
 
     def _branch(
@@ -285,7 +298,7 @@ def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
     segments = [Segment("text", Grid(len(txt_ids)), len(txt_ids))] if len(txt_ids) else []
     counts = torch.unique_consecutive(img_ids[:, 0], return_counts=True)[1].tolist()
     for i, ids in enumerate(img_ids.split(counts)):
-        height, width = (int(n) + 1 for n in (ids[:, 1:].amax(0) - ids[:, 1:].amin(0)).tolist())
+        height, width = (int(n) + 1 for n in (ids[:, 1:3].amax(0) - ids[:, 1:3].amin(0)).tolist())
         grid = Grid(1, height, width) if height * width == len(ids) else Grid(len(ids))
         segments.append(Segment("context" if i else "image", grid, len(ids)))
     return tuple(segments)
@@ -298,14 +311,6 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _rotate(x_BLNK: Tensor, table: tuple[Tensor, ...]) -> Tensor:
-    if table[0].ndim == 2:
-        return apply_rotary_emb(x_BLNK, table, sequence_dim=1)
-    # rows chosen for each sample have tables of their own, and diffusers knows one: all samples as one sequence
-    one = (table[0].flatten(0, 1), table[1].flatten(0, 1))
-    return apply_rotary_emb(x_BLNK.flatten(0, 1)[None], one, sequence_dim=1).view_as(x_BLNK)
-
-
 def _cut(table: tuple[Tensor, Tensor], start: int, stop: int | None) -> Any:
     return table[0][..., start:stop, :], table[1][..., start:stop, :]
 
@@ -314,10 +319,6 @@ def _joined(text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> tuple[
     """Join the rotary table of the text tokens with the image's, which may differ between samples."""
     parts = zip(text, image, strict=True)
     return tuple(torch.cat([a.expand(*b.shape[:-2], -1, -1), b], -2) for a, b in parts)
-
-
-def _clip(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def _flat(ids: Tensor, name: str) -> Tensor:

@@ -23,14 +23,14 @@ from ditkit.hosts.family import families, family, has_sites, transformers
 from ditkit.hosts.view import View, restore, running, view
 
 KEY = "_ditkit"
-"""Of diffusers' config.json, which ignores it: what was done to the structure."""
+"""The key of the changes of the structure in diffusers' config.json, which ignores it."""
 APPLIED = "ditkit_transforms"
 """Attribute of a transformer: the same."""
 
 
 @dataclass(frozen=True)
 class HostConfig:
-    """Which transformer of diffusers.
+    """The class and config of a transformer of diffusers.
 
     Args:
         name: of its class. arguments: its config, as JSON text.
@@ -53,7 +53,7 @@ class Host(Model):
 
     @classmethod
     def around(cls, transformer: Any) -> Self:
-        """The model around a transformer, which is not copied.
+        """Build the model around a transformer, which is not copied.
 
         Raises:
             ConfigError: no view is known for its class. ConflictError: something else decides what it computes.
@@ -91,7 +91,7 @@ class Host(Model):
         return {name: stack._replace(path=f"transformer.{stack.path}") for name, stack in known.items()}
 
     def forward(self, *args: Any, run: Run = DIRECT, **kwargs: Any) -> Any:
-        """The transformer's own call."""
+        """Call the transformer."""
         with running(run):
             return self.transformer(*args, **kwargs)
 
@@ -141,7 +141,7 @@ class Host(Model):
         return fields
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Any = ()) -> Path:
-        """A folder of diffusers where its own class opens the result; else ours. `ditkit.load` opens both."""
+        """Save a folder of diffusers if its own class opens the result, else one of ours; `ditkit.load` opens both."""
         try:
             self.plain()
         except ConfigError:
@@ -166,10 +166,10 @@ class Host(Model):
             return super().load(folder)
         try:
             kind = _class_of(str(content["_class_name"]))
-            transformer, said = kind.from_pretrained(folder, output_loading_info=True)
+            transformer, loading_info = kind.from_pretrained(folder, output_loading_info=True)
         except (ConfigError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
-        if wrong := [*said["missing_keys"], *said["unexpected_keys"]]:
+        if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:
             raise CheckpointError(
                 f"{folder}: its config and its weights disagree on {wrong[0]!r} ({len(wrong)} in all)"
             )

@@ -92,7 +92,7 @@ class Lumina2TransformerBlock(host.Lumina2TransformerBlock):
             self.attn(
                 hidden_states=h_BMD,
                 encoder_hidden_states=h_BMD,
-                attention_mask=place.seen,
+                attention_mask=place.visible,
                 image_rotary_emb=place.phases,
                 run=run,
                 # in the refiner of text it is diffusers' own, whose mask may have holes
@@ -137,17 +137,17 @@ class Lumina2Transformer2DModel(host.Lumina2Transformer2DModel):
             text = block(text, mask, text_phases, run=run, at=_name(run, "context", i))
         for i, block in enumerate(self.noise_refiner):
             x = block(x, None, phases, temb, run=run, at=_name(run, "noise", i))
-        seen, S = _seen(lengths, x.device), max(lengths)
-        text = text[:, :S].masked_fill(~seen[..., None], 0)
+        visible, S = _visible(lengths, x.device), max(lengths)
+        text = text[:, :S].masked_fill(~visible[..., None], 0)
         # without ragged captions diffusers has no mask either, and attention may take another kernel
-        whole = F.pad(seen, (0, x.shape[1]), value=True) if len(set(lengths)) > 1 else None
+        whole = F.pad(visible, (0, x.shape[1]), value=True) if len(set(lengths)) > 1 else None
         place = Place(torch.cat([text_phases[:, :S], phases], 1), whole, S)
         return PlacedTokens(torch.cat([text, x], 1), place)
 
     def _call_block(
         self, block: nn.Module, run: Run, name: str, x_BMD: Tensor, place: Place, temb: Tensor
     ) -> Tensor:
-        return call_block(self, block, run, name, x_BMD, place.seen, place.phases, temb)
+        return call_block(self, block, run, name, x_BMD, place.visible, place.phases, temb)
 
     def _head(self, text: int, x_BMD: Tensor, temb: Tensor) -> Tensor:
         return self.norm_out(x_BMD, temb)[:, text:]
@@ -177,8 +177,8 @@ def layout(model: Any, shape: Sequence[int], encoder_attention_mask: Tensor) -> 
     image = Segment("image", grid, grid.length)
     lengths = encoder_attention_mask.sum(1).tolist()
     S, ragged = max(lengths), len(set(lengths)) > 1
-    seen = _seen(lengths, encoder_attention_mask.device) if ragged else None
-    return (Segment("text", Grid(S), S, seen), image) if S else (image,)
+    visible = _visible(lengths, encoder_attention_mask.device) if ragged else None
+    return (Segment("text", Grid(S), S, visible), image) if S else (image,)
 
 
 def _name(run: Run, kind: str, i: int) -> str:
@@ -186,7 +186,7 @@ def _name(run: Run, kind: str, i: int) -> str:
     return f"{kind}.{i}" if run.handlers else ""
 
 
-def _seen(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _visible(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Build the mask of text tokens that are not padding, [B, S], S being the longest caption's length."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     """
 
     phases: Tensor
-    seen: Tensor | None = None
+    visible: Tensor | None = None
     text: int = 0
 
     def at(self, stream: str, index: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ class Place(NamedTuple):
     def rows(self, stream: str, index: Tensor) -> Place:
         at = self.at(stream, index)
         text = index.shape[-1] if stream == "text" else self.text
-        seen = None if self.seen is None else take_rows(self.seen, at)
-        return Place(take_rows(self.phases, at), seen, text)
+        visible = None if self.visible is None else take_rows(self.visible, at)
+        return Place(take_rows(self.phases, at), visible, text)
 
 
 class PlacedTokens(NamedTuple):
@@ -63,13 +63,13 @@ def stack(
     apply: Any,
     x: Tensor,
     place: Place,
-    told: tuple[Tensor, ...],
+    conditions: tuple[Tensor, ...],
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
     """Blocks `start` to `stop`; `told`: the embedded time, and what else has no rows of the sequence."""
     for i, block in list(enumerate(blocks))[start:stop]:
-        x = run.site(f"blocks.{i}", partial(apply, block, run, f"blocks.{i}"), x, place, *told)
+        x = run.site(f"blocks.{i}", partial(apply, block, run, f"blocks.{i}"), x, place, *conditions)
     return x
 
 
@@ -102,9 +102,9 @@ def grouped(q_BLNK: Tensor, k_BLNK: Tensor, v_BNLK: Tensor) -> tuple[Tensor, Ten
     return flip(k_BLNK).repeat_interleave(times, 1), v_BNLK.repeat_interleave(times, 1)
 
 
-def masks(seen: Tensor | None) -> tuple[Tensor, ...]:
+def masks(visible: Tensor | None) -> tuple[Tensor, ...]:
     """Build the mask of a `core` site, if any: bool, [B, 1, 1, M]."""
-    return () if seen is None else (seen.bool()[:, None, None],)
+    return () if visible is None else (visible.bool()[:, None, None],)
 
 
 def attention(

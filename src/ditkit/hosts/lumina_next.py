@@ -109,7 +109,7 @@ class LuminaNextDiTBlock(host.LuminaNextDiTBlock):
         own = self.attn1(
             hidden_states=h_BLD,
             encoder_hidden_states=h_BLD,
-            attention_mask=place.seen,
+            attention_mask=place.visible,
             query_rotary_emb=place.phases,
             key_rotary_emb=place.phases,
             run=run,
@@ -152,8 +152,8 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed(self, image: Tensor, table: Tensor) -> PlacedTokens:
-        x_BLD, seen, _, phases = self.patch_embedder(image, table)
-        return PlacedTokens(x_BLD, Place(phases.to(x_BLD.device), seen))
+        x_BLD, visible, _, phases = self.patch_embedder(image, table)
+        return PlacedTokens(x_BLD, Place(phases.to(x_BLD.device), visible))
 
     def _call_block(
         self,
@@ -168,7 +168,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
         known: Tensor,
     ) -> Tensor:
         """One block, called as diffusers does; this class has no gradient checkpointing."""
-        args = (x_BLD, place.seen, place.phases, text, known)
+        args = (x_BLD, place.visible, place.phases, text, known)
         return block(
             *args, temb=temb, cross_attention_kwargs=kwargs, run=run, at=name if run.handlers else ""
         )

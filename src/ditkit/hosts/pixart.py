@@ -73,14 +73,14 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
                 "PixArtTransformer2DModel: got added_cond_kwargs=None, expected resolution and aspect_ratio"
             )
         run, text = current(), encoder_hidden_states
-        seen, known = (_bias(mask, hidden_states) for mask in (attention_mask, encoder_attention_mask))
-        x_BLD = run.site("tokens", partial(self._embed, _whole(text, seen)), hidden_states).x
+        mask_bias, known = (_bias(mask, hidden_states) for mask in (attention_mask, encoder_attention_mask))
+        x_BLD = run.site("tokens", partial(self._embed, _whole(text, mask_bias)), hidden_states).x
         B, _, D = x_BLD.shape
         projected, embedded = run.site("time", self.adaln_single, timestep, added_cond_kwargs, B, x_BLD.dtype)
         if self.caption_projection is not None:
             text = self.caption_projection(text).view(B, -1, D)
         stack = partial(self._stack, run, cross_attention_kwargs)
-        x_BLD = run.site("blocks", stack, x_BLD, projected, seen, text, known)
+        x_BLD = run.site("blocks", stack, x_BLD, projected, mask_bias, text, known)
         out = run.site("head", self._head, x_BLD, embedded)
         sample = unpatchify(out, _grid(self, hidden_states.shape), self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -94,7 +94,7 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
         kwargs: dict[str, Any] | None,
         x_BLD: Tensor,
         times: Tensor,
-        seen: Tensor | None,
+        mask_bias: Tensor | None,
         text: Tensor | None,
         known: Tensor | None,
         start: int = 0,
@@ -103,7 +103,7 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
         """Blocks `start` to `stop`; `seen` and `known` are biases of image and text, [B, 1, L] and [B, 1, S]."""
         for i, block in list(enumerate(self.transformer_blocks))[start:stop]:
             apply = partial(self._call_block, block, run, f"blocks.{i}", kwargs)
-            x_BLD = run.site(f"blocks.{i}", apply, x_BLD, times, seen, text, known)
+            x_BLD = run.site(f"blocks.{i}", apply, x_BLD, times, mask_bias, text, known)
         return x_BLD
 
     def _call_block(
@@ -114,11 +114,11 @@ class PixArtTransformer2DModel(host.PixArtTransformer2DModel):
         kwargs: dict[str, Any] | None,
         x_BLD: Tensor,
         times: Tensor,
-        seen: Tensor | None,
+        mask_bias: Tensor | None,
         text: Tensor | None,
         known: Tensor | None,
     ) -> Tensor:
-        return call_basic_block(self, block, run, name, kwargs, x_BLD, times, seen, text, known)
+        return call_basic_block(self, block, run, name, kwargs, x_BLD, times, mask_bias, text, known)
 
     def _head(self, x_BLD: Tensor, embedded: Tensor) -> Tensor:
         table = self.scale_shift_table + embedded[:, None].to(self.scale_shift_table.device)
@@ -150,11 +150,11 @@ def _grid(model: Any, shape: Sequence[int]) -> Grid:
     return Grid(1, height, width)
 
 
-def _whole(text: Tensor | None, seen: Tensor | None) -> str:
+def _whole(text: Tensor | None, mask_bias: Tensor | None) -> str:
     """Name the part of a call that concerns all tokens: a mask of them, or cross-attention without text."""
     if text is None:
         return "encoder_hidden_states=None"
-    return "" if seen is None else "attention_mask"
+    return "" if mask_bias is None else "attention_mask"
 
 
 def _bias(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,28 @@ class Rotary(NamedTuple):
         return Rotary(self.cos[at], self.sin[at], text)
 
 
+class ImageRotary(NamedTuple):
+    """Rotary table of the image's rows, [L, K] each, or [B, R, K] of rows chosen for each sample; text has none."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rows(self, stream: str, index: Tensor) -> ImageRotary:
+        return self if stream == "text" else ImageRotary(self.cos[index], self.sin[index])
+
+
+class Modulation(NamedTuple):
+    """Shift and scale of a branch, [B, 1, D] or, where every token has its own time, [B, L, D]."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def rows(self, stream: str, index: Tensor) -> Modulation:
+        if self.shift.shape[1] == 1:
+            return self
+        return Modulation(take_rows(self.shift, index), take_rows(self.scale, index))
+
+
 class Control(NamedTuple):
     """ControlNet residuals of the image rows, [B, L, D]; `place[i]` is the one added after block i."""
 
@@ -79,8 +101,8 @@ class JointTokens(NamedTuple):
     """Embedded tokens and all that is aligned with them: what a `tokens` site returns."""
 
     x: Streams
-    rotary: Rotary | None
-    """None where positions are already added to `x`."""
+    rotary: Any
+    """Positions that know their rows; None where they are already added to `x`."""
     control: Control
 
     def rows(self, stream: str, index: Tensor) -> JointTokens:

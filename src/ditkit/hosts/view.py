@@ -59,14 +59,14 @@ def stands_for(host: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Mod
     diffusers writes both into `config.json` and `model_index.json`, and looks blocks up by name.
     """
 
-    def made(written: type[nn.Module]) -> type[nn.Module]:
+    def subclass(written: type[nn.Module]) -> type[nn.Module]:
         names = {"__module__": host.__module__, "__qualname__": host.__qualname__, "__doc__": written.__doc__}
         cls: Any = View(host.__name__, (written,), names)
         # a copy or a pickle would otherwise look for the view under the host's module
         copyreg.pickle(cls, lambda module: (_blank, (written.__module__, host), module.__getstate__()))
         return VIEWS.setdefault(host, cls)
 
-    return made
+    return subclass
 
 
 def view(model: Model) -> Model:

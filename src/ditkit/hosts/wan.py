@@ -21,6 +21,7 @@ from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block
+from ditkit.hosts.streams import Modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
@@ -40,18 +41,6 @@ class Rotary(NamedTuple):
 
     def rows(self, stream: str, index: Tensor) -> Rotary:
         return Rotary(take_rows(self.cos, index), take_rows(self.sin, index))
-
-
-class Modulation(NamedTuple):
-    """Shift and scale of a branch, [B, 1, D] or, where every token has its own time, [B, L, D]."""
-
-    shift: Tensor
-    scale: Tensor
-
-    def rows(self, stream: str, index: Tensor) -> Modulation:
-        if self.shift.shape[1] == 1:
-            return self
-        return Modulation(take_rows(self.shift, index), take_rows(self.scale, index))
 
 
 class Times(NamedTuple):

@@ -218,7 +218,7 @@ def compare_forecasts(
 
     windows = partial(test.batches, observed, horizon, batch_size)
 
-    def seen(forecast: Forecaster) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs_of(forecast: Forecaster) -> Iterator[tuple[Tensor, Tensor]]:
         return ((forecast(given), truth) for _, given, truth in windows())
 
     def usual() -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,8 +226,8 @@ def compare_forecasts(
             times = [test.target_times(start, observed, horizon) for start in starts]
             yield torch.stack([climatology.at(t) for t in times]), truth
 
-    pairs = {name: seen(f) for name, f in forecasters.items()}
-    pairs |= {PERSISTENCE: seen(partial(persistence, horizon=horizon)), climatology.name: usual()}
+    pairs = {name: pairs_of(f) for name, f in forecasters.items()}
+    pairs |= {PERSISTENCE: pairs_of(partial(persistence, horizon=horizon)), climatology.name: usual()}
     scored = {name: score(p, quantities_of(test), test.valid, per) for name, p in pairs.items()}
     settings = {
         "data": test.name,

@@ -60,8 +60,8 @@ def frame_psnr_db(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
 
     With a mask, the mean square is taken over the made pixels of the frame.
     """
-    made = _made("frame_psnr_db", x, ref, mask)
-    return _each_frame(psnr_db, x * made, ref * made) + _correction_db(made)
+    generated = _generated("frame_psnr_db", x, ref, mask)
+    return _each_frame(psnr_db, x * generated, ref * generated) + _correction_db(generated)
 
 
 def frame_ssim(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,9 +69,9 @@ def frame_ssim(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
 
     With a mask, the mean of `ssim_map` over the made pixels; the windows about them see given pixels too.
     """
-    made = _made("frame_ssim", x, ref, mask)
+    generated = _generated("frame_ssim", x, ref, mask)
     similarity = _each_frame(ssim_map, x, ref).mean(2)  # [B, T, H, W]
-    weight = made.squeeze(1)
+    weight = generated.squeeze(1)
     return (similarity * weight).sum((2, 3)) / weight.sum((2, 3))
 
 
@@ -85,8 +85,8 @@ def temporal_psnr_db(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tens
 
     Raises ShapeError for fewer than two frames.
     """
-    dx, dref, made = _differences("temporal_psnr_db", x, ref, mask)
-    return _each_frame(psnr_db, dx, dref) + _correction_db(made)
+    dx, dref, generated = _differences("temporal_psnr_db", x, ref, mask)
+    return _each_frame(psnr_db, dx, dref) + _correction_db(generated)
 
 
 def temporal_relative_l2(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -94,16 +94,16 @@ def temporal_relative_l2(x: Tensor, ref: Tensor, mask: Tensor | None = None) -> 
 
     0 where equal, 1 for a clip that stands still, inf where only the reference stands still.
     """
-    dx, dref, made = _differences("temporal_relative_l2", x, ref, mask)
-    return torch.where(made.flatten(1).any(1), relative_l2(dx, dref), torch.nan)
+    dx, dref, generated = _differences("temporal_relative_l2", x, ref, mask)
+    return torch.where(generated.flatten(1).any(1), relative_l2(dx, dref), torch.nan)
 
 
 def _differences(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dx and dref [B, C, T - 1, H, W], 0 where not counted, and the mask of what is counted."""
-    made = _made(name, x, ref, mask)
+    generated = _generated(name, x, ref, mask)
     if x.shape[2] < 2:
         raise ShapeError(f"{name}: expected clips of 2 frames or more, got {list(x.shape)}")
-    counted = torch.maximum(made[:, :, 1:], made[:, :, :-1])
+    counted = torch.maximum(generated[:, :, 1:], generated[:, :, :-1])
     return counted * x.double().diff(dim=2), counted * ref.double().diff(dim=2), counted
 
 
@@ -113,12 +113,12 @@ def _each_frame(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, ref: Tens
     return metric(*frames).unflatten(0, (x.shape[0], x.shape[2]))
 
 
-def _correction_db(made: Tensor) -> Tensor:
+def _correction_db(generated: Tensor) -> Tensor:
     """Compute the term from the PSNR over all pixels, 0 where given, to one over generated pixels: [B, T]."""
-    return 10 * made.mean((1, 3, 4)).log10()  # -inf + inf = NaN where nothing was made
+    return 10 * generated.mean((1, 3, 4)).log10()  # -inf + inf = NaN where nothing was made
 
 
-def _made(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> Tensor:
+def _generated(name: str, x: Tensor, ref: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mask in float64 [B, 1, T, H, W], all 1 where none is given."""
     if x.shape != ref.shape or x.ndim != 5 or x.numel() == 0:
         raise ShapeError(

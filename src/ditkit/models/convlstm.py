@@ -92,7 +92,7 @@ class ConvLSTM(Model):
         return (Site("tokens", "tokens"), Site("head", "head"))
 
     def forward(self, x: Tensor, run: Run = DIRECT) -> Tensor:
-        """The frames that follow.
+        """Predict the frames that follow.
 
         Args:
             x: [B, C, T, H, W] observed frames.
@@ -114,10 +114,10 @@ class ConvLSTM(Model):
             frames, state = cell(frames, zero_state(frames[0], hidden), self.recomputes)
             states.append(state)
         levels: list[Tensor] = []
-        said: list[Any] = [None] * x.shape[2]
+        outputs: list[Any] = [None] * x.shape[2]
         for cell, state in zip(self.forecaster, states, strict=True):
-            said, _ = cell(said, state, self.recomputes)
-            levels.append(torch.stack(said, 1))
+            outputs, _ = cell(outputs, state, self.recomputes)
+            levels.append(torch.stack(outputs, 1))
         return run.site("head", self.head, torch.cat(levels, 2))
 
     def tokenize(self, x: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ class ConvLSTM(Model):
         return nn.functional.pixel_unshuffle(x.transpose(1, 2), self.config.patch)
 
     def head(self, h: Tensor) -> Tensor:
-        """The states of all layers, [B, T, D, h, w], to frames [B, C, T, H, W]."""
-        said = self.out(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-        return nn.functional.pixel_shuffle(said, self.config.patch).transpose(1, 2)
+        """Map the states of all layers, [B, T, D, h, w], to frames [B, C, T, H, W]."""
+        outputs = self.out(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        return nn.functional.pixel_shuffle(outputs, self.config.patch).transpose(1, 2)
 
 
 class Cell(nn.Module):
@@ -154,11 +154,11 @@ class Cell(nn.Module):
     ) -> tuple[list[Tensor], State]:
         """Hidden states after each of `frames` ([B, inputs, h, w], or None), and the last state."""
         step = partial(checkpoint, self.step, use_reentrant=False) if checkpointing else self.step
-        said = []
+        outputs = []
         for frame in frames:
             state = step(frame, *state)
-            said.append(state[0])
-        return said, state
+            outputs.append(state[0])
+        return outputs, state
 
     def step(self, x: Tensor | None, h: Tensor, c: Tensor) -> State:
         gates = self.state(h)

@@ -101,7 +101,7 @@ class DiT(Denoiser):
 
     @classmethod
     def preset(cls, name: str, convention: Convention = DDPM) -> Self:
-        """A size of the paper, for 4 x 32 x 32 latents and 1000 classes: S, B, L or XL, with patch 2, 4 or 8.
+        """Return a size of the paper, for 4 x 32 x 32 latents and 1000 classes: S, B, L or XL, with patch 2, 4 or 8.
 
         SiT's models are `DiT.preset(name, SIT)`.
 
@@ -162,7 +162,7 @@ class DiT(Denoiser):
         return unpatchify(run.site("head", partial(self.head, run=run), h_BLD, c_BD), grid, self.config.patch)
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
-        """c = time embedding + label embedding, [B, D]."""
+        """Compute c = time embedding + label embedding, [B, D]."""
         label, rate = label_of(self.config, cond), self.config.label_dropout if self.training else 0.0
         return self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
 
@@ -188,7 +188,7 @@ ORIGINAL_NAMES = {
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the DiT or SiT repository under our names; its frozen position table is dropped."""
+    """Rename a state dict of the DiT or SiT repository to our names; its frozen position table is dropped."""
     ours = {_renamed(name): tensor for name, tensor in state.items() if name != "pos_embed"}
     kernel = ours.get("embed.weight")
     return ours if kernel is None or kernel.ndim != 4 else {**ours, "embed.weight": kernel.flatten(1)}

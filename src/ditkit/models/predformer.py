@@ -141,7 +141,7 @@ class PredFormer(Model):
         return (*ends, *blocks, Site("head", "head", width=self.config.width))
 
     def forward(self, x: Tensor, run: Run = DIRECT) -> Tensor:
-        """The frames that follow.
+        """Predict the frames that follow.
 
         Args:
             x: [B, C, T, H, W] observed frames.
@@ -188,12 +188,12 @@ class GatedBlock(nn.Module):
         self.close = nn.LayerNorm(c.width) if closing else nn.Identity()
 
     def attend(self, run: Run, at: str, x_BLD: Tensor, clip: Clip) -> Tensor:
-        """The attention branch."""
+        """Compute the attention branch."""
         out = self.attn(self.attn_norm(x_BLD), clip, run, at)
         return F.dropout(out, self.attn_dropout, self.training)
 
     def feed(self, run: Run, at: str, x_BLD: Tensor) -> Tensor:
-        """The feed-forward branch; row-wise."""
+        """Compute the feed-forward branch, row by row."""
         return F.dropout(self.mlp(self.mlp_norm(x_BLD), run, at), self.mlp_dropout, self.training)
 
     def forward(self, x_BLD: Tensor, clip: Clip, run: Run = DIRECT, at: str = "blocks.0") -> Tensor:
@@ -297,7 +297,9 @@ PUBLISHED = {
 
 
 def published_layout(name: str, blocks: int, skip: bool = False) -> str:
-    """The layout of a variant with `blocks` blocks. `skip`: around each layer of a triplet (Human3.6M).
+    """Return the layout of a variant with `blocks` blocks.
+
+    `skip`: around each layer of a triplet (Human3.6M).
 
     Raises:
         ConfigError: there is no such variant.

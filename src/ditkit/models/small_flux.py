@@ -173,7 +173,7 @@ class SmallFlux(Denoiser):
         return unpack(out, grid)
 
     def pipeline(self) -> FluxPipeline:
-        """A pipeline of diffusers around a copy of the transformer, without sites: `pipe("ankle boot").images`.
+        """Build diffusers' pipeline around a copy of the transformer, without sites: `pipe("ankle boot").images`.
 
         The prompt is spelled for the network, so one that is no class's name gives what its letters resemble.
         """
@@ -217,8 +217,10 @@ def _attend(_: Handler, *args: Any) -> Tensor:
 
 
 def _arguments(config: SmallFluxConfig, letters: int) -> dict[str, Any]:
-    """Of diffusers' network. A head's rotation is shared out as in FLUX.1: 1/8 for the picture's index, then rows
-    and columns alike."""
+    """Return the arguments of diffusers' network.
+
+    A head's rotation is shared out as in FLUX.1: 1/8 for the picture's index, then rows and columns alike.
+    """
     head = config.width // config.heads
     side = (head - head // 8) // 4 * 2
     return {

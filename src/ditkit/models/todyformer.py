@@ -27,7 +27,7 @@ from ditkit.nn.time_encoding import TimeEncoding
 Positions = Literal["time", "index", "none"]
 Readout = Literal["last", "mean"]
 STREAM = "node"
-"""Of all sites: tokens are nodes in patches."""
+"""The stream of all sites: tokens are nodes in patches."""
 GROUP = re.compile(r"([LG]+)(?:\*(\d+))?")
 
 
@@ -266,7 +266,7 @@ class GlobalBlock(nn.Module):
 
 
 class PatchPosition(nn.Module):
-    """What a G block adds to a token for its patch: a map of the patch's age, a learned vector of its index, or 0."""
+    """The addition of a G block to a token for its patch: a map of the patch's age, a vector of its index, or 0."""
 
     def __init__(self, config: TodyformerConfig) -> None:
         super().__init__()

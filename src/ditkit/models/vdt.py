@@ -138,7 +138,7 @@ class VDT(Denoiser):
 
     @classmethod
     def from_image(cls, image: DiT, **changes: Any) -> Self:
-        """A VDT with the weights of a DiT, whose temporal branches all give 0 at first (ours; W_fc = 0).
+        """Build a VDT with the weights of a DiT, whose temporal branches all give 0 at first (ours; W_fc = 0).
 
         Args:
             changes: to the config, such as `frames`.
@@ -168,10 +168,10 @@ class VDT(Denoiser):
         Raises:
             ConfigError: there is neither a label nor a mask to take away.
         """
-        told = cond.mask if cond.label is None else cond.label
-        if told is None:
+        given_rows = cond.mask if cond.label is None else cond.label
+        if given_rows is None:
             raise ConfigError("VDT: Cond has neither a label nor a mask that guidance could leave out")
-        label = torch.full((len(told),), self.config.classes, device=told.device)
+        label = torch.full((len(given_rows),), self.config.classes, device=given_rows.device)
         return replace(cond, label=label, mask=None if cond.mask is None else torch.ones_like(cond.mask))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
@@ -202,7 +202,7 @@ class VDT(Denoiser):
         return unpatchify(out, grid, (1, self.config.patch, self.config.patch))
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
-        """c = time embedding + label embedding (+ pooled clean tokens: adaln), [B, D]; all frames share it."""
+        """Compute c = time embedding + label embedding (+ pooled clean tokens: adaln), [B, D]; all frames share it."""
         label = torch.zeros(len(t), dtype=torch.long, device=t.device) if cond.label is None else cond.label
         rate = self.config.label_dropout if self.training else 0.0
         c_BD = self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
@@ -224,7 +224,7 @@ class VDT(Denoiser):
         T, n = grid.frames, grid.height * grid.width
         if how == "concat":
             clean = torch.zeros_like(h_BLD) if mask is None else self.clean(cond)[0]
-            return SceneTokens(torch.cat([clean, h_BLD], 1), Scene(Clip(2 * T, n), self._seen(x, mask)))
+            return SceneTokens(torch.cat([clean, h_BLD], 1), Scene(Clip(2 * T, n), self._visible(x, mask)))
         if self.nothing is None:
             return SceneTokens(h_BLD, Scene(Clip(T, n)))
         memory, known = self.nothing.expand(len(x), 1, -1), x.new_ones(len(x), 1, dtype=torch.bool)
@@ -236,11 +236,11 @@ class VDT(Denoiser):
     def clean(self, cond: Cond) -> tuple[Tensor, Tensor]:
         """Tokens of the given content, [B, L, D], and which of them hold any, [B, L]."""
         assert cond.context is not None and cond.mask is not None
-        made = cond.mask.bool()
-        tokens = self._embed(cond.context.to(dtype_of(self.embed)).masked_fill(made, 0))
-        return tokens, ~patchify(made, self.config.patch).all(-1)
+        hidden = cond.mask.bool()
+        tokens = self._embed(cond.context.to(dtype_of(self.embed)).masked_fill(hidden, 0))
+        return tokens, ~patchify(hidden, self.config.patch).all(-1)
 
-    def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _visible(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, 2 T]: a frame is seen in its clean tokens if some of it is given, in its noisy ones if some is not."""
         made_BTL = x.new_ones(x.shape[0], x.shape[2], 1, dtype=torch.bool)
         if mask is not None:

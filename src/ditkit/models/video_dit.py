@@ -197,15 +197,15 @@ class VideoDiT(Denoiser):
                 f"VideoDiT: input {list(x.shape)} should be [B, {self.config.channels}, T, H, W]"
             )
         grid = Grid.of(tuple(x.shape[2:]), self.config.sides)
-        told = self.told(cond, len(x))
-        c_BD = run.site("time", self.condition, t, told)
-        tokens: RotaryTokens = run.site("tokens", self.tokenize, told.given(x), told)
+        prepared = self.prepare_cond(cond, len(x))
+        c_BD = run.site("time", self.condition, t, prepared)
+        tokens: RotaryTokens = run.site("tokens", self.tokenize, prepared.given(x), prepared)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.rotary)
         h_BLD = run.site("head", partial(self.head, run=run), h_BLD[:, tokens.rotary.text :], c_BD)
         return unpatchify(h_BLD, grid, self.config.sides)
 
-    def told(self, cond: Cond, batch: int) -> Cond:
+    def prepare_cond(self, cond: Cond, batch: int) -> Cond:
         """`cond` with what the model needs, checked; nothing is left of the label and text of dropped samples."""
         label, text, valid, drop = cond.label, cond.text, cond.text_mask, cond.drop
         if self.label and label is None:
@@ -221,20 +221,20 @@ class VideoDiT(Denoiser):
             valid = None if valid is None else valid | drop[:, None]
         return replace(cond, label=label, text=text, text_mask=valid)
 
-    def condition(self, t: Tensor, told: Cond) -> Tensor:
-        """c = time embedding + label embedding, [B, D]."""
-        return self.time(t) + self.label(told.label) if self.label else self.time(t)
+    def condition(self, t: Tensor, prepared: Cond) -> Tensor:
+        """Compute c = time embedding + label embedding, [B, D]."""
+        return self.time(t) + self.label(prepared.label) if self.label else self.time(t)
 
-    def tokenize(self, x: Tensor, told: Cond) -> RotaryTokens:
+    def tokenize(self, x: Tensor, prepared: Cond) -> RotaryTokens:
         """Text and patches of x embedded, [B, S + L, D], with their positions; a text row has none."""
         c, grid = self.config, Grid.of(tuple(x.shape[2:]), self.config.sides)
         h_BLD = self.embed(patchify(x, c.sides))
         angles = axial_angles(grid, self.split, c.rotary_base, h_BLD.device)
-        if not self.text or told.text is None:
+        if not self.text or prepared.text is None:
             return RotaryTokens(h_BLD, rotary_table(angles))
-        prefix = self.text(told.text.to(h_BLD.dtype))
+        prefix = self.text(prepared.text.to(h_BLD.dtype))
         return RotaryTokens(
-            torch.cat([prefix, h_BLD], 1), rotary_table(angles, c.text_tokens, told.text_mask)
+            torch.cat([prefix, h_BLD], 1), rotary_table(angles, c.text_tokens, prepared.text_mask)
         )
 
     def _check_text(self, text: Tensor | None, valid: Tensor | None, batch: int) -> None:

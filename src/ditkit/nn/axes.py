@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 @lru_cache(maxsize=64)
 def layers_of(text: str) -> tuple[Layer, ...]:
-    """The layers of a layout: groups `[+]STAGES[*COUNT]`, separated by spaces.
+    """Parse the layers of a layout: groups `[+]STAGES[*COUNT]`, separated by spaces.
 
     A stage is an axis, T, S or F, and its depth, 1 if not given: `F24` is 24 blocks and one layer norm, `TSST*6`
     six layers of four blocks with a layer norm after each, `S12T12` twelve blocks a norm. `+` adds each layer's
@@ -65,7 +65,7 @@ def layers_of(text: str) -> tuple[Layer, ...]:
         plus, axes, count = match.groups()
         stages = tuple(Stage(cast(Axis, a), int(d or 1)) for a, d in re.findall(r"([TSF])(\d*)", axes))
         layer = Layer(stages, bool(plus))
-        if sum(made.depth for made in layers) + layer.depth * int(count or 1) > DEEPEST:
+        if sum(done.depth for done in layers) + layer.depth * int(count or 1) > DEEPEST:
             raise ConfigError(f"layout={text!r} should name at most {DEEPEST} blocks")
         layers += [layer] * int(count or 1)
     if not layers:
@@ -74,7 +74,7 @@ def layers_of(text: str) -> tuple[Layer, ...]:
 
 
 class Clip(NamedTuple):
-    """Where the tokens of a clip lie: row k of all rows is place k mod n of frame k // n."""
+    """The arrangement of a clip's tokens: row k of all rows is place k mod n of frame k // n."""
 
     frames: int
     places: int
@@ -85,11 +85,11 @@ class Clip(NamedTuple):
         return self._replace(kept=index if self.kept is None else self.kept[index])
 
     def lines(self, axis: Axis) -> int:
-        """How many lines there are."""
+        """Count the lines."""
         return {"T": self.places, "S": self.frames, "F": 1}[axis]
 
     def line(self, axis: Axis, device: torch.device) -> Tensor:
-        """The line of each row, [L]."""
+        """Return the line of each row, [L]."""
         row = torch.arange(self.frames * self.places, device=device) if self.kept is None else self.kept
         return {"T": row % self.places, "S": row // self.places, "F": row * 0}[axis]
 
@@ -108,7 +108,7 @@ class Clip(NamedTuple):
         return (x_BTnD.transpose(1, 2) if axis == "T" else x_BTnD).flatten(0, 1)
 
     def unfold(self, x: Tensor, axis: Axis) -> Tensor:
-        """The inverse of `fold`: [B, L, D]."""
+        """Invert `fold`: [B, L, D]."""
         if axis == "F" or self.kept is not None:
             return x
         if axis == "S":

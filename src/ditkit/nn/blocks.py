@@ -30,20 +30,24 @@ with all of them at once."""
 
 
 class KV(NamedTuple):
-    """Keys and values before norm and rotation, [B, N, L, K], with the positions of the keys."""
+    """Keys and values before norm and rotation, [B, N, L, K], with the positions of the keys.
+
+    Args:
+        position: a rotary table, `Rotary` or a host's own; tokens can be selected from it.
+    """
 
     k: Tensor
     v: Tensor
-    position: Rotary | None = None
+    position: Any = None
 
 
 def keep(kv: KV) -> KV:
-    """The function of a `kv` site: keys and values as the model made them."""
+    """Return keys and values as the model made them: the function of a `kv` site."""
     return kv
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The function of a `core` site: softmax(q k^T / sqrt(K)) v, all [B, N, L, K].
+    """Compute softmax(q k^T / sqrt(K)) v, all [B, N, L, K]: the function of a `core` site.
 
     Args:
         mask: bool, broadcast to [B, N, L, M], true where a query sees a key, for the first M keys; those after
@@ -134,7 +138,7 @@ class Mlp(nn.Module):
         return out
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The values between the two layers; row-wise."""
+        """Compute the values between the two layers, row by row."""
         return F.gelu(self.inner(x), approximate="tanh")
 
     def site(self, at: str, stream: str = "image", stage: int = 0) -> Site:
@@ -165,12 +169,12 @@ class Block(nn.Module):
     def attend(
         self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
     ) -> Tensor:
-        """The attention branch before its gate."""
+        """Compute the attention branch before its gate."""
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
         return self.attn(h_BLD, run, at, rotary)
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
-        """The MLP branch before its gate; row-wise."""
+        """Compute the MLP branch before its gate, row by row."""
         return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at)
 
     def forward(
@@ -225,7 +229,7 @@ class Stack:
         return self._through((c,), x, start, stop)
 
     def beside(self, x: Tensor, c: Any, side: Any, start: int = 0, stop: int | None = None) -> Tensor:
-        """The same for blocks that take, beside c, what is aligned with their rows."""
+        """Run blocks that take, beside c, what is aligned with their rows."""
         return self._through((c, side), x, start, stop)
 
     def _through(self, args: tuple[Any, ...], x: Tensor, start: int, stop: int | None) -> Tensor:

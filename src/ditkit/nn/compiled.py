@@ -15,12 +15,15 @@ from ditkit.nn.modulation import Parts
 
 
 def is_compiled(block: Any) -> bool:
-    """Whether `block.compile()` was called, as diffusers' `compile_repeated_blocks` does."""
+    """Return whether `block.compile()` was called, as diffusers' `compile_repeated_blocks` does."""
     return getattr(block, "_compiled_call_impl", None) is not None
 
 
 def run_block(block: Any, run: Run, at: str, *args: Any, **given: Any) -> Any:
-    """A block in a run. A compiled one: the graph of all of it where nothing acts inside, else one a branch."""
+    """Run a block.
+
+    A compiled one runs as one graph where nothing acts inside, else as a graph a branch.
+    """
     if not is_compiled(block):
         return block(*args, **given, run=run, at=at)
     if not _acts_inside(run, at):
@@ -63,13 +66,13 @@ def _acts_inside(run: Run, at: str) -> bool:
 
 
 def _opened(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The plain function of a partial or a method, which blocks share, and what it is bound to."""
+    """Return the plain function of a partial or a method, which blocks share, and what it is bound to."""
     function, bound = (fn.func, fn.args) if isinstance(fn, partial) else (fn, ())
     return (function.__func__, (function.__self__, *bound)) if ismethod(function) else (function, bound)
 
 
 def _compiler(block: Any) -> Any:
-    """What compiled `block`, with its backend and options; None where compilation is switched off."""
+    """Return what compiled `block`, with its backend and options; None where compilation is switched off."""
     call = block._compiled_call_impl
     free = getattr(getattr(call, "__code__", None), "co_freevars", ())
     return call.__closure__[free.index("self")].cell_contents if "self" in free else None
@@ -77,6 +80,6 @@ def _compiler(block: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _compiled(compiler: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as `compiler` compiles it: the wrapper costs more to make than a skipped branch."""
+    """Compile `function` with `compiler`: the wrapper costs more to make than a skipped branch."""
     compiled: Callable[..., Any] = function if compiler is None else compiler(function)
     return compiled

@@ -19,7 +19,7 @@ def sinusoid(t: Tensor, width: int, period: float = 10_000.0) -> Tensor:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The type of a module's first floating-point tensor: layers may be wrapped, or hold whole numbers."""
+    """Return the type of a module's first floating-point tensor: layers may be wrapped, or hold whole numbers."""
     tensors = (*module.parameters(), *module.buffers())
     return next((v.dtype for v in tensors if v.is_floating_point()), torch.float32)
 

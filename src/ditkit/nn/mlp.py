@@ -23,7 +23,7 @@ class SwiGLU(nn.Module):
         return out
 
     def hidden(self, u: Tensor) -> Tensor:
-        """The values before the last layer; row-wise."""
+        """Compute the values before the last layer, row by row."""
         return F.dropout(F.silu(self.gate(u)) * self.value(u), self.dropout, self.training)
 
 
@@ -31,7 +31,7 @@ class GEGLU(SwiGLU):
     """W2 drop(GELU(Wg u) * Wx u), all three with bias; GELU is exact (Shazeer, arXiv 2002.05202; DiMR)."""
 
     def hidden(self, u: Tensor) -> Tensor:
-        """The values before the last layer; row-wise."""
+        """Compute the values before the last layer; row-wise."""
         return F.dropout(F.gelu(self.gate(u)) * self.value(u), self.dropout, self.training)
 
 
@@ -49,5 +49,5 @@ class PlainMLP(nn.Module):
         return out
 
     def hidden(self, u: Tensor) -> Tensor:
-        """The values between the two layers; row-wise."""
+        """Compute the values between the two layers, row by row."""
         return F.dropout(F.gelu(self.inner(u)), self.dropout, self.training)

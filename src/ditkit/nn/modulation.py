@@ -47,7 +47,7 @@ def affine(parts: Parts | Tensor, branch: int) -> tuple[Tensor, ...]:
 
 
 def gate(parts: Parts | Tensor, branch: int) -> Tensor:
-    """The gate of a block's branch 0 or 1, [B, 1, D]."""
+    """Return the gate of a block's branch 0 or 1, [B, 1, D]."""
     return _some(parts, 3 * branch + 2, 3 * branch + 3)
 
 

@@ -27,7 +27,7 @@ class Rotary(NamedTuple):
     """[B, S] bool; None where every text row is real."""
 
     def places(self, stream: str, index: Tensor) -> Tensor:
-        """Where some rows of one stream and all of the other stand in the sequence, in its order."""
+        """Return the positions in the sequence of some rows of one stream and all of the other, in its order."""
         every = torch.arange(len(self.cos), device=index.device).expand(*index.shape[:-1], -1)
         if stream == "text":
             return torch.cat((index, every[..., self.text :]), -1)
@@ -41,7 +41,7 @@ class Rotary(NamedTuple):
         return Rotary(self.cos[at], self.sin[at], text, valid)
 
     def mask(self) -> tuple[Tensor, ...]:
-        """What a `core` site is handed after q, k and v: no padding, nothing; else [B, 1, 1, S] bool."""
+        """Return what a `core` site takes after q, k and v: nothing without padding, else [B, 1, 1, S] bool."""
         return () if self.valid is None else (self.valid[:, None, None],)
 
 
@@ -87,13 +87,13 @@ def axial_angles(
 
 
 def rotary_table(angles: Tensor, text: int = 0, valid: Tensor | None = None) -> Rotary:
-    """The float32 table of `angles` [L, K / 2], after `text` rows that are not turned."""
+    """Make the float32 table of `angles` [L, K / 2], after `text` rows that are not turned."""
     angles = F.pad(angles, (0, 0, text, 0))
     return Rotary(angles.cos().float(), angles.sin().float(), text, valid)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Queries or keys [B, N, S + L, K] turned by their angles, in float32 or more, returned in their own type."""
+    """Turn queries or keys [B, N, S + L, K] by their angles, in float32 or more, returned in their own type."""
     even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table.unsqueeze(-3) for table in (rotary.cos, rotary.sin))  # the same for all heads
     turned = (even * cos - odd * sin, even * sin + odd * cos)

@@ -18,7 +18,7 @@ from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 
 
 class Scene(NamedTuple):
-    """What every block of one call works in.
+    """The context that every block of one call works in.
 
     Args:
         clip: where the tokens lie. valid: [B, F], frames that may be seen along time; None for all.
@@ -54,20 +54,20 @@ class TemporalAttention(nn.Module):
         self.fc = nn.Linear(width, width)
 
     def forward(self, run: Run, at: str, x_BLD: Tensor, clip: Clip, valid_BF: Tensor | None = None) -> Tensor:
-        """The branch."""
+        """Compute the branch."""
         mask = seen_over_time(clip, valid_BF, x_BLD.device)
         o = self.attn(clip.fold(self.norm(x_BLD), "T"), run, at, mask=mask)
         return self.fc(clip.unfold(o, "T"))
 
 
 def seen_over_time(clip: Clip, valid_BF: Tensor | None, device: torch.device) -> tuple[Tensor, ...]:
-    """The mask of attention over time, after folding: none, or one that broadcasts to [B n, N, F, F]."""
+    """Return the mask of attention over time, after folding: none, or one that broadcasts to [B n, N, F, F]."""
     line = clip.mask("T")
     if valid_BF is None:
         return () if line is None else (line,)
     valid_BL1 = valid_BF[:, clip.line("S", device), None]
-    seen = clip.fold(valid_BL1, "T").mT[:, None]
-    return (seen if line is None else seen & line,)
+    visible = clip.fold(valid_BL1, "T").mT[:, None]
+    return (visible if line is None else visible & line,)
 
 
 class CrossAttention(nn.Module):
@@ -82,7 +82,10 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, run: Run, at: str, x_BLD: Tensor, memory_BSD: Tensor, known_BS: Tensor) -> Tensor:
-        """The branch; row-wise. At least one token of each sample's memory must be known."""
+        """Compute the branch, row by row.
+
+        At least one token of each sample's memory must be known.
+        """
         q = self.q(self.norm(x_BLD)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(memory_BSD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         kv = run.site(at + ".kv", keep, KV(k, v))
@@ -113,14 +116,14 @@ class SpaceTimeBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def attend(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, clip: Clip) -> Tensor:
-        """The attention branch inside each frame, before its gate."""
+        """Compute the attention branch inside each frame, before its gate."""
         line = clip.mask("S")
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
         o = self.attn(clip.fold(h_BLD, "S"), run, at, mask=() if line is None else (line,))
         return clip.unfold(o, "S")
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
-        """The MLP branch before its gate; row-wise."""
+        """Compute the MLP branch before its gate, row by row."""
         return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at)
 
     def forward(

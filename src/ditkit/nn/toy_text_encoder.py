@@ -22,5 +22,5 @@ def encode_letters(texts: Sequence[str], length: int) -> Tensor:
 
 
 def pooled(letters: Tensor) -> Tensor:
-    """How often each letter stands in a caption, [B, S, LETTERS] to [B, LETTERS]."""
+    """Count each letter in a caption, [B, S, LETTERS] to [B, LETTERS]."""
     return letters.sum(1)

@@ -108,9 +108,9 @@ class Accelerated:
         for net in self._nets:
             _check(net, self._policies)
         self._refuse_strangers()
-        asked, self._last = CallSnapshot(self._pipe, args, kwargs), None
-        out, took = self._draw(asked.bound, True)
-        self._last = (asked, took)
+        snapshot, self._last = CallSnapshot(self._pipe, args, kwargs), None
+        out, cost = self._draw(snapshot.bound, True)
+        self._last = (snapshot, cost)
         return out
 
     def report(self, exact: bool = False, converged_steps: int | None = None) -> PipelineReport:
@@ -133,15 +133,15 @@ class Accelerated:
             raise ConfigError(
                 "report: expected a finished call of the accelerated pipeline before it, got none"
             )
-        asked, took = self._last
+        snapshot, cost = self._last
         if not exact:
-            return PipelineReport(took)
+            return PipelineReport(cost)
         if self._watches is None:
             raise ConfigError("report(exact=True) was asked after restore, expected it before")
         decodes = getattr(self._pipe, "vae", None) is not None
-        replay = Replay(asked, self._draw, self._policies, decodes)
+        replay = Replay(snapshot, self._draw, self._policies, decodes)
         rows = replay.rows(converged_steps)
-        return PipelineReport(replay.took[rows[1].name], rows, "pictures" if decodes else "latents")
+        return PipelineReport(replay.costs[rows[1].name], rows, "pictures" if decodes else "latents")
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -191,22 +191,24 @@ class Accelerated:
 
     def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
         """Run the pipeline, under the policies or exactly; return its output and its cost."""
-        passage = PipelineCall(
+        pipeline_call = PipelineCall(
             self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes
         )
         drawn: list[Any] = []
 
         def call() -> None:
-            with passage.under_way():
-                asked = passage.wrap_callback(bound)
-                drawn.append(self._pipe(*asked.args, **asked.kwargs))
+            with pipeline_call.under_way():
+                snapshot = pipeline_call.wrap_callback(bound)
+                drawn.append(self._pipe(*snapshot.args, **snapshot.kwargs))
 
         try:
             seconds = seconds_of(call)
         except NoEffectError as error:
             error.output = next(iter(drawn), None)
             raise
-        return drawn[0], Cost(seconds, passage.evaluations, passage.peak_bytes, tuple(passage.receipts))
+        return drawn[0], Cost(
+            seconds, pipeline_call.evaluations, pipeline_call.peak_bytes, tuple(pipeline_call.receipts)
+        )
 
 
 def _unwatch(watches: Sequence[TransformerHooks]) -> None:

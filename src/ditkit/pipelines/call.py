@@ -25,7 +25,13 @@ from ditkit.hosts.view import running
 from ditkit.pipelines.adapters import Adapters
 from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, instrumented, listening, parameters_of
 
-PROMPTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "class_labels")
+PROMPTS = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "class_labels",
+)
 """Arguments of diffusers' transformers that say what shall be drawn, the same at every step."""
 
 
@@ -85,7 +91,7 @@ class PipelineCall:
         self._had_effect = False
         self._ordinals: Counter[tuple[str, str]] = Counter()
         self._adapters = {net.name: Adapters(net.model) for net in nets}
-        self._told: dict[tuple[str, str], ConditioningKey] = {}
+        self._keys: dict[tuple[str, str], ConditioningKey] = {}
         self._layouts: dict[tuple[str, str], tuple[list[Any], tuple[Segment, ...]]] = {}
         self._call: Call | None = None
         self._first: Call | None = None
@@ -119,12 +125,12 @@ class PipelineCall:
             raise ConfigError(f"{kind}: the transformer was called before set_timesteps, expected after it")
         self.clock.locate(self.scheduler)
         key = (net.name, self._lane(net))
-        told = ConditioningKey.of(arguments, self._adapters[net.name])
-        if key in self._told and not told.is_like(self._told[key]):
+        conditioning_key = ConditioningKey.of(arguments, self._adapters[net.name])
+        if key in self._keys and not conditioning_key.is_like(self._keys[key]):
             self.clock.age += 1
-            self._told.clear()  # nothing is kept of the other lanes that could be void once more
+            self._keys.clear()  # nothing is kept of the other lanes that could be void once more
             self._layouts.clear()
-        self._told[key] = told
+        self._keys[key] = conditioning_key
         trajectory = self._current()
         clock = self.clock
         layout = self._layout(key, net, arguments)
@@ -151,7 +157,7 @@ class PipelineCall:
 
     def on_set_timesteps(self) -> None:
         self.clock.begin(self.scheduler)
-        self._told.clear()
+        self._keys.clear()
         self._layouts.clear()
         self._ordinals.clear()
 
@@ -173,18 +179,18 @@ class PipelineCall:
         self.clock.advance()
         self._moved = (sample, out[0])
 
-    def wrap_callback(self, asked: BoundArguments) -> BoundArguments:
+    def wrap_callback(self, bound: BoundArguments) -> BoundArguments:
         """Wrap the pipeline's callback among its arguments."""
-        callback = asked.arguments.get("callback_on_step_end")
+        callback = bound.arguments.get("callback_on_step_end")
         if callback is None:
-            return asked
-        asked = copy(asked)
-        asked.arguments = {**asked.arguments, "callback_on_step_end": self._watching(callback)}
+            return bound
+        bound = copy(bound)
+        bound.arguments = {**bound.arguments, "callback_on_step_end": self._watching(callback)}
         if hasattr(
             callback, "tensor_inputs"
         ):  # diffusers asks its own callback objects what they want to see
-            asked.arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-        return asked
+            bound.arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        return bound
 
     def _watching(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a callback of the pipeline so that calls of other pipelines inside it do not count as this call's."""
@@ -247,10 +253,10 @@ class PipelineCall:
 
     def _layout(self, key: tuple[str, str], net: Net, arguments: Mapping[str, Any]) -> tuple[Segment, ...]:
         """Build the layout of this call; reuse the branch's last one for the very same arguments."""
-        asked = [arguments.get(name) for name in net.family.asks()]
+        bound = [arguments.get(name) for name in net.family.asks()]
         before = self._layouts.get(key)
-        if before is None or not all(a is b for a, b in zip(asked, before[0], strict=True)):
-            before = self._layouts[key] = (asked, net.family.layout(net.model, arguments))
+        if before is None or not all(a is b for a, b in zip(bound, before[0], strict=True)):
+            before = self._layouts[key] = (bound, net.family.layout(net.model, arguments))
         return before[1]
 
 
@@ -262,16 +268,16 @@ class CacheContext:
 
     @contextmanager
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        passage = LISTENER.get()
+        pipeline_call = LISTENER.get()
         with type(self.model).cache_context(self.model, name, *args, **kwargs):  # type: ignore[attr-defined]
-            if not isinstance(passage, PipelineCall):
+            if not isinstance(pipeline_call, PipelineCall):
                 yield
                 return
-            outer, passage.context = passage.context, name
+            outer, pipeline_call.context = pipeline_call.context, name
             try:
                 yield
             finally:
-                passage.context = outer
+                pipeline_call.context = outer
 
 
 class TransformerHooks:
@@ -307,15 +313,15 @@ class TransformerHooks:
         return object.__new__, (TransformerHooks,)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.net and (passage := self._passage()):
-            passage.enter(self.net, by_name(self._names, args, kwargs))
+        if self.net and (pipeline_call := self._pipeline_call()):
+            pipeline_call.enter(self.net, by_name(self._names, args, kwargs))
 
     def after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if passage := self._passage():
-            return passage.leave(out)
+        if pipeline_call := self._pipeline_call():
+            return pipeline_call.leave(out)
         return None
 
-    def _passage(self) -> PipelineCall | None:
+    def _pipeline_call(self) -> PipelineCall | None:
         listener = LISTENER.get()
         ours = isinstance(listener, PipelineCall) and any(net is self.net for net in listener.nets)
         return listener if ours else None  # type: ignore[return-value]

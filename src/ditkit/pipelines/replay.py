@@ -63,20 +63,20 @@ class PipelineReport:
         compared: what the errors are of: "pictures", or "latents", whose PSNR has no picture's range.
     """
 
-    took: Cost
+    cost: Cost
     rows: tuple[Row, ...] = ()
     compared: str = ""
 
     def __str__(self) -> str:
-        took = self.took
-        lines = [f"kept at most {megabytes(took.policy_bytes)} MB", *map(str, took.receipts)]
+        cost = self.cost
+        lines = [f"kept at most {megabytes(cost.policy_bytes)} MB", *map(str, cost.receipts)]
         if not self.rows:
             head = "error not measured; report(exact=True) draws the same again to measure it"
-            return "\n".join([head, f"{took.seconds:.2f} s", *lines])
+            return "\n".join([head, f"{cost.seconds:.2f} s", *lines])
         exact, fast = self.rows
-        cost = f"{fast.seconds:.2f} s against {exact.seconds:.2f} s ({fast.speedup:.2f}x)"
+        times = f"{fast.seconds:.2f} s against {exact.seconds:.2f} s ({fast.speedup:.2f}x)"
         error = f"{distance(fast)}, of {self.compared}"
-        head = f"{fast.name}: {cost}, {fast.macs_ratio:.1%} of the MACs, {error}"
+        head = f"{fast.name}: {times}, {fast.macs_ratio:.1%} of the MACs, {error}"
         return "\n".join([head, *_control(fast), *lines])
 
 
@@ -111,8 +111,10 @@ class CallSnapshot:
     @contextmanager
     def again(self) -> Iterator[dict[str, Any]]:
         """Inside, randomness and modes are as they were then; gives the generators to ask with."""
-        made = {key: torch.Generator(device).set_state(s) for key, (device, s) in self._generators.items()}
-        several = [made[key] for key in self._order]  # one may serve several samples
+        restored = {
+            key: torch.Generator(device).set_state(s) for key, (device, s) in self._generators.items()
+        }
+        several = [restored[key] for key in self._order]  # one may serve several samples
         with ExitStack() as stack:
             for mode in self._modes:
                 stack.enter_context(mode())
@@ -129,11 +131,11 @@ Draw = Callable[[inspect.BoundArguments, bool], tuple[Any, Cost]]  # arguments, 
 class Replay:
     """The exact sampler and the accelerated one, once more from the state in which a call began."""
 
-    def __init__(self, asked: CallSnapshot, draw: Draw, policies: Sequence[Policy], decodes: bool) -> None:
-        self.asked, self.draw, self.policies, self.decodes = asked, draw, policies, decodes
+    def __init__(self, snapshot: CallSnapshot, draw: Draw, policies: Sequence[Policy], decodes: bool) -> None:
+        self.snapshot, self.draw, self.policies, self.decodes = snapshot, draw, policies, decodes
         self.name = " + ".join(title.name for title in titles(policies))
         self.samples: dict[str, Tensor] = {}
-        self.took: dict[str, Cost] = {}
+        self.costs: dict[str, Cost] = {}
         self.macs: dict[str, MacCount] = {}
 
     def rows(self, converged_steps: int | None) -> tuple[Row, Row]:
@@ -144,7 +146,7 @@ class Replay:
         """
         if converged_steps is not None:
             integer("converged_steps", converged_steps, least=1)
-            if self.asked.steps is None:
+            if self.snapshot.steps is None:
                 raise ConfigError(
                     f"converged_steps={converged_steps}: the call was asked for its own list of timesteps"
                 )
@@ -159,8 +161,8 @@ class Replay:
         return first, second
 
     def _row(self, name: str, seconds: dict[str, float], converged: Tensor | None) -> Row:
-        took, count, samples = self.took[name], self.macs[name], self.samples[name]
-        evaluations = self.took[self.name].evaluations
+        cost, count, samples = self.costs[name], self.macs[name], self.samples[name]
+        evaluations = self.costs[self.name].evaluations
         exact = name == EXACT
         return Row(
             name=name,
@@ -168,9 +170,9 @@ class Replay:
             series=name,
             tag=name,
             policy="" if exact else "; ".join(map(str, self.policies)),
-            steps=self.asked.steps or evaluations,
+            steps=self.snapshot.steps or evaluations,
             evaluations=evaluations,
-            full_evaluations=evaluations if exact else took.full,
+            full_evaluations=evaluations if exact else cost.full,
             seconds=seconds[name],
             seconds_each=(seconds[name],),
             speedup=seconds[EXACT] / seconds[name],
@@ -179,8 +181,8 @@ class Replay:
             macs_uncounted=count.uncounted,
             peak_bytes=None,
             peak_added_bytes=None,
-            policy_bytes=took.policy_bytes,
-            receipt=tuple(receipt.as_dict() for receipt in took.receipts),
+            policy_bytes=cost.policy_bytes,
+            receipt=tuple(receipt.as_dict() for receipt in cost.receipts),
             psnr_converged_db=None if converged is None else pooled_psnr_db(samples, converged),
             **ERRORS.get(samples.ndim, errors)(samples, self.samples[EXACT]),
             **self._control(None if exact else count, converged),
@@ -190,9 +192,9 @@ class Replay:
         """Run the exact sampler in as many steps as cost nearest to `count`, and measure its error."""
         names = ("steps", "macs_ratio", "identical", "psnr_db", "psnr_converged_db")
         values: tuple[Any, ...] = (None,) * len(names)
-        if count is not None and self.asked.steps:
+        if count is not None and self.snapshot.steps:
             whole = self.macs[EXACT].total
-            steps = max(1, round(self.asked.steps * count.total / max(whole, 1)))
+            steps = max(1, round(self.snapshot.steps * count.total / max(whole, 1)))
             with MacCounter() as counter:
                 samples = self._sample(False, num_inference_steps=steps)[0]
             exact = self.samples[EXACT]
@@ -207,13 +209,13 @@ class Replay:
         self.macs[name] = counter.count
 
     def _run(self, name: str, fast: bool) -> None:
-        self.samples[name], self.took[name] = self._sample(fast)
+        self.samples[name], self.costs[name] = self._sample(fast)
 
     def _sample(self, fast: bool, **changed: Any) -> tuple[Tensor, Cost]:
         kind = {"output_type": "np" if self.decodes else "latent"}
-        with self.asked.again() as generators:
-            out, took = self.draw(self.asked.changed(**generators, **kind, **changed), fast)
-        return as_samples(out[0]), took
+        with self.snapshot.again() as generators:
+            out, cost = self.draw(self.snapshot.changed(**generators, **kind, **changed), fast)
+        return as_samples(out[0]), cost
 
 
 def as_samples(drawn: Any) -> Tensor:

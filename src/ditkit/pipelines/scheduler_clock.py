@@ -50,7 +50,7 @@ class Clock:
 
     @property
     def is_over(self) -> bool:
-        """Whether a trajectory began and all its steps are done."""
+        """Return whether a trajectory began and all its steps are done."""
         return bool(self.times) and (self._index or 0) >= len(self.times)
 
     def begin(self, scheduler: Any) -> None:
@@ -149,7 +149,7 @@ def instrumented(scheduler: Any) -> Iterator[None]:
     check_scheduler(scheduler)
     own: type = type(scheduler)
     if not hasattr(own, "ditkit_own"):  # a call inside a callback of this one is on the same scheduler
-        scheduler.__class__ = _wound(own)
+        scheduler.__class__ = _instrumented(own)
     try:
         yield
     finally:
@@ -160,9 +160,9 @@ def check_scheduler(scheduler: Any) -> None:
     """Raise ConfigError if `scheduler` cannot say where it is."""
     missing = [name for name in ("set_timesteps", "step") if not hasattr(scheduler, name)]
     if missing or "timestep" not in inspect.signature(scheduler.step).parameters:
-        lacks = missing[0] if missing else "a timestep in its step"
+        missing_part = missing[0] if missing else "a timestep in its step"
         raise ConfigError(
-            f"{type(scheduler).__name__} lacks {lacks}: expected a scheduler that can say its timesteps"
+            f"{type(scheduler).__name__} lacks {missing_part}: expected a scheduler that can say its timesteps"
         )
     replaced = [name for name in WATCHED if name in vars(scheduler)]
     if replaced:
@@ -173,7 +173,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 @cache
-def _wound(own: type) -> type:
+def _instrumented(own: type) -> type:
     """Make a subclass of a scheduler's class, of the same name, whose methods keep their signatures."""
     wrappers: dict[str, Callable[..., Any]] = {
         "set_timesteps": _telling_begin,

@@ -15,7 +15,7 @@ from ditkit.train.terms.regression import Regression
 
 
 def clear_video_dit() -> VideoRecipe:
-    """A trained video DiT learns to attend to 3 x 3 places in all frames and 64 pooled keys, 18 % of the pairs.
+    """Teach a trained video DiT to attend to 3 x 3 places in all frames and 64 pooled keys, 18 % of the pairs.
 
     Give it with --init. Its attention alone is trained, towards the data and towards the model as it was: 1.6 s a step
     on one core. CLEAR is for pictures and learns from what its teacher draws; the cylinder and the data are ours.

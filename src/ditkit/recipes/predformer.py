@@ -27,7 +27,7 @@ def predformer() -> ClipForecastRecipe:
 
 
 def convlstm() -> ClipForecastRecipe:
-    """A ConvLSTM of two layers on the same digits: 0.9 M parameters."""
+    """Train a ConvLSTM of two layers on the same digits: 0.9 M parameters."""
     return ClipForecastRecipe(
         data="moving-digits",
         options=DIGITS,

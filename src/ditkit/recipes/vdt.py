@@ -54,7 +54,7 @@ def vdt() -> VideoRecipe:
 
 
 def vdt_vizdoom() -> VideoRecipe:
-    """The same of a walk through a room in colour, a frame at each tic of the game.
+    """Train the same on a walk through a room in colour, a frame at each tic of the game.
 
     What ships as `vizdoom` (see its card). Open views move as they should, and walls seen from near are blocks.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from ditkit.core.errors import DataError, ShapeError
 from ditkit.data.calendar import MONTH, Step, Times, shown
 
-OBSERVED, FOLLOWED, SAID = "observed", "what followed", "forecast"
+OBSERVED, FOLLOWED, FORECAST = "observed", "what followed", "forecast"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Example:
 
     observed: Tensor
     followed: Tensor
-    said: Tensor
+    forecast: Tensor
     variable: str = ""
     unit: str = ""
     step: Step | None = None
@@ -43,25 +43,25 @@ class Example:
     fps: float = 4.0
 
     def __post_init__(self) -> None:
-        shapes = [list(x.shape) for x in (self.observed, self.followed, self.said)]
+        shapes = [list(x.shape) for x in (self.observed, self.followed, self.forecast)]
         first, second, third = shapes
         if second != third or len(first) != 4 or first[:1] + first[2:] != second[:1] + second[2:]:
             raise ShapeError(f"a forecast to draw needs [C, T, H, W] and twice [C, T', H, W], got {shapes}")
         if self.times is not None and len(self.times) != first[1] + second[1]:
             raise ShapeError(f"{len(self.times)} times for {first[1]} + {second[1]} frames")
-        for name, x in ((OBSERVED, self.observed), (FOLLOWED, self.followed), (SAID, self.said)):
+        for name, x in ((OBSERVED, self.observed), (FOLLOWED, self.followed), (FORECAST, self.forecast)):
             if not x.isfinite().all():
                 raise DataError(f"{name} holds NaN or infinite values, expected finite ones")
 
     @property
     def is_series(self) -> bool:
-        """Whether it is a variable of one cell, to be drawn as a line."""
+        """True if it is a variable of one cell, to be drawn as a line."""
         return bool(self.variable) and self.cropped().observed.shape[2:] == (1, 1)
 
     @property
     def errors(self) -> Tensor:
         """|difference|, averaged over channels: [T', H, W], 0 where there is no data."""
-        error = (self.said - self.followed).abs().mean(0)
+        error = (self.forecast - self.followed).abs().mean(0)
         return error if self.valid is None else error * self.valid
 
     @property
@@ -91,7 +91,7 @@ class Example:
             self,
             observed=self.observed[inside],
             followed=self.followed[inside],
-            said=self.said[inside],
+            forecast=self.forecast[inside],
             valid=None if valid.all() else valid,
         )
 

@@ -30,7 +30,7 @@ from ditkit.report.axes import (
     rise,
     width_px,
 )
-from ditkit.report.example import FOLLOWED, OBSERVED, SAID, Example, lead_unit
+from ditkit.report.example import FOLLOWED, FORECAST, OBSERVED, Example, lead_unit
 from ditkit.report.film import BETWEEN_PX, INDENT_PX, WIDEST_PX, headed, scale_of, tiled
 from ditkit.report.legend import NO_DATA_RGB, Scale, below_each_other, difference, legend
 from ditkit.report.plots import ticks
@@ -49,7 +49,7 @@ NO_UNIT = "value; the data name no unit"
 LOOKS: dict[str, dict[str, Any]] = {
     OBSERVED: {"color": LIGHT["ink"]},
     FOLLOWED: {"color": LIGHT["c1"], "marker": "s", "linestyle": (0, (4, 1.5))},
-    SAID: {"color": LIGHT["c0"], "marker": "o"},
+    FORECAST: {"color": LIGHT["c0"], "marker": "o"},
 }
 
 
@@ -69,17 +69,17 @@ def series_figure(example: Example) -> Figure:
         example: of one variable of one cell; its times are on the axis where it has them, else lead times.
     """
     example = example.cropped()
-    seen = example.observed.flatten().tolist()
-    later = {FOLLOWED: example.followed.flatten().tolist(), SAID: example.said.flatten().tolist()}
-    values = [*seen, *chain(*later.values())]
+    past = example.observed.flatten().tolist()
+    later = {FOLLOWED: example.followed.flatten().tolist(), FORECAST: example.forecast.flatten().tolist()}
+    values = [*past, *chain(*later.values())]
     marks = ticks(min(values), max(values))
     left = GAP_PX + MARK_GAP_PX + max(width_px(number(mark), MARK_PX) for mark in marks)
     figure, axes = field(WIDTH, HEIGHT, RIGHT, max(LEFT, left), BELOW)
     places, over = _time(axes, example)
-    last = len(seen) - 1
+    last = len(past) - 1
     axes.axvline(places[last], color=LIGHT["control"], linewidth=points(1), linestyle=":")
-    lines = {OBSERVED: (places[: last + 1], seen)}
-    lines |= {name: (places[last:], [seen[last], *y]) for name, y in later.items()}
+    lines = {OBSERVED: (places[: last + 1], past)}
+    lines |= {name: (places[last:], [past[last], *y]) for name, y in later.items()}
     for name, (x, y) in lines.items():
         marked = slice(1, None, -(-len(x) // MOST_MARKS))
         axes.plot(x, y, label=name, markevery=marked, **line_look() | LOOKS[name])
@@ -121,7 +121,7 @@ class Painted:
 
     observed: Tensor
     followed: Tensor
-    said: Tensor
+    forecast: Tensor
     errors: Tensor
     heads: tuple[list[str], list[str]]  # of the observed frames, and of those that follow
     scales: tuple[Scale, ...]
@@ -143,7 +143,7 @@ class Painted:
         return cls(
             observed=drawn(example.observed),
             followed=drawn(example.followed),
-            said=drawn(example.said),
+            forecast=drawn(example.forecast),
             errors=_greyed(wrong.paint(example.errors), example.valid),
             heads=(heads[:border], heads[border:]),
             scales=(wrong,) if values is None else (values, wrong),
@@ -154,7 +154,7 @@ class Painted:
 def forecast_strip(example: Example) -> Image.Image:
     """Rows of frames under their lead times and dates; of many frames, evenly chosen ones."""
     painted = Painted.of(example)
-    later = {FOLLOWED: painted.followed, SAID: painted.said, DIFFERENCE: painted.errors}
+    later = {FOLLOWED: painted.followed, FORECAST: painted.forecast, DIFFERENCE: painted.errors}
     pages = [_rows({OBSERVED: painted.observed}, painted.heads[0]), _rows(later, painted.heads[1])]
     width = max(page.width for page in pages)
     entries = legend(width, MARGIN + LABEL_WIDTH, painted.scales, no_data=painted.no_data)
@@ -169,17 +169,17 @@ def forecast_film(example: Example) -> Tensor:
         uint8 [T + T', 3, H', W'].
     """
     painted = Painted.of(example)
-    height, width = painted.said.shape[-2:]
+    height, width = painted.forecast.shape[-2:]
     across = 3 if 3 * width + 2 * BETWEEN_PX <= WIDEST_PX else 2
     share = min(scale_of(height, width, across), TILE_PX / max(height, width))
     cell = max(1, round(share * width)), max(1, round(share * height))
-    observed, followed, said, errors = (
-        at_size(x, cell) for x in (painted.observed, painted.followed, painted.said, painted.errors)
+    observed, followed, forecast, errors = (
+        at_size(x, cell) for x in (painted.observed, painted.followed, painted.forecast, painted.errors)
     )
     everywhere = torch.ones_like(observed[:, 0], dtype=torch.bool)
     tiles = {
         "truth": torch.cat([observed, followed]),
-        SAID: torch.cat([outlined(observed, everywhere), said]),
+        FORECAST: torch.cat([outlined(observed, everywhere), forecast]),
         DIFFERENCE: torch.cat([torch.full_like(observed, WHITE), errors]),
     }
     film = tiled(list(tiles.values())[:across], list(tiles)[:across], columns=across)

@@ -269,8 +269,8 @@ def _line(row: Row, columns: Sequence[tuple[Column, bool]]) -> str:
 def _receipt(name: str, receipt: Mapping[str, Any]) -> str:
     lanes = ""
     for lane, done in receipt["lanes"].items():
-        told = "; ".join(f"{verb} {steps or NOTHING}" for verb, steps in done.items())
-        lanes += f"<li>{escape(lane)}: {escape(told)}</li>"
+        listed = "; ".join(f"{verb} {steps or NOTHING}" for verb, steps in done.items())
+        lanes += f"<li>{escape(lane)}: {escape(listed)}</li>"
     saved = f"{receipt['sites']} sites, {receipt['site_calls_saved']:,} site calls saved in a batch"
     if "rows_saved" in receipt:
         saved += f", {receipt['rows_saved']:.1%} of token rows"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.attention.searched import PATTERNS
 from ditkit.bench.plans import IN_FULL, IN_PART, LEFT_OUT, Place, Planned
 from ditkit.report.film import enlarged
 from ditkit.report.sheet import INK, LINE, MARGIN, PALE, PAPER, clipped, font, image
@@ -17,11 +18,14 @@ from ditkit.report.strips import chosen
 if TYPE_CHECKING:
     from PIL import Image
 
-SEEN, PART, BLANK, QUERY = "#0072b2", "#e69f00", "#e6e8ec", "#d55e00"
+VISIBLE, PART, BLANK, QUERY = "#0072b2", "#e69f00", "#e6e8ec", "#d55e00"
 """Colours of Okabe and Ito, which the colour-blind can tell apart, and a grey."""
 PANEL_PX, FRAME_PX, MAP_PX, BAR_PX = 256, 92, 360, 9
 """The longer side of a picture, of a frame and of the map beside frames; the height of a bar."""
 FRAMES, BETWEEN_PX = 8, 5
+HEAD_PX, HEADS_PX = (6, 18), 480
+"""The least and the greatest side of a head's cell, and the longer side of all."""
+HEAD_COLOURS = {"0": "#0072b2", "1": BLANK, "2": "#e69f00", "3": "#009e73", "4": "#cc79a7"}
 NUMBER_PX, CAPTION_PX = 56, 250
 """The least widths of a frame with its number, and of a caption."""
 RULED_PX = 6
@@ -45,7 +49,11 @@ def plan_page(
     Raises:
         ShapeError: a query is not on the grid.
     """
-    sections = [_section(planned, queries, under) for planned in plans]
+    sections = []
+    for i, planned in enumerate(plans):
+        if planned.words and (i == 0 or plans[i - 1].words is not planned.words):
+            sections.append(head_view(planned.words))
+        sections.append(_section(planned, queries, under))
     return _framed(_stacked([*sections, _legend(plans)], MARGIN))
 
 
@@ -54,17 +62,17 @@ def _section(planned: Planned, queries: Mapping[str, Place], under: Tensor | Non
     arranged = _stacked(views, MARGIN) if planned.grid.frames > 1 else _beside(views, GAP_PX)
     body = _beside([arranged, _block_map(planned)], GAP_PX)
     state = f"off: {planned.why_not}" if planned.why_not else f"kernel {planned.kernel}"
-    told = f"{planned.pairs_share:.1%} of all pairs see each other; {state}"
-    return _stacked([_lines([(planned.name, INK, 15), (told, PALE, 12)], body.width), body], 4)
+    subtitle = f"{planned.pairs_share:.1%} of all pairs see each other; {state}"
+    return _stacked([_lines([(planned.name, INK, 15), (subtitle, PALE, 12)], body.width), body], 4)
 
 
 def _view(planned: Planned, name: str, place: Place, under: Tensor | None) -> Image.Image:
     """Draw the keys of one query: frames side by side or one picture, and a bar for tokens outside the image."""
-    grid, seen = planned.grid, planned.seen_from(place)
-    count, at = int(seen.sum()), place if grid.frames > 1 else place[1:]
-    text = f"sees {count:,} of {len(seen):,} keys ({count / len(seen):.1%})"
+    grid, visible = planned.grid, planned.seen_from(place)
+    count, at = int(visible.sum()), place if grid.frames > 1 else place[1:]
+    text = f"sees {count:,} of {len(visible):,} keys ({count / len(visible):.1%})"
     shown = _frames_with(place[0], grid.frames)
-    tokens = seen[: grid.length].view(grid.shape)
+    tokens = visible[: grid.length].view(grid.shape)
     side = FRAME_PX if grid.frames > 1 else PANEL_PX
     pictures = [_marked(laid(tokens[t], _frame(under, t), side), place, grid.shape, t) for t in shown]
     step = max(pictures[0].width + BETWEEN_PX, NUMBER_PX)
@@ -76,8 +84,8 @@ def _view(planned: Planned, name: str, place: Place, under: Tensor | None) -> Im
         numbers = _numbers(shown, place[0], step, len(shown) * step)
         head = _stacked([_lines([(f"{title}: {text}", INK, 12)], width), numbers], 0)
     rows = {
-        "text rows": seen[grid.length :][: planned.others],
-        "pooled keys": seen[grid.length + planned.others :],
+        "text rows": visible[grid.length :][: planned.others],
+        "pooled keys": visible[grid.length + planned.others :],
     }
     bars = [_bar(label, row, strip.width) for label, row in rows.items() if len(row)]
     return _stacked([head, strip, *bars], 4)
@@ -95,10 +103,10 @@ def _frame(under: Tensor | None, t: int) -> Tensor | None:
     return None if under is None else under[min(t, len(under) - 1)]
 
 
-def laid(seen: Tensor, under: Tensor | None, longest: int) -> Image.Image:
+def laid(visible: Tensor, under: Tensor | None, longest: int) -> Image.Image:
     """Tokens bool [h, w], those that are seen in one colour, over a picture in grey."""
-    share, scale = _sized(seen.float(), longest)
-    colours = _rgb(BLANK) + share * (_rgb(SEEN) - _rgb(BLANK))
+    share, scale = _sized(visible.float(), longest)
+    colours = _rgb(BLANK) + share * (_rgb(VISIBLE) - _rgb(BLANK))
     if under is not None:
         colours = TINT * colours + (1 - TINT) * _covering(under, *colours.shape[1:])
     if scale >= RULED_PX:
@@ -154,18 +162,18 @@ def _numbers(shown: Sequence[int], own: int, step: int, width: int) -> Image.Ima
     return line
 
 
-def _bar(label: str, seen: Tensor, width: int) -> Image.Image:
+def _bar(label: str, visible: Tensor, width: int) -> Image.Image:
     """Rows that are no image's, side by side."""
-    cells = F.interpolate(seen.float()[None, None], width, mode="nearest-exact")[0]
-    colours = _rgb(BLANK) + cells[:, None] * (_rgb(SEEN) - _rgb(BLANK))
-    text = f"{label}: {int(seen.sum()):,} of {len(seen):,}"
+    cells = F.interpolate(visible.float()[None, None], width, mode="nearest-exact")[0]
+    colours = _rgb(BLANK) + cells[:, None] * (_rgb(VISIBLE) - _rgb(BLANK))
+    text = f"{label}: {int(visible.sum()):,} of {len(visible):,}"
     bar = image(colours.expand(3, BAR_PX, -1).round().to(torch.uint8))
     return _stacked([bar, _lines([(text, PALE, 11)], width)], 2)
 
 
 def _block_map(planned: Planned) -> Image.Image:
     found = planned.blocks()
-    colours = {LEFT_OUT: BLANK, IN_PART: PART, IN_FULL: SEEN}
+    colours = {LEFT_OUT: BLANK, IN_PART: PART, IN_FULL: VISIBLE}
     palette = torch.stack([_rgb(colours[kind]).flatten() for kind in sorted(colours)])
     longest = MAP_PX if planned.grid.frames > 1 else PANEL_PX
     pixels, _ = _sized(palette[found].permute(2, 0, 1), longest)
@@ -174,16 +182,40 @@ def _block_map(planned: Planned) -> Image.Image:
     heads = f", head 1 of {planned.plan.heads}" if planned.plan.heads > 1 else ""
     lines = [
         (f"{rows} x {columns} blocks of {planned.plan.block[0]}{heads}", INK, 13),
-        (f"{planned.plan.density:.1%} visited; queries down, keys across", PALE, 12),
+        (f"{planned.visited:.1%} visited; queries down, keys across", PALE, 12),
     ]
     return _stacked([_lines(lines, longest), picture], 4)
+
+
+def head_view(words: Sequence[str]) -> Image.Image:
+    """Draw which head has which pattern: a row a layer, a cell a head, and the number of heads of each."""
+    from PIL import ImageDraw
+
+    cell = max(HEAD_PX[0], min(HEAD_PX[1], HEADS_PX // max(len(words), len(words[0]))))
+    cells = torch.stack([torch.stack([_rgb(HEAD_COLOURS[m]).flatten() for m in word]) for word in words])
+    pixels = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    for axis in (0, 1):
+        pixels.index_fill_(axis, torch.arange(cell - 1, pixels.shape[axis], cell), 255.0)
+    grid = image(pixels.permute(2, 0, 1).round().to(torch.uint8))
+    heads, small = "".join(words), font(12)
+    entries = [
+        (letter, f"{heads.count(letter)} {name}") for letter, name in PATTERNS.items() if letter in heads
+    ]
+    legend = _blank(max(round(small.getlength(text)) for _, text in entries) + LINE, LINE * len(entries))
+    draw = ImageDraw.Draw(legend)
+    for i, (letter, text) in enumerate(entries):
+        draw.rectangle((0, i * LINE + 3, 11, i * LINE + 14), HEAD_COLOURS[letter])
+        draw.text((LINE, i * LINE + 1), text, INK, small)
+    title = f"{len(words)} layers down, {len(words[0])} heads across"
+    body = _beside([grid, legend], GAP_PX)
+    return _stacked([_lines([(title, INK, 13)], max(body.width, CAPTION_PX)), body], 4)
 
 
 def _legend(plans: Sequence[Planned]) -> Image.Image:
     """Draw the meaning of the colours; "part" is there where some block is visited in part."""
     from PIL import ImageDraw
 
-    entries = [(QUERY, "the query"), (SEEN, "key that it sees; block visited in full")]
+    entries = [(QUERY, "the query"), (VISIBLE, "key that it sees; block visited in full")]
     entries += [(PART, "block visited in part")] if any(p.plan.partial for p in plans) else []
     entries += [(BLANK, "left out")]
     small = font(12)

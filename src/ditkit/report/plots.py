@@ -117,7 +117,7 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
             for frame, y in enumerate(each)
         ]
         present = [p for p in points if p is not None]
-        drawn += [_path([p for p in run if p]) for made, run in groupby(points, bool) if made]
+        drawn += [_path([p for p in run if p]) for valid, run in groupby(points, bool) if valid]
         drawn += [_dot(p, f"{row.name}: {y:.1f} dB") for p, y in zip(points, each, strict=True) if p]
         ends += present[-1:]
     return _drawing(title, "PSNR over frames", [*_axes(title, "frame", across, up), *drawn, *_labels(ends)])

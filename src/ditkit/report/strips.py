@@ -67,7 +67,7 @@ def strip(
     return with_legend(page, bool(masks), [scale] if errors else [])
 
 
-def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None) -> Tensor:
+def side_by_side(clips: Tensor, shown: Sequence[int], generated: Tensor | None = None) -> Tensor:
     """Join the frames `shown` of each clip into one picture, at a visible size: uint8 [n, 3, H', W'].
 
     Args:
@@ -76,8 +76,8 @@ def side_by_side(clips: Tensor, shown: Sequence[int], made: Tensor | None = None
     """
     frames = clips[:, shown].expand(-1, -1, 3, -1, -1).flatten(0, 1)
     frames = at_size(frames, fitting(frames.shape[-2], frames.shape[-1]))
-    if made is not None:
-        frames = outlined(frames, ~made[:, 0, shown].flatten(0, 1))
+    if generated is not None:
+        frames = outlined(frames, ~generated[:, 0, shown].flatten(0, 1))
     spaced = F.pad(frames, (0, BETWEEN_PX), value=255).unflatten(0, (len(clips), len(shown)))
     return spaced.permute(0, 2, 3, 1, 4).flatten(3)[..., :-BETWEEN_PX]
 

@@ -43,7 +43,7 @@ class Estimate:
     fraction: Tensor | None = None
 
     def to(self, target: Prediction) -> Tensor:
-        """The estimate as velocity, noise, data or score, [B, C, ...]."""
+        """Return the estimate as velocity, noise, data or score, [B, C, ...]."""
         return self.path.convert(self.value, self.x, self.t, self.kind, target)
 
 
@@ -93,7 +93,7 @@ class GuidedDenoiser:
             _check(lane, model)
 
     def __call__(self, x: Tensor, t: float) -> Estimate:
-        """The estimate at `x` [B, C, ...] and `t`, noise-time or a discrete path's index.
+        """Estimate at `x` [B, C, ...] and `t`, noise-time or a discrete path's index.
 
         A noise or score prediction has no data in it at alpha = 0; it is then evaluated at `LATEST`.
         """
@@ -123,7 +123,10 @@ class GuidedDenoiser:
         return self.lanes[name]
 
     def _of_guide(self, network: Denoiser) -> Trajectory:
-        """The model's own if the guide has the same sites and policies and neither has weights that a policy learned.
+        """Return the guide's trajectory.
+
+        It is the model's own if the guide has the same sites and policies and neither has weights that a policy
+        learned.
 
         A guide of other sites runs without policies, but for the inherent ones of its own.
         """
@@ -190,7 +193,7 @@ def placement(model: Denoiser) -> tuple[torch.device, torch.dtype]:
 
 
 def _latest(path: Path, kind: Prediction) -> float:
-    """The latest time at which a prediction can be converted."""
+    """Return the latest time at which a prediction can be converted."""
     needs_data = kind in ("noise", "score")
     ends_at_zero = path.at(torch.ones(1, dtype=torch.float64)).alpha.item() < 1 - LATEST
     return LATEST if needs_data and ends_at_zero else math.inf

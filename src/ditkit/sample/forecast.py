@@ -14,7 +14,9 @@ from ditkit.core.trajectory import Trajectory
 
 
 def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
-    """The `horizon` frames after `observed`: predicted frames are fed back, and the last pass is cut (PredFormer).
+    """Forecast the `horizon` frames after `observed`.
+
+    Predicted frames are fed back, and the last pass is cut (PredFormer).
 
     Args:
         observed: [B, C, T, H, W], on any device.
@@ -32,16 +34,16 @@ def forecast(model: Model, observed: Tensor, horizon: int) -> Tensor:
     if observed.ndim != 5 or not observed.shape[2]:
         raise ShapeError(f"forecast: observed {list(observed.shape)} should be [B, C, T, H, W]")
     place = next((parameter.device for parameter in model.parameters()), observed.device)
-    seen, made = observed.to(place), list[Tensor]()
+    past, passes = observed.to(place), list[Tensor]()
     total = len(range(0, horizon, observed.shape[2]))
     inherent = with_inherent(model, ())
     trajectory = Trajectory(model.sites(), inherent, total, learned=model.learned) if inherent else None
     for index in range(total):
-        given = made[-1] if made else seen
+        given = passes[-1] if passes else past
         if trajectory is None:
-            made.append(model(given))
+            passes.append(model(given))
             continue
         layout, times = model.layout(tuple(given.shape[1:])), torch.zeros(len(given), device=place)
         call = Call(index, total, 0.0, layout=layout, times=times)
-        made.append(trajectory.leave(call, model(given, run=trajectory.run(call))))
-    return torch.cat(made, 2)[:, :, :horizon].to(observed.device)
+        passes.append(trajectory.leave(call, model(given, run=trajectory.run(call))))
+    return torch.cat(passes, 2)[:, :, :horizon].to(observed.device)

@@ -1,4 +1,4 @@
-"""How the branches of a model combine into one prediction."""
+"""Guidance: combinations of a model's branches into one prediction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Guidance(Checked, ABC):
 
     @abstractmethod
     def __call__(self, branches: Branches, t: float) -> Tensor:
-        """The guided prediction at noise-time `t`, [B, C, ...], in the form the model predicts."""
+        """Return the guided prediction at noise-time `t`, [B, C, ...], in the form the model predicts."""
 
     @abstractmethod
     def networks(self) -> Mapping[str, Denoiser]:
@@ -133,7 +133,7 @@ class Autoguidance(Guidance):
 
 
 def guided(given: float | Guidance) -> Guidance:
-    """A guidance as it is, a number as the scale of classifier-free guidance; 1 is none.
+    """Return a guidance as it is, a number as the scale of classifier-free guidance; 1 is none.
 
     Raises:
         ConfigError: neither, or a scale that is not finite.
@@ -145,7 +145,7 @@ def guided(given: float | Guidance) -> Guidance:
 
 
 def extrapolate(strong: Tensor, weak: Tensor, scale: float, channels: int | None = None) -> Tensor:
-    """weak + scale (strong - weak) on the first `channels` of axis 1, `strong` on the others.
+    """Return weak + scale (strong - weak) on the first `channels` of axis 1, `strong` on the others.
 
     Raises:
         ConfigError: there are fewer channels than that.

@@ -151,7 +151,7 @@ class UniPcStepper(OneEstimate):
 
 
 class NoiseLevel(NamedTuple):
-    """How much of a state is signal and noise at a time of a path."""
+    """The signal and noise of a state at a time of a path."""
 
     alpha: float
     sigma: float

@@ -31,12 +31,12 @@ class SampleNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def draw(self, device: torch.device | str = "cpu") -> Tensor:
-        """The next float32 noise of every sample, [B, *shape]."""
+        """Draw the next float32 noise of every sample, [B, *shape]."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Where the trajectories of `seeds` start: float32 [len(seeds), *shape] on the CPU."""
+    """Draw the first states of the trajectories of `seeds`: float32 [len(seeds), *shape] on the CPU."""
     return SampleNoise(seeds, shape).draw()
 
 
@@ -49,12 +49,12 @@ def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
     """
     if not isinstance(seeds, Iterable):
         raise ConfigError(f"seeds={seeds!r} should be a sequence, one seed a sample")
-    seen: dict[int, None] = {}
+    unique: dict[int, None] = {}
     for given in seeds:
         seed = integer("seed", given, least=0, most=LAST_SEED)
-        if seed in seen:
+        if seed in unique:
             raise ConfigError(f"seed {seed} is given twice; expected different seeds, one a sample")
-        seen[seed] = None
-    if not seen:
+        unique[seed] = None
+    if not unique:
         raise ConfigError("seeds is empty; expected one seed a sample")
-    return tuple(seen)
+    return tuple(unique)

@@ -16,6 +16,7 @@ from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError, unknown
 from ditkit.core.labels import class_names, resolve_labels
 from ditkit.core.model import Denoiser
+from ditkit.core.path import Path
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
@@ -23,7 +24,7 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import ClassifierFree, Guidance, Unguided, guided
 from ditkit.sample.noise import SampleNoise, distinct
-from ditkit.sample.solvers import Euler, Solver
+from ditkit.sample.solvers import Solver, default_solver
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Sampling:
     around it, and a guidance as its classifier-free scale, of which 1 is none; all are kept as objects.
 
     Args:
-        steps: of the solver. solver: from noise to sample.
+        steps: of the solver. solver: from noise to sample; by default Euler's on a continuous path, and DDIM's on a
+            discrete one, which has no velocity.
         guidance: of the branches of the model.
         policies: at work together.
         batch_size: samples drawn at once. max_bytes: memory that the policies may hold meanwhile.
@@ -45,7 +47,7 @@ class Sampling:
     """
 
     steps: int = 50
-    solver: Solver = Euler()
+    solver: Solver | None = None
     guidance: Guidance = ClassifierFree(2.0)
     policies: tuple[Policy, ...] = ()
     batch_size: int = 8
@@ -55,21 +57,35 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             integer(name, getattr(self, name), least=1)
-        solvers = components("solver", Solver, self.solver)  # type: ignore[type-abstract]
-        if len(solvers) != 1:
-            raise ConfigError(f"solver={self.solver!r}, expected one Solver")
         for name, value in (
-            ("solver", solvers[0]),
+            ("solver", self._one_solver()),
             ("guidance", guided(self.guidance)),
             ("policies", components("policies", Policy, self.policies)),  # type: ignore[type-abstract]
             ("seeds", distinct(self.seeds)),
         ):
             object.__setattr__(self, name, value)
 
+    def _one_solver(self) -> Solver | None:
+        if self.solver is None:
+            return None
+        solvers = components("solver", Solver, self.solver)  # type: ignore[type-abstract]
+        if len(solvers) != 1:
+            raise ConfigError(f"solver={self.solver!r}, expected one Solver")
+        return solvers[0]
+
+    def on(self, path: Path) -> tuple[Self, Solver]:
+        """Return the same settings with the solver that they have on `path`, and that solver."""
+        solver = default_solver(path) if self.solver is None else self.solver
+        return replace(self, solver=solver), solver
+
+    def resolved(self, model: Denoiser) -> Self:
+        """Return the same settings with the solver that they have on the path of `model`."""
+        return self.on(model.config.convention.make_path())[0]
+
     @property
     def evaluations(self) -> int:
-        """Evaluations of the guided model in one trajectory."""
-        return self.solver.evaluations(self.steps)
+        """Evaluations of the guided model in one trajectory; both default solvers make one a step."""
+        return self.steps if self.solver is None else self.solver.evaluations(self.steps)
 
     def changed(self, **changes: Any) -> Self:
         """Return the same settings but for `changes`.
@@ -87,7 +103,7 @@ class Sampling:
         """Return the settings as JSON."""
         return {
             "steps": self.steps,
-            "solver": str(self.solver),
+            "solver": None if self.solver is None else str(self.solver),
             "guidance": str(self.guidance),
             "policies": [str(policy) for policy in self.policies],
             "batch_size": self.batch_size,
@@ -171,15 +187,15 @@ def sample(
         DitkitError: a sample is not finite.
     """
     began = time.perf_counter()
-    sampling = sampling.changed(**{"seeds": seeds, **changes})
+    sampling, solver = sampling.changed(**{"seeds": seeds, **changes}).on(model.config.convention.make_path())
     device, _ = placement(model)
     noise = SampleNoise(sampling.seeds, model.sample_shape if shape is None else shape)
     _check_rows(cond, len(sampling.seeds))
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
-    sampling.solver.times(denoiser.path, sampling.steps)  # refuses a path before any work is done
+    solver.times(denoiser.path, sampling.steps)  # refuses a path before any work is done
     start = noise.draw(device).to(state_dtype(device))
-    samples = cond.given(sampling.solver.solve(denoiser, start, sampling.steps, noise).float())
+    samples = cond.given(solver.solve(denoiser, start, sampling.steps, noise).float())
     _check_finite(samples, sampling.seeds)
     receipts = tuple(receipt for one in denoiser.trajectories for receipt in one.finish())
     return Samples(
@@ -233,7 +249,7 @@ class Sampler:
         """
         if not isinstance(model, Denoiser):
             raise ConfigError(f"model={model!r} should be a denoiser, such as ditkit.load gives")
-        sampling = sampling.changed(**changes)
+        sampling = sampling.changed(**changes).resolved(model)
         if label is None and cond.label is not None:
             label = cond.label.tolist()
         labels = resolve_labels(model, label, len(sampling.seeds))
@@ -265,7 +281,7 @@ class Sampler:
         Raises:
             NoEffectError: a policy saved nothing. DitkitError: as `sample` does.
         """
-        began, sampling = time.perf_counter(), self.sampling.changed(**changes)
+        began, sampling = time.perf_counter(), self.sampling.changed(**changes).resolved(self.model)
         starts, each = range(0, len(sampling.seeds), sampling.batch_size), sampling.evaluations
         parts = [
             self._batch(start, sampling, _shifted(progress, i * each, len(starts) * each))
@@ -275,8 +291,8 @@ class Sampler:
 
     def steps_like(self, share: float) -> int:
         """Return how many exact steps make nearest to `share` of the evaluations of this sampler's steps."""
-        wanted, solver = share * self.sampling.evaluations, self.sampling.solver
-        return min(range(1, self.sampling.steps + 1), key=lambda n: abs(solver.evaluations(n) - wanted))
+        wanted, own = share * self.sampling.evaluations, self.sampling
+        return min(range(1, own.steps + 1), key=lambda n: abs(replace(own, steps=n).evaluations - wanted))
 
     def first_batch(self) -> Sampler:
         """Return the sampler of the first batch's seeds."""

@@ -86,7 +86,7 @@ class DiffusersScheduler(Solver):
         return timestep / self._trained if self._flow else timestep
 
     def output(self, estimate: Estimate) -> Tensor:
-        """The estimate in the form that the scheduler expects, with the variance channels if it reads any."""
+        """Return the estimate in the form that the scheduler expects, with the variance channels if it reads any."""
         value, variance = self._prediction(estimate), self.scheduler.config.get("variance_type")
         if variance not in ("learned", "learned_range"):
             return value
@@ -105,7 +105,7 @@ class DiffusersScheduler(Solver):
         return estimate.to(FORMS[wanted])
 
     def _refuse_between(self, t: Tensor) -> None:
-        """Some spacings visit times between two indices, where the tables have no entry to convert with."""
+        """Refuse times between two indices, which some spacings visit: the tables have no entry to convert with."""
         if t.item() != round(t.item()):
             raise ConfigError(
                 f"{self._name}: prediction_type={self._target!r} at timestep {t.item():g} needs converting; "

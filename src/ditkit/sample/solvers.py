@@ -32,7 +32,7 @@ class Solver(ABC):
 
     @abstractmethod
     def times(self, path: Path, steps: int) -> Tensor:
-        """The times visited, float64, from noise to data; on a discrete path indices, then -1.
+        """Return the times visited, float64, from noise to data; on a discrete path indices, then -1.
 
         Raises:
             ConfigError: the solver cannot run on this path, or not in so many steps.
@@ -40,7 +40,7 @@ class Solver(ABC):
 
     @abstractmethod
     def evaluations(self, steps: int) -> int:
-        """Evaluations of the guided model in `steps` steps."""
+        """Count the evaluations of the guided model in `steps` steps."""
 
     @abstractmethod
     def begin(self, path: Path, times: Tensor, noise: SampleNoise | None = None) -> Stepper:
@@ -54,7 +54,7 @@ class Solver(ABC):
         """
 
     def solve(self, field: GuidedDenoiser, x: Tensor, steps: int, noise: SampleNoise) -> Tensor:
-        """Data [B, C, ...] from `x`, noise of the same shape; a stochastic solver draws more from `noise`."""
+        """Solve for data [B, C, ...] from `x`, noise of the same shape; a stochastic solver draws more from `noise`."""
         return follow(self.begin(field.path, self.times(field.path, steps), noise), field, x)
 
 
@@ -292,6 +292,11 @@ class EulerMaruyamaStepper(OneEstimate):
         if s > 0:
             x = x + sqrt(2 * w * (t - s)) * self.noise.draw(x.device)
         return x
+
+
+def default_solver(path: Path) -> Solver:
+    """Return Euler's on a continuous path, and DDIM's on a discrete one, which has no velocity."""
+    return Ddim() if isinstance(path, DiscretePath) else Euler()
 
 
 def spaced(solver: Any, path: Path, steps: int) -> Tensor:

@@ -23,7 +23,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 HELD, REFUTED, UNRESOLVED, UNTRIED = VERDICTS
 FOLDER = "benchmarks/results/claims"
 ORIGIN = ("command", "date", "device", "threads", "versions")
-"""What a claims file must say of its run."""
+"""The keys that a claims file must have about its run."""
 
 
 @dataclass(frozen=True, kw_only=True)

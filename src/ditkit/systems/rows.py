@@ -126,7 +126,7 @@ def row_files() -> Iterator[Traversable]:
 def _values(
     kind: type, table: Mapping[str, object], source: str, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The fields of a dataclass from a table that has exactly its keys."""
+    """Build the fields of a dataclass from a table that has exactly its keys."""
     expected = {name: hint for name, hint in get_type_hints(kind).items() if name not in without}
     for key in sorted(table.keys() - expected.keys()):
         raise ConfigError(f"{source}: {unknown('key', key, expected)}")

@@ -30,7 +30,7 @@ class LatentDataset:
 
 
 def load_codec(folder: str) -> Codec:
-    """The codec in `folder`; the identity where none is named.
+    """Load the codec in `folder`; the identity where none is named.
 
     Raises:
         CheckpointError: what is there is no codec, or damaged.
@@ -39,10 +39,10 @@ def load_codec(folder: str) -> Codec:
 
 
 def signals(samples: TrainingSet) -> TrainingSet:
-    """The samples under a codec."""
+    """Return the samples under a codec."""
     return samples.samples if isinstance(samples, LatentDataset) else samples
 
 
 def coded(samples: TrainingSet, codec: Codec) -> TrainingSet:
-    """`samples` as the codec's latents; as they are for the identity."""
+    """Encode `samples` as the codec's latents; return them as they are for the identity."""
     return samples if codec is IDENTITY else LatentDataset(samples, codec)

@@ -50,13 +50,13 @@ class Recipe(ABC):
     """
 
     sources: ClassVar[str] = "A named set, or a folder."
-    """What `data` may be, for a person who types it."""
+    """The possible values of `data`, for a person who types it."""
     latent: ClassVar[bool] = False
-    """Whether latents of a codec can be learned."""
+    """True if latents of a codec can be learned."""
     has_sites: ClassVar[bool] = True
-    """Whether the network is a model, which policies act on, and which `init` finds."""
+    """True if the network is a model, which policies act on, and which `init` finds."""
     one_forward: ClassVar[bool] = False
-    """Whether all samples of a step share a forward pass, of which `example` is then."""
+    """True if all samples of a step share a forward pass, of which `example` is then."""
     task: ClassVar[str]
     """The name of the task of the trained model, and so of every config that `model` may be."""
 
@@ -98,7 +98,7 @@ class Recipe(ABC):
         """
 
     def network(self) -> Model:
-        """A network of `model` under `policies`, with fresh weights of torch's global generator."""
+        """Build a network of `model` under `policies`, with fresh weights of torch's global generator."""
         kinds = every(Model)  # type: ignore[type-abstract]
         kind = next(kind for kind in kinds if kind.Config is type(self.model))
         model: Model = kind(self.model)  # type: ignore[call-arg]
@@ -111,7 +111,7 @@ class Recipe(ABC):
 
     @property
     def then_data(self) -> bool:
-        """Whether that command cannot do without data."""
+        """Return whether that command cannot do without data."""
         return self.has_sites and not task_named(self.task).generates
 
     @property
@@ -121,18 +121,18 @@ class Recipe(ABC):
 
     @abstractmethod
     def facts(self, samples: TrainingSet) -> str:
-        """What the data are, in one line; of a codec's latents, the data under them."""
+        """Describe the data in one line; of a codec's latents, the data under them."""
 
     @abstractmethod
     def example(self, model: Model) -> tuple[Any, ...]:
         """Arguments of a forward pass on one sample, on the meta device."""
 
     def finish(self, model: Model, samples: TrainingSet) -> None:  # noqa: B027
-        """What is left to do with a trained model before it is saved; nothing, for most."""
+        """Do what is left with a trained model before it is saved; nothing, for most."""
 
     @abstractmethod
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet | None:
-        """What writes a picture of how far training is into `folder`, now and then."""
+        """Return the function that writes a picture of the progress of training into `folder`, if there is one."""
 
 
 class Prepared(NamedTuple):
@@ -152,7 +152,7 @@ class Started(NamedTuple):
 
 
 def started(recipe: Recipe, resume: bool = False) -> Started:
-    """The recipe with what the data and `init` decide.
+    """Complete the recipe with what the data and `init` decide.
 
     Args:
         resume: transforms are not applied again, only their structure: a state brings the values.
@@ -198,7 +198,7 @@ def started(recipe: Recipe, resume: bool = False) -> Started:
 
 
 def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
-    """The model with the recipe's transforms, or their structure alone, under its policies."""
+    """Put the recipe's transforms, or their structure alone, and its policies on the model."""
     if resume and recipe.transforms:
         model.adopt(()).shaped(recipe.transforms)
     else:
@@ -244,19 +244,19 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
 
 
 def training_of(data: str, options: Mapping[str, Any], steps: int, batch: int) -> dict[str, Any]:
-    """A run's entry in a model's history; of the loader's options, those of how the data look."""
+    """Return a run's entry in a model's history; of the loader's options, those of how the data look."""
     look = {name: value for name, value in options.items() if name not in PART}
     return {"trained": dataset_name(data), "options": look, "steps": steps, "batch": batch}
 
 
 def _own(recipe: Recipe) -> dict[str, Any]:
-    """What a task's recipe has beside what all have: masks, parts in time."""
+    """Return what a task's recipe has beside what all have: masks, parts in time."""
     whole = asdict(recipe)
     return {name: whole[name] for name in whole if name not in Recipe.__dataclass_fields__}
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe and what it costs, in lines; loads the data, trains nothing.
+    """Describe the resolved recipe and its cost, in lines; load the data, train nothing.
 
     Raises:
         ConfigError, DataError: what `train_recipe` would refuse before its first step.

@@ -19,7 +19,7 @@ from ditkit.core.transform import origin_of
 from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import Output, run_with_taps
-from ditkit.train.teacher import Ask, Held
+from ditkit.train.teacher import Answer, Ask, Held
 from ditkit.train.terms.regression import Regression
 from ditkit.train.timesteps import (
     INDEPENDENT,
@@ -32,6 +32,9 @@ from ditkit.train.timesteps import (
     Stratified,
     Uniform,
 )
+
+FRAMES = 2
+"""Axis of the frames of clips [B, C, T, H, W]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +56,27 @@ class NoisyBatch(Batch):
     other: Tensor | None = None
 
     def residual(self) -> Tensor:
-        """The target that the convention names, less the prediction.
+        """Return the target that the convention names, less the prediction.
 
         A score's target, -noise / sigma, grows without bound towards the data; its error is weighted by
         sigma^2 (SiT), which makes it DDPM's loss too.
         """
         if self.convention.prediction == "score":
             t = self.t.to(self.data.dtype)
-            return self.noise + self.path.at(spread(t, self.x)).sigma * self.prediction
+            return self.noise + self.path.at(spread(t, self.x, time_axis(t))).sigma * self.prediction
         return self.target() - self.prediction
 
     def target(self) -> Tensor:
-        """What the network should predict, [B, ...], in noise-time: velocity, data or noise, whose scale is bounded."""
+        """Return the prediction that is right, [B, ...], in noise-time: velocity, data or noise, of bounded scale."""
         if self.convention.prediction == "velocity":
-            return self.path.velocity(self.data, self.noise, self.t.to(self.data.dtype))
+            t = self.t.to(self.data.dtype)
+            return self.path.velocity(self.data, self.noise, t, time_axis(t))
         return self.data if self.convention.prediction == "data" else self.noise
+
+
+def time_axis(t: Tensor) -> int | None:
+    """Return the axis of samples [B, C, T, ...] along which times [B, T] run; None for times [B]."""
+    return FRAMES if t.ndim > 1 else None
 
 
 @dataclass(frozen=True)
@@ -132,21 +141,23 @@ class Denoising(Objective):
         rng: SampleRNG | None = None,
         held: Held = NOTHING,
     ) -> dict[str, Tensor]:
-        """The losses at noise [B, ...] and times [B] or [B, T], which are moved to where the prediction can be trained.
+        """Compute the losses at noise [B, ...] and times [B] or [B, T].
+
+        Times are moved to where the prediction can be trained.
 
         A loss is the mean over all elements, given ones counted as 0 (VDT); beside it stands the mean over
         those that were made, as NAME_made, unless the term counts others as well.
         """
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
-        x = path.mix(data, noise, t.to(data.dtype))
-        out, seen = _asked(forward, model, self.taps(model, held.step), x, t, cond)
+        x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
+        out, tapped = _predicted(forward, model, self.taps(model, held.step), x, t, cond, step=held.step)
         prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
             data=data,
             prediction=prediction,
             mask=cond.mask,
-            taps=seen,
+            taps=tapped,
             sites=model.sites(),
             cond=cond,
             rng=rng,
@@ -171,9 +182,12 @@ class Denoising(Objective):
 
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
-    ) -> dict[str, Output | None]:
-        """What each term's teacher says, or what it asked: teachers that are asked the same are asked once."""
-        answers: dict[str, Output | None] = {}
+    ) -> dict[str, Answer | None]:
+        """Return each term's answer from its teacher.
+
+        Teachers that are asked the same are asked once.
+        """
+        answers: dict[str, Answer | None] = {}
         alike: dict[Any, list[Term]] = {}
         for term in self.active_at(held.step):
             name = type(term).__name__
@@ -191,13 +205,13 @@ class Denoising(Objective):
                 for term in terms
             }
             names = tuple(sorted({was for taps in read.values() for was in taps.values()}))
-            said = _answer(network, network, batch, Ask(taps=names))
+            answer = _answer(network, network, batch, Ask(taps=names))
             for name, taps in read.items():
-                answers[name] = Output(said.out, {tap: said.taps[was] for tap, was in taps.items()})
+                answers[name] = answer._replace(taps={tap: answer.taps[was] for tap, was in taps.items()})
         return answers
 
 
-def _asked(
+def _predicted(
     network: Callable[..., Any],
     model: Model,
     taps: Sequence[str],
@@ -206,35 +220,50 @@ def _asked(
     cond: Cond,
     stop: str = "",
     policies: Sequence[Policy] | None = None,
+    step: int | None = None,
 ) -> Output:
-    """What a network says of x [B, ...] at times of its own path, with the noise-times of this very call."""
+    """Predict for x [B, ...] at times of the network's own path, and return the noise-times of this very call."""
     convention = model.config.convention
     times = convention.make_path().noise_time(t).to(x.dtype)
-    told = x, convention.model_time(t).to(x.dtype), cond
+    inputs = x, convention.model_time(t).to(x.dtype), cond
     return run_with_taps(
-        network, model, taps, tuple(x.shape[1:]), *told, times=times, stop=stop, policies=policies
+        network,
+        model,
+        taps,
+        tuple(x.shape[1:]),
+        *inputs,
+        times=times,
+        stop=stop,
+        policies=policies,
+        step=step,
     )
 
 
-def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Output:
-    """What a term asked; of a denoiser a prediction in noise-time. A teacher draws nothing of the student's."""
+def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, ask: Ask) -> Answer:
+    """Answer a term's question.
+
+    That of a denoiser is a prediction in noise-time. A teacher draws nothing of the student's.
+    """
     x = batch.x if ask.x is None else ask.x
     if not isinstance(model, Denoiser):
         with torch.no_grad():
-            return Output(network(x), {})
+            return Answer(network(x), {})
     t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
     assert cond is not None
     if ask.student:
-        out, seen = _asked(network, model, ask.taps, x, t, cond, policies=ask.policies)
+        out, tapped = _predicted(network, model, ask.taps, x, t, cond, policies=ask.policies, step=batch.step)
     else:
         cards = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cards):
-            out, seen = _asked(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
-    return Output(None if out is None else model.config.convention.split(out.float())[0], seen)
+            out, tapped = _predicted(network, model, ask.taps, x, t, cond, ask.stop, ask.policies)
+    if out is None:
+        return Answer(None, tapped)
+    prediction, fraction = model.config.convention.split(out.float())
+    return Answer(prediction, tapped, fraction)
 
 
 def _origin(model: Model, teacher: Model, tap: str) -> str:
-    """What the student's tap was called where the teacher, which has not all of its transforms, has it."""
+    """Return the name of the student's tap in the teacher, which has not all of its transforms."""
     site, colon, part = tap.partition(":")
     if model.transforms[: len(teacher.transforms)] != teacher.transforms:
         return tap

@@ -14,7 +14,7 @@ from ditkit.core.errors import ConfigError
 
 
 class Decay(Checked, ABC):
-    """How much of the old average is kept at each step."""
+    """The share of the old average that is kept at each step."""
 
     @abstractmethod
     def beta(self, step: int) -> float:
@@ -46,7 +46,7 @@ class Power(Decay):
 
 
 def exponent(std: float) -> float:
-    """gamma of a power-function average with relative standard deviation `std` (EDM2, eq. 126).
+    """Compute gamma of a power-function average with relative standard deviation `std` (EDM2, eq. 126).
 
     The largest root of x^3 + 7 x^2 + (16 - std^-2) x + (12 - std^-2) = 0.
 
@@ -80,7 +80,7 @@ class Average:
         self.state = {k: _wide(v.detach()).clone() for k, v in values.items() if k in kept}
 
     def whole(self, module: nn.Module) -> dict[str, Tensor]:
-        """The average with all else that the module holds."""
+        """Return the average with all else that the module holds."""
         return {**module.state_dict(), **self.state}
 
     @torch.no_grad()

@@ -16,18 +16,18 @@ def noted_interrupts(wanted: bool = True) -> Iterator[Event]:
     Nothing changes if it is not wanted, where a caller handles or ignores Ctrl-C, and outside the main
     thread, where Python sets no handlers.
     """
-    asked = Event()
+    interrupted = Event()
     usual = signal.default_int_handler
     if not wanted or current_thread() is not main_thread() or signal.getsignal(signal.SIGINT) is not usual:
-        yield asked
+        yield interrupted
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
+        interrupted.set()
         signal.signal(signal.SIGINT, usual)
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield asked
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, usual)

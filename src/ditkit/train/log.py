@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line a step in `losses.jsonl`, and progress on the terminal."""
+"""Logs of a run: a line a step in `losses.jsonl`, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Log:
         self.bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[progress_text]}"),
             expand=True,
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self.task = self.bar.add_task("train", total=steps, completed=start, said="")
+        self.task = self.bar.add_task("train", total=steps, completed=start, progress_text="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -79,16 +79,16 @@ class Log:
         with writing(self.folder):
             self.file.write(json.dumps(line).encode() + b"\n")
         left = timedelta(seconds=round((self.steps - step) * self.batch / rate))
-        said = f"loss {losses['loss']:.4f}  {rate:,.1f} samples/s  {left} left"
-        self.bar.update(self.task, completed=step, said=said)
+        progress_text = f"loss {losses['loss']:.4f}  {rate:,.1f} samples/s  {left} left"
+        self.bar.update(self.task, completed=step, progress_text=progress_text)
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now
-            print(f"step {step}/{self.steps}  {said}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.steps}  {progress_text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns an operating system's error into one line that names the folder."""
+    """Turn an operating system's error into one line that names the folder."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _is_of(line: bytes, last: int) -> bool:
-    """Whether it is a whole line of a step up to `last`."""
+    """Return whether it is a whole line of a step up to `last`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last
     except (ValueError, KeyError, TypeError):

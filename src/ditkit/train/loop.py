@@ -45,8 +45,10 @@ class TrainingSet(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Any, Cond]:
-        """Samples [B, ...] in float32, or what else the objective takes and has a `to(device)`, and their
-        conditioning; `rng` is for what it draws."""
+        """Return samples and their conditioning; `rng` is for what is drawn.
+
+        Samples are [B, ...] in float32, or what else the objective takes and has a `to(device)`.
+        """
         ...
 
 
@@ -140,11 +142,11 @@ class Training:
         self.done = self.saved = 0
 
     def start(self) -> Model:
-        """The model as it stood before this run's transforms and policies; without a caller that knows, as given."""
+        """Return the model from before this run's transforms and policies; if no caller knows it, as given."""
         return self._start()
 
     def _copied(self) -> Callable[[], Model]:
-        """A copy of the model as it is now, if a term will ask for it: later its state is restored."""
+        """Return a copy of the model as it is now, if a term will ask for it: later its state is restored."""
         if not any(term.needs_teacher for term in self.objective.active):
             return _not_kept
         copy = self.model.with_weights(self.model.state_dict(), "teacher")
@@ -180,7 +182,7 @@ class Training:
         self.forward = self.accelerator.prepare_model(compiled)
 
     def described(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """What identifies the run, as JSON."""
+        """Return what identifies the run, as JSON."""
         model, terms = self.model, self.objective.active
         teachers = {type(t).__name__: t.teacher.identity() for t in terms if t.teacher is not None}
         return {
@@ -215,12 +217,12 @@ class Training:
 
     def hire(self) -> None:
         """Make the teachers that will be asked at this step or later; equal ones are one."""
-        made: dict[Any, Any] = {}
+        hired: dict[Any, Any] = {}
         for term in self.objective.active:
             if term.teacher is not None and not ended(term.weight, self.done):
-                if term.teacher not in made:
-                    made[term.teacher] = term.teacher.make(self)
-                self.teachers[type(term).__name__] = made[term.teacher]
+                if term.teacher not in hired:
+                    hired[term.teacher] = term.teacher.make(self)
+                self.teachers[type(term).__name__] = hired[term.teacher]
 
     def dismiss(self) -> None:
         """Let go of what no later step needs."""
@@ -236,8 +238,8 @@ class Training:
         """Step to the end; the process that has the log also writes what is due."""
         alone = self.accelerator.num_processes == 1  # one of several that stops leaves the others waiting
         try:
-            with noted_interrupts(alone) as asked:
-                while self.done < self.settings.steps and not (asked.is_set() and self.rests):
+            with noted_interrupts(alone) as interrupted:
+                while self.done < self.settings.steps and not (interrupted.is_set() and self.rests):
                     losses = self.step()
                     late = self.is_late(self.settings.save_every)
                     remembered = self.remembered() if late else {}
@@ -257,7 +259,7 @@ class Training:
 
     @property
     def rests(self) -> bool:
-        """Whether the objective can be saved now."""
+        """True if the objective can be saved now."""
         return self.cursor is None or self.cursor.rests or self.cursor.state() is not None
 
     def step(self) -> dict[str, float]:
@@ -301,7 +303,7 @@ class Training:
         optimizer.zero_grad()
 
     def oppose(self, name: str, term: Any, optimizer: Optimizer, opposed: Sequence[Any]) -> None:
-        """An adversary's own step, on what the network said before its step."""
+        """Take an adversary's own step, on what the network predicted before its step."""
         module = self.modules[name].requires_grad_(True)
         batches = [batch for other, batch in opposed if other is term]
         if not batches or self.done % term.every:
@@ -345,7 +347,7 @@ class Training:
         return dict(zip(sums, means.tolist(), strict=True))
 
     def batch_gradients(self, opposed: list[Any] | None) -> dict[str, Tensor]:
-        """Of one batch of the samples; its losses on this process."""
+        """Compute the gradients of one batch of the samples; return its losses on this process."""
         parts, indices = self.settings.accumulate, self.indices()
         sums: dict[str, Tensor] = {}
         for part in range(parts):
@@ -358,7 +360,7 @@ class Training:
         return sums
 
     def losses(self, indices: Tensor, places: range, opposed: list[Any] | None) -> dict[str, Tensor]:
-        """The objective on some places of the global batch; all that is random is drawn on the CPU."""
+        """Compute the objective on some places of the global batch; all that is random is drawn on the CPU."""
         rng = SampleRNG(self.settings.seed, self.done, places)
         data, cond = self.data.batch(indices[places.start : places.stop], rng)
         data, cond = data.to(self.device), cond.to(self.device)
@@ -377,7 +379,7 @@ class Training:
             sheet(self.averaged(), self.done)
 
     def remembered(self) -> dict[str, Tensor]:
-        """What the objective remembers, of all processes; all of them take part."""
+        """Gather what the objective remembers, of all processes; all of them take part."""
         if self.cursor is None:
             return {}
         own = {
@@ -391,7 +393,7 @@ class Training:
         return found
 
     def save(self, remembered: Mapping[str, Tensor]) -> None:
-        """The state, unless the settings want none or it is there; the main process writes it."""
+        """Save the state, unless the settings want none or it is there; the main process writes it."""
         if not self.settings.save_every or self.saved == self.done:
             return
         if self.accelerator.is_main_process:
@@ -412,19 +414,22 @@ class Training:
         return every > 0 and (self.done % every == 0 or self.done == self.settings.steps)
 
     def is_late(self, every: int) -> bool:
-        """Whether a state was due at this step, or at an earlier one at which the objective could not be saved."""
+        """Return whether a state is overdue.
+
+        It was due at this step, or at an earlier one at which the objective could not be saved.
+        """
         last = (
             self.done if self.done == self.settings.steps else self.done - self.done % every if every else 0
         )
         return every > 0 and self.saved < last and self.rests
 
     def averaged(self) -> Model:
-        """A copy of the model with the first average's weights, in eval mode."""
+        """Return a copy of the model with the first average's weights, in eval mode."""
         return self.model.with_weights(self.averages[0].whole(self.model), "average of the weights")
 
 
 def _opponent(term: Any) -> str:
-    """The name of a term that is an adversary; empty for others."""
+    """Return the name of a term that is an adversary; empty for others."""
     return type(term).__name__ if type(term).opposed is not Term.opposed else ""
 
 

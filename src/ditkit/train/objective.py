@@ -1,4 +1,4 @@
-"""What training minimises: a weighted sum of terms over what a network said of one batch."""
+"""Objectives: weighted sums of terms over the predictions of one batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ditkit.core.policy import detached
 from ditkit.core.run import Site
 from ditkit.train.randomness import TERMS, SampleRNG, seed_of
 from ditkit.train.schedules import Schedule, Weight, never, weight_at
-from ditkit.train.taps import Output, check_policies, site_of
-from ditkit.train.teacher import Ask, Held, SelfTeacher, Teacher
+from ditkit.train.taps import check_policies, site_of
+from ditkit.train.teacher import Answer, Ask, Held, SelfTeacher, Teacher
 
 NOTHING = Held()
 
@@ -45,13 +45,13 @@ class Batch:
     taps: Mapping[str, Any]
     sites: Sequence[Site] = ()
     own: Any = None
-    taught: Output | None = None
+    taught: Answer | None = None
     cond: Cond | None = None
     rng: SampleRNG | None = None
     step: int = 0
 
     def residual(self) -> Tensor:
-        """What a perfect network would make zero, [B, ...]."""
+        """Return what a perfect network would make zero, [B, ...]."""
         return self.data - self.prediction
 
     def counted(self, error: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ class Term(Checked, ABC):
     """Learning rate of an adversary's modules; None is the network's."""
     every: int = 1
     on_given: bool = False
-    """Whether its mean is over given content, too, where others count 0."""
+    """True if its mean is over given content, too, where others count 0."""
     weight: Weight
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether it compares with the model that training goes on from."""
+        """Return whether it compares with the model that training goes on from."""
         return isinstance(self.teacher, SelfTeacher)
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
@@ -94,16 +94,16 @@ class Term(Checked, ABC):
         return None
 
     def opposed(self, batch: Any) -> Tensor | None:
-        """An adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
+        """Return an adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
         return None
 
     def check(self, model: Model) -> str:
-        """What the term needs and the model does not give; empty for nothing."""
+        """Name what the term needs and the model does not give; empty for nothing."""
         return ""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        """The unweighted loss of each sample of a `Batch`, [B]."""
+        """Return the unweighted loss of each sample of a `Batch`, [B]."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class Objective(ABC):
     """Weighted terms over one forward pass; a subclass says what the network is asked."""
 
     supports_teacher: ClassVar[bool] = False
-    """Whether a teacher, or the student anew, can be asked."""
+    """True if a teacher, or the student anew, can be asked."""
     in_order: ClassVar[bool] = False
-    """Whether batches keep the order of the samples, as events in time need it, instead of being shuffled."""
+    """True if batches keep the order of the samples, as events in time need it, instead of being shuffled."""
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Objective(ABC):
         """
 
     def begin(self, run: Any) -> Cursor | None:
-        """What training steps through, where it is not one batch of the samples a step."""
+        """Return what training steps through, where it is not one batch of the samples a step."""
         return None
 
     @property
@@ -181,17 +181,17 @@ class Objective(ABC):
         check_policies(model, self.taps(model))
 
     def describe(self) -> dict[str, Any]:
-        """What is minimised, as JSON has it."""
+        """Return what is minimised, as JSON has it."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "terms"}
         return {"kind": type(self).__name__, **own, "terms": [_plain(term) for term in self.active]}
 
     def taps(self, model: Model, step: int | None = None) -> list[str]:
-        """What active terms read, at a step or at any."""
+        """List what active terms read, at a step or at any."""
         terms = self.active if step is None else self.active_at(step)
         return sorted({name for term in terms for name in term.taps(model.sites())})
 
     def weigh(
-        self, batch: Batch, held: Held = NOTHING, answers: Mapping[str, Output | None] | None = None
+        self, batch: Batch, held: Held = NOTHING, answers: Mapping[str, Answer | None] | None = None
     ) -> dict[str, Tensor]:
         """Mean loss of each term that has a weight at this step, and their weighted sum under `loss`.
 
@@ -218,29 +218,29 @@ class Objective(ABC):
 
     def make_modules(self, model: Model, seed: int) -> nn.ModuleDict:
         """Modules of the active terms, by their names; their first values follow from `seed` and the term's name."""
-        made = nn.ModuleDict()
+        own_modules = nn.ModuleDict()
         for term in self.active:
             name = type(term).__name__
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed_of(seed, TERMS, zlib.crc32(name.encode())))
                 own = term.modules(model)
             if own is not None:
-                made[name] = own
-        return made
+                own_modules[name] = own
+        return own_modules
 
 
 class Cursor(ABC):
-    """What an objective steps through, and what it remembers from one step of the optimiser to the next.
+    """The position of an objective in its data, and what it remembers from one step of the optimiser to the next.
 
     Randomness belongs to the number of what is walked, not to the step, so that a resume goes on with the same.
     """
 
     rests: bool = True
-    """Whether nothing is under way, so that another number of processes may go on from here."""
+    """True if nothing is under way, so that another number of processes may go on from here."""
 
     @abstractmethod
     def losses(self, step: int) -> dict[str, Tensor]:
-        """What the next step of the optimiser is made of: losses by name, their sum under `loss`."""
+        """Return the losses of the optimiser's next step by name, their sum under `loss`."""
 
     def state(self) -> Mapping[str, Tensor] | None:
         """All that it remembers, as tensors by name; None where it cannot be said until it rests."""
@@ -251,13 +251,13 @@ class Cursor(ABC):
 
 
 def cut(batch: Any) -> Any:
-    """A batch whose tensors carry no gradient."""
+    """Return a batch whose tensors carry no gradient."""
     fields_of = {f.name: detached(getattr(batch, f.name)) for f in fields(batch) if f.name != "own"}
     return replace(batch, **fields_of)
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass as its name and fields, as JSON has them; anything else as it is."""
+    """Return a dataclass as its name and fields, as JSON has them; anything else as it is."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     held = {f.name: getattr(value, f.name) for f in fields(value)}

@@ -19,7 +19,7 @@ MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
     AdamW: ("exp_avg", "exp_avg_sq", "step"),
     Muon: ("momentum_buffer",),
 }
-"""What each keeps of a weight from step to step, by the name of its state."""
+"""The state that each keeps of a weight from step to step, by name."""
 MUON_MOMENTUM = 0.95
 NONE: Mapping[str, float] = MappingProxyType({})
 
@@ -30,7 +30,7 @@ def optimizers_of(
     modules: nn.ModuleDict | None = None,
     opponents: Mapping[str, float] = NONE,
 ) -> tuple[Optimizer, ...]:
-    """What steps the weights of the model and of terms' modules; no weight belongs to two.
+    """Make the optimisers of the weights of the model and of terms' modules; no weight belongs to two.
 
     Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) gives a matrix's momentum singular values near 1.
     Its step is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982, eq. 4), so that one learning rate serves
@@ -85,7 +85,7 @@ def named_weights(model: nn.Module, modules: nn.ModuleDict) -> dict[str, nn.Para
 def _grouped(
     model: Model, modules: nn.ModuleDict, settings: Settings, named: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """The weights by the first group that has them; what is in none has the run's own rate.
+    """Group the weights by the first group that has them; what is in none has the run's own rate.
 
     What a module's class names in `undecayed` stands apart and does not decay.
     """
@@ -135,7 +135,7 @@ def moments_of(optimizers: Sequence[Optimizer]) -> int:
 
 
 def owners(optimizers: Sequence[Optimizer]) -> dict[Tensor, Optimizer]:
-    """Which optimiser steps a weight."""
+    """Map each weight to the optimiser that steps it."""
     return {
         weight: optimizer
         for optimizer in optimizers

@@ -1,4 +1,4 @@
-"""Which weights of a network are trained, and which go in a group; the others are frozen.
+"""Parts of a network: the weights that are trained, alone or in groups; the others are frozen.
 
 A part is found by class and structure, or by the name of the transform, policy or term that its weights belong to.
 """
@@ -13,7 +13,7 @@ from ditkit.nn.blocks import Attention, RMSNorm
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm, nn.modules.batchnorm._BatchNorm)
 PART = "part."
-"""What names of weights of terms' modules begin with."""
+"""The prefix of the names of weights of terms' modules."""
 
 
 def train_only(model: Model, trained: str) -> None:

@@ -36,7 +36,7 @@ def write_snapshot(folder: Path, step: int, average: Average) -> None:
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:
-    """The snapshots of a run, oldest first.
+    """Read the snapshots of a run, oldest first.
 
     Raises:
         CheckpointError: a file is damaged, or says neither step nor std.

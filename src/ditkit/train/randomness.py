@@ -22,23 +22,23 @@ TERMS = 1000
 
 
 def seed_of(*key: int) -> int:
-    """A seed of 63 bits from a tuple of integers."""
+    """Derive a seed of 63 bits from a tuple of integers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by a tuple of integers."""
+    """Make a CPU generator seeded by a tuple of integers."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 @lru_cache(maxsize=2)
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The permutation [size] of the data in one epoch; kept, not to be drawn anew at every step."""
+    """Return the permutation [size] of the data in one epoch; kept, not to be drawn anew at every step."""
     return torch.randperm(size, generator=generator(seed, 0, epoch))
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
-    """Samples of the global batch of `step`, [batch]; epochs follow one another without a short batch."""
+    """Return the samples of the global batch of `step`, [batch]; epochs follow one another without a short batch."""
     places = torch.arange(step * batch, (step + 1) * batch)
     epoch, place = places // size, places % size
     return torch.cat([epoch_order(size, seed, e)[place[epoch == e]] for e in epoch.unique().tolist()])
@@ -85,7 +85,7 @@ class SampleRNG:
         return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in self._generators(use)])
 
     def of_data(self) -> Iterator[torch.Generator]:
-        """A generator a place, for what the data themselves draw: masks, crops."""
+        """Yield a generator a place, for what the data themselves draw: masks, crops."""
         return self._generators(2)
 
     def of_codec(self, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run, so that a resume goes on with the same one."""
+"""The record of a run in its folder, so that a resume goes on with the same one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FREE = frozenset(
         "snapshot_every",
     )
 )
-"""What a resume may change: how long, how often, and how a step is computed, but not what it computes."""
+"""The settings that a resume may change: how long, how often, how a step is computed, but not its result."""
 
 
 def check_start(folder: Path) -> None:

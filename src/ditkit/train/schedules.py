@@ -14,14 +14,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def at(self, step: int) -> float:
-        """The number at `step`, not negative."""
+        """Return the number at `step`, not negative."""
 
     @abstractmethod
     def last(self) -> float:
-        """The last step at which the number is above 0; infinite if there is none, -1 if it never is."""
+        """Return the last step with a number above 0; infinite if there is none, -1 if it never is."""
 
     def ends(self, step: int) -> bool:
-        """Whether it is 0 from `step` on."""
+        """Return whether it is 0 from `step` on."""
         return step > self.last()
 
 
@@ -78,17 +78,17 @@ Weight = float | Schedule
 
 
 def weight_at(weight: Weight, step: int) -> float:
-    """A number or a schedule, at a step."""
+    """Return the value of a number or a schedule at a step."""
     return weight.at(step) if isinstance(weight, Schedule) else weight
 
 
 def never(weight: Weight) -> bool:
-    """Whether it is 0 at all steps."""
+    """Return whether it is 0 at all steps."""
     return weight.last() < 0 if isinstance(weight, Schedule) else not weight
 
 
 def ended(weight: Weight, step: int) -> bool:
-    """Whether it is 0 from `step` on."""
+    """Return whether it is 0 from `step` on."""
     return weight.ends(step) if isinstance(weight, Schedule) else not weight
 
 

@@ -1,4 +1,4 @@
-"""How a training run goes: one frozen object, printed by `--dry-run` and kept beside the weights."""
+"""Settings of a training run: one frozen object, printed by `--dry-run` and kept beside the weights."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Settings:
         return self.learning_rate * up * down
 
     def share(self, processes: int) -> int:
-        """Samples that one process holds at once.
+        """Return the number of samples that one process holds at once.
 
         Raises:
             ConfigError: the batch does not divide.

@@ -19,7 +19,7 @@ from ditkit.train.parts import PART
 
 STATE = "state.safetensors"
 FROZEN = "frozen.safetensors"
-"""What no step changes, of a run that trains some weights only; written once."""
+"""The file of the weights that no step changes, in a run that trains some only; written once."""
 DRAFT = re.compile(
     r"\.((state|frozen|model|codec|\d{8,}-\d\.\d{3})\.safetensors|(recipe|config)\.json)\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}"
 )
@@ -60,7 +60,7 @@ def save_state(
 
 
 class Restored(NamedTuple):
-    """What a state says beside what was restored in place: steps done, what the objective remembers, processes."""
+    """The content of a state beside what was restored in place: steps done, the objective's memory, processes."""
 
     step: int
     cursor: dict[str, Tensor]
@@ -131,13 +131,13 @@ def save_frozen(folder: Path, model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def unchanged(model: nn.Module, marks: Mapping[str, tuple[int, int]]) -> frozenset[str]:
-    """The tensors that nothing has written to since they got these marks."""
+    """List the tensors that nothing has written to since they got these marks."""
     now = _marks(model, marks)
     return frozenset(name for name, mark in marks.items() if now[name] == mark)
 
 
 def _marks(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies, and how often it was written to in its place."""
+    """Mark each tensor by its address and by how often it was written to in place."""
     held = model.state_dict(keep_vars=True)
     return {name: (held[name].data_ptr(), held[name]._version) for name in names}
 

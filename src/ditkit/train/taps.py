@@ -17,7 +17,10 @@ from ditkit.core.trajectory import Trajectory
 
 
 class Output(NamedTuple):
-    """What a network said, and what sites returned meanwhile, by name: rows of attentions in the model's order."""
+    """The prediction of a network, and what sites returned meanwhile, by name.
+
+    Rows of attentions are in the model's order.
+    """
 
     out: Any
     taps: Mapping[str, Any]
@@ -33,7 +36,7 @@ class Stopped(Exception):
 
 
 def site_of(tap: str) -> str:
-    """The site of a tap.
+    """Return the site of a tap.
 
     Raises:
         ConfigError: it asks for a part that there is not.
@@ -55,7 +58,7 @@ class Tap(Run):
         stop: the site after which `Stopped` is raised.
     """
 
-    __slots__ = ("inside", "rows", "seen", "stop")
+    __slots__ = ("inside", "recorded", "rows", "stop")
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class Tap(Run):
         rows: Mapping[str, Tensor] | None = None,
         stop: str = "",
     ) -> None:
-        self.seen: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
         self.inside, self.rows, self.stop = inside, rows or {}, stop
         taps: dict[str, list[str]] = {stop: []} if stop else {}
         for name in names:
@@ -78,7 +81,7 @@ class Tap(Run):
             for tap in taps:
                 part = tap.partition(":")[2]
                 value = args[PARTS[part]] if part else out
-                self.seen.setdefault(
+                self.recorded.setdefault(
                     tap, value if rows is None else value.index_select(-2, rows.to(value.device))
                 )
             if site == self.stop:
@@ -97,8 +100,9 @@ def run_with_taps(
     times: Tensor | None = None,
     stop: str = "",
     policies: Sequence[Policy] | None = None,
+    step: int | None = None,
 ) -> Output:
-    """What `network`, which is `model` or a wrapper around it, says of `inputs` under the model's policies.
+    """Run `network`, which is `model` or a wrapper around it, on `inputs` under the model's policies.
 
     Args:
         taps: sites whose outputs are kept.
@@ -106,19 +110,21 @@ def run_with_taps(
         times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
         stop: the site after which nothing is computed; the output is then None.
         policies: in the place of the model's.
+        step: of the optimiser, for policies that change in training.
 
     Raises:
         NoEffectError: a policy touched nothing or saved nothing.
     """
     times = torch.zeros(1) if times is None else times
-    trajectory, call, run = _under(model, shape, times, model.policies if policies is None else policies)
+    chosen = model.policies if policies is None else policies
+    trajectory, call, run = _under(model, shape, times, chosen, step)
     tap = Tap(taps, run, trajectory.rows(call), stop)
     try:
         out = trajectory.leave(call, network(*inputs, tap if taps or stop else run))
     except Stopped:
-        return Output(None, tap.seen)
+        return Output(None, tap.recorded)
     trajectory.finish()
-    return Output(out, tap.seen)
+    return Output(out, tap.recorded)
 
 
 def check_policies(model: Model, taps: Sequence[str]) -> None:
@@ -145,9 +151,13 @@ def check_policies(model: Model, taps: Sequence[str]) -> None:
 
 
 def _under(
-    model: Model, shape: tuple[int, ...], times: Tensor, policies: Sequence[Policy]
+    model: Model,
+    shape: tuple[int, ...],
+    times: Tensor,
+    policies: Sequence[Policy],
+    step: int | None = None,
 ) -> tuple[Trajectory, Call, Run]:
-    """A trajectory of one evaluation, whose samples have each a time of their own."""
+    """Return a trajectory of one evaluation, whose samples have each a time of their own."""
     trajectory = Trajectory(model.sites(), policies, 1, learned=model.learned)
-    call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times)
+    call = Call(0, 1, nan, layout=model.layout(shape) if policies else (), times=times, step=step)
     return trajectory, call, trajectory.run(call)

@@ -6,7 +6,7 @@ A teacher is made once a run, after the state was restored, and kept until its t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ from ditkit.train.ema import Average
 
 
 class Run(Protocol):
-    """What a teacher is made from: the model in training and its averages."""
+    """The source of a teacher: the model in training and its averages."""
 
     model: Model
     device: torch.device
@@ -34,7 +34,7 @@ class Run(Protocol):
         ...
 
     def start(self) -> Model:
-        """The model as it stood before this run's transforms and policies."""
+        """Return the model from before this run's transforms and policies."""
         ...
 
 
@@ -43,10 +43,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def make(self, run: Run) -> nn.Module:
-        """The frozen network, in eval mode, on the run's device."""
+        """Make the frozen network, in eval mode, on the run's device."""
 
     def identity(self) -> str:
-        """A digest of weights that come from outside of the run, which a resume must find again; or nothing."""
+        """Return a digest of weights from outside of the run, which a resume must find again; or nothing."""
         return ""
 
     def check(self, model: Model) -> None:  # noqa: B027
@@ -135,7 +135,7 @@ class EncoderTeacher(Teacher):
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a term wants to know beside what the student said of its own inputs.
+    """A term's question, beside what the student predicts of its own inputs.
 
     Args:
         x: another input; None for the student's. t: other times, of the student's path; None for the student's.
@@ -155,14 +155,22 @@ class Ask:
     policies: tuple[Policy, ...] | None = None
 
 
+class Answer(NamedTuple):
+    """A network's prediction in noise-time, sites' outputs by name, and the fraction of a learned variance."""
+
+    out: Any
+    taps: Mapping[str, Any]
+    fraction: Tensor | None = None
+
+
 class Held(NamedTuple):
-    """What a run holds for the terms of its objective at a step, by their names."""
+    """The teachers, modules and memory of the objective's terms at a step, by their names."""
 
     step: int = 0
     modules: Any = {}  # noqa: RUF012
     teachers: Any = {}  # noqa: RUF012
     opponents: list[Any] | None = None
-    """Where batches of adversaries are put, with their terms."""
+    """The list to which batches of adversaries are added, with their terms."""
 
 
 def frozen(model: Model) -> Model:

@@ -1,4 +1,4 @@
-"""Which noise-times training visits, as a map from a uniform number to t."""
+"""Distributions of the noise-times of training, as maps from a uniform number to t."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Shifted(Timesteps):
 
 
 class Clock(Checked, ABC):
-    """What has a noise-time of its own; numbers are uniform, and `Timesteps` places them."""
+    """The unit that has a noise-time of its own; numbers are uniform, and `Timesteps` places them."""
 
     @abstractmethod
     def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,7 @@ from ditkit.train.randomness import generator
 from ditkit.train.schedules import Between, Weight
 from ditkit.train.settings import Group
 from ditkit.train.teacher import Ask, EmaTeacher, EncoderTeacher, Teacher
+from ditkit.train.terms.distillation import AttentionDistillation, PredictionDistillation
 from ditkit.train.terms.regression import Regression
 from toy_transforms import ToyAffine
 
@@ -180,6 +181,7 @@ RUNS: dict[str, Any] = {
     "walk": Walk(),
     "silent walk": Walk(can_say=False),
     "adapted": Denoising(),
+    "distilled": Denoising((Regression(), PredictionDistillation(), AttentionDistillation(every=1))),
 }
 
 

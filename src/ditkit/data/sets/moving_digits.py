@@ -121,7 +121,7 @@ class MovingDigits:
         return to_clips(torch.from_numpy(films))
 
     def class_labels(self, indices: Tensor) -> Tensor:
-        """The digit of each chosen clip, int64 [n].
+        """Return the digit of each chosen clip, int64 [n].
 
         Raises:
             ConfigError: the set was loaded without labels.
@@ -175,12 +175,12 @@ def read_digits(split: str) -> Tensor:
 
 
 def read_labels(split: str) -> Tensor:
-    """The digit of each picture of `read_digits`: int64 [N]. Raises as it does."""
+    """Read the digit of each picture of `read_digits`: int64 [N]; raise as it does."""
     return torch.cat([torch.full((len(part),), digit) for digit, part in enumerate(_read_each(split))])
 
 
 def _read_each(split: str) -> list[Tensor]:
-    """The pictures of each digit in turn, uint8 [n, 28, 28]."""
+    """Read the pictures of each digit in turn, uint8 [n, 28, 28]."""
     path = find([ARCHIVE])
     if path is None:
         raise DataError(

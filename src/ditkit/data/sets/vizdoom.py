@@ -239,12 +239,15 @@ def _frame(state: GameState, size: tuple[int, int]) -> tuple[NDArray[np.uint8], 
     assert state.depth_buffer is not None and state.labels is not None  # `_running` asks for them
     height, width = size
     classes = _class_of_value(state.labels)[state.labels_buffer]
-    ways = (
+    resamplings = (
         (state.screen_buffer, Resampling.BOX),
         (state.depth_buffer, Resampling.NEAREST),
         (classes, Resampling.NEAREST),
     )
-    return tuple(np.asarray(Image.fromarray(part).resize((width, height), way)) for part, way in ways)
+    return tuple(
+        np.asarray(Image.fromarray(part).resize((width, height), resampling))
+        for part, resampling in resamplings
+    )
 
 
 def _class_of_value(labels: Iterable[Label]) -> NDArray[np.uint8]:

@@ -9,7 +9,8 @@ from ditkit.ops.block_sparse_attention.build import (
     near_blocks,
     with_valid,
 )
-from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, choose, pays
+from ditkit.ops.block_sparse_attention.chosen import chooser_handle
+from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, attend_chosen, choose, pays
 from ditkit.ops.block_sparse_attention.operation import for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference, merge
@@ -21,10 +22,12 @@ __all__ = [
     "Choice",
     "Kernel",
     "attend",
+    "attend_chosen",
     "attend_reference",
     "block_map",
     "build_plan",
     "choose",
+    "chooser_handle",
     "dense_plan",
     "for_valid",
     "merge",

@@ -181,9 +181,9 @@ def with_valid(plan: BlockPlan, valid: Tensor) -> BlockPlan:
 
     bank = _Bank(plan.tiles)
     some = real.any(-1)[sample, index] & ~real.all(-1)[sample, index]
-    told = torch.stack((tile[some].long(), sample[some], index[some]), 1)
-    told, where = told.unique(dim=0, return_inverse=True)
-    cut = plan.tiles[told[:, 0]] & real[told[:, 1], told[:, 2]][:, None]
+    distinct = torch.stack((tile[some].long(), sample[some], index[some]), 1)
+    distinct, where = distinct.unique(dim=0, return_inverse=True)
+    cut = plan.tiles[distinct[:, 0]] & real[distinct[:, 1], distinct[:, 2]][:, None]
     tile[some] = torch.where(cut.any((1, 2)), bank.put(cut), -1)[where]
     tile[~real.any(-1)[sample, index]] = -1
 

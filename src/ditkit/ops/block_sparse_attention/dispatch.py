@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
+from ditkit.ops.block_sparse_attention.chosen import chooser_of, chosen_attention, chosen_plan, measures
 from ditkit.ops.block_sparse_attention.operation import block_sparse_attention, for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference
@@ -105,6 +106,37 @@ def attend(
 
         return Attended(*attend_flex(q, k, v, plan, scale))
     return attend_reference(q, k, v, plan.mask(), scale)
+
+
+def attend_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    chooser: int,
+    image: int,
+    *,
+    valid: Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> tuple[Attended, Tensor]:
+    """Attention over those blocks of a plan that a chooser keeps for these queries and keys, and `measures` of them.
+
+    Args:
+        chooser: its `chooser_handle`.
+        image: slots of the image, which come first and fill whole blocks.
+        valid, kernel: as in `attend`.
+
+    Raises:
+        ShapeError, ConfigError: as `attend` does.
+    """
+    _check(q, k, v, plan, valid)
+    chosen = _kernel(q, plan, kernel)
+    if chosen in ("cpu", "triton"):
+        scale = q.shape[-1] ** -0.5
+        out, lse, measured = chosen_attention(q, k, v, valid, plan.handle, chooser, image, scale, chosen)
+        return Attended(out, lse), measured
+    narrow = chosen_plan(plan, chooser_of(chooser), image, q, k, valid)
+    return attend(q, k, v, narrow, kernel=chosen), measures(narrow)
 
 
 def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:

@@ -127,18 +127,18 @@ class BlockPlan:
         return slots.view(rows, -1)
 
     @cached_property
-    def seen(self) -> Tensor:
+    def visible_keys(self) -> Tensor:
         """Keys that each query sees, int64 [batches, heads, queries]; 0 for padding."""
         rows, _ = self.blocks
         each = self.tiles.sum(-1)[self.tile.long()]
         lists = each.new_zeros(len(self.start) - 1, self.block[0]).index_add_(0, self.list_of, each)
-        seen = lists.view(self.batches, self.heads, rows, -1) * self.real
-        return seen.flatten(2)[..., : self.queries]
+        visible_keys = lists.view(self.batches, self.heads, rows, -1) * self.real
+        return visible_keys.flatten(2)[..., : self.queries]
 
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, over all lists."""
-        return int(self.seen.sum())
+        return int(self.visible_keys.sum())
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -237,7 +237,7 @@ def refuse_blind(plan: BlockPlan) -> BlockPlan:
     """
     if plan.blind:
         return plan
-    blind = (plan.seen == 0) & plan.real.flatten()[: plan.queries]
+    blind = (plan.visible_keys == 0) & plan.real.flatten()[: plan.queries]
     if blind.any():
         batch, head, slot = blind.nonzero()[0].tolist()
         token = slot if plan.order is None else int(plan.order[slot])

@@ -1,4 +1,4 @@
-"""What a person looks at: one forecast of each variable or of a clip, as lines, as a strip and as films."""
+"""Figures of forecasts: each variable's, or a clip's, as lines, as a strip and as films."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 Forecaster = Callable[[Tensor], Tensor]  # observed frames [1, C, T, H, W] -> [1, C, T', H, W]
 STEPS_A_SECOND = 4.0
-"""Of films of fields, which have no rate of their own."""
+"""The rate of films of fields, which have none of their own."""
 MOST_VARIABLES = 4
 """On a sheet of training, below each other."""
 
 
 def clip_examples(clips: ClipSet, index: int, observed: int, forecaster: Forecaster) -> Iterator[Example]:
-    """The one of clip number `index`, in [0, 1]."""
+    """Yield the example of clip number `index`, in [0, 1]."""
     frames = (clips.clips(torch.tensor([index])) + 1) / 2
-    seen, followed = frames.tensor_split([observed], dim=2)
-    yield Example(seen[0], followed[0], forecaster(seen.contiguous())[0], fps=clips.fps)
+    past, followed = frames.tensor_split([observed], dim=2)
+    yield Example(past[0], followed[0], forecaster(past.contiguous())[0], fps=clips.fps)
 
 
 def field_examples(
     fields: FieldSet, start: int, observed: int, horizon: int, forecaster: Forecaster
 ) -> Iterator[Example]:
     """One for each variable, in its unit, of window number `start` of normalised fields."""
-    seen, followed = fields.batch([start], observed, horizon)
-    parts = [seen, followed, forecaster(seen)]
+    past, followed = fields.batch([start], observed, horizon)
+    parts = [past, followed, forecaster(past)]
     if fields.scaling is not None:
         parts = [fields.scaling.restore(x) for x in parts]
     times = fields.target_times(start - observed, observed, observed + horizon)  # with those of what was seen
@@ -87,7 +87,7 @@ def write_pictures(folder: Path, name: str, example: Example) -> list[str]:
 def write_sheet(
     folder: Path, examples: Callable[[Forecaster], Iterator[Example]], model: Model, step: int
 ) -> None:
-    """What the model says of one training sample, of the first variables, as `folder`/STEP.png."""
+    """Write the model's forecast of one training sample, of the first variables, as `folder`/STEP.png."""
     forecaster = partial(forecast, model, horizon=model.config.frames)
     pages = [page(example) for example in islice(examples(forecaster), MOST_VARIABLES)]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What follows from what was seen: later frames of clips, later fields, later values of series."""
+"""Recipes of forecasting: later frames of clips, later fields, later values of series."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Windows:
 
 
 def scaling_with(model: Model) -> Scaling:
-    """The statistics that a forecaster of fields was trained with.
+    """Return the statistics that a forecaster of fields was trained with.
 
     Raises:
         ConfigError: it was trained on clips.
@@ -150,7 +150,7 @@ def scaling_with(model: Model) -> Scaling:
 
 
 def held_out(model: Model, fields: FieldSet, validation: float, test: float, patch: int) -> Parts:
-    """The parts of a set in time, as the model wants them.
+    """Return the parts of a set in time, as the model wants them.
 
     Raises:
         ConfigError: the model was trained on other variables.

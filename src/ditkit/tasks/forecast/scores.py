@@ -1,4 +1,4 @@
-"""How good forecasts are on data that was not trained on, beside what costs nothing."""
+"""Scores of forecasts on held-out data, beside baselines that cost nothing."""
 
 from __future__ import annotations
 
@@ -96,20 +96,20 @@ def score_clips(
 def _score(
     make: Forecaster, clips: ClipSet, observed: int, batch_size: int, progress: Advance | None
 ) -> ClipForecastScore:
-    seen: list[tuple[Tensor, Tensor]] = []
+    per_clip: list[tuple[Tensor, Tensor]] = []
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(clips)).split(batch_size):
             frames = (clips.clips(index) + 1) / 2
-            said, truth = make(frames[:, :, :observed]), frames[:, :, observed:]
-            ends = said.clamp(0, 1) * 2 - 1, truth * 2 - 1  # both measures are of values in [-1, 1]
-            seen.append((frame_psnr_db(*ends), frame_ssim(*ends)))
+            predicted, truth = make(frames[:, :, :observed]), frames[:, :, observed:]
+            ends = predicted.clamp(0, 1) * 2 - 1, truth * 2 - 1  # both measures are of values in [-1, 1]
+            per_clip.append((frame_psnr_db(*ends), frame_ssim(*ends)))
             if progress is not None:
                 progress(int(index[-1]) + 1, len(clips))
-            yield said, truth
+            yield predicted, truth
 
     error = score(pairs(), (BRIGHTNESS,) * clips.channels, per="frame")
-    psnr, ssim = (torch.cat(part).mean(0).tolist() for part in zip(*seen, strict=True))
+    psnr, ssim = (torch.cat(part).mean(0).tolist() for part in zip(*per_clip, strict=True))
     return ClipForecastScore(error, tuple(psnr), tuple(ssim))
 
 
@@ -164,7 +164,7 @@ class ClipForecasts:
         )
 
     def examples(self) -> Iterator[tuple[str, Example]]:
-        """The clip to show under each model, by the name of its files."""
+        """Yield the clip to show under each model, by the name of its files."""
         for name, model in self.models.items():
             make = partial(forecast, model, horizon=self.clips.frames - self.observed)
             for example in clip_examples(self.clips, self.show, self.observed, make):
@@ -203,7 +203,7 @@ class FieldForecasts:
         )
 
     def examples(self) -> Iterator[tuple[str, Example]]:
-        """The window to show under each model, one a variable, by the name of its files."""
+        """Yield the window to show under each model, one a variable, by the name of its files."""
         for name, model in self.models.items():
             make = partial(forecast, model, horizon=self.horizon)
             for example in field_examples(self.parts.test, self.show, self.observed, self.horizon, make):
@@ -265,7 +265,7 @@ def evaluate_forecasts(
 
 
 def forecasts_fields(models: Mapping[str, Model]) -> bool:
-    """Whether the models forecast fields or series, rather than clips.
+    """Return whether the models forecast fields or series, rather than clips.
 
     Raises:
         ConfigError: some do and others do not.
@@ -329,7 +329,7 @@ def field_forecasts(
 
 
 def same(models: Mapping[str, Model], *names: str) -> Any:
-    """The first model's config, whose fields of these names all models share.
+    """Return the first model's config, whose fields of these names all models share.
 
     Raises:
         ConfigError: they differ.
@@ -354,7 +354,7 @@ def standardised_alike(models: Mapping[str, Model]) -> None:
 
 
 def called(folders: Sequence[str]) -> list[str]:
-    """What each of some distinct model folders is called: as many last parts of its path as tell them apart."""
+    """Name some distinct model folders by as many last parts of their paths as tell them apart."""
     parts = [[part for part in Path(folder).parts if part not in ("model", "/", "..")] for folder in folders]
     for kept in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-kept:]) for own in parts]

@@ -1,4 +1,4 @@
-"""How well links are predicted: AP and AUC against three kinds of negatives, and the rank among other destinations."""
+"""Scores of predicted links: AP and AUC against three kinds of negatives, and the rank among destinations."""
 
 from __future__ import annotations
 

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ditkit.api.generate import generate
 from ditkit.core.cond import Cond
-from ditkit.core.ddpm import DiscretePath
 from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
 from ditkit.report.sheet import grid, write_png
-from ditkit.sample import Ddim, Euler
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
@@ -95,7 +93,7 @@ class ClassDataset:
 
 
 def write_sheet(folder: Path, model: Model, step: int) -> None:
-    """Samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
+    """Draw samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
     classes = resolve_labels(model, None, SHEET_CLASSES)
     labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
     drawn = generate(
@@ -103,7 +101,6 @@ def write_sheet(folder: Path, model: Model, step: int) -> None:
         labels,
         seeds=range(SHEET_CLASSES * SHEET_EACH),
         steps=SHEET_STEPS,
-        solver=Ddim() if isinstance(model.config.convention.make_path(), DiscretePath) else Euler(),
         batch_size=16,
         policies=model.policies,
     )

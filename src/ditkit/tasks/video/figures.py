@@ -1,4 +1,4 @@
-"""What a person looks at: clips beside the truth, as films and as strips of frames."""
+"""Figures of clips beside the truth, as films and as strips of frames."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class MaskKind:
         return size[0] >= self.frames and size[1] * size[2] >= self.cells
 
     def __call__(self, size: Size, generator: Generator) -> Tensor:
-        """A mask of `size`.
+        """Draw a mask of `size`.
 
         Raises:
             ConfigError: the clip is too short or too small for this task.
@@ -64,7 +64,7 @@ class MaskKind:
 
 
 def _frames(given: Callable[[int], Tensor | Sequence[int]]) -> Callable[[Size, Generator], Tensor]:
-    """A kind that draws nothing and gives the frames `given(T)`."""
+    """Make a kind that draws nothing and gives the frames `given(T)`."""
 
     def draw(size: Size, generator: Generator) -> Tensor:
         mask = torch.ones(1, *size, dtype=torch.bool)
@@ -162,7 +162,7 @@ TEMPORAL = ("predict", "backward", "interpolate", "unconditional", "single-frame
 
 
 def mask_kind(name: str) -> MaskKind:
-    """The task called `name`.
+    """Return the task called `name`.
 
     Raises:
         ConfigError: there is none; the message quotes the nearest.
@@ -194,17 +194,17 @@ class MaskMixture(Checked):
             mask_kind(name)
 
     def kind(self, size: Size, generator: Generator) -> MaskKind:
-        """The next task.
+        """Draw the next task.
 
         Raises:
             ConfigError: a clip of `size` is too short or small for all of them.
         """
         region = KINDS["region"]
-        chance = self.region if region.fits(size) else 0.0
+        region_share = self.region if region.fits(size) else 0.0
         kinds = [KINDS[name] for name in self.frames if KINDS[name].fits(size)]
-        if not kinds and not chance:
+        if not kinds and not region_share:
             raise ConfigError(f"MaskMixture: clips of {size} (frames, height, width) fit none of its tasks")
-        if not kinds or float(torch.rand((), generator=generator)) < chance:
+        if not kinds or float(torch.rand((), generator=generator)) < region_share:
             return region
         return kinds[_integer(len(kinds), generator)]
 

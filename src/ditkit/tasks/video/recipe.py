@@ -103,7 +103,7 @@ class MaskedClipDataset:
         return clips, Cond(label=self.label(indices), context=clips, mask=mask)
 
     def label(self, indices: Tensor) -> Tensor | None:
-        """The class of each chosen clip, int64 [n]; None where they have none."""
+        """Return the class of each chosen clip, int64 [n]; None where they have none."""
         labelled = isinstance(self.clips, LabelledClips) and self.clips.classes
         return class_labels(self.clips, indices) if labelled else None
 

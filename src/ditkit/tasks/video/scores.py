@@ -62,7 +62,7 @@ class Scores:
     def of(
         cls, clips: Tensor, truth: Tensor, mask: Tensor, extractor: EfficientNetLite0 | None = None
     ) -> Self:
-        """Of clips [B, C, T, H, W] and a mask [B, 1, T, H, W], true where they were generated.
+        """Score clips [B, C, T, H, W] with a mask [B, 1, T, H, W], true where they were generated.
 
         Raises:
             ShapeError, DataError: as `ditkit.metrics.video` does.
@@ -137,7 +137,7 @@ class VideoScores:
 
     @property
     def measured(self) -> bool:
-        """Whether there was anything to compare with."""
+        """True if there was anything to compare with."""
         return any(scores.model or scores.frechet for scores in self.masks)
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,10 +145,12 @@ class VideoScores:
         return {"feature_distance": FEATURE_DISTANCE, "masks": [asdict(scores) for scores in self.masks]}
 
     def table(self) -> Table:
-        """A line for the model and one for the baseline of each mask, in 80 columns."""
-        asked = any(scores.model and scores.model.feature_distance is not None for scores in self.masks)
-        columns = COLUMNS | (FEATURE_COLUMN if asked else {})
-        about = [EXPLAINED, *([f"features: distance over {FEATURE_DISTANCE}."] if asked else [])]
+        """Make a line for the model and one for the baseline of each mask, in 80 columns."""
+        with_features = any(
+            scores.model and scores.model.feature_distance is not None for scores in self.masks
+        )
+        columns = COLUMNS | (FEATURE_COLUMN if with_features else {})
+        about = [EXPLAINED, *([f"features: distance over {FEATURE_DISTANCE}."] if with_features else [])]
         for scores in self.masks:
             if (found := scores.frechet) is not None:
                 about.append(
@@ -279,7 +281,7 @@ def _stage(progress: Progress | None, kind: MaskKind) -> Callable[[int, int], No
 
 
 def _check_given(generated: Tensor, clips: Tensor, mask: Tensor) -> None:
-    """What was given comes out as it went in, to the bit."""
+    """Check that given content comes out as it went in, to the bit."""
     given = ~mask.expand_as(clips)
     assert torch.equal(generated[given].view(torch.int32), clips[given].view(torch.int32))
 

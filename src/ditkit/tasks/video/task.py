@@ -14,7 +14,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.task import Evaluation, Progress, Task
 
 FPS = 10.0
-"""Of films without data, whose rate nothing says."""
+"""The rate of films without data, which have none of their own."""
 SHEET_CLIPS = 8
 """Clips of sheet.png."""
 

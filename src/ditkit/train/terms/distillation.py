@@ -34,8 +34,9 @@ class PredictionDistillation(Term):
 
 @dataclass(frozen=True)
 class AttentionDistillation(Term):
-    """Mean over some attentions of mean (output - teacher's)^2, before the output's projection: L_attn of CLEAR
-    (arXiv 2412.16112, whose weight and `every` are the defaults).
+    """The mean over some attentions of mean (output - teacher's)^2, before the output's projection.
+
+    L_attn of CLEAR (arXiv 2412.16112, whose weight and `every` are the defaults).
 
     Args:
         every: attentions are compared whose place in the model divides by it.

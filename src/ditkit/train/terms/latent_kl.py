@@ -15,8 +15,9 @@ from ditkit.train.schedules import Weight
 
 @dataclass(frozen=True)
 class LatentKL(Term):
-    """KL(N(mean, variance) || N(0, 1)) of a sample's latents (Kingma and Welling 2014, appendix B), in nats divided by
-    the number of values in the signal.
+    """KL(N(mean, variance) || N(0, 1)) of a sample's latents (Kingma and Welling 2014, appendix B).
+
+    It is in nats divided by the number of values in the signal.
 
     Latent diffusion sums both this and the reconstruction error over a sample: its weight, 1e-6, means the same here.
     """

@@ -58,7 +58,7 @@ class MultiScale(Term):
 
 
 def at_resolution(target: Tensor, sides: Sequence[int]) -> Tensor:
-    """A target [B, C, H, W] at `sides` (h, w): sums over blocks of s x s pixels, divided by s.
+    """Scale a target [B, C, H, W] to `sides` (h, w): sums over blocks of s x s pixels, divided by s.
 
     White noise keeps its variance so; a constant k becomes s k. Where H is odd, blocks of s + 1 pixels overlap at their
     edges and reach over the border into zeros (the published code).

@@ -26,8 +26,10 @@ class Regression(Term):
 
 @dataclass(frozen=True)
 class AbsoluteError(Term):
-    """mean |target - prediction| (arXiv 2112.10752, section G). The mean is over all elements, given ones counted
-    as 0."""
+    """The mean of |target - prediction| (arXiv 2112.10752, section G).
+
+    The mean is over all elements, given ones counted as 0.
+    """
 
     weight: Weight = 1.0
 

@@ -63,7 +63,7 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
 
 
 def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of a Gaussian's mass in the bin of each value, in nats; the outer bins reach to infinity.
+    """Compute the log of a Gaussian's mass in each value's bin, in nats; the outer bins reach to infinity.
 
     Ho et al. 2020, eq. 13, with the exact normal integral and no less than log 1e-12; DiT's code has the same
     floor and a tanh approximation of the integral. All in logarithms, on the side of the mean where nothing
