@@ -13,12 +13,12 @@ from ditkit.core.cond import Cond
 from ditkit.core.ddpm import DISCRETE, DiscretePath
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
+from ditkit.core.run import Run
 from ditkit.models.dimr import DiMR, DiMRConfig, renamed
 from ditkit.nn.stages import spread_channels
 from ditkit.nn.time_norms import TimeDependentLayerNorm, TimeDependentParameter, TimeDependentRMSNorm
 from ditkit.sample.guidance import PowerCosine
 from ditkit.train.denoising import Denoising
-from ditkit.train.taps import Tap
 from ditkit.train.terms.multi_scale import MultiScale, at_resolution
 from golden_support import assert_golden, float64, read
 
@@ -110,13 +110,12 @@ def test_the_predictions_of_both_stages_and_what_the_second_is_told(name: str) -
     told: list[Tensor] = []
     refine = model.stages[1].norm_lower
     refine.register_forward_pre_hook(lambda module, arguments: told.append(arguments[0]))
-    tap = Tap(["stages.0.head"])
+    lower: list[Tensor] = []
+    run = Run({"stages.0.head": lambda fn, *args: lower.append(fn(*args)) or lower[0]})
     x, index = formula.tensor("x", given["x"][1]), torch.tensor(given["n"]).double() - 1
     with torch.no_grad():
-        out = model(x, index, Cond(label=torch.tensor(given["y"])), tap)
-    for prediction, summary in zip(
-        (tap.recorded["stages.0.head"], out), expected["outputs_by_stage"], strict=True
-    ):
+        out = model(x, index, Cond(label=torch.tensor(given["y"])), run)
+    for prediction, summary in zip((lower[0], out), expected["outputs_by_stage"], strict=True):
         assert_golden(prediction, summary)
     taps = expected["stage1_taps"]
     (features,) = told

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.adapt import TaskRouting
+from ditkit.attention.pattern import Pattern
 from ditkit.bench.macs import count_macs
 from ditkit.caching import TaylorSeer
 from ditkit.core.catalog import every
@@ -259,12 +259,13 @@ def test_a_cache_works_on_every_branch_of_every_stage() -> None:
 
 
 @pytest.mark.parametrize("kind", every(Policy), ids=lambda kind: kind.__name__)
-def test_what_moves_rows_or_replaces_attention_is_refused_by_name(kind: type[Policy]) -> None:
-    policy = kind.small(Grid(1, 8, 8))
-    if isinstance(policy, TaylorSeer | TaskRouting) or kind.__module__ == "ditkit.adapt.toy":
-        return  # they act on it
-    with pytest.raises((ConfigError, NoEffectError), match=f"^{kind.__name__}: "):
-        drawn(awake().float(), (policy,))
+def test_what_moves_rows_is_refused_by_name_and_others_act_or_are(kind: type[Policy]) -> None:
+    policy, model = kind.small(Grid(1, 8, 8)), awake().float()
+    moves = isinstance(policy, Pattern) or kind.__name__ in ("RAS", "ConfidentTaylor")
+    try:
+        assert drawn(model, (policy,)).isfinite().all() and not moves
+    except (ConfigError, NoEffectError) as error:
+        assert str(error).startswith(f"{kind.__name__}: ") and kind is not TaylorSeer
 
 
 def test_the_norm_and_the_modulation_are_float32_under_bfloat16() -> None:
