@@ -34,7 +34,7 @@ from ditkit.tasks.graph.recipe import LinkTargets, hidden_nodes
 from ditkit.tasks.graph.scores import Drawn, drawn_scores
 from ditkit.train.ema import Constant
 from ditkit.train.graph_targets import GraphTargets, Targets
-from ditkit.train.loop import Samples, train
+from ditkit.train.loop import TrainingSet, train
 from ditkit.train.randomness import SampleRNG, generator
 from ditkit.train.settings import Settings
 
@@ -56,7 +56,7 @@ PAPER = "no figure of this set; the abstract says better than DyG2Vec and other 
 
 
 def trained(
-    config: TodyformerConfig, samples: Samples, steps: int, seed: int, batch: int, rate: float = 1e-3
+    config: TodyformerConfig, samples: TrainingSet, steps: int, seed: int, batch: int, rate: float = 1e-3
 ) -> Todyformer:
     """Return an arm after training, its weights averaged."""
     torch.manual_seed(seed)

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 import tyro
-from ditkit.sample.workload import SamplingJob
 from torch import Tensor
 
 import ditkit
@@ -29,6 +28,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.run import Call, Site
 from ditkit.core.trajectory import Trajectory
+from ditkit.sample import Sampler
 from ditkit.systems.claims import Claim
 
 DONOR, BLOCK, STEPS = "digits-video-dit", 32, 4
@@ -93,9 +93,9 @@ def shuffled(table: HeadTable, seed: int, across: bool) -> tuple[str, ...]:
 
 def errors_of(model: Denoiser, policies: Sequence[Policy]) -> list[Tensor]:
     """Return the relative error of each policy's samples to dense attention's, [samples] each."""
-    work = SamplingJob.of(model, None, JUDGED_ON, STEPS, "euler", 1.0, len(JUDGED_ON), None)
-    exact = work.draw().samples.flatten(1)
-    drawn = [work.draw([policy]).samples.flatten(1) for policy in policies]
+    sampler = Sampler.of(model, seeds=JUDGED_ON, steps=STEPS, guidance=1.0, batch_size=len(JUDGED_ON))
+    exact = sampler.draw().samples.flatten(1)
+    drawn = [sampler.draw(policies=policy).samples.flatten(1) for policy in policies]
     return [(out - exact).norm(dim=1) / exact.norm(dim=1) for out in drawn]
 
 

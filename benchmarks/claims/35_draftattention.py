@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 import tyro
-from ditkit.sample.workload import SamplingJob
 from torch import Tensor, nn
 
 import ditkit
@@ -30,6 +29,7 @@ from ditkit.core.policy import Claim as SiteClaim
 from ditkit.core.policy import Policy, Session
 from ditkit.core.run import Call, Handler, Site, attended
 from ditkit.ops.block_sparse_attention import attend, attend_chosen, chooser_handle, dense_plan, narrowed
+from ditkit.sample import Sampler
 from ditkit.systems.claims import Claim
 
 DONOR, GRID, PATCH, REGION = "digits-video-dit", Grid(16, 8, 8), (4, 4), 16
@@ -72,7 +72,8 @@ class Seeing(Session):
 def donor_qkv() -> list[QKV]:
     """Return those of all attentions in all steps."""
     seen = Seen()
-    SamplingJob.of(ditkit.load(DONOR), None, SEEDS, STEPS, "euler", 1.0, len(SEEDS), None).draw([seen])
+    model = ditkit.load(DONOR)
+    Sampler.of(model, seeds=SEEDS, steps=STEPS, guidance=1.0, batch_size=len(SEEDS)).draw(policies=seen)
     return seen.met
 
 

@@ -33,7 +33,7 @@ from ditkit.systems.claims import Bounds, Claim
 from ditkit.tasks.forecast.recipe import ForecastDataset, Windows
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
-from ditkit.train.loop import Samples, train
+from ditkit.train.loop import TrainingSet, train
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
 
@@ -64,7 +64,7 @@ def settings(steps: int, seed: int, rate: float) -> Settings:
     )
 
 
-def trained(config: PredFormerConfig, data: Samples, run: Settings) -> Model:
+def trained(config: PredFormerConfig, data: TrainingSet, run: Settings) -> Model:
     """Return a network after training, its weights averaged."""
     torch.manual_seed(run.seed)
     with tempfile.TemporaryDirectory() as folder:
