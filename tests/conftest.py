@@ -56,3 +56,33 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+BUDGET_SECONDS = 25.0
+"""Time that a system's tests may take."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds of each system's tests, those above the budget marked; of systems that ran."""
+    from ditkit.systems.rows import load
+
+    reports = [
+        report
+        for kind in ("passed", "failed", "skipped", "")
+        for report in terminalreporter.stats.get(kind, [])
+        if hasattr(report, "duration")
+    ]
+    rows = []
+    for system in load():
+        seconds = sum(r.duration for r in reports if any(_is_of(r.nodeid, test) for test in system.tests))
+        if seconds >= 1:
+            rows.append((seconds, f"{seconds:6.1f} s  {system.number:>2} {system.name}"))
+    if rows:
+        terminalreporter.section(f"tests of systems, {BUDGET_SECONDS:g} s each at most", sep="-")
+        for seconds, line in sorted(rows, reverse=True):
+            terminalreporter.line(line + ("  over" if seconds > BUDGET_SECONDS else ""))
+
+
+def _is_of(nodeid: str, test: str) -> bool:
+    """Return whether a test belongs to an entry of a row, a file or FILE::name."""
+    return nodeid == test or nodeid.startswith((test + "::", test + "["))
