@@ -177,7 +177,8 @@ def test_the_command(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: 
     policy = "taylorseer:interval=2|4,order=1"
     assert main(["tune", str(model), "--policy", policy, "--at-least", "5dB", *flags]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= COLUMNS
+    lines = [line for line in text.splitlines() if not line.startswith("wrote")]  # a path may be long
+    assert max(map(len, lines)) <= COLUMNS
     assert "Best with at least 5 dB: taylorseer:interval=" in text and f"wrote {out / 'tune.json'}" in text
     rows = [line.split() for line in text.splitlines() if line.startswith((" taylorseer", " exact"))]
     assert len(rows) == 3 and sum(row[-1] == "best" for row in rows) == 1

@@ -541,7 +541,7 @@ def test_int8_and_compiled_blocks(kind: str) -> None:
 
 
 def test_a_search_on_a_host_finds_a_table_for_it(tmp_path: Path) -> None:
-    case = EVERY["cogvideox"]
+    case = EVERY["cogvideox 2b"]
     model = view(case.transformer())
     sites = sites_of(model)
     found = search_by(

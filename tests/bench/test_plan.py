@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid
 from ditkit.core.spec import component
 from ditkit.models.vdt import VDT, VDTConfig
-from ditkit.report.plan_picture import BLANK, HEAD_COLOURS, PART, QUERY, SEEN, head_view, laid, plan_page
+from ditkit.report.plan_picture import BLANK, HEAD_COLOURS, PART, QUERY, VISIBLE, head_view, laid, plan_page
 from models_support import save_tiny
 from patterns_support import tiny_clip_model
 
@@ -116,7 +116,7 @@ def test_a_page_shows_every_pattern(known: Pattern, grid: Grid) -> None:
     planned = Planned.of(known, grid, 5)
     alone = plan_page([planned], places(grid))
     found = pixels(alone)
-    wanted = {SEEN, BLANK, QUERY} | ({PART} if planned.plan.partial else set())
+    wanted = {VISIBLE, BLANK, QUERY} | ({PART} if planned.plan.partial else set())
     assert all(found[rgb(colour)] > 100 for colour in wanted)
     assert (PART in wanted) == (rgb(PART) in found)
     two = plan_page([planned, planned], places(grid), torch.full((1, 3, 9, 7), 255, dtype=torch.uint8))
@@ -131,13 +131,13 @@ def test_tokens_are_painted_where_they_are() -> None:
     for row in range(3):
         for column in range(5):
             painted = picture.getpixel((5 * column + 2, 5 * row + 2))
-            assert painted == rgb(SEEN if seen[row, column] else BLANK)
+            assert painted == rgb(VISIBLE if seen[row, column] else BLANK)
 
 
 def test_tokens_smaller_than_a_pixel_are_averaged() -> None:
     half = (torch.arange(400) % 2).bool().expand(400, 400)
     (painted,) = pixels(laid(half, None, 100))
-    mean = [(a + b) / 2 for a, b in zip(rgb(SEEN), rgb(BLANK), strict=True)]
+    mean = [(a + b) / 2 for a, b in zip(rgb(VISIBLE), rgb(BLANK), strict=True)]
     assert painted == pytest.approx(mean, abs=0.51)
 
 

@@ -165,7 +165,7 @@ def test_the_demo_is_what_it_says(
         main(["compare", str(model), "--demo", "--out", str(tmp_path)])
     sampling = asked["sampling"]
     assert isinstance(sampling, Sampling)
-    assert sampling.policies == (DEFAULT, TaylorSeer(interval=4), TaylorSeer(interval=6, order=2))
+    assert sampling.policies == (DEFAULT, TaylorSeer(interval=4, order=1), TaylorSeer(interval=6, order=2))
     assert (tmp_path / "first.png").is_file() and "takes about" in capsys.readouterr().err
     assert (asked["rounds"], asked["memory"], asked["converged_steps"]) == (2, False, 200)
     assert asked["controls_as_rows"] is True and sampling.seeds == tuple(range(8)) and sampling.steps == 50

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import lumina_wan_support
 import pytest
 
 import flux_support
@@ -46,9 +45,7 @@ TABLES = tool()
 def transformer(family: str) -> Any:
     if family == "flux":
         return flux_support.transformer()
-    if family in lumina_wan_support.CASES:
-        return lumina_wan_support.CASES[family].transformer()
-    return {**hosts_support.FAMILIES, **hosts_support.LATER}[family].transformer()
+    return hosts_support.EVERY[family].transformer()
 
 
 @pytest.mark.parametrize("family", TABLES.FAMILIES)

@@ -47,7 +47,7 @@ def quick(example: str) -> str:
 
 def test_every_fence_is_of_a_kind_that_is_tested() -> None:
     kinds = {kind for text in BY_HAND.values() for kind in re.findall(r"^```(\w+)", text, re.M)}
-    assert kinds == {"python", "bibtex"}
+    assert kinds == {"python", "bibtex", "text"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -22,7 +22,7 @@ from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.family import families
 from ditkit.hosts.family import family as family_of
 from ditkit.hosts.view import running, view
-from policies_support import Tap
+from policies_support import Tap, captions
 
 families()
 B, C, S, D, DEPTH, HEADS, PATCH, CLASSES = 2, 4, 7, 64, 3, 4, 2, 10
@@ -179,11 +179,6 @@ def with_lora(model: Any) -> Any:
 def residuals(count: int, rows: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(5)
     return [0.1 * torch.randn(B, rows, D, generator=draw) for _ in range(count)]
-
-
-def captions(*lengths: int, rows: int = 9) -> Tensor:
-    """Mask [B, S] of captions that end in padding."""
-    return (torch.arange(rows) < torch.tensor(lengths)[:, None]).long()
 
 
 # FLUX, Stable Diffusion 3, DiT

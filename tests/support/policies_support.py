@@ -270,3 +270,8 @@ class Tapped(Session):
         out = fn(*args)
         self.policy.seen.setdefault(name, (args, out))
         return out
+
+
+def captions(*lengths: int, rows: int = 9) -> Tensor:
+    """Mask [B, S] of captions that end in padding."""
+    return (torch.arange(rows) < torch.tensor(lengths)[:, None]).long()

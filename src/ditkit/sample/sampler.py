@@ -322,9 +322,10 @@ def trajectory_of(model: Denoiser, sampling: Sampling) -> Trajectory:
         ConfigError, ConflictError, NoEffectError: as `Trajectory` does.
     """
     policies = with_inherent(model, sampling.policies)
+    trajectory = Trajectory(model.sites(), policies, sampling.evaluations, sampling.max_bytes, model.learned)
     for policy in policies:
         policy.check_model(model)
-    return Trajectory(model.sites(), policies, sampling.evaluations, sampling.max_bytes, model.learned)
+    return trajectory
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
