@@ -22,6 +22,7 @@ from ditkit.bench.claims import write
 from ditkit.bench.paired import Draws, bootstrap, paired_loss
 from ditkit.models.vdt import VDT
 from ditkit.systems.claims import Claim
+from ditkit.tasks.video.masks import mask_kind
 from ditkit.tasks.video.recipe import MaskedClipDataset, conditioned
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Power
@@ -95,7 +96,7 @@ def of_losses(
 def of_replacement(mixed: VDT, unconditional: VDT) -> Claim:
     """Compare predictions with those that a network without masks makes by replacement."""
     clips = balls(HELD_OUT, CLIPS).clips(torch.arange(CLIPS))
-    cond = conditioned(clips, "predict", range(CLIPS))
+    cond = conditioned(clips, mask_kind("predict"), range(CLIPS))
     assert cond.mask is not None
     errors = [
         ((made.clamp(-1, 1) - clips) * cond.mask).square().flatten(1).sum(1) / cond.mask.flatten(1).sum(1)
