@@ -340,15 +340,18 @@ def test_check_counts_a_true_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_exits_2_with_one_line_a_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zeroth, first, second, *rest = load()
-    broken = (zeroth, replace(first, status="done"), replace(second, arxiv="x"), *rest)
+    zeroth, first, second, third, *rest = load()
+    broken = (zeroth, replace(first, status="done"), second, replace(third, arxiv="x"), *rest)
     monkeypatch.setattr("ditkit.systems.rows.load", lambda: broken)
     with pytest.raises(SystemExit) as caught:
         systems(check=True)
     out, err = capsys.readouterr()
     assert caught.value.code == 2
     assert out == ""
-    assert [line.split(":")[0] for line in err.splitlines()] == ["1 YingVideo-MV", "2 DiMR"]
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "1 YingVideo-MV",
+        "3 Multi-modal characterisation",
+    ]
 
 
 def test_flags_that_contradict_are_refused() -> None:
