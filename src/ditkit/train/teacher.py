@@ -78,12 +78,15 @@ class EmaTeacher(Teacher):
     def make(self, run: Run) -> nn.Module:
         if self.which >= len(run.averages):
             raise ConfigError(f"EmaTeacher: which={self.which}, expected one of {len(run.averages)} averages")
-        model = run.model
-        copy = model.rebuilt(model.transforms)
-        with torch.device("meta"):
-            copy.adopt(model.policies)
-        copy.load_state_dict(run.averages[self.which].whole(model), assign=True)
-        return frozen(copy)
+        return _sharing(run.model, run.averages[self.which].whole(run.model))
+
+
+@dataclass(frozen=True)
+class LiveTeacher(Teacher):
+    """The model in training itself, as it is at each step: it shares the weights' memory, in eval mode."""
+
+    def make(self, run: Run) -> nn.Module:
+        return _sharing(run.model, run.model.state_dict())
 
 
 @dataclass(frozen=True)
@@ -178,3 +181,12 @@ def frozen(model: Model) -> Model:
     model.policies = tuple(policy for policy in model.policies if policy.inherent)
     model.eval().requires_grad_(False)
     return model
+
+
+def _sharing(model: Model, state: Mapping[str, Tensor]) -> Model:
+    """Return a frozen network of the model's structure that holds the very tensors of `state`."""
+    copy = model.rebuilt(model.transforms)
+    with torch.device("meta"):
+        copy.adopt(model.policies)
+    copy.load_state_dict({name: value.detach() for name, value in state.items()}, assign=True)
+    return frozen(copy)
