@@ -115,9 +115,7 @@ def features(model: DiT, pictures: Pictures, block: int, count: int) -> tuple[Te
         t = torch.full((len(index),), PROBED_AT)
         x = FLOW.make_path().mix(data, noise, t)
         unlabelled = model.unconditional(cond)
-        out = run_with_taps(
-            model, model, [site], tuple(data.shape[1:]), x, t, unlabelled, times=t, stop=site
-        )
+        out = run_with_taps(model, model, [site], tuple(data.shape[1:]), x, t, unlabelled, times=t, stop=site)
         parts.append(out.taps[site].mean(1))
         labels.append(cond.label)
     return torch.cat(parts).double(), torch.cat(cast(list[Tensor], labels))
@@ -170,6 +168,8 @@ def ratio(seconds: Mapping[str, Tensor], arm: str, rival: str) -> tuple[float, t
 def agreement(losses: Sequence[Any], weights: Sequence[Tensor]) -> float:
     """Cosine between the gradients of two losses on weights that both reach."""
     pairs = [torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) for loss in losses]
-    both = [(a.flatten(), b.flatten()) for a, b in zip(*pairs, strict=True) if a is not None and b is not None]
+    both = [
+        (a.flatten(), b.flatten()) for a, b in zip(*pairs, strict=True) if a is not None and b is not None
+    ]
     one, two = (torch.cat(parts) for parts in zip(*both, strict=True))
     return F.cosine_similarity(one, two, dim=0).item()

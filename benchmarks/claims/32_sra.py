@@ -76,7 +76,10 @@ def of_losses(steps: int) -> Iterator[Claim]:
         least=True,
     )
     yield tried(
-        "A cleaner time of the teacher helps", "SRA 2-5", "no gap", "an ablation; figures are not in our notes"
+        "A cleaner time of the teacher helps",
+        "SRA 2-5",
+        "no gap",
+        "an ablation; figures are not in our notes",
     )
     yield tried(
         "The average is a better teacher than the network in training",
@@ -102,9 +105,7 @@ def macs(model: DiT, stop: str = "") -> float:
         x = torch.empty(1, *model.sample_shape, device="meta")
         t, cond = torch.empty(1, device="meta"), Cond(label=torch.zeros(1, dtype=torch.long, device="meta"))
         shape = tuple(model.sample_shape)
-        return float(
-            count_macs(lambda: run_with_taps(model, model, (), shape, x, t, cond, stop=stop)).total
-        )
+        return float(count_macs(lambda: run_with_taps(model, model, (), shape, x, t, cond, stop=stop)).total)
 
 
 def of_costs(rounds: int) -> Iterator[Claim]:
