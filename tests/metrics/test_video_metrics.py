@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.metrics import features, perceptual
+from ditkit.metrics import perceptual
 from ditkit.metrics.features import EfficientNetLite0, load_efficientnet_lite0, normalised
 from ditkit.metrics.image import psnr_db, ssim, ssim_map
 from ditkit.metrics.perceptual import (
@@ -23,6 +23,7 @@ from ditkit.metrics.video import (
     temporal_psnr_db,
     temporal_relative_l2,
 )
+from ditkit.nn import efficientnet
 
 
 def clips(seed: int, *shape: int) -> Tensor:
@@ -261,7 +262,7 @@ def test_clip_features_refuse_what_they_cannot_describe(untrained):
 
 @pytest.mark.parametrize("block", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_distances_of_clips_order_as_their_faults_do(pretrained, monkeypatch, block):
-    monkeypatch.setattr(features, "IMAGE_SIZE", 64)  # instead of 224: a twelfth of the time
+    monkeypatch.setattr(efficientnet, "IMAGE_SIZE", 64)  # instead of 224: a twelfth of the time
     feature, g = ClipFeature(block), torch.Generator().manual_seed(3)
     n, frames = feature.clips_needed, 4
     real, other = squares(1, n, frames), squares(2, n, frames)

@@ -27,6 +27,7 @@ class Cond:
         context: [B, C, T, H, W] given content, of the sample's own shape, read where `mask` is 0.
         mask: [B, 1, T, H, W], 1 where content is to be made, 0 where `context` gives it (VDT, section 3.3).
             Without a mask, all is to be made.
+        pixels: [B, C, H, W] of the very signal that a latent codes, for losses that look at it; no model reads them.
     """
 
     label: Tensor | None = None
@@ -38,6 +39,7 @@ class Cond:
     maps: Tensor | None = None
     context: Tensor | None = None
     mask: Tensor | None = None
+    pixels: Tensor | None = None
 
     def given(self, x: Tensor) -> Tensor:
         """`x` [B, C, ...] with the given content in its place, to the bit; `x` itself where nothing is given."""

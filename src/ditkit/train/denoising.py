@@ -16,6 +16,7 @@ from ditkit.core.model import Denoiser, Model
 from ditkit.core.path import Path, spread
 from ditkit.core.policy import Policy
 from ditkit.core.transform import origin_of
+from ditkit.nn.encoders import PictureEncoder
 from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.taps import Output, run_with_taps
@@ -162,6 +163,7 @@ class Denoising(Objective):
             cond=cond,
             rng=rng,
             step=held.step,
+            layout=model.layout(tuple(x.shape[1:])),
             path=path,
             convention=convention,
             noise=noise,
@@ -185,19 +187,26 @@ class Denoising(Objective):
     ) -> dict[str, Answer | None]:
         """Return each term's answer from its teacher.
 
-        Teachers that are asked the same are asked once.
+        Teachers that are asked the same are asked once; an encoder once for all that look at the same pictures.
         """
         answers: dict[str, Answer | None] = {}
         alike: dict[Any, list[Term]] = {}
+        looks: dict[Any, dict[str, Ask]] = {}
         for term in self.active_at(held.step):
             name = type(term).__name__
             taps = {tap: batch.taps[tap] for tap in term.taps(batch.sites)}
             ask = term.asks(replace(batch, own=held.modules.get(name), taps=taps))
             if ask is not None:
                 network = model if ask.student else held.teachers[name]
+                if isinstance(network, PictureEncoder):
+                    looks.setdefault((network, ask.x, ask.grid), {})[name] = ask
+                    continue
                 answers[name] = _answer(forward if ask.student else network, network, batch, ask)
             elif term.teacher is not None:
                 alike.setdefault(term.teacher, []).append(term)
+        for (network, x, grid), asks in looks.items():
+            found = Answer(network(x, grid, max(ask.maps for ask in asks.values())), {})
+            answers |= dict.fromkeys(asks, found)
         for terms in alike.values():
             network = held.teachers[type(terms[0]).__name__]
             read = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ditkit.core.cond import Cond
 from ditkit.core.config import Checked
 from ditkit.core.errors import ConfigError, unknown
+from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.policy import detached
 from ditkit.core.run import Site
@@ -36,7 +37,7 @@ class Batch:
         sites: of the network.
         own: the term's modules. taught: what its teacher, or what it asked, said.
         cond, rng: what the network was told, and what is random about these samples.
-        step: of the optimiser, from 0.
+        step: of the optimiser, from 0. layout: of the network's tokens.
     """
 
     data: Tensor
@@ -49,6 +50,12 @@ class Batch:
     cond: Cond | None = None
     rng: SampleRNG | None = None
     step: int = 0
+    layout: Sequence[Segment] = ()
+
+    def pixels(self) -> Tensor:
+        """Return the signals [B, C, ...] that the data are, or that they code."""
+        given = None if self.cond is None else self.cond.pixels
+        return self.data if given is None else given
 
     def residual(self) -> Tensor:
         """Return what a perfect network would make zero, [B, ...]."""
@@ -72,6 +79,8 @@ class Term(Checked, ABC):
     rate: float | None = None
     """Learning rate of an adversary's modules; None is the network's."""
     every: int = 1
+    reads_pixels: ClassVar[bool] = False
+    """True if it looks at the signal under latents, which data give only at steps where it has a weight."""
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
     weight: Weight
@@ -160,6 +169,10 @@ class Objective(ABC):
 
     def active_at(self, step: int) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if weight_at(term.weight, step))
+
+    def reads_pixels(self, step: int) -> bool:
+        """Return whether a term looks at the signal under latents at a step."""
+        return any(term.reads_pixels for term in self.active_at(step))
 
     def check(self, model: Model) -> None:
         """Refuse a model that an active term cannot learn from, before the first step.

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ditkit.core.codec import fingerprint
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Segment
 from ditkit.core.loading import load
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
+from ditkit.nn.encoders import Facts, check_grid, facts_of, picture_encoder
 from ditkit.train.ema import Average
 
 
@@ -136,6 +138,45 @@ class EncoderTeacher(Teacher):
             return self.build().eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class PictureTeacher(Teacher):
+    """A frozen encoder of pictures by its name, as `ditkit.nn.encoders.picture_encoder` takes it.
+
+    Args:
+        source: efficientnet-lite0, vit:FOLDER, or a vision model of the transformers library, by folder or id.
+    """
+
+    source: str
+
+    def facts(self) -> Facts:
+        """Return its numbers, without its weights."""
+        return facts_of(self.source)
+
+    def make(self, run: Run) -> nn.Module:
+        return picture_encoder(self.source).to(run.device)
+
+    def identity(self) -> str:
+        return fingerprint(picture_encoder(self.source).state_dict())
+
+    def check(self, model: Model) -> None:
+        check_grid(self.source, self.facts(), picture_grid(model.layout(model.sample_shape)))
+
+
+def picture_grid(layout: Sequence[Segment], stage: int = 0) -> tuple[int, int]:
+    """Return rows and columns of a picture's tokens.
+
+    Raises:
+        ConfigError: there is no picture in the layout, or a clip.
+    """
+    grids = [part.grid for part in layout if part.stream == "image" and part.stage == stage]
+    if len(grids) != 1 or grids[0].frames != 1:
+        shapes = [grid.shape for grid in grids]
+        raise ConfigError(
+            f"an encoder of pictures teaches tokens of one picture, the model has image grids {shapes}"
+        )
+    return grids[0].height, grids[0].width
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """A term's question, beside what the student predicts of its own inputs.
@@ -147,6 +188,8 @@ class Ask:
         stop: the site after which nothing more is computed; of a teacher only.
         student: ask the network in training once more, with gradients, instead of the teacher.
         policies: in the place of those that it is under.
+        grid, maps: of an encoder of pictures, the rows and columns of its tokens, and of how many last blocks it gives
+            the attention.
     """
 
     x: Tensor | None = None
@@ -156,10 +199,15 @@ class Ask:
     stop: str = ""
     student: bool = False
     policies: tuple[Policy, ...] | None = None
+    grid: tuple[int, int] = (0, 0)
+    maps: int = 0
 
 
 class Answer(NamedTuple):
-    """A network's prediction in noise-time, sites' outputs by name, and the fraction of a learned variance."""
+    """A network's prediction in noise-time, sites' outputs by name, and the fraction of a learned variance.
+
+    Of an encoder of pictures, the first is its `Encoded`.
+    """
 
     out: Any
     taps: Mapping[str, Any]

@@ -52,7 +52,7 @@ class ClassImageRecipe(Recipe):
         recipe = self.fitting(images)
         channels, size, _ = codec.latent_shape(images.images.shape[1:])
         recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))
-        return Prepared(recipe, coded(ClassDataset(images), codec), codec)
+        return Prepared(recipe, coded(ClassDataset(images), codec, self.objective), codec)
 
     def fitting(self, images: ImageSet) -> Self:
         """With the model's classes and channels as the data has them."""
