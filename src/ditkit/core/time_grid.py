@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ditkit.core.errors import ConfigError, unknown
 
 
 class TimeGrid(ABC):
-    """A rising map of noise-time, [0, 1] into itself, that leaves the data at 0."""
+    """A rising map of noise-time, [0, 1] into itself, that leaves the data at 0, unless it says that it ends above."""
 
     homes: ClassVar[tuple[str, ...]] = ("ditkit.core",)
 
@@ -34,20 +35,42 @@ class Even(TimeGrid):
 
 
 EVEN = Even()
+BASE_VALUES = 4096
+"""Values of the samples for which RAE's shift is 1: latents 4 x 32 x 32."""
 
 
 @final
 @dataclass(frozen=True)
 class Shift(TimeGrid):
-    """t' = a t / (1 + (a - 1) t): a > 1 moves steps to noise (Esser et al. 2024, eq. 23); a = 1 is even."""
+    """t' = a t / (1 + (a - 1) t): a > 1 moves steps to noise (Esser et al. 2024, eq. 23); a = 1 is even.
+
+    Args:
+        end: where even times end before they are moved, above the data at 0; RAE's sampler stops at 0.001, and a step
+            from there to 0 is not taken.
+    """
 
     a: float = 3.0
+    end: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.a > 0:
             raise ConfigError(f"Shift: a={self.a} should be positive; 1 is even")
+        if not 0 <= self.end < 1:
+            raise ConfigError(f"Shift: end={self.end} should lie in [0, 1); 0 is the data")
+
+    @classmethod
+    def of_dimension(cls, values: int, end: float = 0.0) -> Shift:
+        """Shift by a = sqrt(values / 4096), for samples of so many values (RAE, section 4.2): 1 for 4 x 32 x 32.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if values < 1:
+            raise ConfigError(f"Shift: a sample of {values} values, expected at least 1")
+        return cls(math.sqrt(values / BASE_VALUES), end)
 
     def warp(self, t: Tensor) -> Tensor:
+        t = self.end + (1 - self.end) * t if self.end else t
         return self.a * t / (1 + (self.a - 1) * t)
 
 

@@ -1,6 +1,7 @@
 """Backbones, one file each."""
 
 from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
+from ditkit.models.ddt import DiTDH, DiTDHConfig
 from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
@@ -19,6 +20,8 @@ __all__ = [
     "DiMRConfig",
     "DiT",
     "DiTConfig",
+    "DiTDH",
+    "DiTDHConfig",
     "PredFormer",
     "PredFormerConfig",
     "Todyformer",

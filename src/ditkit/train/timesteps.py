@@ -39,12 +39,20 @@ UNIFORM = Uniform()
 
 @dataclass(frozen=True)
 class LogitNormal(Timesteps):
-    """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N)."""
+    """t = sigmoid(mean + std N(0, 1)) (Esser et al. 2024, eq. 19); on the linear path sigma = exp(N).
+
+    Args:
+        last: times above it are not drawn (RAE: 0.999).
+    """
 
     mean: float = 0.0
     std: Annotated[float, Gt(0)] = 1.0
+    last: Annotated[float, Interval(gt=0, le=1)] = 1.0
 
     def quantile(self, u: Tensor) -> Tensor:
+        if self.last < 1:
+            most = (math.log(self.last / (1 - self.last)) - self.mean) / self.std
+            u = u * (0.5 * math.erfc(-most / math.sqrt(2)))
         normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-12, 1 - 1e-12) - 1)
         return torch.sigmoid(self.mean + self.std * normal)
 
