@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from codecs_support import CLIPS, PICTURES, equal, one_line, small
+from ditkit.codecs.representation import RepresentationCodec, RepresentationConfig
 from ditkit.codecs.standardised import Standardised
 from ditkit.core.catalog import every
 from ditkit.core.codec import IDENTITY, Codec, fingerprint, frame_by_frame
@@ -19,6 +20,8 @@ def codec_of(kind: type[Codec]) -> Codec:
         return Standardised.of(
             "uvp", ("m/s", "m/s", "Pa"), torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 1, 9])
         )
+    if kind is RepresentationCodec:  # of pictures of one size
+        return RepresentationCodec(RepresentationConfig(size=(16, 8), depth=1)).eval()
     return kind(kind.Config()).eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import formula
+from ditkit.codecs.representation import RepresentationCodec, RepresentationConfig, decoder_weights
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.grid import Grid
@@ -17,6 +18,7 @@ from ditkit.core.model import parameter_count
 from ditkit.core.path import Linear
 from ditkit.core.time_grid import Shift
 from ditkit.models.ddt import DDTBlock, DiTDH, DiTDHConfig, FourierTime
+from ditkit.nn.encoders import standardised
 from ditkit.nn.rotary import Rotary, axial_angles, rotate
 from ditkit.nn.vit_decoder import ViTDecoder, ViTDecoderConfig
 from ditkit.sample.guidance import Autoguidance, ClassifierFree
@@ -252,40 +254,30 @@ def test_euler() -> None:
     assert_golden(states[-1], case["expect"]["final"])
 
 
-DECODER = {
-    "embed": "decoder_embed",
-    "out": "decoder_pred",
-    "norm": "decoder_norm",
-    "blocks": "decoder_layers",
-}
-
-
-def decoder_state(model: ViTDecoder) -> Mapping[str, Tensor]:
-    """Return formula weights under our names: queries, keys and values are three layers there."""
-    inside = {
-        "norm_attn": "layernorm_before", "norm_mlp": "layernorm_after", "attn.out": "attention.output.dense",
-        "mlp.inner": "intermediate.dense", "mlp.outer": "output.dense",
-    }  # fmt: skip
-    found = {}
-    for name, value in model.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        if name == "token":
-            found[name] = formula.weight("trainable_cls_token", (1, 1, *value.shape)).reshape(value.shape)
-        elif layer.startswith("blocks."):
-            _, i, part = layer.split(".", 2)
-            prefix, width = f"decoder_layers.{i}.", value.shape[0] // 3
-            if part == "attn.qkv":
-                shape = (width, *value.shape[1:])
-                parts = [
-                    formula.weight(f"{prefix}attention.attention.{one}.{kind}", shape)
-                    for one in ("query", "key", "value")
-                ]
-                found[name] = torch.cat(parts)
-            else:
-                found[name] = formula.weight(f"{prefix}{inside[part]}.{kind}", value.shape)
-        else:
-            found[name] = formula.weight(f"{DECODER[layer]}.{kind}", value.shape)
-    return found
+def decoder_state(width: int, hidden: int, layers: int, tokens: int, out: int) -> dict[str, Tensor]:
+    """Return the published decoder's weights by formula, its position table left out."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "trainable_cls_token": (1, 1, width),
+        "decoder_embed.weight": (width, tokens),
+        "decoder_embed.bias": (width,),
+        "decoder_norm.weight": (width,),
+        "decoder_norm.bias": (width,),
+        "decoder_pred.weight": (out, width),
+        "decoder_pred.bias": (out,),
+    }
+    linear = {f"attention.attention.{part}": (width, width) for part in ("query", "key", "value")}
+    linear |= {
+        "attention.output.dense": (width, width),
+        "intermediate.dense": (hidden, width),
+        "output.dense": (width, hidden),
+    }
+    for i in range(layers):
+        at = f"decoder_layers.{i}."
+        for name, shape in linear.items():
+            shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+        for name in ("layernorm_before", "layernorm_after"):
+            shapes |= {f"{at}{name}.weight": (width,), f"{at}{name}.bias": (width,)}
+    return formula.weights(shapes)
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -296,7 +288,7 @@ def test_decoder() -> None:
     config = ViTDecoderConfig(
         latent_channels=c["hidden_size"],
         channels=3,
-        grid=3,
+        grid=(3, 3),
         patch=c["patch"],
         width=c["decoder_hidden_size"],
         hidden=c["intermediate"],
@@ -305,10 +297,32 @@ def test_decoder() -> None:
     )
     model = ViTDecoder(config)
     assert parameter_count(model) == case["expect"]["parameters"] - 10 * 16
-    model.load_state_dict(decoder_state(model))
+    state = decoder_state(config.width, config.hidden, config.depth, config.latent_channels, 48)
+    model.load_state_dict(decoder_weights({**state, "decoder_pos_embed": torch.zeros(1)}))
     tokens = formula.tensor(*case["inputs"]["z"])
     z = tokens.mT.reshape(2, c["hidden_size"], 3, 3)
     assert_golden(model(z), case["expect"]["image"])
+
+
+@torch.no_grad()
+def test_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["encode"]
+    given, expected = case["inputs"], case["expect"]
+    names = ("tokens", "mean", "var", "noise")
+    tokens, mean, variance, noise = (formula.tensor(*given[name]) for name in names)
+    codec = RepresentationCodec(
+        RepresentationConfig(size=8, patch=4, width=8, hidden=8, heads=2, depth=1, latent_channels=3)
+    ).double()
+    codec.mean.copy_(mean[0])
+    codec.variance.copy_(variance[0].abs())
+    raw, disturbance = (v.mT.reshape(2, 3, 2, 2) for v in (tokens, noise))
+    u = (formula.tensor("rand0", (2, 1, 1)) + 1).view(2) / 2
+    assert_golden(codec.normalised(raw), expected["eval"])
+    assert_golden(codec.normalised(codec.noised(raw, disturbance, u)), expected["train"])
+    image = formula.tensor(*given["image"])
+    side = expected["encoder_input_size"]
+    pixels = standardised(2 * image - 1, (side, side), *expected["mean_std"])
+    assert_golden(pixels, expected["resized_and_standardised_image"])
 
 
 def test_parameters() -> None:

@@ -171,6 +171,14 @@ class VariationalCodec(Codec):
         """
 
 
+class RepresentingCodec(Codec):
+    """A codec whose latents a frozen encoder makes; its decoder is trained on noisy ones (RAE, arXiv 2510.11690)."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """Encode `x`, add noise [B, ...] of the latents' shape, as strong as u [B] in [0, 1) says, and decode."""
+
+
 @dataclasses.dataclass(frozen=True)
 class IdentityConfig:
     """Nothing to say."""

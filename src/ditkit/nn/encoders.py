@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ditkit.core.checkpoint import read_json
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError
+from ditkit.core.loading import HUB_ID
 from ditkit.core.run import Handler, Run
 from ditkit.nn.efficientnet import STAGES, EfficientNetLite0, load_efficientnet_lite0, normalised
 from ditkit.nn.frozen import CONFIG, load_network
 from ditkit.nn.vit import ViT, ViTConfig
 
-LITE, VIT = "efficientnet-lite0", "vit"
+LITE, VIT, RAE = "efficientnet-lite0", "vit", "rae"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of encoders that come without their own."""
 LITE_BLOCK = 10
@@ -87,8 +88,9 @@ def facts_of(source: str) -> Facts:
     """Look up an encoder's numbers; its weights are not read.
 
     Args:
-        source: efficientnet-lite0, of which efficientnet-lite0:14 names another block; vit:FOLDER, a ViT of ours; or
-            a vision model of the transformers library, by folder or by its id on the hub.
+        source: efficientnet-lite0, of which efficientnet-lite0:14 names another block; vit:FOLDER, a ViT of ours;
+            rae:SOURCE, the one in an AutoencoderRAE of diffusers; or a vision model of the transformers library. A
+            source is a folder, or an id on the hub.
 
     Raises:
         ConfigError, CheckpointError: there is no such encoder, or the library that opens it is missing.
@@ -103,6 +105,8 @@ def facts_of(source: str) -> Facts:
                 f"encoder {source!r}: there is no {path}; python benchmarks/donors/train_teacher.py makes one"
             )
         return _vit_facts(config_of(ViTConfig, read_json(path).get("config"), path))
+    if kind == RAE:
+        return picture_encoder(source).facts
     return _transformers_facts(_config(source))
 
 
@@ -123,6 +127,8 @@ def picture_encoder(source: str, affine: bool = True) -> PictureEncoder:
     elif kind == VIT:
         facts_of(source)
         encoder = ViTEncoder(load_network(ViT, rest), affine)
+    elif kind == RAE:
+        encoder = of_rae(open_rae(rest))
     else:
         encoder = _opened(source, affine)
     return encoder.eval().requires_grad_(False)
@@ -272,6 +278,34 @@ def standardised(pictures: Tensor, sides: Sides, mean: Sequence[float], std: Seq
     return (x - centre) / spread
 
 
+def open_rae(source: str, **download: Any) -> Any:
+    """Open an AutoencoderRAE of diffusers.
+
+    Raises:
+        ConfigError: diffusers is not installed, or has none. CheckpointError: there is no such model.
+    """
+    try:
+        from diffusers import AutoencoderRAE
+    except ImportError as error:
+        raise ConfigError(
+            "an AutoencoderRAE needs diffusers 0.37 or newer; install it with: pip install 'ditkit[hosts]'"
+        ) from error
+    _check_place(source)
+    try:
+        return AutoencoderRAE.from_pretrained(source, **download)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"no AutoencoderRAE at {source}: {first}") from error
+
+
+def of_rae(network: Any) -> TransformersEncoder:
+    """Return the frozen encoder of an AutoencoderRAE, whose last norm has no scale already."""
+    mean, std = (getattr(network, f"encoder_{name}").flatten().tolist() for name in ("mean", "std"))
+    inner = getattr(network.encoder, "vision_model", network.encoder)
+    encoder = TransformersEncoder(inner, mean, std)
+    return encoder.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
 def _lite_block(text: str) -> int:
     last = sum(stage.repeats for stage in STAGES) - 1
     if not text:
@@ -316,8 +350,15 @@ def _transformers(source: str) -> Any:
     return transformers
 
 
+def _check_place(source: str) -> None:
+    """Refuse what is neither a folder nor an id of the hub, before the hub is searched."""
+    if not Path(source).is_dir() and not HUB_ID.fullmatch(source):
+        raise CheckpointError(_missing(source, "there is no such folder, and it is no id of the hub"))
+
+
 def _config(source: str) -> Any:
     library = _transformers(source)
+    _check_place(source)
     try:
         return library.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -343,7 +384,7 @@ def _opened(source: str, affine: bool) -> TransformersEncoder:
     return TransformersEncoder(getattr(network, "vision_model", network), mean, std, affine)
 
 
-def _missing(source: str, error: Exception) -> str:
+def _missing(source: str, error: Exception | str) -> str:
     first = (str(error) or type(error).__name__).splitlines()[0]
     return (
         f"no encoder {source!r}: {first}; expected {LITE} (pip install 'ditkit[evaluate]'), {VIT}:FOLDER, or a vision "

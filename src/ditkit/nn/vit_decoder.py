@@ -6,9 +6,11 @@ B batch, L tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,19 +30,21 @@ class ViTDecoderConfig(Checked):
     """Architecture of a `ViTDecoder`.
 
     Args:
-        latent_channels: values of a token. channels: of a picture. grid: tokens along a side. patch: pixels along a
-            token's side.
+        latent_channels: values of a token. channels: of a picture. grid: rows and columns of tokens. patch: pixels
+            along a token's side.
         width, depth, heads: of the transformer. hidden: width of its MLPs.
+        step: distance of neighbouring positions; 16 / side in diffusers' copy.
     """
 
     latent_channels: Count = 768
     channels: Count = 3
-    grid: Count = 16
+    grid: tuple[Count, Count] = (16, 16)
     patch: Count = 16
     width: Count = 1152
     hidden: Count = 4096
     heads: Count = 16
     depth: Depth = 28
+    step: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,12 +91,24 @@ class ViTDecoder(nn.Module):
         c = self.config
         if z.ndim != 4 or z.shape[1] != c.latent_channels:
             raise ShapeError(f"ViTDecoder: latents {list(z.shape)} should be [B, {c.latent_channels}, h, w]")
-        if tuple(z.shape[2:]) != (c.grid, c.grid):
-            z = F.interpolate(z, (c.grid, c.grid), mode="bilinear", align_corners=False)
-        grid = Grid.of((c.grid, c.grid), 1)
+        if tuple(z.shape[2:]) != c.grid:
+            z = F.interpolate(z, c.grid, mode="bilinear", align_corners=False)
+        grid = Grid.of(c.grid, 1)
         x_BLD = self.embed(z.flatten(2).mT)
-        x_BLD = x_BLD + sincos_table(grid, c.width, x_BLD.device).to(x_BLD.dtype)
+        x_BLD = x_BLD + self.positions(x_BLD.device).to(x_BLD.dtype)
         x_BLD = torch.cat([self.token.to(x_BLD.dtype).expand(len(z), 1, -1), x_BLD], 1)
         for block in self.blocks:
             x_BLD = checkpoint(block, x_BLD, use_reentrant=False) if checkpointing else block(x_BLD)
         return unpatchify(self.out(self.norm(x_BLD))[:, 1:], grid, c.patch)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return the fixed positions of the grid, [L, D], columns in the first half of the channels."""
+        c = self.config
+        grid = Grid.of(c.grid, 1)
+        if c.step == 1:
+            return sincos_table(grid, c.width, device)
+        half = c.width // 4
+        frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+        places = c.step * grid.coordinates()[:, [2, 1]].to(device, torch.float64)
+        angles = places[..., None] * frequency
+        return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()

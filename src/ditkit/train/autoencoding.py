@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.core.codec import VariationalCodec
+from ditkit.core.codec import RepresentingCodec, VariationalCodec
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.train.objective import NOTHING, Batch, Objective
@@ -59,3 +59,31 @@ class Autoencoding(Objective):
             ),
             held,
         )
+
+
+@dataclass(frozen=True)
+class Decoding(Objective):
+    """A decoder sees noisy latents of a frozen encoder and gives the signal back (RAE, arXiv 2510.11690, section 3)."""
+
+    def check(self, model: Any) -> None:
+        for term in self.active:
+            if missing := term.check(model):
+                raise ConfigError(f"{type(term).__name__} needs {missing}")
+        if not isinstance(model, RepresentingCodec):
+            raise ConfigError(
+                f"Decoding: a {type(model).__name__} has no frozen encoder, as RepresentationCodec has"
+            )
+
+    def __call__(
+        self,
+        forward: Callable[..., Any],
+        model: Any,
+        data: Tensor,
+        cond: Cond,
+        rng: SampleRNG,
+        held: Held = NOTHING,
+    ) -> dict[str, Tensor]:
+        noise, _, _ = rng.draws(model.latent_shape(tuple(data.shape[1:])))
+        u = rng.of_term("Decoding")[:, 0].to(data.device, data.dtype)
+        prediction = forward(data, noise.to(data.device), u)
+        return self.weigh(Batch(data=data, prediction=prediction.float(), taps={}, rng=rng), held)

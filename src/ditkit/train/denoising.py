@@ -115,14 +115,15 @@ class Denoising(Objective):
         time, other = self.clock.uniforms(time, rng, data.shape)
         dropped = drop < getattr(model.config, "label_dropout", 0.0)
         path = model.config.convention.make_path()
+        density = self.timesteps.of(data.shape[1:])
         return self.at(
             forward,
             model,
             path=path,
             data=data,
             noise=noise.to(data.device),
-            t=path.place(self.timesteps.quantile(time)).to(data.device),
-            other=None if other is None else path.place(self.timesteps.quantile(other)).to(data.device),
+            t=path.place(density.quantile(time)).to(data.device),
+            other=None if other is None else path.place(density.quantile(other)).to(data.device),
             cond=replace(cond, drop=dropped.to(data.device)),
             rng=rng,
             held=held,

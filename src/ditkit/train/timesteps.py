@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -24,6 +25,10 @@ class Timesteps(Checked, ABC):
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
         """Uniform u in [0, 1) to t in [0, 1]; float64 in and out."""
+
+    def of(self, shape: Sequence[int]) -> Timesteps:
+        """Return the density for samples of a shape, which most do not depend on."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,26 @@ class LogitNormal(Timesteps):
 
 @dataclass(frozen=True)
 class Shifted(Timesteps):
-    """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit."""
+    """Times of `inner` moved as `Shift(shift)` moves a sampler's: above 1 to noise, by ln(shift) on the logit.
 
-    shift: Annotated[float, Gt(0)] = 3.0
+    Args:
+        shift: None is that of the samples' dimension, as `Shift.of_dimension` has it (RAE).
+    """
+
+    shift: Annotated[float, Gt(0)] | None = 3.0
     inner: Uniform | LogitNormal = UNIFORM
 
+    def of(self, shape: Sequence[int]) -> Timesteps:
+        return replace(self, shift=Shift.of_dimension(math.prod(shape)).a) if self.shift is None else self
+
     def quantile(self, u: Tensor) -> Tensor:
+        if self.shift is None:
+            raise ConfigError("Shifted: shift=None is that of a sample's dimension; ask of(shape) first")
         return Shift(self.shift).warp(self.inner.quantile(u))
+
+
+BY_DIMENSION = Shifted(None, LogitNormal(last=0.999))
+"""RAE's: a truncated logit-normal, shifted by the dimension of the latents."""
 
 
 class Clock(Checked, ABC):
