@@ -145,7 +145,7 @@ def untried() -> Iterator[Claim]:
     yield Claim.untried(
         "Sequence length varies up to 4 times during inference of a diffusion model",
         paper="4 times, a U-Net with attention at several levels",
-        reason="no network here has self-attention at several resolutions: DiMR's finer branches are convolutions; that "
+        reason="no network here has self-attention at several resolutions: finer branches of DiMR convolve; that "
         "`ditkit profile` reports lengths by level is a test",
     )
     yield Claim.untried(

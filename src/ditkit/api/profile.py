@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -78,9 +78,10 @@ def summed(found: Account, denoisers: Denoisers, roofs: Any, settings: Any) -> P
     for _, sites in denoisers:
         parts |= settled_parts(found, sites)
     named: dict[tuple[str, str, Any], list[float]] = {}
+    counts: tuple[Mapping[Key, float], ...] = (found.seconds, found.macs, found.bytes)
     for key in found.seconds.keys() | found.macs.keys() | found.bytes.keys():
         line = named.setdefault((key.stage, _part(key, parts), key.kind), [0.0, 0, 0])
-        for i, counted in enumerate((found.seconds, found.macs, found.bytes)):
+        for i, counted in enumerate(counts):
             line[i] += counted.get(key, 0)
     entries = [Entry(*name, seconds, int(macs), int(size)) for name, (seconds, macs, size) in named.items()]
     lengths = sorted((at, parts[site], q, k, n) for (at, site, q, k), n in found.lengths.items())

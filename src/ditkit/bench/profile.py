@@ -88,9 +88,38 @@ def account(
     Raises:
         ConfigError: no denoiser ran, or another profile is under way.
     """
-    found = Account(plain_seconds=seconds_of(call))
-    _count(found, call, denoisers, stages)
+    plain_seconds = seconds_of(call)
+    found = count_parts(call, denoisers, stages)
+    found.plain_seconds = plain_seconds
     _time(found, call, denoisers, stages)
+    return found
+
+
+def count_parts(
+    call: Callable[[], object],
+    denoisers: Sequence[tuple[nn.Module, Sequence[Site]]],
+    stages: Mapping[str, nn.Module] = {},
+) -> Account:
+    """Run `call` once and count MACs, bytes, calls of sites and lengths, no time; on the meta device too.
+
+    Raises:
+        ConfigError: as `account` does.
+    """
+    found = Account()
+    tracer = Tracer([site for _, sites in denoisers for site in sites], timed=False)
+
+    def note(func: Any, args: Any, kwargs: Any, out: Any, macs: int) -> None:
+        tag = tracer.tag
+        key = Key(tag.stage, tag.site, _kind(func.overloadpacket.__name__, tag.inside))
+        found.macs[key] += macs
+        found.bytes[key] += touched_bytes(func, args, kwargs, out)
+
+    with tracer.at_work([net for net, _ in denoisers], stages), MacCounter(note) as counter:
+        call()
+    if tracer.index < 0:
+        raise ConfigError("profile: the call ran no denoiser, expected at least one forward pass")
+    found.uncounted = counter.count.uncounted
+    found.calls, found.ran, found.lengths = tracer.calls, tracer.ran, tracer.lengths
     return found
 
 
@@ -206,28 +235,6 @@ def _kind(name: str, inside: str) -> OpClass:
     if inside == "core":
         return "attention"
     return "normalisation" if inside == "norm" and kind == "elementwise" else kind
-
-
-def _count(
-    found: Account,
-    call: Callable[[], object],
-    denoisers: Sequence[tuple[nn.Module, Sequence[Site]]],
-    stages: Mapping[str, nn.Module],
-) -> None:
-    tracer = Tracer([site for _, sites in denoisers for site in sites], timed=False)
-
-    def note(func: Any, args: Any, kwargs: Any, out: Any, macs: int) -> None:
-        tag = tracer.tag
-        key = Key(tag.stage, tag.site, _kind(func.overloadpacket.__name__, tag.inside))
-        found.macs[key] += macs
-        found.bytes[key] += touched_bytes(func, args, kwargs, out)
-
-    with tracer.at_work([net for net, _ in denoisers], stages), MacCounter(note) as counter:
-        call()
-    if tracer.index < 0:
-        raise ConfigError("profile: the call ran no denoiser, expected at least one forward pass")
-    found.uncounted = counter.count.uncounted
-    found.calls, found.ran, found.lengths = tracer.calls, tracer.ran, tracer.lengths
 
 
 def _time(

@@ -35,7 +35,9 @@ def prepared(
         if not has_sites(model):
             view(model)
             stack.callback(restore, model)
-    denoisers = [(model, family(model).sites(model)) for model in transformers.values()]
+    denoisers: list[tuple[nn.Module, Sequence[Site]]] = [
+        (model, family(model).sites(model)) for model in transformers.values()
+    ]
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     stages = {name: part for name, part in parts.items() if name not in transformers}
     real: Any = object.__getattribute__(pipe, "_pipe") if type(pipe) is Accelerated else pipe

@@ -229,7 +229,7 @@ def _rate(entry: Entry) -> tuple[str, ...]:
 
 def _sum(field: str, name: str, group: Sequence[Entry]) -> Entry:
     first = group[0]
-    kept = {word: getattr(first, word) if word == field else "" for word in ("stage", "part", "kind")}
+    kept: Any = {word: getattr(first, word) if word == field else "" for word in ("stage", "part", "kind")}
     return Entry(
         **kept,
         seconds=sum(entry.seconds for entry in group),
