@@ -27,6 +27,9 @@ COMMANDS = (
     "search",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130
