@@ -113,6 +113,7 @@ class RepresentationCodec(RepresentingCodec):
     config: RepresentationConfig
     mean: Tensor
     variance: Tensor
+    _encoder: PictureEncoder | None
 
     def __init__(self, config: RepresentationConfig) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class RepresentationCodec(RepresentingCodec):
         Raises:
             ConfigError, DataError, CheckpointError: its weights are not at hand, or are others than the codec's.
         """
-        held: PictureEncoder | None = self._encoder
+        held = self._encoder
         if held is None:
             if not self.config.encoder:
                 raise ConfigError("RepresentationCodec: its encoder has no name, so it can only decode")

@@ -227,7 +227,8 @@ class TransformersEncoder(PictureEncoder):
     @torch.no_grad()
     def forward(self, pictures: Tensor, grid: Sides, maps: int = 0) -> Encoded:
         x = standardised(pictures, self.sides(grid), self.mean, self.std)
-        count, options = grid[0] * grid[1], {}
+        count = grid[0] * grid[1]
+        options: dict[str, Any] = {}
         if "interpolate_pos_encoding" in self.takes:
             options["interpolate_pos_encoding"] = True
         if "noise" in self.takes:  # MAE drops and shuffles patches by it; rising noise keeps their order
@@ -303,7 +304,7 @@ def of_rae(network: Any) -> TransformersEncoder:
     mean, std = (getattr(network, f"encoder_{name}").flatten().tolist() for name in ("mean", "std"))
     inner = getattr(network.encoder, "vision_model", network.encoder)
     encoder = TransformersEncoder(inner, mean, std)
-    return encoder.eval().requires_grad_(False)  # type: ignore[return-value]
+    return encoder.eval().requires_grad_(False)
 
 
 def _lite_block(text: str) -> int:

@@ -22,7 +22,7 @@ from ditkit.nn.blocks import Attention
 from ditkit.nn.embeddings import sincos_table
 
 EPS = 1e-12
-"""Of the norms, as published."""
+"""Added to variances in the norms, as published."""
 
 
 @dataclass(frozen=True)

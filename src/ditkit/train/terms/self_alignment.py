@@ -25,7 +25,7 @@ FADING = EpochDecay()
 PAIRS = {"SiT-B": (3, 8), "SiT-L": (6, 16), "SiT-XL": (8, 20), "DiT-XL": (8, 16)}
 """Blocks of the student and of the teacher in the published runs, counted from 1."""
 BETA = 0.05
-"""Where the smooth absolute error turns from a square into a line."""
+"""Size of an error at which the smooth absolute error turns from a square into a line."""
 
 Distance = Literal["smooth_l1", "cosine", "l1", "l2"]
 
