@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
+from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
@@ -116,14 +117,21 @@ class DiT(Denoiser):
         return cls(DiTConfig(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention))
 
     @classmethod
-    def from_original(cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig) -> Self:
+    def from_original(
+        cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig, policies: Sequence[Policy] = ()
+    ) -> Self:
         """Weights in the naming of the DiT and SiT repositories (`.safetensors`, or `.pt` of plain tensors).
 
+        Args:
+            policies: that the weights were trained under: DTR's, whose names are DiT's, under TaskRouting.
+
         Raises:
-            CheckpointError: a tensor is missing, left over, of another shape or not finite.
+            CheckpointError: a tensor is missing, left over, of another shape or not finite. A table of DTR's masks
+                is left over without its policy.
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
-        return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
+        named = source if isinstance(source, str | Path) else "state dict"
+        return cls.holding(config, renamed(state), named, policies)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from ditkit.core.ddpm import DISCRETE, DiscretePath
+from ditkit.core.path import PATHS
 
 TASKS = 1000
 """DDPM's indices, 0 the cleanest."""
@@ -25,3 +30,23 @@ def windows(index: Tensor, channels: int, share: float, alpha: float, tasks: int
     first = offsets(index, channels, share, alpha, tasks)[:, None]
     channel = torch.arange(channels, device=index.device)
     return (channel >= first) & (channel < first + active(channels, share))
+
+
+def tasks_of(path: str, times: Tensor) -> Tensor:
+    """Return the tasks, int64 [B], of noise-times [B] of a path by its name.
+
+    Of a discrete path its index; of a continuous one, the DDPM index (linear betas) whose ratio of signal to noise is
+    nearest, so that windows slide with the noise, not with a solver's clock.
+    """
+    if path in DISCRETE:
+        return (times.double() * TASKS).round().long().sub(1).clamp(0, TASKS - 1)
+    c = PATHS[path]().at(times.double())
+    ratio = (c.alpha.clamp_min(1e-12).log() - c.sigma.clamp_min(1e-12).log()) * 2
+    return (ratio[:, None] - _log_snr().to(times.device)).abs().argmin(1)
+
+
+@cache
+def _log_snr() -> Tensor:
+    """Logarithm of signal to noise of each task, [1000]: of DDPM with linear betas."""
+    abar = DiscretePath.linear().abar
+    return (abar / (1 - abar)).log()
