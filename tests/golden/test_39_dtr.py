@@ -64,7 +64,7 @@ def test_published_weights_load_under_their_routing_only() -> None:
     assert model.policies == (TaskRouting(),) and not any("routing" in name for name in model.state_dict())
     with pytest.raises(CheckpointError, match=r"blocks\.0\.routing\._unit_mapping"):
         published()
-    with pytest.raises(CheckpointError, match="other masks than those of TaskRouting.*9 of 24 channels"):
+    with pytest.raises(CheckpointError, match=r"other masks than those of TaskRouting.*9 of 24 channels"):
         published(TaskRouting(), table=windows(EVERY, 24, 0.4, 4.0).double())
 
 
