@@ -117,8 +117,9 @@ class DiT(Denoiser):
             raise ConfigError(unknown(f"{cls.__name__} preset", name, names))
         size, patch = name.split("/")
         depth, width, heads = SIZES[size]
-        sizes = {"patch": int(patch), "width": width, "depth": depth, "heads": heads}
-        return cls(cls.Config(**sizes, convention=convention))
+        return cls(
+            cls.Config(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention)
+        )
 
     @classmethod
     def from_original(

@@ -1,4 +1,4 @@
-"""Experts: linear layers of which a gate by noise-time chooses a few for all tokens of a sample (Switch-DiT, section 3).
+"""Experts: linear layers of which a gate by noise-time chooses a few for all tokens of a sample (Switch-DiT).
 
 B batch, L tokens, D width, M experts, k active.
 """

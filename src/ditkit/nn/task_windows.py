@@ -1,4 +1,4 @@
-"""Windows of channels, or of experts, that slide with the noise: of each task, the active ones (DTR, arXiv 2310.07138)."""
+"""Windows of channels or experts that slide with the noise: of each task, the active ones (DTR, arXiv 2310.07138)."""
 
 from __future__ import annotations
 
