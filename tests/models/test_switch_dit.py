@@ -9,16 +9,19 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import ditkit
 from ditkit.adapt import TaskRouting
 from ditkit.attention import Neighbourhood
-from ditkit.bench.expert_use import use_of
+from ditkit.bench.expert_use import ExpertUse, use_of
 from ditkit.bench.macs import count_macs
 from ditkit.caching import ConfidentTaylor, TaylorSeer
+from ditkit.cli.main import main
 from ditkit.compress import Kept
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM, Convention
@@ -403,3 +406,40 @@ def test_the_recipe_is_the_donors_with_experts_and_their_prior() -> None:
         "DiffusionPrior",
     ]
     recipe.objective.check(recipe.network())
+
+
+def test_the_command_shows_the_experts_over_noise_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, picture = switch(0.3).save(tmp_path / "model"), tmp_path / "out" / "experts.png"
+    assert main(["experts", str(folder), "--out", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    use = use_of(ditkit.load(folder))
+    assert f"correlation of the overlaps of noise-times with the prior's: {use.likeness:.3f}" in shown
+    assert f"{use.shares[2, 0]:.0%}  {use.p[use.chosen[:, 2, 0], 2, 0].mean():.2f}" in shown
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height > 300
+    assert main(["experts", "fashion-dit", "--out", str(picture)]) == 2
+    assert (
+        "a DiT has no experts, expected a model with experts that are routed by noise-time"
+        in capsys.readouterr().err
+    )
+    for words in (["--out", "a.txt"], ["--alpha", "-1"]):
+        assert main(["experts", str(folder), *words]) == 2
+
+
+def test_the_use_of_experts_is_counted_by_hand() -> None:
+    """Three tasks, two blocks: overlaps, shares and what neighbours have in common."""
+    p = torch.tensor(
+        [
+            [[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]],
+            [[0.2, 0.5, 0.3], [0.1, 0.7, 0.2]],
+            [[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]],
+        ]
+    )
+    use = ExpertUse(p, 2, prior(torch.tensor([0, 500, 999]), 2, 3, 2, 4.0))
+    assert use.shares.tolist() == [[1 / 3, 1.0, 2 / 3], [1 / 3, 1.0, 2 / 3]]
+    assert use.overlap.tolist() == [[4, 3, 2], [3, 4, 3], [2, 3, 4]] and use.near == 3 / 4 and use.shared == 2
+    assert use.wanted_overlap.tolist() == [[4, 4, 2], [4, 4, 2], [2, 2, 4]]
+    own, wanted = (numpy.array(m.tolist()).flatten() for m in (use.overlap, use.wanted_overlap))
+    assert use.likeness == pytest.approx(numpy.corrcoef(own, wanted)[0, 1])

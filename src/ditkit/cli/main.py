@@ -24,6 +24,7 @@ COMMANDS = (
     "tune",
     "plan",
     "search",
+    "experts",
     "video",
     "forecast",
     "systems",

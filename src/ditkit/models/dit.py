@@ -117,9 +117,7 @@ class DiT(Denoiser):
             raise ConfigError(unknown(f"{cls.__name__} preset", name, names))
         size, patch = name.split("/")
         depth, width, heads = SIZES[size]
-        return cls(
-            cls.Config(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention)
-        )
+        return cls(cls.Config(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention))
 
     @classmethod
     def from_original(
