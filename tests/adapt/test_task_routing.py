@@ -26,6 +26,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.path import PATHS
 from ditkit.core.trajectory import Trajectory
+from ditkit.hosts.hosted import Host, trained_under
 from ditkit.hosts.streams import Streams
 from ditkit.nn.task_windows import offsets, windows
 from ditkit.recipes.dtr import dtr_uw
@@ -39,6 +40,7 @@ from ditkit.train.taps import run_with_taps
 from ditkit.train.terms.p2 import P2
 from ditkit.train.terms.uncertainty import RATE, UncertaintyWeighting
 from ditkit.train.timesteps import Shifted, Stratified
+from family_pipelines_support import dit as dit_pipeline
 from rig import noise, tiny_dit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "scripts"))
@@ -268,6 +270,41 @@ def test_p2_is_the_error_over_signal_to_noise():
             assert found[i].item() == pytest.approx(eps[i].square().mean().item() / (k + ratio) ** gamma)
     with pytest.raises(ConfigError, match="P2 needs a prediction of noise; the model predicts velocity"):
         Denoising((P2(),)).check(tiny_dit())
+
+
+def test_a_transformer_of_diffusers_is_accelerated_under_its_routing(tmp_path):
+    """Its tasks are the scheduler's indices; without, it runs only where the neutral setting is named."""
+    pipe, told = dit_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    net = Host.around(pipe.transformer.eval()).adopt([TaskRouting()])
+    tasks: list[int] = []
+
+    def drawn(*policies: Any) -> Tensor:
+        fast = ditkit.accelerate(pipe, *policies)
+        with fast:
+            given = {**told, "num_inference_steps": 6, "generator": torch.Generator().manual_seed(0)}
+            out = fast(**given, return_dict=False)[0]
+            rows.append([type(receipt.policy).__name__ for receipt in fast.report().cost.receipts])
+        return torch.as_tensor(out)
+
+    rows: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = TaskRouting.tasks
+        patch.setattr(TaskRouting, "tasks", lambda p, t: tasks.extend(own(p, t).tolist()) or own(p, t))
+        cached = drawn(TaylorSeer(interval=2, order=1))
+    assert tasks[::4] == pipe.scheduler.timesteps.tolist(), "both lanes of two samples"
+    assert rows[-1] == ["TaskRouting", "TaylorSeer"]
+    named = drawn(TaylorSeer(interval=2, order=1), TaskRouting())
+    without = drawn(TaylorSeer(interval=2, order=1), TaskRouting(share=1.0))
+    assert torch.equal(cached, named) and not torch.allclose(cached, without, atol=1e-4)
+    neutral = ditkit.accelerate(pipe, TaylorSeer(interval=1))
+    with neutral:
+        neutral(**told, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+        assert neutral.report(exact=True).rows[1].identical, "what it is compared with is routed, too"
+    with pytest.raises(ConfigError, match="was trained under TaskRouting"):
+        net.transformer.save_pretrained(tmp_path / "plain")
+    loaded = ditkit.load(net.save(tmp_path / "ours"))
+    assert loaded.policies == (TaskRouting(),) and trained_under(loaded.transformer) == (TaskRouting(),)
 
 
 def test_what_does_not_fit_is_refused():
