@@ -27,7 +27,7 @@ from ditkit.models.switch_dit import SwitchDiT
 from ditkit.systems.claims import Claim
 
 sys.path.extend(map(str, Path(__file__).resolve().parents[:2]))  # arms and claims are shared with DTR's
-from routed_by_time import OF_DTR, OF_SWITCH, Arms, run, within
+from routed_by_time import MORE, OF_DTR, OF_SWITCH, Arms, run, within
 
 PAIRS = (
     (
@@ -153,14 +153,15 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 150, seeds: int = 2, alone: bool = False) -> None:
+def main(steps: int = 100, seeds: int = 2, more: bool = False, alone: bool = False) -> None:
     """Try the claims.
 
     Args:
-        steps: of each training. seeds: of each arm. alone: without DTR's claims.
+        steps: of each training. seeds: of each arm. more: of DTR's arms. alone: without DTR's claims.
     """
     torch.set_num_threads(1)
-    arms = run(OF_SWITCH if alone else {**OF_DTR, **OF_SWITCH}, steps, seeds)
+    of_dtr = {**OF_DTR, **(MORE if more else {})}
+    arms = run(OF_SWITCH if alone else {**of_dtr, **OF_SWITCH}, steps, seeds)
     write("29-switch-dit", [*of_losses(arms), *of_routes(arms), *of_cost(), *untried()])
     if not alone:
         write("39-dtr", list(import_module("39_dtr").of(arms)))
