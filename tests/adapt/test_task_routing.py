@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ditkit
+from cli_support import save_photos
 from ditkit.adapt import TaskRouting
 from ditkit.adapt.task_routing import routed
 from ditkit.attention import Neighbourhood
 from ditkit.bench.paired import Draws, paired_loss
 from ditkit.caching import TaylorSeer
+from ditkit.cli.main import main
 from ditkit.core.cond import Cond
 from ditkit.core.convention import DDPM
 from ditkit.core.errors import ConfigError
@@ -50,6 +52,7 @@ T = torch.tensor([0.3, 0.95])
 LINEAR = TaskRouting(path="linear")
 """Of the path of `tiny_dit`."""
 COND = Cond(label=torch.tensor([0, 2]))
+SHORT = ["--steps", "2", "--batch", "8", "--warmup", "0", "--precision", "float32", "--sheet-every", "0"]
 
 
 def out(policy: TaskRouting | None, x: Tensor | None = None, t: Tensor = T, cond: Cond = COND) -> Tensor:
@@ -315,3 +318,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="routes"):
         TaskRouting(routes="window")  # type: ignore[arg-type]
     assert Trajectory(tiny_dit().sites(), [TaskRouting()], 1).claims[0]["blocks.2"] == "wrap"
+
+
+def test_the_recipes_from_the_command_line_to_a_picture(tmp_path, capsys):
+    photos, out = save_photos(tmp_path / "photos"), tmp_path / "run"
+    sizes = ["--size", "8", "--width", "16", "--depth", "2", "--heads", "2", "--patch", "2"]
+    words = ["train", "dtr-uw", "--data", str(photos), "--out", str(out), *sizes, *SHORT]
+    assert main([*words, "--batch", "12"]) == 2
+    assert "batch=12 does not divide into strata=8" in capsys.readouterr().err
+    assert main([*words, "--policy", "taskrouting:path=linear"]) == 2
+    assert "the model is of path 'ddpm', whose noise-times are other tasks" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*")) and main(words) == 0
+    drawn = ["generate", str(out / "model"), "--label", "cat", "--seeds", "0", "--steps", "3"]
+    assert main([*drawn, "--out", str(tmp_path / "drawn")]) == 0
+    assert list((tmp_path / "drawn").glob("*.png"))

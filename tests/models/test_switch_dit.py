@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import ditkit
+from cli_support import save_photos
 from ditkit.adapt import TaskRouting
 from ditkit.attention import Neighbourhood
 from ditkit.bench.expert_use import ExpertUse, use_of
@@ -48,6 +49,7 @@ from toy_run import Pictures, losses, settings
 SIZES = {"size": 8, "patch": 2, "channels": 1, "width": 16, "depth": 3, "heads": 2, "classes": 4}
 EVERY = torch.arange(TASKS)
 COND = Cond(label=torch.tensor([0, 2]))
+SHORT = ["--steps", "2", "--batch", "8", "--warmup", "0", "--precision", "float32", "--sheet-every", "0"]
 
 
 def switch(scale: float = 0.2, convention: Convention = DDPM, **changed: Any) -> SwitchDiT:
@@ -443,3 +445,33 @@ def test_the_use_of_experts_is_counted_by_hand() -> None:
     assert use.wanted_overlap.tolist() == [[4, 4, 2], [4, 4, 2], [2, 2, 4]]
     own, wanted = (numpy.array(m.tolist()).flatten() for m in (use.overlap, use.wanted_overlap))
     assert use.likeness == pytest.approx(numpy.corrcoef(own, wanted)[0, 1])
+
+
+def test_the_recipe_from_the_command_line_to_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = save_photos(tmp_path / "photos"), tmp_path / "run"
+    sizes = ["--size", "8", "--width", "16", "--depth", "2", "--heads", "2", "--patch", "2"]
+    words = ["train", "switch-dit", "--data", str(photos), "--out", str(out), *sizes, *SHORT]
+    assert main([*words, "--experts", "4", "--active", "5"]) == 2
+    assert "active=5 of experts=4, expected no more than a block has" in capsys.readouterr().err
+    assert not out.exists() and main(words) == 0
+    model = str(out / "model")
+    assert (
+        main(
+            [
+                "generate",
+                model,
+                "--label",
+                "cat",
+                "--seeds",
+                "0",
+                "--steps",
+                "3",
+                "--out",
+                str(tmp_path / "drawn"),
+            ]
+        )
+        == 0
+    )
+    assert list((tmp_path / "drawn").glob("*.png"))
