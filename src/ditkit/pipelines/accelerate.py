@@ -58,7 +58,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
-    models = _transformers(pipe)
+    models = transformers_of(pipe)
     trained = _trained(models)
     chosen = with_inherent(SimpleNamespace(policies=trained), chosen)
     check_scheduler(pipe.scheduler)
@@ -186,7 +186,7 @@ class Accelerated:
 
     def _refuse_strangers(self) -> None:
         kind = type(self._pipe).__name__
-        for name, model in _transformers(self._pipe).items():
+        for name, model in transformers_of(self._pipe).items():
             if not any(net.model is model for net in self._nets):
                 raise NoEffectError(
                     f"{kind}: {name} is none of the transformers that it had before; call ditkit.accelerate again"
@@ -246,7 +246,7 @@ def _trained(models: Mapping[str, Any]) -> tuple[Policy, ...]:
     return next(iter(found.values()), ())
 
 
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Find the components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:
