@@ -28,6 +28,9 @@ COMMANDS = (
     "experts",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130
