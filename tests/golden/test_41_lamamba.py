@@ -17,7 +17,7 @@ from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
 from ditkit.core.run import Run
 from ditkit.models.lamamba import STAGES, LaMamba, LaMambaBlock, LaMambaConfig, renamed
-from ditkit.nn.scan import SelectiveScan2D, snake_paths
+from ditkit.nn.scan import Paths, SelectiveScan2D, snake_paths
 from ditkit.nn.stages import ExpandPatches, MergePatches
 from ditkit.nn.windows import cut_windows, relative_places, seam_mask
 from golden_support import assert_golden, float64, read
@@ -164,7 +164,7 @@ def test_a_block_and_its_attention(name: str) -> None:
     x, c, h = (formula.tensor(key, case["inputs"][key][1]) for key in ("x", "c", "h"))
     grid = Grid(1, side, side)
     with torch.no_grad():
-        out, attended = block(x.flatten(1, 2), c, grid), block.attn(h.flatten(1, 2), grid)
+        out, attended = block(x.flatten(1, 2), c, (grid, Paths.of(grid))), block.attn(h.flatten(1, 2), grid)
     assert_golden(out.unflatten(1, (side, side)), expected["output"])
     assert_golden(attended.unflatten(1, (side, side)), expected["attention_branch_of_h"])
     assert (window, block.attn.shift) == (expected["effective_window"], expected["effective_shift"])

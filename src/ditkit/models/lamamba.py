@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from ditkit.nn.convolution import to_map, to_rows
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_table
 from ditkit.nn.mlp import PlainMLP
 from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
-from ditkit.nn.scan import SelectiveScan2D
+from ditkit.nn.scan import Paths, SelectiveScan2D
 from ditkit.nn.stages import ExpandPatches, MergePatches
 from ditkit.nn.windows import WindowAttention
 
@@ -64,7 +64,8 @@ class LaMambaConfig(ModelConfig):
         patch: side of a token.
         channels: of a sample.
         width: of the first level; the others are two and four times as wide.
-        depth: number of blocks of each level down; those up have one more.
+        depth: number of blocks of each level down.
+        deeper: one block more in each level up.
         middle: number of blocks in the middle.
         heads: of window attention, at every level.
         window: side of a window in tokens; a level of no more tokens a side has one window.
@@ -81,6 +82,7 @@ class LaMambaConfig(ModelConfig):
     channels: Count = field(default=4, metadata=FROM_DATA)
     width: Count = 320
     depth: tuple[Depth, Depth, Depth, Depth] = (2, 2, 2, 2)
+    deeper: bool = True
     middle: Depth = 2
     heads: Count = 16
     window: Count = 8
@@ -108,7 +110,10 @@ class LaMambaConfig(ModelConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        return cls(size=8, channels=3, width=8, depth=(2, 1, 1, 1), middle=1, heads=4, window=4, classes=5)
+        depth = (2, 1, 1, 1)
+        return cls(
+            size=8, channels=3, width=8, depth=depth, deeper=False, middle=1, heads=4, window=4, classes=5
+        )
 
     @property
     def sides(self) -> tuple[int, int, int]:
@@ -119,7 +124,7 @@ class LaMambaConfig(ModelConfig):
     @property
     def blocks(self) -> tuple[int, ...]:
         """Number of blocks of each level."""
-        return (*self.depth, self.middle, *(count + 1 for count in self.depth[::-1]))
+        return (*self.depth, self.middle, *(count + self.deeper for count in self.depth[::-1]))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -155,22 +160,32 @@ class LaMambaBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * len(self.branches) * width)
 
     def branch(
-        self, kind: str, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, *grid: Grid
+        self, kind: str, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, *place: Any
     ) -> Tensor:
-        """Return a branch before its gate; the MLP is row-wise and takes no grid."""
+        """Return a branch before its gate.
+
+        Args:
+            place: of a scan its grid and paths, of attention its grid; the MLP is row-wise.
+        """
         shift, scale = affine(parts, self.branches.index(kind), len(self.branches))
         h_BLD = modulate(self.norms[kind](x_BLD), shift, scale)
-        out: Tensor = self.mlp(h_BLD, run, at) if kind == "mlp" else getattr(self, kind)(h_BLD, *grid)
+        out: Tensor = self.mlp(h_BLD, run, at) if kind == "mlp" else getattr(self, kind)(h_BLD, *place)
         return out
 
     def forward(
-        self, x_BLD: Tensor, c_BD: Tensor, grid: Grid, run: Run = DIRECT, at: str = "levels.0.0"
+        self,
+        x_BLD: Tensor,
+        c_BD: Tensor,
+        place: tuple[Grid, Paths],
+        run: Run = DIRECT,
+        at: str = "levels.0.0",
     ) -> Tensor:
         told = activated(self.project(c_BD))
         parts = run.site(at + ".modulation", partial(Parts, self.modulation), told)
+        of_branch: dict[str, tuple[Any, ...]] = {"scan": place, "attn": place[:1], "mlp": ()}
         for i, kind in enumerate(self.branches):
-            place, grids = f"{at}.{kind}", () if kind == "mlp" else (grid,)
-            branch = run.site(place, partial(self.branch, kind, run, place), x_BLD, parts, *grids)
+            name = f"{at}.{kind}"
+            branch = run.site(name, partial(self.branch, kind, run, name), x_BLD, parts, *of_branch[kind])
             x_BLD = torch.addcmul(x_BLD, gate(parts, i, len(self.branches)), branch)  # one pass over memory
         return x_BLD
 
@@ -357,6 +372,7 @@ class LaMamba(Denoiser):
                 "another size"
             )
         grids = [segment.grid for segment in self.layout(tuple(x.shape[1:]))]
+        places = [(grid, Paths.of(grid, x.device)) for grid in grids]
         c = run.site("time", self.condition, t, cond)
         h = run.site("tokens", self.tokenize, x).x
         skips = []
@@ -367,7 +383,7 @@ class LaMamba(Denoiser):
             if i > MIDDLE:
                 h = h + skips.pop()
             stack = Stack(self._blocks(i), run, f"levels.{i}", self.recomputes)
-            out = run.site(f"levels.{i}", stack.beside, h, c, grids[stage])
+            out = run.site(f"levels.{i}", stack.beside, h, c, places[stage])
             h = h + out if i == MIDDLE else out
             if i < MIDDLE:
                 skips.append(h)

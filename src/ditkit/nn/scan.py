@@ -6,6 +6,7 @@ B batch, L rows of a grid, D width, E inner width, K paths, S states of a channe
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,30 @@ def turning(cells: Tensor) -> Tensor:
     """Reverse every second row of [R, C]."""
     odd = torch.arange(len(cells), device=cells.device)[:, None] % 2 == 1
     return torch.where(odd, cells.flip(1), cells)
+
+
+class Paths(NamedTuple):
+    """The paths through a grid, made once a call for all blocks of its stage."""
+
+    order: Tensor
+    """int64 [K L]: the row at each place, path after path."""
+    back: Tensor
+    """int64 [K L]: where each row is among the places of all paths, path after path."""
+
+    @classmethod
+    def of(cls, grid: Grid, device: torch.device | str | None = None) -> Self:
+        """Return the four snakes."""
+        order = snake_paths(grid, device)
+        back = order.argsort(1) + grid.length * torch.arange(PATHS, device=device)[:, None]
+        return cls(order.flatten(), back.flatten())
+
+    def split(self, x_BLE: Tensor) -> Tensor:
+        """Read rows along each path, [B, K, L, E]."""
+        return x_BLE.index_select(1, self.order).unflatten(1, (PATHS, -1))
+
+    def sum(self, x_BKLE: Tensor) -> Tensor:
+        """Add what stands along the paths, row by row, [B, L, E]."""
+        return x_BKLE.flatten(1, 2).index_select(1, self.back).unflatten(1, (PATHS, -1)).sum(1)
 
 
 class SelectiveScan2D(nn.Module):
@@ -82,22 +107,20 @@ class SelectiveScan2D(nn.Module):
             self.log_decay.copy_(decays.log().expand_as(self.log_decay))
         nn.init.ones_(self.skip)
 
-    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
-        """Scan rows of `grid`."""
+    def forward(self, x_BLD: Tensor, grid: Grid, paths: Paths | None = None) -> Tensor:
+        """Scan rows of `grid` along its `paths`, which are made here unless given."""
         u_BLE, z_BLE = self.inner(x_BLD).chunk(2, -1)
-        y_BLE = self.scan(F.silu(self.conv(u_BLE, grid)), grid).to(x_BLD.dtype)
+        paths = Paths.of(grid, x_BLD.device) if paths is None else paths
+        y_BLE = self.scan(F.silu(self.conv(u_BLE, grid)), paths).to(x_BLD.dtype)
         out: Tensor = self.outer(self.norm(y_BLE) * F.silu(z_BLE))
         return out
 
-    def scan(self, u_BLE: Tensor, grid: Grid) -> Tensor:
+    def scan(self, u_BLE: Tensor, paths: Paths) -> Tensor:
         """Return the sum of the four scans in the order of the rows, [B, L, E], in float32 or more."""
-        paths = snake_paths(grid, u_BLE.device)
-        u_BKLE = u_BLE.index_select(1, paths.flatten()).unflatten(1, paths.shape)
+        u_BKLE = paths.split(u_BLE)
         parts = u_BKLE @ self.project.mT
         r_BKLR, in_BKLS, out_BKLS = parts.split((self.rank, self.states, self.states), -1)
         decay = -torch.exp(self.log_decay.to(torch.promote_types(self.log_decay.dtype, torch.float32)))
-        y_BKLE = selective_scan(
-            u_BKLE, r_BKLR @ self.step.mT, decay, in_BKLS, out_BKLS, self.skip, self.step_bias
-        )
-        back = paths.argsort(1)
-        return sum((y_BKLE[:, k].index_select(1, back[k]) for k in range(1, PATHS)), y_BKLE[:, 0, back[0]])
+        step_BKLE = r_BKLR @ self.step.mT
+        y_BKLE = selective_scan(u_BKLE, step_BKLE, decay, in_BKLS, out_BKLS, self.skip, self.step_bias)
+        return paths.sum(y_BKLE)
