@@ -43,7 +43,9 @@ def scan_shapes(width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def block_shapes(width: int, told: int, projects: bool, window: int, heads: int) -> dict[str, tuple[int, ...]]:
+def block_shapes(
+    width: int, told: int, projects: bool, window: int, heads: int
+) -> dict[str, tuple[int, ...]]:
     layers = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -54,7 +56,9 @@ def block_shapes(width: int, told: int, projects: bool, window: int, heads: int)
     }
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in layers.items()}
     shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
-    shapes |= {f"{name}.{part}": (width,) for name in ("norm", "norm_swin", "norm2") for part in ("weight", "bias")}
+    shapes |= {
+        f"{name}.{part}": (width,) for name in ("norm", "norm_swin", "norm2") for part in ("weight", "bias")
+    }
     shapes |= {f"op.{name}": shape for name, shape in scan_shapes(width).items()}
     return shapes | {"attn.relative_position_bias_table": ((2 * window - 1) ** 2, heads)}
 
@@ -136,7 +140,9 @@ def test_the_scan_and_its_names() -> None:
     assert {name: list(shape) for name, shape in shapes.items()} == expected["names"]
     with float64():
         scan = SelectiveScan2D(8)
-    state = renamed({f"layers.0.blocks.0.op.{name}": formula.weight(name, shape) for name, shape in shapes.items()})
+    state = renamed(
+        {f"layers.0.blocks.0.op.{name}": formula.weight(name, shape) for name, shape in shapes.items()}
+    )
     scan.load_state_dict({name.removeprefix("levels.0.0.scan."): value for name, value in state.items()})
     grid = Grid(1, 6, 6)
     x = formula.tensor("x", case["inputs"]["x"][1])
@@ -261,6 +267,8 @@ def test_parameters_of_xl(side: str) -> None:
 def test_a_checkpoint_of_another_resolution_is_refused_and_told_how() -> None:
     config = config_of(CASES["model"])
     state = with_tables(formula.weights(published_shapes(config)), config)
-    with pytest.raises(CheckpointError, match="made for size=16 .* expected size=32; load it with size=16, then") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"made for size=16 .* expected size=32; load it with size=16, then"
+    ) as caught:
         LaMamba.from_original(state, replace(config, size=32))
     assert "\n" not in str(caught.value)

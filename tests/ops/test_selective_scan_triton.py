@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CASES = [
     # samples, groups, tokens, channels, type
-    (2, 2, 19, 10, torch.float32),  # the last tiles of tokens and of channels are cut
+    (1, 2, 19, 10, torch.float32),  # the last tiles of tokens and of channels are cut
     (1, 1, 1, 3, torch.float32),
     (1, 3, 16, 9, torch.float16),
 ]
@@ -76,5 +76,5 @@ def test_what_it_cannot_take_is_refused_by_name() -> None:
         selective_scan(
             x, delta, A.expand(-1, -1, 2), B.expand(-1, -1, -1, 2), C.expand(-1, -1, -1, 2), D, bias, "triton"
         )
-    with pytest.raises(ConfigError, match="kernel triton: got torch.float64"):
+    with pytest.raises(ConfigError, match=r"kernel triton: got torch\.float64"):
         selective_scan(*(v.double() for v in (x, delta, A, B, C, D, bias)), "triton")

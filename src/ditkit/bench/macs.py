@@ -2,9 +2,8 @@
 
 torch's own counter knows no fused attention of the CPU and then counts zero for it. Here attention is counted
 at its core from shapes, whichever kernel runs it: B N Lq Lk (K + Kv), also under a mask, because a dense
-kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. A selective scan has nine for
-each state of a token, and one. What a policy skips
-never runs and is not counted.
+kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. A selective scan has nine
+for each state of a token, and one. What a policy skips never runs and is not counted.
 """
 
 from __future__ import annotations

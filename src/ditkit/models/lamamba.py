@@ -287,9 +287,7 @@ class LaMamba(Denoiser):
             ShapeError: the windows, of which each has a table of offsets, would have other sides.
         """
         config = replace(self.config, size=size)
-        own, other = (
-            [min(c.window, side) for side in c.sides] for c in (self.config, config)
-        )
+        own, other = ([min(c.window, side) for side in c.sides] for c in (self.config, config))
         if own != other and config.mixer != "scan":
             raise ShapeError(
                 f"LaMamba: size={size} would have windows of {other} tokens a side, expected {own} as the weights have"
@@ -298,7 +296,9 @@ class LaMamba(Denoiser):
         table = self.positions.detach().mT.reshape(1, -1, before, before)
         table = F.interpolate(table, (after, after), mode="bicubic", align_corners=False)
         state = {**self.state_dict(), "positions": table.flatten(2)[0].mT.contiguous()}
-        copy = self.holding(config, state, f"LaMamba of size={self.config.size}", self.policies, self.transforms)
+        copy = self.holding(
+            config, state, f"LaMamba of size={self.config.size}", self.policies, self.transforms
+        )
         copy.history, copy.task = self.history, self.task
         return copy
 
@@ -375,7 +375,7 @@ class LaMamba(Denoiser):
         places = [(grid, Paths.of(grid, x.device)) for grid in grids]
         c = run.site("time", self.condition, t, cond)
         h = run.site("tokens", self.tokenize, x).x
-        skips = []
+        skips: list[Tensor] = []
         for i, stage in enumerate(STAGES):
             if name := _crossing(i):
                 step, before = self.descend if i < MIDDLE else self.ascend, grids[STAGES[i - 1]]

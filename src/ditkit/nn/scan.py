@@ -103,7 +103,9 @@ class SelectiveScan2D(nn.Module):
         with torch.no_grad():
             steps = (torch.rand_like(self.step_bias) * (high - low) + low).exp().clamp_min(LEAST)
             self.step_bias.copy_(steps + (-torch.expm1(-steps)).log())  # the inverse of softplus
-            decays = torch.arange(1, self.states + 1, dtype=self.log_decay.dtype, device=self.log_decay.device)
+            decays = torch.arange(
+                1, self.states + 1, dtype=self.log_decay.dtype, device=self.log_decay.device
+            )
             self.log_decay.copy_(decays.log().expand_as(self.log_decay))
         nn.init.ones_(self.skip)
 

@@ -48,9 +48,7 @@ def _counts(grid: Grid, window: int) -> tuple[int, int]:
     return grid.height // window, grid.width // window
 
 
-def seam_mask(
-    grid: Grid, window: int, shift: int, device: torch.device | str | None = None
-) -> Tensor:
+def seam_mask(grid: Grid, window: int, shift: int, device: torch.device | str | None = None) -> Tensor:
     """Whether rows of a window were neighbours before the roll, bool [n, M, M]: what it joined does not meet."""
 
     def part(side: int) -> Tensor:
@@ -63,7 +61,7 @@ def seam_mask(
 
 
 def relative_places(window: int, device: torch.device | str | None = None) -> Tensor:
-    """Number of the offset between each two rows of a window, int64 [M, M], below (2 window - 1)^2."""
+    """Return the number of the offset between each two rows of a window, int64 [M, M] below (2 window - 1)^2."""
     cells = Grid(1, window, window).coordinates()[:, 1:].to(device)
     offset = cells[:, None] - cells + window - 1
     return offset[..., 0] * (2 * window - 1) + offset[..., 1]

@@ -11,11 +11,19 @@ from torch import Tensor
 
 @torch.library.custom_op("ditkit::selective_scan", mutates_args=())
 def selective_scan_op(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, keep: bool, kernel: str
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    keep: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, K, L, D] in float32 or more, and the states that its backward pass reads, if `keep`."""
     with torch.autocast(x.device.type, enabled=False):
-        return _module(kernel).forward(x, delta, A, B, C, D, bias, keep)  # type: ignore[no-any-return]
+        return _module(kernel).forward(x, delta, A, B, C, D, bias, keep)
 
 
 @torch.library.custom_op("ditkit::selective_scan_backward", mutates_args=())
@@ -33,7 +41,7 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the seven inputs."""
     with torch.autocast(x.device.type, enabled=False):
-        return _module(kernel).backward(d_out, x, delta, A, B, C, D, bias, states)  # type: ignore[no-any-return]
+        return _module(kernel).backward(d_out, x, delta, A, B, C, D, bias, states)
 
 
 @selective_scan_op.register_fake
