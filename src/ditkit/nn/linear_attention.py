@@ -22,7 +22,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     of rows, and the quotient, are taken in float32 (float64 for float64).
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    device = "cpu" if q.is_meta else q.device.type  # shapes alone have no autocast
+    with torch.autocast(device, enabled=False):
         q, k, values = q.to(wide), k.to(wide), v.to(wide)
         total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
         out = q @ (k.mT @ values) / total.clamp_min(LEAST)

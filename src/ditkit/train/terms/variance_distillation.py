@@ -49,5 +49,7 @@ class VarianceDistillation(Term):
             difference = 2 * (own - taught)  # v = 2 f - 1
         else:
             path = cast(DiscretePath, batch.path)
-            difference = path.log_variance(own, batch.t, batch.x) - path.log_variance(taught, batch.t, batch.x)
+            difference = path.log_variance(own, batch.t, batch.x) - path.log_variance(
+                taught, batch.t, batch.x
+            )
         return batch.counted(difference).square().flatten(1).mean(1)
