@@ -1,4 +1,4 @@
-"""LiT: linear attention against the quadratic form, the convolution on the grid, inheritance, distillation, refusals."""
+"""LiT: linear attention against the quadratic form, convolution on the grid, inheritance, distillation, refusals."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_parameters_of_the_papers_sizes(name: str) -> None:
     with torch.device("meta"):
         model = DiT.preset(name).adopt([policy])
         shared = DiT.preset(name).adopt([replace(policy, shared=True)])
-    width, depth, heads = model.config.width, model.config.depth, HEADS[name.split("/")[0]]
+    width, depth, heads = model.config.width, model.config.depth, HEADS[name.removesuffix("/2")]
     assert parameter_count(model) == PARAMETERS[name] and policy.heads == heads
     assert parameter_count(model) - parameter_count(shared) == 26 * depth * (width - width // heads)
 
@@ -323,7 +323,9 @@ def test_an_order_of_tokens_or_another_attention_is_refused_before_the_first_ste
 
 def test_what_does_not_fit_is_refused() -> None:
     sites = tiny_dit().sites()
-    with pytest.raises(ConfigError, match="'blocks.0.attn.core' of width 32 does not divide into heads=3"):
+    with pytest.raises(
+        ConfigError, match=r"'blocks\.0\.attn\.core' of width 32 does not divide into heads=3"
+    ):
         Trajectory(sites, [ReluLinear(heads=3)], 1)
     with pytest.raises(ConfigError, match="kernel=4 should be odd"):
         ReluLinear(kernel=4)

@@ -5,7 +5,7 @@ B batch, N heads of the model, H heads of linear attention, L rows, K head width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -25,7 +25,7 @@ from ditkit.nn.linear_attention import ValueConv, linear_attention, regrouped
 HEADS = {"S": 2, "B": 3, "L": 4, "XL": 4}
 """Heads of the paper's sizes; those of B and L are from memory."""
 Feature = Literal["relu", "gelu", "softmax"]
-FEATURES = {"relu": F.relu, "gelu": F.gelu}
+FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 WITHOUT_ATTENTION = Inherit(skip=("blocks.*.attn.*",))
 """The weights that a LiT takes from a trained DiT: all but those of attention, its output's layer among them."""
 
