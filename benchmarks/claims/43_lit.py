@@ -142,7 +142,7 @@ def trained(terms: tuple[object, ...], steps: int, inherits: bool = True, kernel
     model.adopt([ReluLinear(kernel=kernel)])
     settings = Settings(
         steps=steps,
-        batch=32,
+        batch=8,
         learning_rate=1e-3,
         warmup=max(1, steps // 10),
         clip=1.0,
@@ -170,7 +170,7 @@ def of_losses(steps: int) -> Iterator[Claim]:
     judged = paired_loss(arms, Pictures("test"))  # type: ignore[arg-type]
     means = ", ".join(f"{name} {judged.mean(name):.4g}" for name in arms)
     setting = (
-        f"{steps} steps of 32 at 32 pixels, {parameter_count(arms['hybrid']):,} parameters; losses: {means}"
+        f"{steps} steps of 8 at 32 pixels, {parameter_count(arms['hybrid']):,} parameters; losses: {means}"
     )
     for claim, arm, rival, paper in (
         (
@@ -234,7 +234,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 40) -> None:
+def main(steps: int = 48) -> None:
     """Try the claims.
 
     Args:

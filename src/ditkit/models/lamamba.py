@@ -138,17 +138,17 @@ class LaMambaBlock(nn.Module):
     The layer norms have weights of their own, beside the modulation; GELU is exact.
 
     Args:
-        told: width of the conditioning vector, which a layer brings to the block's; none where `projects` is false.
+        width_c: of the conditioning vector, which a layer brings to the block's; none where `projects` is false.
         side: tokens a side, of its stage. odd: shift the windows by a half, unless there is but one.
     """
 
     def __init__(
-        self, width: int, told: int, projects: bool, config: LaMambaConfig, side: int, odd: bool
+        self, width: int, width_c: int, projects: bool, config: LaMambaConfig, side: int, odd: bool
     ) -> None:
         super().__init__()
         window = min(config.window, side)
         shift = config.window // 2 if odd and side > window else 0
-        self.project = nn.Linear(told, width) if projects else nn.Identity()
+        self.project = nn.Linear(width_c, width) if projects else nn.Identity()
         kinds = {"both": ("scan", "attn"), "scan": ("scan",), "windows": ("attn",)}[config.mixer]
         self.branches = (*kinds, "mlp")
         self.norms = nn.ModuleDict({kind: nn.LayerNorm(width) for kind in self.branches})
@@ -180,8 +180,8 @@ class LaMambaBlock(nn.Module):
         run: Run = DIRECT,
         at: str = "levels.0.0",
     ) -> Tensor:
-        told = activated(self.project(c_BD))
-        parts = run.site(at + ".modulation", partial(Parts, self.modulation), told)
+        c_BD = activated(self.project(c_BD))
+        parts = run.site(at + ".modulation", partial(Parts, self.modulation), c_BD)
         of_branch: dict[str, tuple[Any, ...]] = {"scan": place, "attn": place[:1], "mlp": ()}
         for i, kind in enumerate(self.branches):
             name = f"{at}.{kind}"
@@ -203,17 +203,17 @@ class LaMambaBlock(nn.Module):
 class LaMambaHead(nn.Module):
     """Tokens spread over their pixels, an adaptive layer norm, then one layer to the channels of the prediction."""
 
-    def __init__(self, width: int, told: int, patch: int, channels: int) -> None:
+    def __init__(self, width: int, width_c: int, patch: int, channels: int) -> None:
         super().__init__()
         self.expand = ExpandPatches(width, width, patch)
-        self.project = nn.Linear(told, width)
+        self.project = nn.Linear(width_c, width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, channels)
 
     def forward(self, run: Run, at: str, x_BLD: Tensor, c_BD: Tensor, grid: Grid) -> Tensor:
-        told = activated(self.project(c_BD))
-        shift, scale = run.site(at + ".modulation", self.modulation, told).chunk(2, -1)
+        c_BD = activated(self.project(c_BD))
+        shift, scale = run.site(at + ".modulation", self.modulation, c_BD).chunk(2, -1)
         out: Tensor = self.out(modulate(self.norm(self.expand(x_BLD, grid)), shift, scale))
         return out
 
@@ -228,15 +228,17 @@ class LaMamba(Denoiser):
     def __init__(self, config: LaMambaConfig) -> None:
         super().__init__()
         self.config = c = config
-        widths, told = c.widths, 4 * c.width
+        widths, width_c = c.widths, 4 * c.width
         self.embed = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
         self.embed_norm = nn.LayerNorm(c.width)
         self.positions = nn.Parameter(torch.empty(c.sides[0] ** 2, c.width))
-        self.time = TimeEmbedding(told)
-        self.label = nn.Embedding(c.classes + 1, told)
+        self.time = TimeEmbedding(width_c)
+        self.label = nn.Embedding(c.classes + 1, width_c)
         self.levels = nn.ModuleList(
             nn.ModuleList(
-                LaMambaBlock(width, told, i > MIDDLE or width != told, c, c.sides[STAGES[i]], j % 2 == 1)
+                LaMambaBlock(
+                    width, width_c, i > MIDDLE or width != width_c, c, c.sides[STAGES[i]], j % 2 == 1
+                )
                 for j in range(blocks)
             )
             for i, (width, blocks) in enumerate(zip(widths, c.blocks, strict=True))
@@ -244,7 +246,7 @@ class LaMamba(Denoiser):
         self.down = nn.ModuleList(MergePatches(width, 2 * width) for width in widths[:2])
         self.up = nn.ModuleList(ExpandPatches(width, width // 2) for width in widths[6:8])
         self.head = LaMambaHead(
-            c.width, told, c.patch, c.channels * (1 if c.convention.extra == "none" else 2)
+            c.width, width_c, c.patch, c.channels * (1 if c.convention.extra == "none" else 2)
         )
         self.reset_parameters()
 
@@ -273,10 +275,10 @@ class LaMamba(Denoiser):
         table = state.get("pos_embed")
         side = config.sides[0]
         if table is not None and table.ndim == 4 and table.shape[1:3] != (side, side):
-            made = table.shape[1] * config.patch
+            size = table.shape[1] * config.patch
             raise CheckpointError(
-                f"{name}: made for size={made} ('pos_embed' and the masks of its windows are of that size), expected "
-                f"size={config.size}; load it with size={made}, then `resized({config.size})`"
+                f"{name}: made for size={size} ('pos_embed' and the masks of its windows are of that size), expected "
+                f"size={config.size}; load it with size={size}, then `resized({config.size})`"
             )
         return cls.holding(config, renamed(state), name)
 
@@ -396,8 +398,8 @@ class LaMamba(Denoiser):
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """Compute c = time embedding + label embedding, [B, 4 D]."""
         label, rate = label_of(self.config, cond), self.config.label_dropout if self.training else 0.0
-        told: Tensor = self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
-        return told
+        c_BD: Tensor = self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
+        return c_BD
 
     def tokenize(self, x: Tensor) -> Tokens:
         """Embed and norm patches of x, with learned positions, [B, L, D]."""
@@ -453,7 +455,7 @@ ORIGINAL_NAMES = {
     r"final_adaLN_modulation\.1\.": "head.modulation.",
     r"final_linear\.": "head.out.",
 }
-MADE = re.compile(r".*\.(attn_mask|relative_position_index)")
+TABLES = re.compile(r".*\.(attn_mask|relative_position_index)")
 """Tables that follow from the sizes, which published checkpoints hold."""
 
 
@@ -461,7 +463,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of the LaMamba-Diff repository under our names, without the tables that follow from sizes."""
     ours = {}
     for name, tensor in state.items():
-        if MADE.fullmatch(name):
+        if TABLES.fullmatch(name):
             continue
         if name == "pos_embed":
             ours["positions"] = tensor.flatten(0, -2)

@@ -12,7 +12,7 @@ from ditkit.core.grid import Grid
 from ditkit.nn.convolution import MapConv
 
 LEAST = 1e-6
-"""What a row is divided by at least: one whose features are all zero, or meet only zeros, gives 0."""
+"""The least divisor of a row: one whose features are all zero, or meet only zeros, gives 0."""
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

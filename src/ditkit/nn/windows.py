@@ -100,5 +100,5 @@ class WindowAttention(nn.Module):
         bias = self.bias[relative_places(self.window, self.bias.device)].permute(2, 0, 1)[None]
         if not self.shift:
             return bias
-        seen = seam_mask(grid, self.window, self.shift, self.bias.device)
-        return bias.masked_fill(~seen[:, None], -torch.inf)
+        inside = seam_mask(grid, self.window, self.shift, self.bias.device)
+        return bias.masked_fill(~inside[:, None], -torch.inf)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOKENS, CHANNELS = 32, 32
-"""Of a tile. Not tuned: no GPU was there."""
+"""Sides of a tile; not tuned, for want of a GPU."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
