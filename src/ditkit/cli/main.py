@@ -23,6 +23,7 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "profile",
     "search",
     "video",
     "forecast",
