@@ -287,7 +287,7 @@ def test_a_cache_works_on_every_branch_of_every_stage() -> None:
 
 @pytest.mark.parametrize("kind", every(Policy), ids=lambda kind: kind.__name__)
 def test_what_moves_rows_is_refused_by_name_and_others_act_or_are(kind: type[Policy]) -> None:
-    policy, model = kind.small(Grid(1, 8, 8)), awake().float()
+    policy, model = kind.small(Grid(1, 8, 8)), awake(depth=(1, 1, 1, 1)).float()
     moves = isinstance(policy, Pattern) or kind.__name__ in ("RAS", "ConfidentTaylor")
     try:
         assert drawn(model, (policy,)).isfinite().all() and not moves

@@ -1,4 +1,4 @@
-"""Where the time of a call goes, for a model of ours or a pipeline of diffusers, exact or accelerated."""
+"""A profile of a call of a model of ours or a pipeline of diffusers, exact or accelerated."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
+from ditkit.ops.routed_linear import operation as routed
 from ditkit.ops.selective_scan.operation import scan_backward_macs, scan_macs
 
 aten = torch.ops.aten
@@ -208,4 +209,6 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
     torch.ops.ditkit.selective_scan: ("scan", scan_macs),
     torch.ops.ditkit.selective_scan_backward: ("scan", scan_backward_macs),
+    torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
+    torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }

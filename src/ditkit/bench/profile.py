@@ -1,4 +1,4 @@
-"""Where the time of a call goes: seconds, multiply-accumulates and bytes by part and by operator class.
+"""Account of a call: seconds, multiply-accumulates and bytes by part and by operator class.
 
 The call runs three times: as it is, for its wall clock; under a counter of what the dispatcher executes, for MACs and
 bytes; and under torch's profiler, for time. Sites and modules say to which part an operation belongs, so a cache, a
@@ -56,13 +56,13 @@ class Key(NamedTuple):
 
 @dataclass
 class Account:
-    """What ran, by stage, site and operator class."""
+    """Costs of what ran, by stage, site and operator class."""
 
     seconds: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
     macs: Counter[Key] = field(default_factory=Counter)
     bytes: Counter[Key] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
-    """Of each site; `ran` are those in which its function ran."""
+    """Calls of each site; `ran` are those in which its function ran."""
     ran: Counter[str] = field(default_factory=Counter)
     lengths: Counter[tuple[int, str, int, int]] = field(default_factory=Counter)
     """(evaluation, site, queries, keys) of each core."""

@@ -9,7 +9,8 @@ import torch
 from ditkit.bench.timing import seconds_of
 
 SIDE, MEGABYTES, ROUNDS = 1024, 128, 5
-"""Of the matrices multiplied; of the array copied, far more than a cache holds; the best of so many rounds counts."""
+"""Side of the matrices multiplied; size of the array copied, far more than a cache holds; rounds, of which the best
+counts."""
 
 
 @dataclass(frozen=True)

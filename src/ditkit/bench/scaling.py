@@ -1,4 +1,4 @@
-"""How time and multiply-accumulates of one forward pass grow with a field of a model's config, such as its size."""
+"""Growth of the time and multiply-accumulates of a forward pass with a field of a model's config, such as its size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Scaled:
-    """What one forward pass costs at one value, by operator class; of attention, MACs also by part."""
+    """Cost of one forward pass at one value, by operator class; of attention, MACs also by part."""
 
     value: int
     seconds: dict[str, float]

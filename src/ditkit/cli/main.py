@@ -25,8 +25,12 @@ COMMANDS = (
     "plan",
     "profile",
     "search",
+    "experts",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -130,7 +130,7 @@ class Run:
 
     __slots__ = ("handlers",)
     watch: ClassVar[Watch | None] = None
-    """Of all runs, while `watching`."""
+    """The watch of all runs, while `watching`."""
 
     def __init__(self, handlers: Mapping[str, Handler] | None = None) -> None:
         self.handlers = handlers or {}

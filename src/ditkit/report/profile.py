@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SiteCost:
-    """What one site cost, all sites inside it left out; `ran` of its `calls` its function ran."""
+    """Cost of one site, all sites inside it left out; `ran` of its `calls` its function ran."""
 
     part: str
     seconds: float
@@ -58,7 +58,7 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a call goes.
+    """The costs of a call, by part, operator class and site.
 
     Args:
         wall_seconds: of the call under the profiler, to which the entries' seconds sum.
