@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -30,6 +31,7 @@ HOMES = {
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
+    "train_pipeline": "ditkit.api.train_pipeline",
     "tune": "ditkit.api.tune",
 }
 """Modules of the public names; each is imported when its name is first used."""
@@ -48,6 +50,7 @@ __all__ = [
     "generate",
     "load",
     "restore",
+    "train_pipeline",
     "tune",
 ]
 

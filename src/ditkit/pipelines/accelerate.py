@@ -22,7 +22,7 @@ from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
 from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
-from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks
+from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks, inherited
 from ditkit.pipelines.replay import CallSnapshot, Cost, PipelineReport, Replay
 from ditkit.pipelines.scheduler_clock import check_scheduler
 
@@ -40,6 +40,9 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     parts, gives an exact one. Compiled blocks stay compiled; where a policy acts inside one, each of its branches is
     a graph, and a branch in which it acts, such as attention under RAS, is none.
 
+    A transformer that was trained under inherent policies runs under them, exact or not; whoever wants it without one
+    names its `exact()`.
+
     Args:
         policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
         max_bytes: memory that all policies may hold together in a call.
@@ -47,8 +50,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     Raises:
         ConfigError: no pipeline, no transformer that has a view, a scheduler without timesteps, or no policy.
         ConflictError: `pipe` is accelerated itself, two policies own one site, another cache has its hooks on a
-            transformer, more than its blocks is compiled, or a policy of rows meets attention whose processor is
-            not diffusers' default.
+            transformer, more than its blocks is compiled, a policy of rows meets attention whose processor is
+            not diffusers' default, or its transformers were trained under different inherent policies.
         NoEffectError: a policy has no site that it can use. The pipeline is then as it was.
     """
     if isinstance(pipe, Accelerated):
@@ -60,6 +63,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     check_scheduler(pipe.scheduler)
     alone = len(models) == 1
     nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
+    chosen = inherited(nets, chosen)
     viewed: list[nn.Module] = []
     try:
         for net in nets:
@@ -191,9 +195,8 @@ class Accelerated:
 
     def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
         """Run the pipeline, under the policies or exactly; return its output and its cost."""
-        pipeline_call = PipelineCall(
-            self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes
-        )
+        policies = self._policies if fast else inherited(self._nets, ())
+        pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, policies, self._max_bytes)
         drawn: list[Any] = []
 
         def call() -> None:
