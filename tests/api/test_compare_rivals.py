@@ -46,9 +46,14 @@ def test_a_rival_is_held_against_the_exact_run_of_the_first(report):
     assert row.psnr_db == pooled_psnr_db(own, exact) and not row.identical
     assert row.psnr_converged_db == pooled_psnr_db(own, drawn(model, 12))
     # the control is the first model in as many steps as cost the same
-    assert row.control_steps in (4, 5) and row.control_psnr_db == pooled_psnr_db(drawn(model, row.control_steps), exact)
+    assert row.control_steps in (4, 5) and row.control_psnr_db == pooled_psnr_db(
+        drawn(model, row.control_steps), exact
+    )
     assert rows["adapted"].identical  # its B is 0
-    assert rows["adapted"].macs > rows["exact"].macs > row.macs and row.macs_ratio == row.macs / rows["exact"].macs
+    assert (
+        rows["adapted"].macs > rows["exact"].macs > row.macs
+        and row.macs_ratio == row.macs / rows["exact"].macs
+    )
 
 
 def test_size_stands_beside_speed(report, tmp_path):
@@ -71,7 +76,9 @@ def test_a_rival_runs_under_its_own_inherent_policies():
     assert not rows["routed"].identical
     assert rows["routed"].receipt[0]["inherent"] is True
     # and the other way round: the exact run is under those of the first model
-    assert not {r.name: r for r in compare(routed, rivals={"plain": tiny_dit()}, **QUICK).rows}["plain"].identical
+    assert not {r.name: r for r in compare(routed, rivals={"plain": tiny_dit()}, **QUICK).rows}[
+        "plain"
+    ].identical
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,17 @@ def test_memory_of_a_rival_is_its_own(monkeypatch):
 
 def test_the_shell_takes_rivals(tmp_path, capsys):
     first, second = tiny_dit().save(tmp_path / "a"), ditkit.compress(tiny_dit(), KEPT).save(tmp_path / "b")
-    words = ["compare", str(first), "--rival", f"cut={second}", "--no-memory", "--rounds", "1", "--steps", "3"]
+    words = [
+        "compare",
+        str(first),
+        "--rival",
+        f"cut={second}",
+        "--no-memory",
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+    ]
     words += ["--converged-steps", "4", "--seeds", "0", "--out", str(tmp_path / "out")]
     assert main(words) == 0, capsys.readouterr().err
     assert "cut" in capsys.readouterr().out

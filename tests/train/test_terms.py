@@ -97,7 +97,9 @@ def test_three_transforms_and_a_policy_survive_a_kill_between_two_states(tmp_pat
         state = load_file(folder / "state.safetensors")
         copies = [model]
         for i in range(int(read_metadata(folder / "state.safetensors")["averages"])):
-            average = {k.removeprefix(f"average.{i}."): v for k, v in state.items() if k.startswith(f"average.{i}.")}
+            average = {
+                k.removeprefix(f"average.{i}."): v for k, v in state.items() if k.startswith(f"average.{i}.")
+            }
             held = {**model.state_dict(), **average}
             copies += [model.with_weights(held, "average"), model.sharing(held).eval()]
         outputs.append([drawn_by(copy) for copy in copies])

@@ -49,7 +49,9 @@ def first_call(name: str) -> dict[str, Any]:
 
     handle = pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     scale = {} if name == "flux" else {"guidance_scale": 1.0}
-    size = {} if name == "dit" else {"height": 16 if name != "wan" else 32, "width": 16 if name != "wan" else 32}
+    size = (
+        {} if name == "dit" else {"height": 16 if name != "wan" else 32, "width": 16 if name != "wan" else 32}
+    )
     try:
         pipe(**{**told, **ONCE, **size, **scale}, generator=torch.Generator().manual_seed(0))
     finally:
@@ -101,7 +103,9 @@ def test_the_loss_is_that_of_the_schedulers_own_noise(name: str, tmp_path: Any) 
     with torch.no_grad():
         out = model(x, fed, cond)[:, : data.shape[1]]
         path = model.config.convention.make_path()
-        losses = Denoising((Regression(),)).at(model, model, path=path, data=data, noise=noise, t=t, cond=cond)
+        losses = Denoising((Regression(),)).at(
+            model, model, path=path, data=data, noise=noise, t=t, cond=cond
+        )
     assert torch.allclose(losses["loss"], (out - target).square().mean(), rtol=1e-5)
 
 
@@ -128,8 +132,16 @@ def test_times_are_moved_as_the_scheduler_moves_its_steps(tmp_path: Any) -> None
 @pytest.mark.parametrize(
     ("scheduler", "flow", "message"),
     [
-        (diffusers.DDPMScheduler(beta_end=0.03), False, "are \\('linear', 0.0001, 0.03\\).*expected 1000 steps of one"),
-        (diffusers.DDPMScheduler(prediction_type="v_prediction"), False, "unknown prediction_type 'v_prediction'"),
+        (
+            diffusers.DDPMScheduler(beta_end=0.03),
+            False,
+            "are \\('linear', 0.0001, 0.03\\).*expected 1000 steps of one",
+        ),
+        (
+            diffusers.DDPMScheduler(prediction_type="v_prediction"),
+            False,
+            "unknown prediction_type 'v_prediction'",
+        ),
         (diffusers.DDPMScheduler(), True, "is of discrete steps \\(DDPM\\), expected one of flow matching"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), False, "is of flow matching, expected one of discrete"),
     ],
@@ -175,13 +187,19 @@ def test_low_rank_layers_alone_are_trained_and_merge(name: str, tmp_path: Any) -
 @pytest.mark.parametrize(
     ("name", "kept", "term"),
     [
-        ("flux", Kept(blocks=(0, 2), stack="single"), MaskedDistillation(stack="single", pairs=((0, 0), (1, 2)))),
+        (
+            "flux",
+            Kept(blocks=(0, 2), stack="single"),
+            MaskedDistillation(stack="single", pairs=((0, 0), (1, 2))),
+        ),
         ("dit", Kept(blocks=(0,)), MaskedDistillation(every=1)),
         ("sd3", Kept(blocks=(1,)), PredictionDistillation()),
         ("pixart", Kept(blocks=(1,)), PredictionDistillation()),
     ],
 )
-def test_a_pruned_transformer_learns_from_what_it_was(name: str, kept: Kept, term: Any, tmp_path: Any) -> None:
+def test_a_pruned_transformer_learns_from_what_it_was(
+    name: str, kept: Kept, term: Any, tmp_path: Any
+) -> None:
     file = file_of(name, tmp_path)
     seen = []
 
@@ -209,9 +227,13 @@ def test_an_average_teaches_and_a_folder_does(tmp_path: Any) -> None:
     for i, teacher in enumerate((EmaTeacher(), GivenTeacher(str(folder / "transformer")))):
         term = MaskedDistillation(teacher=teacher, every=1)
         out = tmp_path / str(i)
-        ditkit.train_pipeline(folder, file, out=out, terms=(Regression(), term), settings=replace(SHORT, steps=1))
+        ditkit.train_pipeline(
+            folder, file, out=out, terms=(Regression(), term), settings=replace(SHORT, steps=1)
+        )
     other = GivenTeacher(str(folder_of("dit", tmp_path) / "transformer"))
-    with pytest.raises(ConfigError, match="a teacher is a DiTTransformer2DModel, expected a WanTransformer3DModel"):
+    with pytest.raises(
+        ConfigError, match="a teacher is a DiTTransformer2DModel, expected a WanTransformer3DModel"
+    ):
         ditkit.train_pipeline(
             folder, file, out=tmp_path / "x", terms=(MaskedDistillation(teacher=other),), settings=SHORT
         )
@@ -237,7 +259,9 @@ def test_dropout_belongs_to_the_sample(name: str, tmp_path: Any) -> None:
 def test_without_negative_prompts_nothing_is_dropped(tmp_path: Any) -> None:
     file = file_of("sd3", tmp_path, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None)
     assert PipelineTraining(source=pipe_of("sd3"), data=file).base().config.label_dropout == 0
-    with pytest.raises(ConfigError, match=r"dropout=0.1 needs what stands.*'negative_prompt_embeds', expected it"):
+    with pytest.raises(
+        ConfigError, match=r"dropout=0.1 needs what stands.*'negative_prompt_embeds', expected it"
+    ):
         PipelineTraining(source=pipe_of("sd3"), data=file, dropout=0.1).base()
 
 
@@ -256,7 +280,11 @@ def test_the_network_of_a_given_size_and_of_checkpoints(tmp_path: Any) -> None:
 
 
 BAD = {
-    "pooled missing": ("flux", {"pooled_prompt_embeds": None}, "no tensor 'pooled_prompt_embeds'; it has latents"),
+    "pooled missing": (
+        "flux",
+        {"pooled_prompt_embeds": None},
+        "no tensor 'pooled_prompt_embeds'; it has latents",
+    ),
     "text width": (
         "flux",
         {"prompt_embeds": torch.zeros(6, TEXT, 16)},
@@ -266,10 +294,18 @@ BAD = {
     "channels": ("sd3", {"latents": torch.zeros(6, 4, 8, 8)}, r"is \[6, 4, 8, 8\], expected \[N, 16, H, W\]"),
     "odd": ("flux", {"latents": torch.zeros(6, 4, 7, 8)}, "expected .* with H a multiple of 2"),
     "frames": ("wan", {"latents": torch.zeros(6, 16, 8, 8)}, r"expected \[N, 16, T, H, W\]"),
-    "nan": ("dit", {"latents": torch.full((6, 4, 8, 8), torch.nan)}, "'latents' holds NaN or infinity in row 0"),
+    "nan": (
+        "dit",
+        {"latents": torch.full((6, 4, 8, 8), torch.nan)},
+        "'latents' holds NaN or infinity in row 0",
+    ),
     "class": ("dit", {"class_labels": torch.full((6,), 1000)}, "goes from 1000 to 1000, expected 0 to 999"),
     "fractions": ("dit", {"class_labels": torch.zeros(6)}, "holds torch.float32, expected whole numbers"),
-    "unknown": ("dit", {"prompt_embeds": torch.zeros(6, 5, 32)}, "unknown tensor 'prompt_embeds'.*latents, class_labels"),
+    "unknown": (
+        "dit",
+        {"prompt_embeds": torch.zeros(6, 5, 32)},
+        "unknown tensor 'prompt_embeds'.*, class_labels",
+    ),
     "half a negative": (
         "flux",
         {"negative_pooled_prompt_embeds": None},
@@ -304,12 +340,14 @@ def test_what_is_no_transformer_is_refused(tmp_path: Any) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             host_of(source)
-    with pytest.raises(ConfigError, match="unknown family of transformers to train 'LatteTransformer3DModel'"):
+    with pytest.raises(
+        ConfigError, match="unknown family of transformers to train 'LatteTransformer3DModel'"
+    ):
         ditkit.train_pipeline(latte()[0], file, out=tmp_path / "run")
     (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DataError, match="cannot be read as a complete safetensors file"):
         ditkit.train_pipeline(pipe_of("wan"), tmp_path / "torn.safetensors", out=tmp_path / "run")
-    with pytest.raises(ConfigError, match="is more than|has done|already holds a run|holds no run to resume"):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
         ditkit.train_pipeline(pipe_of("wan"), file, out=tmp_path / "run", resume=True)
     filled = FAMILIES["flux"](out_channels=8)[0].transformer
     with pytest.raises(ConfigError, match="in_channels=16 are more than its latents"):
@@ -323,7 +361,9 @@ def test_trained_under_an_inherent_policy_it_is_not_run_without(tmp_path: Any) -
     )
     again = ditkit.load(tmp_path / "run" / "model")
     assert again.policies == trained.policies == (routed,)
-    with pytest.raises(ConfigError, match="it was trained under taskrouting:path=linear, which plain diffusers"):
+    with pytest.raises(
+        ConfigError, match="it was trained under taskrouting:path=linear, which plain diffusers"
+    ):
         again.transformer.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     given = first_call("flux")
@@ -344,5 +384,5 @@ def test_trained_under_an_inherent_policy_it_is_not_run_without(tmp_path: Any) -
     assert not torch.allclose(fast, without, atol=1e-3)
     model = HostDenoiser.of(again, samples_of(again.transformer, file), None)
     assert model.policies == (routed,)
-    with pytest.raises(ConfigError, match="expected a call through ditkit.accelerate"):
+    with pytest.raises(ConfigError, match="expected a call through ditkit"):
         pipe(**told)

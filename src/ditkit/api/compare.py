@@ -105,7 +105,9 @@ def compare(
         isolated = {}
         for method in [m for m in methods if m.kind in ("exact", "rival")] if memory else []:
             own = () if method.rival else policies
-            isolated[method.name] = Isolated(bench.of(method), own, Path(folder))  # refuses before any drawing
+            isolated[method.name] = Isolated(
+                bench.of(method), own, Path(folder)
+            )  # refuses before any drawing
         bench.count()
         if control:
             bench.add_controls()

@@ -278,7 +278,9 @@ def host_of(source: Any) -> Host:
         )
     loaded = Host.load(folder)
     if not isinstance(loaded, Host):
-        raise CheckpointError(f"{source} holds a {type(loaded).__name__}, expected a transformer of diffusers")
+        raise CheckpointError(
+            f"{source} holds a {type(loaded).__name__}, expected a transformer of diffusers"
+        )
     return loaded
 
 
@@ -299,4 +301,3 @@ def _start(training: PipelineTraining, model: HostDenoiser) -> Callable[[], Any]
 
 def _named(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else type(source).__name__
-

@@ -85,7 +85,10 @@ class Row:
         for clips.
         """
         values = asdict(self)
-        for key in ("parameters", "weight_bytes"):  # of a pipeline's rows, which have no other model beside them
+        for key in (
+            "parameters",
+            "weight_bytes",
+        ):  # of a pipeline's rows, which have no other model beside them
             if values[key] is None:
                 del values[key]
         distances = values.pop("distribution")

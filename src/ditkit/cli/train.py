@@ -86,9 +86,7 @@ def command_of(name: str, build: Build) -> Command:
             policies=under,
             transforms=as_transforms(transform) if transform else recipe.transforms,
             inherit=rule,
-            settings=with_flags(
-                recipe.settings, settings, groups=groups_of(group, recipe.settings.groups)
-            ),
+            settings=with_flags(recipe.settings, settings, groups=groups_of(group, recipe.settings.groups)),
         )
         if dry_run:
             print(describe(chosen))
@@ -148,7 +146,7 @@ def command_of(name: str, build: Build) -> Command:
 
 train = Group(
     prog="ditkit train",
-    about="Train a model as a recipe says, or the transformer of a diffusers folder; if it is stopped, --resume goes on.",
+    about="Train a model as a recipe says, or a diffusers folder's transformer; if it is stopped, --resume goes on.",
     members={name: partial(command_of, name, build) for name, build in found().items()},
     what="recipe",
     other=pipeline_command_of,

@@ -75,9 +75,7 @@ class LatentSet:
     def nothing(self) -> Cond:
         """One row of what stands in a dropped prompt's place; empty where the file does not say."""
         return Cond(
-            **{
-                self.slots[n].field: _as_input(_one_row(v, self.slots[n])) for n, v in self.negative.items()
-            }
+            **{self.slots[n].field: _as_input(_one_row(v, self.slots[n])) for n, v in self.negative.items()}
         )
 
     @property
@@ -153,7 +151,9 @@ def _as_input(value: Tensor) -> Tensor:
 
 def _taken(path: Path, held: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in held:
-        raise DataError(f"{path}: no tensor {name!r}; it has {', '.join(held) or 'none'}{nearest(name, held)}")
+        raise DataError(
+            f"{path}: no tensor {name!r}; it has {', '.join(held) or 'none'}{nearest(name, held)}"
+        )
     return held[name]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.core.cond import Cond
-from ditkit.core.config import Share
+from ditkit.core.config import Finite, Share, check_fields
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
@@ -23,6 +23,8 @@ from ditkit.hosts.hosted import Host, HostConfig
 from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.paths import path_of
 from ditkit.hosts.view import running
+
+FLOW = Convention()
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class HostDenoiserConfig(HostConfig):
         guidance: the scale that a network distilled from guidance is told.
     """
 
-    convention: Convention = Convention()
+    convention: Convention = FLOW
     shape: tuple[int, ...] = ()
     rows: int = 0
     label_dropout: Share = 0.0
-    guidance: float = 1.0
+    guidance: Finite = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
 
 
 class HostDenoiser(Host, Denoiser):
@@ -132,7 +137,9 @@ class HostDenoiser(Host, Denoiser):
                 "'negative_prompt_embeds'"
             )
         first = next(iter(_tensors(cond).values()))
-        return self._dropped(replace(cond, drop=torch.ones(len(first), dtype=torch.bool, device=first.device)))
+        return self._dropped(
+            replace(cond, drop=torch.ones(len(first), dtype=torch.bool, device=first.device))
+        )
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:  # type: ignore[override]
         """Predict for latents x [B, C, ...] at t [B], by the convention of the config."""
@@ -191,9 +198,7 @@ class HostDenoiser(Host, Denoiser):
         copy.nothing = self.nothing
         return copy
 
-    def save(
-        self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()
-    ) -> Path:
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, history: Sequence[Any] = ()) -> Path:
         return self.host().save(folder, dtype, history)
 
 
@@ -205,8 +210,14 @@ def inputs_of(transformer: Any) -> Inputs:
     """
     known = family(transformer).inputs
     if known is None:
-        kinds = [type(home.INPUTS).__name__.removesuffix("Inputs") for home in families() if hasattr(home, "INPUTS")]
-        raise ConfigError("train: " + unknown("family of transformers to train", type(transformer).__name__, kinds))
+        kinds = [
+            type(home.INPUTS).__name__.removesuffix("Inputs")
+            for home in families()
+            if hasattr(home, "INPUTS")
+        ]
+        raise ConfigError(
+            "train: " + unknown("family of transformers to train", type(transformer).__name__, kinds)
+        )
     return known
 
 

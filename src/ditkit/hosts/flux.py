@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditkit.core.cond import Cond
-from ditkit.core.grid import Grid, Segment
 from ditkit.core.errors import ConfigError
+from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.data.latents import Slot

@@ -292,8 +292,8 @@ def _guard(transformer: nn.Module, _: tuple[Any, ...]) -> None:
     inherent = [policy for policy in adopted(transformer).policies if policy.inherent]
     if inherent and not is_running():
         raise ConfigError(
-            f"{type(transformer).__name__}: it was trained under {' '.join(map(spec, inherent))}; expected a call through "
-            "ditkit.accelerate(pipe), which runs it so"
+            f"{type(transformer).__name__}: it was trained under {' '.join(map(spec, inherent))}; expected a call "
+            "through ditkit.accelerate(pipe), which runs it so"
         )
 
 

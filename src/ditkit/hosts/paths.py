@@ -29,7 +29,9 @@ class SchedulerPath(NamedTuple):
     shift: float = 1.0
 
 
-def path_of(scheduler: Mapping[str, Any] | None, flow: bool, learns_variance: bool, rows: int) -> SchedulerPath:
+def path_of(
+    scheduler: Mapping[str, Any] | None, flow: bool, learns_variance: bool, rows: int
+) -> SchedulerPath:
     """Read a scheduler's config.
 
     Args:
@@ -102,5 +104,7 @@ def _betas(scheduler: Mapping[str, Any]) -> PathName:
 def _prediction(scheduler: Mapping[str, Any]) -> Prediction:
     given = scheduler.get("prediction_type", "epsilon")
     if given not in PREDICTIONS:
-        raise ConfigError(f"scheduler {scheduler.get(KIND)}: " + unknown("prediction_type", given, PREDICTIONS))
+        raise ConfigError(
+            f"scheduler {scheduler.get(KIND)}: " + unknown("prediction_type", given, PREDICTIONS)
+        )
     return PREDICTIONS[given]

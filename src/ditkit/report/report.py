@@ -128,7 +128,15 @@ class Report:
         table.add_column("method", max_width=18)
         motion = [MOTION] if self._frames() else []
         rivals = any(row.kind == "rival" for row in self.rows)
-        for head in [*([WEIGHTS] if rivals else []), *COST, TO_EXACT, *motion, CONTROL, TO_CONVERGED, CONTROL]:
+        for head in [
+            *([WEIGHTS] if rivals else []),
+            *COST,
+            TO_EXACT,
+            *motion,
+            CONTROL,
+            TO_CONVERGED,
+            CONTROL,
+        ]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row, rivals))
