@@ -48,6 +48,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "generate",
         "load",
         "restore",
+        "train_pipeline",
         "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))

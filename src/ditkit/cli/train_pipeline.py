@@ -21,7 +21,7 @@ from ditkit.core.spec import components
 from ditkit.train.objective import Term
 from ditkit.train.timesteps import LogitNormal, Shifted, Uniform
 
-TIMES = {"uniform": Uniform(), "logit-normal": LogitNormal()}
+TIMES: dict[str, Uniform | LogitNormal] = {"uniform": Uniform(), "logit-normal": LogitNormal()}
 Fraction = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Times = Annotated[str | None, tyro.conf.arg(metavar="|".join(TIMES))]
 LEFT = ("model", "losses.jsonl", "tensorboard", "state.safetensors")

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ditkit.core.cond import Cond
 from ditkit.core.errors import DataError, nearest, unknown
+from ditkit.core.slot import Slot
 
 LATENTS = "latents"
 NEGATIVE = "negative_"
 """Begins the name of what stands in a dropped prompt's place, which is one row."""
-
-
-class Slot(NamedTuple):
-    """A tensor of the file, a row a sample.
-
-    Args:
-        field: of `Cond`, that it fills. shape: of a row; a letter stands for any length, the same for all rows.
-        below: whole numbers from 0 to below this; 0 for other numbers. optional: may be missing.
-    """
-
-    field: str
-    shape: tuple[int | str, ...]
-    below: int = 0
-    optional: bool = False
 
 
 class LatentSet:

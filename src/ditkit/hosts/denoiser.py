@@ -17,7 +17,8 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run
-from ditkit.data.latents import LatentSet, Slot
+from ditkit.core.slot import Slot
+from ditkit.data.latents import LatentSet
 from ditkit.hosts.family import families, family
 from ditkit.hosts.hosted import Host, HostConfig
 from ditkit.hosts.inputs import Inputs

@@ -21,8 +21,8 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
-from ditkit.data.latents import Slot
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed_in_chunks, modulation
 from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.view import current, restore, running, stands_for, view

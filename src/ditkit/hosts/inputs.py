@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.data.latents import Slot
+from ditkit.core.slot import Slot
 
 
 class Inputs(ABC):

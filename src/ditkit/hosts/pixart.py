@@ -17,8 +17,8 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
-from ditkit.data.latents import Slot
 from ditkit.hosts.blocks import as_wide, attention_sites
 from ditkit.hosts.dit import call_basic_block
 from ditkit.hosts.inputs import Inputs

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
-from ditkit.data.latents import Slot
 from ditkit.hosts.attention import computes_as
 from ditkit.hosts.blocks import (
     as_wide,
