@@ -14,8 +14,8 @@ import ditkit
 from ditkit.adapt.lora import LoRA, Merged
 from ditkit.adapt.task_routing import TaskRouting
 from ditkit.api.train_pipeline import PipelineTraining, host_of
-from ditkit.compress import Kept
-from ditkit.core.checkpoint import read_state
+from ditkit.compress import Kept, decide
+from ditkit.core.checkpoint import read_json, read_state
 from ditkit.core.cond import Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ from ditkit.hosts.hosted import Host
 from ditkit.hosts.paths import config_of_scheduler, path_of, shift_of
 from ditkit.train.denoising import Denoising
 from ditkit.train.randomness import SampleRNG
+from ditkit.train.settings import Group
 from ditkit.train.terms.distillation import PredictionDistillation
 from ditkit.train.terms.masked_distillation import MaskedDistillation
 from ditkit.train.terms.regression import Regression
@@ -386,3 +387,26 @@ def test_trained_under_an_inherent_policy_it_is_not_run_without(tmp_path: Any) -
     assert model.policies == (routed,)
     with pytest.raises(ConfigError, match="expected a call through ditkit"):
         pipe(**told)
+
+
+def test_a_search_for_the_blocks_to_keep_runs_on_a_pipeline(tmp_path: Any) -> None:
+    """TinyFusion on FLUX: low-rank layers and logits are trained, and the choice prunes the transformer as it was."""
+    search = replace(SHORT, groups=(Group("learneddepth", 10.0),))
+    found = ditkit.train_pipeline(
+        pipe_of("flux"),
+        file_of("flux", tmp_path),
+        LoRA(rank=2, layers="all"),
+        out=tmp_path / "run",
+        policies=["learneddepth:steps=2"],
+        settings=search,
+    )
+    record = read_json(tmp_path / "run" / "recipe.json")
+    assert record["settings"]["trained"] == "lora+learneddepth"
+    decision = decide(ditkit.load(tmp_path / "run" / "model"))
+    assert decision == decide(found) and len(decision.kept.blocks) == 1
+    pipe = FAMILIES["flux"]()[0]
+    ditkit.compress(pipe, decision.kept).transformer.save_pretrained(tmp_path / "cut")
+    plain = type(pipe.transformer).from_pretrained(tmp_path / "cut")
+    kept, block = decision.kept.blocks[0], "transformer_blocks.{}.attn.to_q.weight"
+    before = FAMILIES["flux"]()[0].transformer.state_dict()
+    assert torch.equal(plain.state_dict()[block.format(0)], before[block.format(kept)])
