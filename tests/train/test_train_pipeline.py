@@ -24,6 +24,7 @@ from ditkit.hosts.denoiser import HostDenoiser, samples_of, shift_for
 from ditkit.hosts.hosted import Host
 from ditkit.hosts.paths import config_of_scheduler, path_of, shift_of
 from ditkit.train.denoising import Denoising
+from ditkit.train.parts import train_only
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Group
 from ditkit.train.terms.distillation import PredictionDistillation
@@ -278,6 +279,16 @@ def test_the_network_of_a_given_size_and_of_checkpoints(tmp_path: Any) -> None:
         assert model.transformer.gradient_checkpointing is again
         grads.append(model.transformer.x_embedder.weight.grad)
     assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+@every_family
+def test_attention_alone_can_be_trained(name: str, tmp_path: Any) -> None:
+    model = model_of(name, tmp_path)
+    train_only(model, "attention")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".attn" in n and "norm" not in n for n in trained)
+    blocks = sum(site.kind == "core" for site in model.sites())
+    assert sum(n.endswith("to_q.weight") for n in trained) >= blocks
 
 
 BAD = {

@@ -266,7 +266,7 @@ def host_of(source: Any) -> Host:
             )
         _refuse_experts(getattr(source, EXPERT, None) is not None, type(source).__name__)
         host = Host.around(deepcopy(found))
-        host.transformer.eval().requires_grad_(True)
+        host.transformer.float().eval().requires_grad_(True)
         return host
     folder = Path(source).expanduser()
     if (folder / INDEX).is_file():
