@@ -25,6 +25,7 @@ from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, parameter_count
+from ditkit.core.policy import Policy
 from ditkit.core.task import Progress, Task, generating
 from ditkit.metrics.error import generated_mask
 from ditkit.report.report import Report
@@ -102,12 +103,7 @@ def compare(
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(work, task, methods, progress)
-        isolated = {}
-        for method in [m for m in methods if m.kind in ("exact", "rival")] if memory else []:
-            own = () if method.rival else policies
-            isolated[method.name] = Isolated(
-                bench.of(method), own, Path(folder)
-            )  # refuses before any drawing
+        isolated = isolated_of(bench, policies, Path(folder)) if memory else {}  # refuses before any drawing
         bench.count()
         if control:
             bench.add_controls()
@@ -124,6 +120,12 @@ def compare(
         settings["left_out"] = [str(error) for error in bench.idle.values()]
     pictures = {name: task.draw(samples) for name, samples in bench.samples().items()}
     return Report(bench.rows(judge), settings, pictures, task, bench.generated)
+
+
+def isolated_of(bench: Bench, policies: Sequence[Policy], folder: Path) -> dict[str, Isolated]:
+    """Write the first model, with its policies, and each rival to `folder`, for processes of their own."""
+    models = [method for method in bench.methods if method.kind in ("exact", "rival")]
+    return {m.name: Isolated(bench.of(m), () if m.rival else policies, folder) for m in models}
 
 
 def rival_of(work: Sampler, task: Task, name: str, rival: Denoiser) -> Method:
