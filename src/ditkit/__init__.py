@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.profile import profile as profile
     from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
@@ -29,6 +30,7 @@ HOMES = {
     "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
+    "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
     "train_pipeline": "ditkit.api.train_pipeline",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "profile",
     "restore",
     "train_pipeline",
     "tune",

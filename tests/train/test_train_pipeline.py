@@ -373,13 +373,11 @@ def test_trained_under_an_inherent_policy_it_is_not_run_without(tmp_path: Any) -
     )
     again = ditkit.load(tmp_path / "run" / "model")
     assert again.policies == trained.policies == (routed,)
-    with pytest.raises(
-        ConfigError, match="it was trained under taskrouting:path=linear, which plain diffusers"
-    ):
+    with pytest.raises(ConfigError, match=r"was trained under TaskRouting\(.*, which plain diffusers"):
         again.transformer.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     given = first_call("flux")
-    with pytest.raises(ConfigError, match="trained under taskrouting:path=linear; expected a call through"):
+    with pytest.raises(ConfigError, match=r"was trained under TaskRouting\(.*; expected a call through"):
         again.transformer(**{**given, "return_dict": False})
     pipe = FAMILIES["flux"]()[0]
     pipe.set_progress_bar_config(disable=True)

@@ -19,7 +19,6 @@ from ditkit.core.grid import Segment
 from ditkit.core.model import CONFIG, Model
 from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.core.spec import spec
 from ditkit.core.transform import Report, Stacked, Transform, described, transforms_of
 from ditkit.hosts.family import families, family, has_sites, transformers
 from ditkit.hosts.view import View, is_running, restore, running, view
@@ -43,6 +42,13 @@ def adopted(transformer: nn.Module) -> Adopted:
     """Return what a transformer was trained under; nothing, of most."""
     found: Adopted = vars(transformer).get(ADOPTED, Adopted())
     return found
+
+
+def trained_under(transformer: Any) -> tuple[Policy, ...]:
+    """Return the inherent policies that a transformer was trained under."""
+    return tuple(
+        policy for policy in adopted(transformer).policies if policy.inherent and policy != policy.exact()
+    )
 
 
 def mark(transformer: nn.Module, policies: Sequence[Policy], learned: nn.ModuleDict) -> None:
@@ -164,9 +170,10 @@ class Host(Model):
                 trained under.
         """
         if self.policies:
+            under = ", ".join(map(str, self.policies))
             raise ConfigError(
-                f"{self.config.name}: it was trained under {' '.join(map(spec, self.policies))}, which plain diffusers "
-                "would leave out; save it by ditkit.hosts.hosted.Host.around(transformer).save(folder), which "
+                f"{self.config.name} was trained under {under}, which plain diffusers would "
+                "leave out; save it by ditkit.hosts.hosted.Host.around(transformer).save(folder), which "
                 "ditkit.load opens"
             )
         if not self.transforms and KEY not in dict(self.transformer.config):
@@ -289,11 +296,10 @@ def _write(transformer: Any, folder: Path) -> None:
 
 def _guard(transformer: nn.Module, _: tuple[Any, ...]) -> None:
     """Refuse a call without the inherent policies: whoever runs a transformer under some says so."""
-    inherent = [policy for policy in adopted(transformer).policies if policy.inherent]
-    if inherent and not is_running():
+    if not is_running() and (under := trained_under(transformer)):
         raise ConfigError(
-            f"{type(transformer).__name__}: it was trained under {' '.join(map(spec, inherent))}; expected a call "
-            "through ditkit.accelerate(pipe), which runs it so"
+            f"{type(transformer).__name__} was trained under {', '.join(map(str, under))}; expected a call through "
+            "ditkit.accelerate(pipe), which runs it so"
         )
 
 

@@ -40,11 +40,9 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     parts, gives an exact one. Compiled blocks stay compiled; where a policy acts inside one, each of its branches is
     a graph, and a branch in which it acts, such as attention under RAS, is none.
 
-    A transformer that was trained under inherent policies runs under them, exact or not; whoever wants it without one
-    names its `exact()`.
-
     Args:
-        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
+        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`. Beside them work those
+            that a transformer was trained under and cannot do without, unless their class is named.
         max_bytes: memory that all policies may hold together in a call.
 
     Raises:
@@ -59,7 +57,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
-    models = _transformers(pipe)
+    models = transformers_of(pipe)
     check_scheduler(pipe.scheduler)
     alone = len(models) == 1
     nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
@@ -180,7 +178,7 @@ class Accelerated:
 
     def _refuse_strangers(self) -> None:
         kind = type(self._pipe).__name__
-        for name, model in _transformers(self._pipe).items():
+        for name, model in transformers_of(self._pipe).items():
             if not any(net.model is model for net in self._nets):
                 raise NoEffectError(
                     f"{kind}: {name} is none of the transformers that it had before; call ditkit.accelerate again"
@@ -194,9 +192,12 @@ class Accelerated:
         return self._pipe
 
     def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
-        """Run the pipeline, under the policies or exactly; return its output and its cost."""
-        policies = self._policies if fast else inherited(self._nets, ())
-        pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, policies, self._max_bytes)
+        """Run the pipeline, under the policies or exactly; return its output and its cost.
+
+        Exactly is under the inherent policies of its transformers.
+        """
+        under = self._policies if fast else inherited(self._nets, ())
+        pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, under, self._max_bytes)
         drawn: list[Any] = []
 
         def call() -> None:
@@ -228,7 +229,7 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
     claim(sites, policies)
 
 
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Find the components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:
