@@ -47,6 +47,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "evaluate",
         "generate",
         "load",
+        "profile",
         "restore",
         "train_pipeline",
         "tune",
