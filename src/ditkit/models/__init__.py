@@ -5,6 +5,7 @@ from ditkit.models.ddt import DiTDH, DiTDHConfig
 from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
@@ -22,6 +23,8 @@ __all__ = [
     "DiTConfig",
     "DiTDH",
     "DiTDHConfig",
+    "LaMamba",
+    "LaMambaConfig",
     "PredFormer",
     "PredFormerConfig",
     "Todyformer",

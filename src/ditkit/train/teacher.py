@@ -80,7 +80,7 @@ class EmaTeacher(Teacher):
     def make(self, run: Run) -> nn.Module:
         if self.which >= len(run.averages):
             raise ConfigError(f"EmaTeacher: which={self.which}, expected one of {len(run.averages)} averages")
-        return _sharing(run.model, run.averages[self.which].whole(run.model))
+        return frozen(run.model.sharing(run.averages[self.which].whole(run.model)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LiveTeacher(Teacher):
     """The model in training itself, as it is at each step: it shares the weights' memory, in eval mode."""
 
     def make(self, run: Run) -> nn.Module:
-        return _sharing(run.model, run.model.state_dict())
+        return frozen(run.model.sharing(run.model.state_dict()))
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class GivenTeacher(Teacher):
     folder: str
 
     def make(self, run: Run) -> nn.Module:
-        return frozen(load(self.folder)).to(run.device)
+        return frozen(run.model.as_teacher(load(self.folder))).to(run.device)
 
     def identity(self) -> str:
         return fingerprint(load(self.folder).state_dict())
 
     def check(self, model: Model) -> None:
-        given = load(self.folder)
+        given = model.as_teacher(load(self.folder))
         if given.sample_shape != model.sample_shape:
             raise ConfigError(
                 f"GivenTeacher: {self.folder} is of samples {list(given.sample_shape)}, expected "
@@ -229,12 +229,3 @@ def frozen(model: Model) -> Model:
     model.policies = tuple(policy for policy in model.policies if policy.inherent)
     model.eval().requires_grad_(False)
     return model
-
-
-def _sharing(model: Model, state: Mapping[str, Tensor]) -> Model:
-    """Return a frozen network of the model's structure that holds the very tensors of `state`."""
-    copy = model.rebuilt(model.transforms)
-    with torch.device("meta"):
-        copy.adopt(model.policies)
-    copy.load_state_dict({name: value.detach() for name, value in state.items()}, assign=True)
-    return frozen(copy)
