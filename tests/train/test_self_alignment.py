@@ -171,7 +171,7 @@ def test_a_live_teacher_is_the_student_without_gradients(tmp_path: Path) -> None
 
 
 def test_trained_under_routing_each_pass_is_routed_by_its_own_time() -> None:
-    routed = model().adopt([TaskRouting()])
+    routed = model().adopt([TaskRouting(path="linear")])
     teacher = routed.with_weights(routed.state_dict(), "teacher").eval()
     term = SelfAlignment(1.0, 3, 3, gap=1.0, head=False)
     plain = both(replace(term, gap=0.0), routed.eval(), teacher)["loss"]
