@@ -62,6 +62,8 @@ POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
 TRANSFORMS = "transforms"
 """Key of config.json: what was done to the structure that the config gives, in order."""
+TIMESTEP = "time.embedding"
+"""The site of the embedding of the time alone, in a denoiser of one stack."""
 TASK = "task"
 """Key of config.json: the name of the task that the weights were trained for."""
 DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES, TRANSFORMS)
@@ -402,6 +404,8 @@ class Denoiser(Model):
 
     completes: ClassVar[bool] = False
     """True if `Cond.context` and `Cond.mask` are read: samples can be given in part."""
+    embeds_time: ClassVar[bool] = False
+    """True if the site `time` has a site `TIMESTEP` inside."""
 
     def sites(self) -> tuple[Site, ...]:
         """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
@@ -413,6 +417,7 @@ class Denoiser(Model):
         stream, width = "joint" if with_text else "image", self.config.width
         return (
             Site("time", "time", width=width),
+            *([Site(TIMESTEP, "timestep", width=width)] if self.embeds_time else []),
             Site("tokens", "tokens", stream, width),
             Site("blocks", "stack", stream, width),
             *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),

@@ -13,7 +13,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.grid import SEQUENCES, Segment
 
 Kind = Literal[
-    "time", "tokens", "stack", "block", "branch", "modulation", "inner", "kv", "core", "route", "head"
+    "time", "timestep", "tokens", "stack", "block", "branch", "modulation", "inner", "kv", "core", "route", "head"
 ]
 AttentionKind = Literal["full", "axial", "scaled"]
 """Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
@@ -27,7 +27,9 @@ class Site(NamedTuple):
 
     Its stream is that of its tokens: "image", "text" or "joint"; of a branch, of what it returns; of a core, of its
     queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the two
-    layers of an MLP.
+    layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around it
+    joins with the rest of c. A `route` site, asked with a branch's tokens before its norm, gives what of the branch is
+    computed; None is all.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Site(NamedTuple):
     """Channels of what it returns: of a `kv` and a `core`, of all heads together; of a `modulation`, of one of its
     parts. 0 where it has none, or does not say."""
     heads: int = 0
-    """The number of attention heads, of a `kv` and a `core`."""
+    """The number of attention heads, of a `kv`, a `core` and the `route` of an attention."""
     stage: int = 0
     """The resolution, in a network with several, of the segments whose rows it holds."""
     attention: AttentionKind = "full"

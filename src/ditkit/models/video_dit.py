@@ -30,7 +30,7 @@ from ditkit.core.config import (
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
-from ditkit.core.model import Denoiser
+from ditkit.core.model import TIMESTEP, Denoiser
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
@@ -129,6 +129,7 @@ class VideoDiT(Denoiser):
 
     Config = VideoDiTConfig
     task = "video"
+    embeds_time = True
     completes = True
     config: VideoDiTConfig
 
@@ -198,7 +199,7 @@ class VideoDiT(Denoiser):
             )
         grid = Grid.of(tuple(x.shape[2:]), self.config.sides)
         prepared = self.prepare_cond(cond, len(x))
-        c_BD = run.site("time", self.condition, t, prepared)
+        c_BD = run.site("time", partial(self.condition, run=run), t, prepared)
         tokens: RotaryTokens = run.site("tokens", self.tokenize, prepared.given(x), prepared)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.rotary)
@@ -221,9 +222,10 @@ class VideoDiT(Denoiser):
             valid = None if valid is None else valid | drop[:, None]
         return replace(cond, label=label, text=text, text_mask=valid)
 
-    def condition(self, t: Tensor, prepared: Cond) -> Tensor:
+    def condition(self, t: Tensor, prepared: Cond, run: Run = DIRECT) -> Tensor:
         """Compute c = time embedding + label embedding, [B, D]."""
-        return self.time(t) + self.label(prepared.label) if self.label else self.time(t)
+        time: Tensor = run.site(TIMESTEP, self.time, t)
+        return time + self.label(prepared.label) if self.label else time
 
     def tokenize(self, x: Tensor, prepared: Cond) -> RotaryTokens:
         """Text and patches of x embedded, [B, S + L, D], with their positions; a text row has none."""

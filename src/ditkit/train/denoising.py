@@ -101,6 +101,9 @@ class Denoising(Objective):
         self.clock.check(model)
         super().check(model)
 
+    def check_batch(self, batch: int) -> None:
+        self.clock.check_batch(batch)
+
     def __call__(
         self,
         forward: Callable[..., Any],

@@ -180,6 +180,13 @@ class Objective(ABC):
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
 
+    def check_batch(self, batch: int) -> None:  # noqa: B027
+        """Refuse a size of the global batch, before the first step.
+
+        Raises:
+            ConfigError: samples cannot be dealt out as the objective does.
+        """
+
     def describe(self) -> dict[str, Any]:
         """Return what is minimised, as JSON has it."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "terms"}
