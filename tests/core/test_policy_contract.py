@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ditkit.adapt import TaskRouting
 from ditkit.attention.pattern import Pattern
 from ditkit.attention.reshaped import Reshape
-from ditkit.compress import LearnedDepth
+from ditkit.compress import DyDiT, LearnedDepth
 from ditkit.core.catalog import every
+from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid
 from ditkit.core.policy import RESOURCES, Policy
 from ditkit.core.run import DIRECT, Call
@@ -141,7 +142,7 @@ def test_memory_kept_is_the_memory_stated(model, policy):
 
     most: list[int] = []
     sample(model, [policy], LANES, evaluate=compared)
-    stateless = isinstance(policy, Pattern | LearnedDepth | TaskRouting) and not isinstance(policy, Reshape)
+    stateless = isinstance(policy, Pattern | LearnedDepth | TaskRouting | DyDiT) and not isinstance(policy, Reshape)
     assert (max(most) == 0) == stateless
 
 
@@ -158,6 +159,7 @@ def test_no_graph_breaks_inside_a_branch(model, policy, block):
         for index in range(3):
             call = call_at(model, index)
             run = DIRECT if block == "direct" else trajectory.run(call)
+            model.condition(torch.ones(2), Cond(label=torch.tensor([0, 1])), run)  # what a policy may watch
             attend = compiled(partial(layer.attend, run, "blocks.0.attn"))
             assert torch.equal(attend(x, parts), layer.attend(run, "blocks.0.attn", x, parts))
             feed = compiled(partial(layer.feed, run, "blocks.0.mlp"))

@@ -6,14 +6,15 @@ B batch, L tokens, D width, H heads, r rank, Q low-rank updates.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Gt
+from annotated_types import Gt, Interval
 from torch import Tensor, nn
 
 from ditkit.compress.learned_depth import gumbel
@@ -24,6 +25,9 @@ from ditkit.core.policy import Claim, Policy, Session, site_key
 from ditkit.core.run import Call, Handler, Site, named
 from ditkit.nn.routes import Route, Routed, Update, routed_blocks
 from ditkit.nn.time_lora import TimeLoRA
+
+
+Routes = Literal["learned", "static", "random"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class DyDiT(Policy):
             e(t); 0 for none. updates: how many B_q. alpha: its scale, times rank.
         seed: of fresh weights.
         complete: compute everything: the neutral setting.
+        routes: learned, or a control without routers: "static", the first heads and groups at all times; "random", the
+            MLP of random tokens. share: of them that a control computes.
     """
 
     inherent: ClassVar[bool] = True
@@ -61,6 +67,8 @@ class DyDiT(Policy):
     alpha: Annotated[float, Gt(0)] = 16.0
     seed: Natural = 0
     complete: bool = False
+    routes: Routes = "learned"
+    share: Annotated[float, Interval(gt=0, le=1)] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +107,8 @@ class DyDiT(Policy):
         return found
 
     def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
+        if self.routes != "learned":
+            return None
         found: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
@@ -112,7 +122,7 @@ class DyDiT(Policy):
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Session:
         known: Any = self.modules(sites) if modules is None else modules
-        if modules is None:
+        if modules is None and known is not None:
             known.eval()  # routers that nobody trains
         return Dynamic(self, sites, known)
 
@@ -227,14 +237,18 @@ class Dynamic(Session):
         self.timesteps, self.blocks = named(sites, "timestep"), policy.blocks(sites)
         self.shares: list[float] = []
         """The share of the blocks' work that each evaluation of one time did."""
-        self._under_way: Routing | None = None
+        self._under_way: Work | None = None
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         if self.policy.complete:
             return {}
-        training = any(module.training for module in self.modules.values())
-        sliced = not training and not isnan(call.t)
-        routing = self._under_way = Routing(self.blocks, self.modules, sliced)
+        routing: Routing | Fixed
+        if self.modules is None:
+            routing = Fixed(self.policy, self.blocks, call)
+        else:
+            training = any(module.training for module in self.modules.values())
+            routing = Routing(self.blocks, self.modules, sliced=not training and not isnan(call.t))
+        self._under_way = routing.work
         return {
             **dict.fromkeys(self.timesteps, routing.note),
             **{block.attn.name: partial(routing.attention, block) for block in self.blocks},
@@ -243,15 +257,66 @@ class Dynamic(Session):
 
     def commit(self) -> None:
         super().commit()
-        routing, self._under_way = self._under_way, None
-        if routing is None or not routing.whole:
+        work, self._under_way = self._under_way, None
+        if work is None or not work.whole:
             return
-        self.shares.append(routing.done / routing.whole)
+        self.shares.append(work.done / work.whole)
         self.remarks = {
             "work": round(sum(self.shares) / len(self.shares), 4),
             "least": round(min(self.shares), 4),
             "most": round(max(self.shares), 4),
         }
+
+
+class Work:
+    """MACs of the branches of one call that are sliced, and of all of them."""
+
+    def __init__(self) -> None:
+        self.done = self.whole = 0.0
+
+    def count(self, block: Routed, x: Tensor, branch: int, route: Route) -> None:
+        """Add those of a block's branch 0 or 1 of x [B, L, D]."""
+        if torch.compiler.is_compiling():
+            return
+        work = block.work(x.shape[1])[branch]
+        share = 1.0 if route.groups is None else len(route.groups) / block.heads
+        if route.rows is not None:
+            share *= len(route.rows) / (x.numel() // x.shape[-1])
+        self.done, self.whole = self.done + share * work, self.whole + work
+
+
+class Fixed:
+    """The routes of a control in one call."""
+
+    def __init__(self, policy: DyDiT, blocks: Sequence[Routed], call: Call) -> None:
+        self.policy, self.work = policy, Work()
+        self.key = policy.seed, call.index if call.step is None else call.step
+
+    def note(self, fn: Handler, *args: Any) -> Any:
+        """Let the embedding of the time pass."""
+        return fn(*args)
+
+    def attention(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+        """Return the route of an attention."""
+        return self._counted(block, fn, x, 0, self._first(block, x) if self.policy.routes == "static" else None)
+
+    def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+        """Return the route of an MLP."""
+        if self.policy.routes == "static":
+            return self._counted(block, fn, x, 1, self._first(block, x))
+        B, L, kept = *x.shape[:2], max(1, round(self.policy.share * x.shape[1]))
+        g = torch.Generator().manual_seed(zlib.crc32(f"{self.key} {block.mlp.name}".encode()))
+        at = torch.rand(B, L, generator=g, device="cpu").topk(kept).indices.sort().values
+        rows = (at + L * torch.arange(B)[:, None]).flatten().to(x.device)
+        return self._counted(block, fn, x, 1, Route(block.heads, rows=rows) if kept < L else None)
+
+    def _first(self, block: Routed, x: Tensor) -> Route | None:
+        kept = max(1, round(self.policy.share * block.heads))
+        return Route(block.heads, torch.arange(kept, device=x.device)) if kept < block.heads else None
+
+    def _counted(self, block: Routed, fn: Handler, x: Tensor, branch: int, route: Route | None) -> Route | None:
+        self.work.count(block, x, branch, route or Route())
+        return fn(x) if route is None else route
 
 
 class Routing:
@@ -261,10 +326,9 @@ class Routing:
     """
 
     def __init__(self, blocks: Sequence[Routed], modules: Any, sliced: bool) -> None:
-        self.blocks, self.modules, self.sliced = blocks, modules, sliced
+        self.blocks, self.modules, self.sliced, self.work = blocks, modules, sliced, Work()
         self.e_BD: Tensor | None = None
         self.chosen: dict[str, Tensor | None] = {}
-        self.done = self.whole = 0.0
 
     def note(self, fn: Handler, *args: Any) -> Tensor:
         """Keep e(t); of one time, choose the groups of all blocks at once."""
@@ -280,7 +344,8 @@ class Routing:
     def attention(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
         """Return the route of an attention of x [B, L, D]; None where all of it is computed as it is."""
         route = self._groups(block, block.attn)
-        self._count(block, x, 0, route)
+        if self.sliced:
+            self.work.count(block, x, 0, route)
         return fn(x) if route.is_whole else route
 
     def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
@@ -294,7 +359,8 @@ class Routing:
             route = route._replace(rows=rows if len(rows) < mask.numel() else None)
         elif mask is not None:
             route = route._replace(row_mask=mask)
-        self._count(block, x, 1, route)
+        if self.sliced:
+            self.work.count(block, x, 1, route)
         return fn(x) if route.is_whole else route
 
     def _groups(self, block: Routed, site: Site) -> Route:
@@ -306,16 +372,6 @@ class Routing:
                 return Route(block.heads, groups=self.chosen.get(site.name), first=first, second=second)
             mask = routers.groups(self.e_BD)
         return Route(block.heads, group_mask=mask, first=first, second=second)
-
-    def _count(self, block: Routed, x: Tensor, branch: int, route: Route) -> None:
-        """Add the work of a branch that is sliced."""
-        if not self.sliced or torch.compiler.is_compiling():
-            return
-        work = block.work(x.shape[1])[branch]
-        share = 1.0 if route.groups is None else len(route.groups) / block.heads
-        if route.rows is not None:
-            share *= len(route.rows) / (x.numel() // x.shape[-1])
-        self.done, self.whole = self.done + share * work, self.whole + work
 
     def _of(self, site: Site) -> Any:
         return self.modules[site_key(site.name)]
