@@ -238,7 +238,9 @@ def test_the_gate_has_the_gradient_of_its_probability() -> None:
             return (logits.sigmoid() * weight).sum()
 
         with torch.no_grad():
-            s = torch.tensor([(soft(z + d) - soft(z - d)).item() / 2e-6 for d in 1e-6 * torch.eye(6, dtype=torch.float64)])
+            s = torch.tensor(
+                [(soft(z + d) - soft(z - d)).item() / 2e-6 for d in 1e-6 * torch.eye(6, dtype=torch.float64)]
+            )
         assert torch.allclose(gradient, s.double(), atol=1e-6), tau
 
 

@@ -142,7 +142,9 @@ def test_memory_kept_is_the_memory_stated(model, policy):
 
     most: list[int] = []
     sample(model, [policy], LANES, evaluate=compared)
-    stateless = isinstance(policy, Pattern | LearnedDepth | TaskRouting | DyDiT) and not isinstance(policy, Reshape)
+    stateless = isinstance(policy, Pattern | LearnedDepth | TaskRouting | DyDiT) and not isinstance(
+        policy, Reshape
+    )
     assert (max(most) == 0) == stateless
 
 

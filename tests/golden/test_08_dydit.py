@@ -147,7 +147,9 @@ def test_gates(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         routers = Routers(DyDiT(), block, (16, 48), (16, 16), tokens=True).train(mode == "train")
     names = {"width": "router", "tokens.0": "mlp_head.0", "tokens.2": "mlp_head.2"}
     state = {
-        f"{ours}.{kind}": formula.weight(f"{name}.{kind}", routers.get_submodule(ours).get_parameter(kind).shape)
+        f"{ours}.{kind}": formula.weight(
+            f"{name}.{kind}", routers.get_submodule(ours).get_parameter(kind).shape
+        )
         for ours, name in names.items()
         for kind in ("weight", "bias")
     }
@@ -189,9 +191,7 @@ def test_budget(name: str) -> None:
     shapes = {
         "attn_mask": (batch, layers, heads), "mlp_mask": (batch, layers, heads), "token_mask": (batch, layers, tokens, 1),
     }  # fmt: skip
-    masks = {
-        key: (formula.tensor(key, shape) > 0).double().requires_grad_() for key, shape in shapes.items()
-    }
+    masks = {key: (formula.tensor(key, shape) > 0).double().requires_grad_() for key, shape in shapes.items()}
     assert [mask.sum().item() for mask in masks.values()] == expect["ones"]
     sites, taps = routed(layers, width, heads), {}
     for i in range(layers):

@@ -29,7 +29,15 @@ from ditkit.train.terms import masked_distillation, variational_bound
 from ditkit.train.terms.masked_distillation import MaskedDistillation
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import VariationalBound
-from golden_support import adaln_shapes, approximate_likelihood, assert_golden, cases, float64, read, with_time
+from golden_support import (
+    adaln_shapes,
+    approximate_likelihood,
+    assert_golden,
+    cases,
+    float64,
+    read,
+    with_time,
+)
 
 SYSTEM = "44-tinyfusion"
 TOLERANCE = with_time(1e-6)

@@ -26,7 +26,6 @@ from ditkit.core.run import Call, Handler, Site, named
 from ditkit.nn.routes import Route, Routed, Update, routed_blocks
 from ditkit.nn.time_lora import TimeLoRA
 
-
 Routes = Literal["learned", "static", "random"]
 
 
@@ -73,7 +72,9 @@ class DyDiT(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.width or self.tokens or self.rank):
-            raise ConfigError("DyDiT: width=False, tokens=False and rank=0 leave nothing, expected one of them")
+            raise ConfigError(
+                "DyDiT: width=False, tokens=False and rank=0 leave nothing, expected one of them"
+            )
 
     def claims(self, sites: Sequence[Site]) -> Mapping[str, Claim]:
         self.blocks(sites)
@@ -141,7 +142,12 @@ class Routers(nn.Module):
     """
 
     def __init__(
-        self, policy: DyDiT, block: Routed, first: tuple[int, int], second: tuple[int, int], tokens: bool = False
+        self,
+        policy: DyDiT,
+        block: Routed,
+        first: tuple[int, int],
+        second: tuple[int, int],
+        tokens: bool = False,
     ) -> None:
         super().__init__()
         D, p = block.width, policy
@@ -298,7 +304,9 @@ class Fixed:
 
     def attention(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
         """Return the route of an attention."""
-        return self._counted(block, fn, x, 0, self._first(block, x) if self.policy.routes == "static" else None)
+        return self._counted(
+            block, fn, x, 0, self._first(block, x) if self.policy.routes == "static" else None
+        )
 
     def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
         """Return the route of an MLP."""
@@ -314,7 +322,9 @@ class Fixed:
         kept = max(1, round(self.policy.share * block.heads))
         return Route(block.heads, torch.arange(kept, device=x.device)) if kept < block.heads else None
 
-    def _counted(self, block: Routed, fn: Handler, x: Tensor, branch: int, route: Route | None) -> Route | None:
+    def _counted(
+        self, block: Routed, fn: Handler, x: Tensor, branch: int, route: Route | None
+    ) -> Route | None:
         self.work.count(block, x, branch, route or Route())
         return fn(x) if route is None else route
 
@@ -356,7 +366,9 @@ class Routing:
         apart = route.first is not None and len(route.first.up) > 1
         if mask is not None and self.sliced and not apart:
             rows = places(mask.squeeze(-1) > 0)
-            route = route._replace(rows=rows if len(rows) < mask.numel() else None)
+            # a compiler knows no length to compare
+            is_all = not torch.compiler.is_compiling() and len(rows) == mask.numel()
+            route = route._replace(rows=None if is_all else rows)
         elif mask is not None:
             route = route._replace(row_mask=mask)
         if self.sliced:

@@ -13,7 +13,18 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.grid import SEQUENCES, Segment
 
 Kind = Literal[
-    "time", "timestep", "tokens", "stack", "block", "branch", "modulation", "inner", "kv", "core", "route", "head"
+    "time",
+    "timestep",
+    "tokens",
+    "stack",
+    "block",
+    "branch",
+    "modulation",
+    "inner",
+    "kv",
+    "core",
+    "route",
+    "head",
 ]
 AttentionKind = Literal["full", "axial", "scaled"]
 """Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than

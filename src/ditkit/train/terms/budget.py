@@ -44,7 +44,9 @@ class Budget(Term):
     def check(self, model: Model) -> str:
         sites = model.sites()
         routes = set(named(sites, "route"))
-        owned = any(routes & {n for n, how in p.claims(sites).items() if how == "own"} for p in model.policies)
+        owned = any(
+            routes & {n for n, how in p.claims(sites).items() if how == "own"} for p in model.policies
+        )
         return "" if routes and owned else "a policy that learns routes, such as DyDiT"
 
     def target_at(self, step: int) -> float:
