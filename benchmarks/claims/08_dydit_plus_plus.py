@@ -1,10 +1,10 @@
 """Claims of DyDiT++, tried on the donor `fashion-dit`: a budget of half its blocks' work.
 
-python benchmarks/claims/08_dydit_plus_plus.py    writes benchmarks/results/claims/08-dydit-plus-plus.json, fills the page
+python benchmarks/claims/08_dydit_plus_plus.py      writes benchmarks/results/claims/08-dydit-plus-plus.json
 
-All arms start from the donor, see the same batches, noise and times, and take the same steps: routers that learn, half of
-the heads and channels at all times (those with the largest weights), and the MLP of random tokens at equal MACs. The fourth
-learns routers without the complete model and without the fall of the budget.
+All arms start from the donor, see the same batches, noise and times, and take the same steps: routers that learn, half
+of the heads and channels at all times (those with the largest weights), and the MLP of random tokens at equal MACs. The
+fourth learns routers without the complete model and without the fall of the budget.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def fine_tuned(model: DiT, policy: DyDiT, steps: int, plain: bool = False) -> Di
         learning_rate=2e-4,
         clip=200.0,
         skip_above=200.0,
-        groups=(Group("dydit", 20.0),) if policy.routes == "learned" else (),
+        groups=(Group("dydit", 40.0),) if policy.routes == "learned" else (),
         averages=(Constant(0.95),),
         save_every=0,
         sheet_every=0,
@@ -147,7 +147,7 @@ class _Sized:
 
 def of_the_budget(model: DiT) -> Iterator[Claim]:
     """Yield whether the budget is kept, how it is spread, and whether widths follow the time."""
-    share, widths = masks(model, 2048)
+    share, widths = masks(model, 512)
     low, high = bootstrap(share)
     by_time = share.view(-1, 256).mean(0).chunk(4)
     quarters = ", ".join(f"{part.mean():.2f}" for part in by_time)
@@ -157,8 +157,8 @@ def of_the_budget(model: DiT) -> Iterator[Claim]:
         ours=share.mean().item(),
         interval=(low, high),
         claimed=(BUDGET - 0.02, BUDGET + 0.02),
-        against=f"{SETTING}, 2,048 held-out draws; of a sample {share.min():.2f} to {share.max():.2f}; by quarters of time "
-        f"from data to noise {quarters}",
+        against=f"{SETTING}, {len(share)} held-out draws; of a sample {share.min():.2f} to {share.max():.2f}; by "
+        f"quarters of time from data to noise {quarters}",
     )
     gap = (widths[:, None] != widths[None]).float().mean(-1)
     place = torch.arange(len(widths))
@@ -200,16 +200,6 @@ def of_the_rivals(judged: PairedLosses, steps: int) -> Iterator[Claim]:
             unit="loss",
             against=f"{SETTING}, {steps} steps of {BATCH}, 2,048 held-out draws; means {means}",
         )
-    found = judged.difference("whole", "donor")
-    yield Claim.tried(
-        "The complete model keeps within a tenth of its loss before",
-        paper="none; what its loss in the first stage is for",
-        ours=found.relative[0],
-        interval=(found.relative[1], found.relative[2]),
-        claimed=(None, 0.1),
-        unit="of the loss",
-        against=f"{SETTING}, half of {steps} steps beside the complete model; means {means}",
-    )
 
 
 def of_collapse(learned: DiT, plain: DiT) -> Claim:
@@ -278,8 +268,8 @@ def of_the_clock(model: DiT, rounds: int) -> Iterator[Claim]:
         interval=(min(low, middle), max(high, middle)),
         claimed=(1.0, None),
         unit="times",
-        against=f"{SETTING}, ten even times, {rounds} rounds in turns on a machine that others used; {saved:.2f} times fewer "
-        f"MACs, {by_core:.2f} times less core time",
+        against=f"{SETTING}, ten even times, {rounds} rounds in turns on a machine that others used; {saved:.2f} times "
+        f"fewer MACs, {by_core:.2f} times less core time",
     )
 
 
@@ -293,13 +283,18 @@ def untried() -> Iterator[Claim]:
         "FLUX-lite loses no GenEval at 0.71 of its FLOPs", paper="62.06 to 67.51", reason=reason
     )
     yield Claim.untried(
+        "The complete model keeps its loss while routers learn",
+        paper="none; what its loss in the first stage is for",
+        reason="two more arms of 2,048 draws; `CompleteModel` stands in losses.jsonl of every run of the recipe",
+    )
+    yield Claim.untried(
         "TD-LoRA comes near to training all weights",
         paper="named in the abstract",
         reason="no form of it was published",
     )
 
 
-def main(steps: int = 80, rounds: int = 8) -> None:
+def main(steps: int = 48, rounds: int = 6) -> None:
     """Try the claims.
 
     Args:

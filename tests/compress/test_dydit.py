@@ -291,7 +291,9 @@ def test_composes_with_forecasts_of_its_branches(tmp_path: Path) -> None:
     assert torch.equal(drawn(model, OPEN.exact()), drawn(ditkit.load(tmp_path).adopt([])))
     cache = TaylorSeer(interval=3, order=1)
     costs = {}
-    for name, policies in {"own": (), "cached": (cache,), "dense": (OPEN.exact(),), "patterned": (Neighbourhood(radius=2, block=8, kernel="cpu"),)}.items():  # fmt: skip
+    pattern = Neighbourhood(radius=2, block=8, kernel="cpu")
+    arms = {"own": (), "cached": (cache,), "dense": (OPEN.exact(),), "patterned": (pattern,)}
+    for name, policies in arms.items():
         with MacCounter() as counter:
             out = drawn(model, *policies)
         costs[name] = counter.total

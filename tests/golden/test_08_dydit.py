@@ -189,8 +189,10 @@ def test_budget(name: str) -> None:
     )
     width = 1152 if name.startswith("XL") else 384
     shapes = {
-        "attn_mask": (batch, layers, heads), "mlp_mask": (batch, layers, heads), "token_mask": (batch, layers, tokens, 1),
-    }  # fmt: skip
+        "attn_mask": (batch, layers, heads),
+        "mlp_mask": (batch, layers, heads),
+        "token_mask": (batch, layers, tokens, 1),
+    }
     masks = {key: (formula.tensor(key, shape) > 0).double().requires_grad_() for key, shape in shapes.items()}
     assert [mask.sum().item() for mask in masks.values()] == expect["ones"]
     sites, taps = routed(layers, width, heads), {}

@@ -203,11 +203,11 @@ ORIGINAL_NAMES = {
     r"blocks\.(\d+)\.mlp_rate\.router\.": r"blocks/\1/mlp/route.width.",
     r"blocks\.(\d+)\.token_selection\.mlp_head\.": r"blocks/\1/mlp/route.tokens.",
 }
-"""Of the routers, in the published state dict and here."""
+"""Names of the routers in the published state dict, and here."""
 
 
 def split_original(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part a published state dict into that of the network and that of its routers, renamed as `load_routers` takes it."""
+    """Part a published state dict into the network's and the routers', these renamed as `load_routers` takes them."""
     network, routers = dict(state), {}
     for name in state:
         for pattern, ours in ORIGINAL_NAMES.items():

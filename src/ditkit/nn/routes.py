@@ -1,7 +1,7 @@
 """Routes: which heads, channel groups and rows a branch computes, asked at its `route` site.
 
-A branch of two layers (queries, keys and values, then the output; or the two of an MLP) has groups between them: heads, or
-equal parts of its hidden channels. What is sliced is not computed; what is masked is, and multiplied.
+A branch of two layers (queries, keys and values, then the output; or the two of an MLP) has groups between them: heads,
+or equal parts of its hidden channels. What is sliced is not computed; what is masked is, and multiplied.
 
 B batch, L rows, N groups, D width, r rank.
 """
@@ -70,7 +70,7 @@ def into_groups(layer: nn.Linear, x: Tensor, route: Route, parts: int, groups: i
         out = out.unflatten(-1, shape)
         return out if route.groups is None else out.index_select(-2, route.groups)
     weight, apart = _merged(layer, route.first)
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if route.groups is not None:
         weight = weight.unflatten(0, shape).index_select(1, route.groups).flatten(0, 2)
         bias = None if bias is None else bias.view(shape).index_select(1, route.groups).flatten()
