@@ -225,6 +225,9 @@ class PipelineCall:
             for net in self.nets:  # some pipelines set processors in the call
                 refuse_closed(net.model, self._sites, self.policies)
             self._trajectory = Trajectory(self._sites, self.policies, len(self.clock.times), self.max_bytes)
+            times = [t / self.clock.scale for t in self.clock.times]
+            for policy in self._trajectory.policies:
+                policy.check_schedule(times, type(self.scheduler).__name__)
             self._age = self.clock.age
         return self._trajectory
 

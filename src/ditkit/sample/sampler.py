@@ -193,7 +193,9 @@ def sample(
     _check_rows(cond, len(sampling.seeds))
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
-    solver.times(denoiser.path, sampling.steps)  # refuses a path before any work is done
+    steps = solver.times(denoiser.path, sampling.steps)[:-1]  # refuses a path before any work is done
+    for policy in trajectory.policies:
+        policy.check_schedule([denoiser.path.noise_time(t) for t in steps.tolist()], str(solver))
     start = noise.draw(device).to(state_dtype(device))
     samples = cond.given(solver.solve(denoiser, start, sampling.steps, noise).float())
     _check_finite(samples, sampling.seeds)
