@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.harmonise import harmonise as harmonise
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -27,6 +28,7 @@ HOMES = {
     "compare": "ditkit.api.compare",
     "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
+    "harmonise": "ditkit.api.harmonise",
     "load": "ditkit.core.loading",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
@@ -46,6 +48,7 @@ __all__ = [
     "errors",
     "evaluate",
     "generate",
+    "harmonise",
     "load",
     "restore",
     "tune",

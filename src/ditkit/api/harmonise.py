@@ -23,8 +23,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import with_inherent
-from ditkit.core.run import DIRECT, Call, Run, Site, named
-from ditkit.core.trajectory import Trajectory
+from ditkit.core.run import Call, Run, Site, named
 from ditkit.sample.denoiser import Estimate, placement
 from ditkit.sample.guidance import ClassifierFree, Unguided, extrapolate
 from ditkit.sample.sampler import Sampling

@@ -195,13 +195,10 @@ class Reused(Session):
     def __init__(self, branches: Sequence[str], rows: Sequence[str], sites: Sequence[Site] = ()) -> None:
         super().__init__()
         self.branches, self.rows, self.sites = list(branches), list(rows), sites
-        self.is_neutral = all(REUSED not in row for row in rows[1:])
         self._most = max((row.count(REUSED) for row in rows[1:]), default=0)
         self._each = 0  # bytes of the largest output in every lane
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
-        if self.is_neutral:
-            return {}
         lane, index = (call.net, call.lane), call.index
         before = self.state.get(lane)
         # a lane that is new, away or of another shape has nothing to take again
@@ -260,7 +257,7 @@ class Reused(Session):
 
     def foreseen_bytes(self, call: Call, tokens: Any) -> int:
         """Before anything is kept: a branch returns as much as the tokens of its stream."""
-        if self.is_neutral or self.state:
+        if self.state:
             return self.projected_bytes()
         branches = [site for site in self.sites if site.kind == "branch"]
         return feature_bytes(branches, tokens, call.layout) * self._most // max(len(branches), 1)

@@ -24,6 +24,7 @@ COMMANDS = (
     "tune",
     "plan",
     "search",
+    "harmonise",
     "video",
     "forecast",
     "systems",
