@@ -203,7 +203,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(trajectories: int = 24, emoji: int = 6, count: int = 8) -> None:
+def main(trajectories: int = 12, emoji: int = 2, count: int = 6) -> None:
     """Try the claims.
 
     Args:

@@ -263,10 +263,10 @@ class Training:
             if self.settings.follow == "teacher":
                 teacher.state.update(student.state)  # outputs of the exact run at the step before
             with torch.no_grad():
-                told = self._predict(state, index, teacher, None)
+                exact = self._predict(state, index, teacher, None)
             row = self.router.rows[index - 1]
             out = self._predict(state, index, student, row.sigmoid())
-            error = (told - out).square().mean()
+            error = (exact - out).square().mean()
             computed = row.sigmoid().sum()
             loss = self.weights[index] * error + self.settings.beta * computed
             self.optimizer.zero_grad()
@@ -276,7 +276,7 @@ class Training:
             yield Lesson(index, error.item(), self.weights[index], computed.item(), loss.item())
             if self.settings.follow == "teacher":
                 student.state = dict(teacher.state)
-                out = told
+                out = exact
             state = self.process.step(state, index, out.detach())
 
     @torch.no_grad()
@@ -400,13 +400,13 @@ def table_of(training: Training, model: str, weights: str, guidance: str) -> Cac
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Hold a network in eval mode without gradients of its weights; afterwards it is as it was."""
-    asked = [(weight, weight.requires_grad) for weight in model.parameters()]
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval().requires_grad_(False)
         yield
     finally:
-        for weight, before in asked:
+        for weight, before in trained:
             weight.requires_grad_(before)
         for module, mode in modes:
             module.training = mode

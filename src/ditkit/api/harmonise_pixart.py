@@ -100,7 +100,7 @@ class PixArtProcess(Process):
         return state.x
 
     def _size(self, x: Tensor) -> dict[str, Any]:
-        """Return what a model of several sizes is told."""
+        """Return the size, for a model of several."""
         if not getattr(self.model, "use_additional_conditions", False):
             return {"resolution": None, "aspect_ratio": None}
         side = self.model.config.sample_size * self.pipe.vae_scale_factor

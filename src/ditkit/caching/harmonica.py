@@ -208,17 +208,17 @@ class Reused(Session):
         shapes: list[Any] = []
         self.put(lane, (index, geometry_of(call), shapes))
         expected = before[2] if is_next else None
-        return {
-            name: partial(
-                self._branch, (*lane, name), row[j] == COMPUTED, after[j] == REUSED, shapes, expected
-            )
-            for j, name in enumerate(self.branches)
-        }
+        handlers: dict[str, Handler] = {}
+        for j, name in enumerate(self.branches):
+            key = (*lane, name)
+            known = None if row[j] == COMPUTED else self.state.get(key)
+            handlers[name] = partial(self._branch, key, known, after[j] == REUSED, shapes, expected)
+        return handlers
 
     def _branch(
         self,
         key: tuple[str, ...],
-        computes: bool,
+        known: Any,
         keeps: bool,
         shapes: list[Any],
         expected: list[Any] | None,
@@ -228,8 +228,7 @@ class Reused(Session):
     ) -> Any:
         if not shapes:
             shapes.extend(leaf.shape for leaf in tree_leaves(x))
-        known = self.state.get(key)
-        out = fn(x, *args) if computes or known is None or shapes != expected else known
+        out = fn(x, *args) if known is None or shapes != expected else known
         self.put(key, detached(out) if keeps else None)
         return out
 
@@ -280,12 +279,12 @@ class Mixed(Session):
         row, lane = self.rates[call.index], (call.net, call.lane)
         each = [None] * len(self.branches) if row is None else row.unbind()
         return {
-            name: partial(self._branch, (*lane, name), rate)
+            name: partial(self._branch, (*lane, name), rate, self.state.get((*lane, name)))
             for name, rate in zip(self.branches, each, strict=True)
         }
 
-    def _branch(self, key: tuple[str, ...], rate: Tensor | None, fn: Handler, *args: Any) -> Any:
-        fresh, kept = fn(*args), self.state.get(key)
+    def _branch(self, key: tuple[str, ...], rate: Tensor | None, kept: Any, fn: Handler, *args: Any) -> Any:
+        fresh = fn(*args)
         if rate is None or kept is None:
             self.put(key, detached(fresh))
             return fresh
