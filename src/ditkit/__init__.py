@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
     from ditkit.api.harmonise import harmonise as harmonise
+    from ditkit.api.profile import profile as profile
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -30,6 +31,7 @@ HOMES = {
     "generate": "ditkit.api.generate",
     "harmonise": "ditkit.api.harmonise",
     "load": "ditkit.core.loading",
+    "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
     "tune": "ditkit.api.tune",
@@ -50,6 +52,7 @@ __all__ = [
     "generate",
     "harmonise",
     "load",
+    "profile",
     "restore",
     "tune",
 ]

@@ -23,10 +23,15 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "profile",
     "search",
     "harmonise",
+    "experts",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -74,6 +74,8 @@ class Term(Checked, ABC):
     every: int = 1
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
+    strata: int = 0
+    """Equal parts of noise-time of which every batch has to hold as many samples; 0 if it may hold any."""
     weight: Weight
 
     @property
@@ -181,10 +183,10 @@ class Objective(ABC):
         check_policies(model, self.taps(model))
 
     def check_batch(self, batch: int) -> None:  # noqa: B027
-        """Refuse a size of the global batch, before the first step.
+        """Refuse a number of samples a step, over all processes, that it cannot be computed on.
 
         Raises:
-            ConfigError: samples cannot be dealt out as the objective does.
+            ConfigError: names what was given and expected.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Clock(Checked, ABC):
         """Refuse a model that cannot be told such times, before the first step."""
 
     def check_batch(self, batch: int) -> None:
-        """Refuse a size of the global batch, before the first step."""
+        """Refuse a number of samples, over all processes, that cannot have such times, before the first step."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Stratified(Clock):
     def check_batch(self, batch: int) -> None:
         if batch % self.strata:
             raise ConfigError(
-                f"Stratified: batch={batch} does not divide into strata={self.strata}, expected a multiple of it"
+                f"Stratified: batch={batch} does not divide into strata={self.strata} (remainder "
+                f"{batch % self.strata}), expected as many samples of each"
             )
 
 
