@@ -116,7 +116,7 @@ def held_out() -> ClassDataset:
 @torch.no_grad()
 def masks(model: DiT, count: int) -> tuple[Tensor, Tensor]:
     """The share of work of held-out draws over all times [count]; and the width masks of 20 even times [20, groups]."""
-    blocks, routes = routed_blocks(model.sites()), named(model.sites(), "route")
+    blocks, routes = routed_blocks(model.sites()), named(model.sites(), "choice")
     data, path = held_out(), model.config.convention.make_path()
     shares = []
     for batch in Draws(count=count).batches(data, 256):

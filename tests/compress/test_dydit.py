@@ -153,7 +153,7 @@ def test_fresh_routers_and_masks_off_are_the_dense_model_to_the_bit() -> None:
         assert torch.equal(called(model, X, False), dense(model))
         assert torch.equal(called(model, X, True), dense(model))
     torch.manual_seed(0)
-    routes, kept = named(fresh.sites(), "route"), replace(COND, drop=torch.zeros(3).bool())
+    routes, kept = named(fresh.sites(), "choice"), replace(COND, drop=torch.zeros(3).bool())
     noisy = run_with_taps(fresh.train(), fresh, routes, (3, 8, 8), X, torch.rand(3), kept)
     for route in noisy.taps.values():
         assert route.group_mask.all() and (route.row_mask is None or route.row_mask.all())
@@ -268,7 +268,7 @@ def test_td_lora() -> None:
 def test_routers_are_given_the_time_alone() -> None:
     """Labels and guidance change no width."""
     model = routed(replace(OPEN, tokens=False))
-    taps, t = named(model.sites(), "route"), torch.tensor([0.0, 500.0, 999.0])
+    taps, t = named(model.sites(), "choice"), torch.tensor([0.0, 500.0, 999.0])
     found = [
         run_with_taps(model, model, taps, (3, 8, 8), X, t, cond).taps
         for cond in (COND, model.unconditional(COND), Cond(label=torch.tensor([3, 3, 3])))
@@ -359,7 +359,7 @@ def test_video_models_that_embed_the_time_have_routes() -> None:
         (lambda: Budget(target=0.0), "Budget: target=0.0"),
         (lambda: Budget(target=1.5), "Budget: target=1.5"),
         (lambda: DyDiT(share=1.5), "DyDiT: share=1.5"),
-        (lambda: OPEN.blocks([Site("b", "branch")]), "no 'route' sites"),
+        (lambda: OPEN.blocks([Site("b", "branch")]), "no 'choice' sites"),
         (lambda: DyDiT(ratio=64).blocks(tiny_dit().sites()), "width of at least ratio=64"),
         (lambda: Denoising((Budget(),)).check(tiny_dit()), "Budget needs a policy that learns routes"),
         (lambda: Denoising(clock=Stratified(4)).check_batch(6), "batch=6 does not divide into strata=4"),

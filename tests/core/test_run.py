@@ -78,11 +78,11 @@ def test_sites_of_dit():
             (at, "block"),
             (f"{at}.modulation", "modulation"),
             (f"{at}.attn", "branch"),
-            (f"{at}.attn.route", "route"),
+            (f"{at}.attn.route", "choice"),
             (f"{at}.attn.kv", "kv"),
             (f"{at}.attn.core", "core"),
             (f"{at}.mlp", "branch"),
-            (f"{at}.mlp.route", "route"),
+            (f"{at}.mlp.route", "choice"),
             (f"{at}.mlp.inner", "inner"),
         ]
         return [(*pair, "image") for pair in names]

@@ -80,7 +80,7 @@ def told(labels: list[int], drop: bool = True) -> Cond:
 
 def called(model: DiT, case: Mapping[str, Any], policies: Any = None) -> Output:
     given = case["inputs"]
-    routes = named(model.sites(), "route") if policies is None else []
+    routes = named(model.sites(), "choice") if policies is None else []
     t = torch.tensor(given["t"])
     x, cond = formula.tensor(*given["x"]), told(given["y"])
     return run_with_taps(
@@ -142,7 +142,7 @@ def test_forward_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_gates(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = read(SYSTEM)["gates"]
-    block = Routed(Site("a", "route", width=16, heads=4), Site("b", "route", width=16), 64)
+    block = Routed(Site("a", "choice", width=16, heads=4), Site("b", "choice", width=16), 64)
     with float64():
         routers = Routers(DyDiT(), block, (16, 48), (16, 16), tokens=True).train(mode == "train")
     names = {"width": "router", "tokens.0": "mlp_head.0", "tokens.2": "mlp_head.2"}
@@ -174,8 +174,8 @@ def routed(layers: int, width: int, heads: int) -> list[Site]:
         site
         for i in range(layers)
         for site in (
-            Site(f"{i}.attn", "route", width=width, heads=heads),
-            Site(f"{i}.mlp", "route", width=width),
+            Site(f"{i}.attn", "choice", width=width, heads=heads),
+            Site(f"{i}.mlp", "choice", width=width),
             Site(f"{i}.inner", "inner", width=4 * width),
         )
     ]

@@ -80,7 +80,7 @@ class DyDiT(Policy):
         self.blocks(sites)
         return {
             **dict.fromkeys(named(sites, "timestep"), "see"),
-            **dict.fromkeys(named(sites, "route"), "own"),
+            **dict.fromkeys(named(sites, "choice"), "own"),
         }
 
     def blocks(self, sites: Sequence[Site]) -> list[Routed]:
@@ -93,7 +93,7 @@ class DyDiT(Policy):
         found = routed_blocks(sites)
         if not found or not named(sites, "timestep"):
             raise ConfigError(
-                "DyDiT: the model has no 'route' sites that follow a 'timestep' site, expected both, as a DiT has"
+                "DyDiT: the model has no 'choice' sites that follow a 'timestep' site, expected both, as a DiT has"
             )
         for block in found:
             if block.mlp.stream != "image":

@@ -234,10 +234,10 @@ class Block(nn.Module):
             site(at, "block"),
             site(f"{at}.modulation", "modulation"),
             site(f"{at}.attn", "branch"),
-            site(f"{at}.attn.route", "route", heads=self.attn.heads),
+            site(f"{at}.attn.route", "choice", heads=self.attn.heads),
             *self.attn.sites(f"{at}.attn", stream, stage),
             site(f"{at}.mlp", "branch"),
-            site(f"{at}.mlp.route", "route"),
+            site(f"{at}.mlp.route", "choice"),
             self.mlp.site(f"{at}.mlp", stream, stage),
         ]
 

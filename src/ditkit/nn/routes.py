@@ -1,4 +1,4 @@
-"""Routes: which heads, channel groups and rows a branch computes, asked at its `route` site.
+"""Routes: which heads, channel groups and rows a branch computes, asked at its `choice` site.
 
 A branch of two layers (queries, keys and values, then the output; or the two of an MLP) has groups between them: heads,
 or equal parts of its hidden channels. What is sliced is not computed; what is masked is, and multiplied.
@@ -58,7 +58,7 @@ class Route(NamedTuple):
 
 
 def everything(x: Tensor) -> Route | None:
-    """Compute all of a branch of x [B, L, D]: the function of a `route` site."""
+    """Compute all of a branch of x [B, L, D]: the function of a `choice` site."""
     return None
 
 
@@ -118,7 +118,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class Routed(NamedTuple):
-    """The `route` sites of a block's attention and MLP, and the channels inside the MLP."""
+    """The `choice` sites of a block's attention and MLP, and the channels inside the MLP."""
 
     attn: Site
     mlp: Site
@@ -144,7 +144,7 @@ def routed_blocks(sites: Sequence[Site]) -> list[Routed]:
     attn: Site | None = None
     mlp: Site | None = None
     for site in sites:
-        if site.kind == "route":
+        if site.kind == "choice":
             attn, mlp = (site, None) if site.heads else (attn, site)
         elif site.kind == "inner" and attn is not None and mlp is not None:
             found.append(Routed(attn, mlp, site.width))

@@ -39,11 +39,11 @@ class Budget(Term):
     hold: Natural = 100
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
-        return [name for route in named(sites, "route") for name in (route, route + ":in")]
+        return [name for route in named(sites, "choice") for name in (route, route + ":in")]
 
     def check(self, model: Model) -> str:
         sites = model.sites()
-        routes = set(named(sites, "route"))
+        routes = set(named(sites, "choice"))
         owned = any(
             routes & {n for n, how in p.claims(sites).items() if how == "own"} for p in model.policies
         )
@@ -61,7 +61,7 @@ class Budget(Term):
 
 
 def work_share(batch: Batch) -> Tensor:
-    """Return rho of each sample [B], from what the `route` sites said."""
+    """Return rho of each sample [B], from what the `choice` sites said."""
     done: list[Tensor] = []
     whole = 0
     for block in routed_blocks(batch.sites):
