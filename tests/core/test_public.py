@@ -48,6 +48,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "generate",
         "harmonise",
         "load",
+        "profile",
         "restore",
         "tune",
     ]
