@@ -24,12 +24,13 @@ from ditkit.compress import DyDiT
 from ditkit.core.cond import Cond
 from ditkit.core.errors import CheckpointError, ConfigError, ConflictError, NoEffectError
 from ditkit.core.run import Call, Run, Site
+from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
 from ditkit.sample import ClassifierFree, Ddim, Unguided
 from ditkit.sample.sampler import Sampling
 from ditkit.sample.solvers import Ancestral, Euler, Heun
 from pipelines_support import pixart
-from rig import tiny_dit
+from rig import call_at, tiny_dit
 
 STEPS, BRANCHES = 4, 6
 SAMPLING = Sampling(steps=STEPS, guidance=ClassifierFree(1.5), batch_size=2)
@@ -334,6 +335,13 @@ def test_composes_with_patterns_and_routes_and_refuses_a_second_schedule() -> No
     assert not torch.equal(drawn(routed, cache), drawn(model, cache))
     with pytest.raises(ConflictError, match="HarmoniCa and TaylorSeer both own 'schedule'"):
         drawn(model, cache, TaylorSeer())
+
+
+def test_its_session_is_one_of_a_trajectory() -> None:
+    """Training and taps ask every session where its rows are."""
+    model = tiny_dit()
+    trajectory = Trajectory(model.sites(), [HarmoniCa(rows=("1", "0"))], STEPS)
+    assert trajectory.rows(call_at(model, 0, total=STEPS)) == {}
 
 
 def test_control_follows_the_exact_run() -> None:

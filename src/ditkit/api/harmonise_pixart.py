@@ -128,7 +128,7 @@ def harmonise_pixart(
         ConfigError: no PixArt pipeline, no captions, or a scheduler that draws noise is given.
     """
     settings = settings or Harmonising()
-    model = getattr(pipe, "transformer", None)
+    model: Any = getattr(pipe, "transformer", None)
     families()
     if FAMILY not in {kind.__name__ for kind in type(model).__mro__}:
         raise ConfigError(

@@ -194,17 +194,17 @@ class Reused(Session):
 
     def __init__(self, branches: Sequence[str], rows: Sequence[str], sites: Sequence[Site] = ()) -> None:
         super().__init__()
-        self.branches, self.rows, self.sites = list(branches), list(rows), sites
+        self.branches, self.words, self.sites = list(branches), list(rows), sites
         self._most = max((row.count(REUSED) for row in rows[1:]), default=0)
         self._each = 0  # bytes of the largest output in every lane
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
         lane, index = (call.net, call.lane), call.index
-        before = self.state.get(lane)
+        before: Any = self.state.get(lane)
         # a lane that is new, away or of another shape has nothing to take again
         is_next = before is not None and before[0] == index - 1 and before[1] == geometry_of(call)
-        row = self.rows[index] if is_next else COMPUTED * len(self.branches)
-        after = self.rows[index + 1] if index + 1 < len(self.rows) else COMPUTED * len(self.branches)
+        row = self.words[index] if is_next else COMPUTED * len(self.branches)
+        after = self.words[index + 1] if index + 1 < len(self.words) else COMPUTED * len(self.branches)
         shapes: list[Any] = []
         self.put(lane, (index, geometry_of(call), shapes))
         expected = before[2] if is_next else None
