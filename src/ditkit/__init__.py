@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ditkit.api.generate import generate as generate
     from ditkit.api.harmonise import harmonise as harmonise
     from ditkit.api.profile import profile as profile
+    from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -34,6 +35,7 @@ HOMES = {
     "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
+    "train_pipeline": "ditkit.api.train_pipeline",
     "tune": "ditkit.api.tune",
 }
 """Modules of the public names; each is imported when its name is first used."""
@@ -54,6 +56,7 @@ __all__ = [
     "load",
     "profile",
     "restore",
+    "train_pipeline",
     "tune",
 ]
 

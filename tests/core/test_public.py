@@ -50,6 +50,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "load",
         "profile",
         "restore",
+        "train_pipeline",
         "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))
