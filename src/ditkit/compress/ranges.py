@@ -15,7 +15,7 @@ CANDIDATES = 80
 """Ranges that are tried, each one per cent of the first narrower than the one before."""
 POWER = 2.4
 """The power of the errors whose mean is lowest."""
-SEEN = 2**13
+SEEN = 2**11
 """Numbers of a batch of activations by which candidates are judged; their ends are those of all."""
 MOMENTUM = 0.95
 """The weight of the ends so far in a running range."""
@@ -61,16 +61,26 @@ def search(x: Tensor, bits: int, *, positive: bool = False, seen: int = 0) -> Ra
     """
     low, high = x.amin(1), x.amax(1)
     x = x[:, :: max(1, x.shape[1] // seen)] if seen else x
-    best, found = None, torch.full_like(low, torch.inf)
-    for i in range(CANDIDATES):
-        tried = fit(low * (1 - 0.01 * i), high * (1 - 0.01 * i), bits, positive=positive)
-        scale, zero = tried.scale[:, None], tried.zero[:, None]
-        error = (x - dequantise(quantise(x, scale, zero, bits), scale, zero)).abs().pow(POWER).mean(1)
-        better = error < found
-        found = torch.where(better, error, found)
-        best = tried if best is None else Range(*map(torch.where, (better, better), tried, best))
-    assert best is not None
-    return best
+    shares = 1 - 0.01 * torch.arange(CANDIDATES, dtype=x.dtype, device=x.device)
+    if len(x) == 1:  # all at once
+        every = fit(low * shares, high * shares, bits, positive=positive)
+        best = _errors(x, every, bits).argmin()
+        return Range(every.scale[best, None], every.zero[best, None])
+    found = fit(low, high, bits, positive=positive)
+    least = _errors(x, found, bits)
+    for share in shares[1:]:
+        tried = fit(low * share, high * share, bits, positive=positive)
+        errors = _errors(x, tried, bits)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        found = Range(*(torch.where(better, new, old) for new, old in zip(tried, found, strict=True)))
+    return found
+
+
+def _errors(x: Tensor, tried: Range, bits: int) -> Tensor:
+    """Return mean |x - x^|^2.4 of each row."""
+    scale, zero = tried.scale[:, None], tried.zero[:, None]
+    return (x - dequantise(quantise(x, scale, zero, bits), scale, zero)).abs().pow(POWER).mean(1)
 
 
 class Running:
