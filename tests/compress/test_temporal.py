@@ -27,7 +27,7 @@ from ditkit.nn.time_path import find_time_path
 from ditkit.ops.int8_linear import linear_reference
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
-from models_support import Pictures, settings, toy_model
+from scripts.toy_run import Pictures, settings, toy_model
 from rig import noise, tiny_dit
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
@@ -93,7 +93,7 @@ def test_a_trace_shows_the_product_of_int8_and_no_float_one(arms):
     with torch.profiler.profile() as profile, torch.no_grad():
         out(arms["W8A8"])
     count = lambda found, *names: sum(e.count for e in found.key_averages() if e.key in names)  # noqa: E731
-    assert count(full, "aten::linear") == 4 + 3 * 4 + 2 * 3 * 3  # each part of a modulation by itself
+    assert count(full, "aten::linear") == 5 + 3 * 4 + 3 * 4  # a block's modulation is projected where it is asked for
     assert count(profile, "aten::linear") == 3 + 2  # what stays, and the two whose rows are floats
     int8 = "quantized::linear_with_input_q_dq_qweight_dq_output_fp32", "aten::_int_mm"
     assert count(profile, *int8) >= len(layers_of(model := arms["W8A8"])) - 2
@@ -170,8 +170,8 @@ def test_the_time_path_of_diffusers(family, shared, features, reads):
     assert not set(path.layers) & set(path.data)
 
 
-def test_ranges_of_a_step_are_no_worse_than_one_for_all(arms):
-    """Rows of g_i at a step differ by class alone: what its own range rounds is inside, to half a step."""
+def test_what_a_step_gives_the_time_path_is_inside_its_range_and_no_range_for_all_is_narrower(arms):
+    """Rows of g_i at a step are finitely many: the error is half a step of rounding at most."""
     for name in arms["W8A8"].transforms[0].features:
         each, one = (layers_of(arms[kind])[name] for kind in ("W8A8", "one"))
         rows: list[Tensor] = []

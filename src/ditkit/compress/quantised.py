@@ -266,7 +266,7 @@ class Fitting:
         for step, t in enumerate(self.calibration.times):
             place = step if self.setting.ranges == "steps" else 0
             if step == 0 or self.setting.ranges == "steps":
-                running = {name: Running(self.setting.activations) for name in layers}
+                running = {n: Running(self.setting.activations, n in self.setting.features) for n in layers}
             hooks = [
                 layer.register_forward_pre_hook(partial(_observe, running[name], place))
                 for name, layer in layers.items()

@@ -87,25 +87,28 @@ class Running:
     """The range of one step's activations: searched on the first batch, then between running ends.
 
     Each end is 0.95 of what it was and 0.05 of the batch's; refitted, the range always has 0 in it.
+
+    Args:
+        whole: hold the least and the largest of all batches instead, for inputs of which there are finitely many.
     """
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, bits: int, whole: bool = False) -> None:
+        self.bits, self.whole = bits, whole
         self.range: Range | None = None
         self.ends: tuple[Tensor, Tensor] | None = None
 
     def see(self, x: Tensor) -> Range:
-        """Take in a batch, flattened; return the range."""
+        """Take in a batch; return the range."""
         row = x.detach().reshape(1, -1)
-        if self.range is None:
+        if self.range is None and not self.whole:
             self.range = search(row, self.bits, seen=SEEN)
             return self.range
-        new = row.amin(1), row.amax(1)
-        if self.ends is None:
-            self.ends = new
-        else:
-            low, high = (MOMENTUM * old + (1 - MOMENTUM) * one for old, one in zip(self.ends, new, strict=True))
-            self.ends = low, high
-        low, high = self.ends
+        low, high = row.amin(1), row.amax(1)
+        if self.ends is not None and self.whole:
+            low, high = torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high)
+        elif self.ends is not None:
+            before = self.ends
+            low, high = (MOMENTUM * old + (1 - MOMENTUM) * new for old, new in zip(before, (low, high), strict=True))
+        self.ends = low, high
         self.range = fit(low.clamp(max=0), high.clamp(min=0), self.bits)
         return self.range

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from ditkit.compress.calibration import Calibration
+from ditkit.compress.calibration import some_rows
 from ditkit.compress.rounding import Rounded, Rounding, learn, squared
 from ditkit.core.run import Handler, Run
-from ditkit.nn.time_path import Bound, TimePath
+from ditkit.nn.time_path import SAMPLES, Bound, TimePath, name_of
 
 ROWS = 64
 """Samples that are computed at once where nothing is learned."""
@@ -44,6 +44,8 @@ class Units:
             for n in range(len(model.get_submodule(stacked.path)))
         }
         self.functions: dict[str, Handler] = {}
+        self.by_sample: dict[str, list[bool]] = {}
+        """Which tensors of a block's arguments have a row of each sample, in the order of their leaves."""
         self.follows: set[str] = set()
         self._follow()
         self.full: Any = None
@@ -62,23 +64,23 @@ class Units:
         return done
 
     def _learn_block(self, block: str, names: Sequence[str], settings: Rounding, seed: int) -> int:
-        fn = self.functions[block]
+        fn, by_sample = self.functions[block], self.by_sample[block]
         if block not in self.follows:
             with full(self.layers):
-                self.full = joined([self._reach(block, call) for call in self.calls])
-            self.rounded = joined([self._reach(block, call) for call in self.calls])
+                self.full = joined([self._reach(block, call) for call in self.calls], by_sample)
+            self.rounded = joined([self._reach(block, call) for call in self.calls], by_sample)
         with full(self.layers):
-            target = in_parts(fn, self.full)
+            target = in_parts(fn, self.full, by_sample)
         done = 0
         if names:
             given, own = self.rounded, [self.layers[n] for n in names]
 
             def loss(index: Tensor) -> Tensor:
-                return apart(fn(*taken(given, index)), taken(target, index))
+                return apart(fn(*taken(given, index, by_sample)), taken(target, index))
 
             done = learn(own, loss, rows_of(target), settings, seed)
         self.full = (target, *self.full[1:])
-        self.rounded = (in_parts(fn, self.rounded), *self.rounded[1:])
+        self.rounded = (in_parts(fn, self.rounded, by_sample), *self.rounded[1:])
         return done
 
     def _learn_layer(self, name: str, settings: Rounding, seed: int) -> int:
@@ -93,9 +95,13 @@ class Units:
     def _follow(self) -> None:
         """Find which blocks take what the block before them gave, and all else as it did."""
         before: list[Any] = [None, None, ()]
+        count = len(self.calls[0][name_of(SAMPLES, self.calls[0])])
+        count -= count > 1  # another number than the other calls', so that no length is a batch by accident
 
         def through(name: str, fn: Handler, *args: Any) -> Any:
             self.functions[name] = fn
+            leaves = tree_leaves(args)
+            self.by_sample[name] = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == count for v in leaves]
             same = len(args[1:]) == len(before[2]) and all(map(_is, args[1:], before[2]))
             if before[0] is not None and args[0] is before[1] and same:
                 self.follows.add(name)
@@ -104,7 +110,7 @@ class Units:
 
         with torch.no_grad():
             run = Run({name: partial(through, name) for name in self.blocks})
-            self.model(**self.calls[0], run=run)
+            self.model(**some_rows(self.calls[0], 0, count), run=run)
 
     def _reach(self, block: str, call: Bound) -> tuple[Any, ...]:
         found: list[tuple[Any, ...]] = []
@@ -197,22 +203,18 @@ def full(layers: Mapping[str, Rounded]) -> Iterator[None]:
             layer.mode = modes[name]
 
 
-def joined(parts: Sequence[tuple[Any, ...]]) -> Any:
-    """Put the arguments of several calls after one another; what is the same in all of them stays as it is."""
-
-    def join(*values: Any) -> Any:
-        if not isinstance(values[0], Tensor):
-            return values[0]
-        alike = len(values) > 1 and all(v.shape == values[0].shape and torch.equal(v, values[0]) for v in values)
-        return values[0] if alike else torch.cat(values)
-
-    return tree_map(join, *parts)
+def joined(parts: Sequence[tuple[Any, ...]], by_sample: Sequence[bool]) -> Any:
+    """Put the arguments of several calls after one another; those without a row of each sample are the first's."""
+    leaves = zip(*(tree_leaves(part) for part in parts), strict=True)
+    one = [torch.cat(v) if rows else v[0] for v, rows in zip(leaves, by_sample, strict=True)]
+    return tree_unflatten(one, tree_structure(parts[0]))
 
 
-def taken(tree: Any, index: Tensor) -> Any:
-    """Take some rows of all tensors that have as many as the first."""
-    count = rows_of(tree)
-    return tree_map(lambda v: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == count else v, tree)
+def taken(tree: Any, index: Tensor, by_sample: Sequence[bool] = ()) -> Any:
+    """Take some rows of the tensors that have a row of each sample, by default of all."""
+    leaves, structure = tree_flatten(tree)
+    chosen = by_sample or [True] * len(leaves)
+    return tree_unflatten([v[index] if rows else v for v, rows in zip(leaves, chosen, strict=True)], structure)
 
 
 def rows_of(tree: Any) -> int:
@@ -221,10 +223,10 @@ def rows_of(tree: Any) -> int:
 
 
 @torch.no_grad()
-def in_parts(fn: Handler, args: Any) -> Any:
+def in_parts(fn: Handler, args: Any, by_sample: Sequence[bool]) -> Any:
     """Compute `fn(*args)` some rows at a time."""
     index = torch.arange(rows_of(args))
-    return joined_rows([fn(*taken(args, part)) for part in index.split(ROWS)])
+    return joined_rows([fn(*taken(args, part, by_sample)) for part in index.split(ROWS)])
 
 
 def joined_rows(parts: Sequence[Any]) -> Any:
