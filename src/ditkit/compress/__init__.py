@@ -4,5 +4,14 @@ from ditkit.compress.calibration import Calibration, recording
 from ditkit.compress.kept import Kept
 from ditkit.compress.learned_depth import LearnedDepth, decide
 from ditkit.compress.temporal import TemporalMaintenance
+from ditkit.compress.temporal_cache import TemporalFeatures
 
-__all__ = ["Calibration", "Kept", "LearnedDepth", "TemporalMaintenance", "decide", "recording"]
+__all__ = [
+    "Calibration",
+    "Kept",
+    "LearnedDepth",
+    "TemporalFeatures",
+    "TemporalMaintenance",
+    "decide",
+    "recording",
+]

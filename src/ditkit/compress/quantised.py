@@ -89,11 +89,6 @@ class Quantised(Checked, Transform):
         """True if values follow from calibration."""
         return self.rounding == "learned" or (self.activations != FLOAT and self.ranges != "rows")
 
-    @property
-    def strict(self) -> bool:
-        """True if times that are none of the schedule are refused."""
-        return False
-
     def check(self, model: Any) -> None:
         if held := self.fixed(model):
             raise ConflictError(
@@ -125,10 +120,10 @@ class Quantised(Checked, Transform):
         if not isinstance(calibration, Calibration):
             raise ConfigError(f"{who}: calibration={calibration!r:.60}, expected a Calibration of recorded calls")
         calibration.check(who, SEARCHED, tuple(model.sample_shape))
-        kept = calibration.every(self.interval)
-        path = self._path(model, kept)
+        times = self.ranged(calibration).times
+        path = self._path(model, calibration)
         if self.layers:
-            return self._carrying(replace(self, times=self.times or kept.times), path)
+            return self._carrying(replace(self, times=self.times or times), path)
         prefix = _prefix(model)
         left = {*path.first, *path.last}
         found = replace(
@@ -137,18 +132,26 @@ class Quantised(Checked, Transform):
             features=tuple(prefix + n for n in path.features),
             shared=tuple(prefix + n for n in path.shared),
             raw=tuple(prefix + n for n in (*path.shared, *path.second[:1])),
-            times=kept.times,
+            times=times,
             network=prefix.rstrip("."),
         )
         return self._carrying(found, path)
 
+    def ranged(self, calibration: Calibration) -> Calibration:
+        """Return the calls at the steps that have ranges of their own."""
+        return calibration.every(self.interval)
+
+    def schedule(self) -> Schedule:
+        """Return a schedule that knows the times."""
+        return Schedule(self.times)
+
     def shape(self, model: Any) -> Any:
-        network = model.get_submodule(self.network) if self.network else model
-        schedule = Schedule(self.times, self.strict)
+        schedule = self.schedule()
         if self.times:
+            network = network_of(model, self.network)
             schedule.attach(network, binder(network))
         for name in self.layers:
-            self._put(model, name, self._layer(model, name, schedule))
+            put(model, name, self.layer(model, name, schedule))
         return model
 
     def fixed(self, model: Any) -> list[str]:
@@ -161,26 +164,32 @@ class Quantised(Checked, Transform):
     def round_time_path(self, fitting: Fitting) -> None:
         """Decide the weights of the time path, before blocks are reconstructed."""
 
+    def place(self, name: str) -> str:
+        """Return where the layer stands that holds the whole numbers of the layer `name`; empty if none does."""
+        return name
+
+    def finish(self, model: Any) -> None:  # noqa: B027
+        """Fill what the structure has beside quantised layers, before ranges are fitted."""
+
     def apply(self, model: Any, calibration: Any = None) -> tuple[Any, Report]:
-        path: TimePath | None = vars(self).pop("_found", None)
-        kept = None if calibration is None else calibration.every(self.interval)
-        fitting = Fitting(self, model, path, kept)
-        if self.fits and self.rounding == "learned":
+        fitting = Fitting(self, model, vars(self).pop("_found", None), calibration)
+        if self.rounding == "learned":
             fitting.clock("time path", lambda: self.round_time_path(fitting))
             fitting.clock("blocks", fitting.reconstruct)
-        linears = {name: fitting.rounded[name] for name in self.layers}
-        for name, layer in linears.items():
-            self._put(model, name, layer.linear)
+        fitting.restore()
         self.shape(model)
-        for name, layer in linears.items():
+        for name, layer in fitting.rounded.items():
             mode = layer.mode if layer.mode != "full" else "nearest"
-            with torch.no_grad():
-                model.get_submodule(name).hold(layer.whole(mode), *layer.range, layer.bias)
+            if at := self.place(name):
+                held: Any = model.get_submodule(at)
+                held.hold(layer.whole(mode), *layer.range, layer.bias)
+        self.finish(model)
         if self.activations != FLOAT and self.ranges != "rows":
             fitting.clock("ranges", fitting.ranges)
         return model, {"layers": len(self.layers), **fitting.report}
 
-    def _layer(self, model: Any, name: str, schedule: Schedule) -> nn.Module:
+    def layer(self, model: Any, name: str, schedule: Schedule) -> nn.Module:
+        """Return the layer of whole numbers that takes the place of the layer `name`."""
         whole = self.activations == FLOAT or name in self.raw
         ranges = 0 if whole or self.ranges == "rows" else 1 if self.ranges == "one" else len(self.times)
         return QuantisedLinear.like(
@@ -193,7 +202,7 @@ class Quantised(Checked, Transform):
         )
 
     def _path(self, model: Any, calibration: Calibration) -> TimePath:
-        network = model.get_submodule(_prefix(model).rstrip(".")) if _prefix(model) else model
+        network = network_of(model, _prefix(model).rstrip("."))
         trained = {n.removeprefix(_prefix(model)) for t in model.transforms for n in t.trains(model)}
         rows = min(TRACED, len(calibration.calls) * len(calibration.calls[0][name_of(SAMPLES, calibration.calls[0])]))
         return find_time_path(network, calibration.calls[0], rows, {n.rpartition(".")[0] for n in trained})
@@ -202,11 +211,6 @@ class Quantised(Checked, Transform):
         """Let the setting that `apply` runs under know the trace, which is no field of it."""
         object.__setattr__(found, "_found", path)
         return found
-
-    @staticmethod
-    def _put(model: Any, name: str, layer: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
 
 
 class Fitting:
@@ -217,13 +221,20 @@ class Fitting:
     ) -> None:
         self.setting, self.model, self.path, self.calibration = setting, model, path, calibration
         self.report: dict[str, Any] = {}
-        network = model.get_submodule(setting.network) if setting.network else model
-        self.weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        self.weights = {name: v.detach() for name, v in self.weights.items()}
+        self.weights = tensors_of_network(network_of(model, setting.network))
+        self.left: set[str] = set()
+        """Layers that the blocks' reconstruction leaves alone."""
         self.rounded: dict[str, Rounded] = {}
+        self.beside: dict[str, Any] = {}
+        """Further modules that stand in for layers meanwhile: they have a `linear` and a `mode`, as rounded ones."""
         for name in setting.layers:
             self.rounded[name] = Rounded(model.get_submodule(name), setting.weights)
-            setting._put(model, name, self.rounded[name])
+            put(model, name, self.rounded[name])
+
+    def restore(self) -> None:
+        """Put the layers back that were there."""
+        for name, layer in {**self.rounded, **self.beside}.items():
+            put(self.model, name, layer.linear)
 
     @property
     def time_path(self) -> dict[str, Rounded]:
@@ -240,7 +251,7 @@ class Fitting:
     def learn_features(self) -> None:
         """Learn the rounding of the time path by itself (TIAR)."""
         assert self.path is not None and self.calibration is not None
-        rows = self.calibration.rows(self.path.reads)
+        rows = self.calibration.every(self.setting.interval).rows(self.path.reads)
         done = learn_features(
             self.path, rows, self.weights, self.time_path, self.settings, self.setting.seed
         )
@@ -249,8 +260,9 @@ class Fitting:
     def reconstruct(self) -> None:
         """Learn the rounding of all layers that are not decided yet, block by block."""
         assert self.calibration is not None
-        chosen = [name for name, layer in self.rounded.items() if layer.mode == "full"]
-        units = Units(self.model, self.calibration.calls, self.rounded)
+        chosen = [n for n, layer in self.rounded.items() if layer.mode == "full" and n not in self.left]
+        calls = self.calibration.every(self.setting.interval).calls
+        units = Units(self.model, calls, {**self.rounded, **self.beside})
         self.report["block_iterations"] = units.learn(chosen, self.settings, self.setting.seed)
 
     @torch.no_grad()
@@ -260,10 +272,12 @@ class Fitting:
         layers = {
             name: layer
             for name in self.setting.layers
-            if isinstance(layer := self.model.get_submodule(name), QuantisedLinear)
+            if (at := self.setting.place(name))
+            and isinstance(layer := self.model.get_submodule(at), QuantisedLinear)
             and layer.range_scale is not None
         }
-        for step, t in enumerate(self.calibration.times):
+        calibration = self.setting.ranged(self.calibration)
+        for step, t in enumerate(calibration.times):
             place = step if self.setting.ranges == "steps" else 0
             if step == 0 or self.setting.ranges == "steps":
                 running = {n: Running(self.setting.activations, n in self.setting.features) for n in layers}
@@ -271,7 +285,7 @@ class Fitting:
                 layer.register_forward_pre_hook(partial(_observe, running[name], place))
                 for name, layer in layers.items()
             ]
-            for call in _searched_first(self.calibration.at(t)):
+            for call in _searched_first(calibration.at(t)):
                 self.model(**call)
             for hook in hooks:
                 hook.remove()
@@ -294,6 +308,23 @@ def _searched_first(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     if count <= SEARCHED:
         return list(calls)
     return [some_rows(first, 0, SEARCHED), some_rows(first, SEARCHED, count), *calls[1:]]
+
+
+def put(model: Any, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of the one called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def network_of(model: Any, name: str) -> Any:
+    """Return the module of `model` that is called with a time."""
+    return model.get_submodule(name) if name else model
+
+
+def tensors_of_network(network: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, cut from autograd."""
+    held = (*network.named_parameters(), *network.named_buffers())
+    return {name: value.detach() for name, value in held}
 
 
 def _prefix(model: Any) -> str:

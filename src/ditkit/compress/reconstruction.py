@@ -36,7 +36,7 @@ class Units:
         model: with its sites. calls: of its calibration. layers: being rounded, by name.
     """
 
-    def __init__(self, model: Any, calls: Sequence[Bound], layers: Mapping[str, Rounded]) -> None:
+    def __init__(self, model: Any, calls: Sequence[Bound], layers: Mapping[str, Any]) -> None:
         self.model, self.calls, self.layers = model, calls, layers
         self.blocks = {
             f"{stack}.{n}": f"{stacked.path}.{n}."
@@ -171,14 +171,16 @@ def learn_features(
 
 
 @torch.no_grad()
-def features(path: TimePath, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """Compute all temporal features of `rows`, [R, N] each."""
+def features(
+    path: TimePath, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor], inputs: bool = False
+) -> list[Tensor]:
+    """Compute all temporal features of `rows`, [R, N] each, or the inputs of their layers, [R, K]."""
     count = len(next(iter(rows.values())))
     parts = []
     for first in range(0, count, path.rows):
         some = {name: v[first : first + path.rows] for name, v in rows.items()}
         size = len(next(iter(some.values())))
-        parts.append([one[:size] for one in path.compute(padded(some, path.rows), weights)])
+        parts.append([one[:size] for one in path.compute(padded(some, path.rows), weights, inputs)])
     return [torch.cat(one) for one in zip(*parts, strict=True)]
 
 
@@ -191,7 +193,7 @@ def padded(rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def full(layers: Mapping[str, Rounded]) -> Iterator[None]:
+def full(layers: Mapping[str, Any]) -> Iterator[None]:
     """Inside, layers have the weights that they had."""
     modes = {name: layer.mode for name, layer in layers.items()}
     for layer in layers.values():

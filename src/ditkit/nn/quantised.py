@@ -37,14 +37,14 @@ class Schedule:
         self.steps = torch.zeros(1, dtype=torch.long, device="cpu")
         self.call: Mapping[str, Any] = {}
 
-    def attach(self, network: nn.Module, bound: Callable[..., Mapping[str, Any]]) -> None:
-        """Let each call of `network` set the steps; `bound` names its arguments."""
+    def attach(self, network: nn.Module, bound: Callable[..., Mapping[str, Any]]) -> Any:
+        """Let each call of `network` set the steps; `bound` names its arguments. Returns the handle of the hook."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.call = bound(args, kwargs)
             self.steps = self.nearest(next(self.call[name] for name in TIMES if name in self.call))
 
-        network.register_forward_pre_hook(before, with_kwargs=True)
+        return network.register_forward_pre_hook(before, with_kwargs=True)
 
     def nearest(self, t: Any) -> Tensor:
         """Return the step whose time is nearest, of each row, [B] on the CPU.

@@ -113,15 +113,18 @@ class TimePath:
     def layers(self) -> tuple[str, ...]:
         return (*self.shared, *self.features)
 
-    def compute(self, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Compute the features [B, N], in the order of `features`.
+    def compute(
+        self, rows: Mapping[str, Tensor], weights: Mapping[str, Tensor], inputs: bool = False
+    ) -> list[Tensor]:
+        """Compute the features [B, N], in the order of `features`; or the inputs of their layers, [B, K].
 
         Args:
             rows: what the features depend on, by the names of `reads`, as many rows as were traced.
             weights: the network's tensors by name, some of them replaced.
         """
         found = self.trace(*(weights[name] for name in self.parameters), *(rows[name] for name in self.reads))
-        return [one.flatten(0, -2) for one in found]
+        some = found[len(self.features) :] if inputs else found[: len(self.features)]
+        return [one.flatten(0, -2) for one in some]
 
 
 @torch.no_grad()
@@ -202,7 +205,7 @@ def _read(
     first = tuple(name for name in (*data, *timed) if not above[name])
     second = tuple(name for name in data if above[name] & {*first})
     last = tuple(name for name in data if not any(name in before for before in above.values()))
-    output.args = (tuple(met[name][0][1] for name in features),)
+    output.args = (tuple(met[name][0][place] for place in (1, 0) for name in features),)
     used = _ancestors(output)
     kept = [name for node, name in inputs.items() if node in used]
     reads = (t, *(name for name in kept if name != t))
