@@ -22,13 +22,14 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ConflictError, ShapeError
 from ditkit.core.model import Model
 from ditkit.hosts.hosted import Host
+from ditkit.models.dit import DiT
 from ditkit.nn.quantised import QuantisedLinear, Schedule
 from ditkit.nn.time_path import find_time_path
 from ditkit.ops.int8_linear import linear_reference
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
 from scripts.toy_run import Pictures, settings, toy_model
-from rig import noise, tiny_dit
+from rig import TINY, noise, tiny_dit
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 LABELS = torch.arange(16) % 5
@@ -58,14 +59,14 @@ def arms(calibration) -> dict[str, Model]:
     """The same weights, quantised in several settings."""
     changed: dict[str, dict[str, Any]] = {
         "maintained": {},
-        "blocks": {"time": "blocks", "activations": 32},
         "W8A8": {"weights": 8, "rounding": "nearest"},
         "one": {"weights": 8, "rounding": "nearest", "ranges": "one"},
     }
-    found = {}
+    found, setting = {}, QUICK
     for name, fields in changed.items():
         found[name] = tiny_dit()
-        found[name].transform(replace(QUICK, **fields), calibration)
+        found[name].transform(replace(setting, **fields), calibration)
+        setting = found[name].transforms[0]
     return found
 
 
@@ -153,16 +154,16 @@ def test_features_depend_on_time_and_class_alone(arms):
 
 
 @pytest.mark.parametrize(
-    ("family", "shared", "features", "reads"),
+    ("family", "depth", "shared", "features", "reads"),
     [
-        ("dit", 6, 4, ("timestep", "class_labels")),
-        ("pixart", 2, 1, ("timestep",)),
-        ("sd3.5", 2, 7, ("timestep", "pooled_projections")),
-        ("wan", 2, 1, ("timestep",)),
+        ("dit", 2, 4, 3, ("timestep", "class_labels")),
+        ("pixart", 1, 2, 1, ("timestep",)),
+        ("sd3.5", 2, 2, 5, ("timestep", "pooled_projections")),
+        ("wan", 1, 2, 1, ("timestep",)),
     ],
 )
-def test_the_time_path_of_diffusers(family, shared, features, reads):
-    model, inputs = hosts.FAMILIES[family].transformer(), hosts.FAMILIES[family].inputs()
+def test_the_time_path_of_diffusers(family, depth, shared, features, reads):
+    model, inputs = hosts.FAMILIES[family].transformer(num_layers=depth), hosts.FAMILIES[family].inputs()
     path = find_time_path(model, inputs, 2)
     assert (len(path.shared), len(path.features), path.reads) == (shared, features, reads)
     inside = ("attn", "ff", "ffn", "caption", "text_embedder", "context_embedder")
@@ -201,8 +202,20 @@ def test_a_learned_time_path_is_left_alone_by_the_blocks(calibration, monkeypatc
         assert all(layer.mode == "hard" for layer in fitting.rounded.values())
 
     monkeypatch.setattr(Fitting, "reconstruct", noting)
-    tiny_dit().transform(replace(QUICK, iterations=2, activations=32), calibration)
+    one = Calibration(calibration.calls[:1])
+    tiny_dit().transform(replace(QUICK, iterations=2, activations=32), one)
     assert len(held) == 5
+
+
+def test_without_maintenance_the_blocks_learn_the_time_path_too(calibration):
+    shallow = DiT(replace(TINY, depth=1)).eval()
+    shallow.load_state_dict({k: v for k, v in tiny_dit().state_dict().items() if k in shallow.state_dict()})
+    linear = {name: m for name, m in shallow.named_modules() if name.endswith(("modulation", "time.outer"))}
+    nearest = {name: Rounded(m, 4).weights("nearest") for name, m in linear.items()}
+    setting = replace(QUICK, time="blocks", iterations=10, rate=0.3, activations=32)
+    shallow.transform(setting, Calibration(calibration.calls[:1]))
+    assert all(not torch.equal(layers_of(shallow)[name].full(), v) for name, v in nearest.items())
+    assert "time_path_iterations" not in shallow.history[-1]["report"]
 
 
 def test_rows_of_several_steps_have_each_its_own_ranges(arms):
@@ -248,7 +261,9 @@ def test_measures_of_features():
 
 def test_it_composes_with_caches_patterns_and_pruning(calibration, tmp_path):
     model = tiny_dit()
-    for transform in (Kept(blocks=(0, 2)), replace(QUICK, rounding="nearest", weights=8)):
+    names = tuple(n for n, m in model.named_modules() if type(m) is nn.Linear and n.startswith("blocks.0"))
+    names += tuple(name.replace("blocks.0", "blocks.1") for name in names)
+    for transform in (Kept(blocks=(0, 2)), replace(QUICK, rounding="nearest", weights=8, layers=names)):
         model.transform(transform, calibration)
     policies = [TaylorSeer(interval=3, order=1), Neighbourhood(radius=2, block=8, kernel="cpu")]
     drawn = ditkit.generate(model, [0, 1], seeds=(0, 1), steps=6, policies=policies).samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -153,21 +154,27 @@ class UNet(nn.Module):
         return self.conv_out(self.last(h))
 
 
-def unet(times: list[int]) -> tuple[UNet, TimePath, dict[str, Tensor], dict[str, Tensor]]:
+@cache
+def unet() -> tuple[UNet, TimePath, dict[str, Tensor]]:
+    """The network with the formula's weights, its time path for 4 rows, and its tensors."""
     with float64():
         net = UNet().eval()
     state = net.state_dict()
     for name, value in state.items():
         state[name] = formula.weight(name, tuple(value.shape))
     net.load_state_dict(state)
-    t = torch.tensor(times, dtype=torch.float64)
-    path = find_time_path(net, {"x": torch.randn(len(times), 3, 8, 8, dtype=torch.float64), "t": t}, len(times))
-    return net, path, {"t": t}, dict(net.named_parameters())
+    t = torch.zeros(4, dtype=torch.float64)
+    path = find_time_path(net, {"x": torch.zeros(4, 3, 8, 8, dtype=torch.float64), "t": t}, 4)
+    return net, path, {name: v.detach() for name, v in net.named_parameters()}
+
+
+def rows_of(times: list[int]) -> dict[str, Tensor]:
+    return {"t": torch.tensor(times, dtype=torch.float64)}
 
 
 def test_the_time_path_and_what_is_left_of_it():
     expected = CASES[UNET]["results"]
-    _, path, _, _ = unet([10, 700])
+    _, path, _ = unet()
     assert list(path.features) == expected["time_path"] == expected["tib"]["per_block"]
     assert list(path.shared) == expected["tib"]["shared"]
     assert [n for n in expected["weights_left_in_full_precision"] if "conv" not in n] == list(path.first)
@@ -175,7 +182,7 @@ def test_the_time_path_and_what_is_left_of_it():
 
 def test_features_and_their_cosines():
     case = CASES[FEATURES]
-    net, path, rows, weights = unet(case["t"])
+    (net, path, weights), rows = unet(), rows_of(case["t"])
     full = features(path, rows, weights)
     layers = {name: Rounded(net.get_submodule(name), 4) for name in path.layers if name not in path.first}
     nearest = {**weights, **{f"{n}.weight": layer.weights("nearest") for n, layer in layers.items()}}
@@ -191,7 +198,7 @@ def test_features_and_their_cosines():
 def test_the_time_path_is_reconstructed():
     case = CASES[TIAR]
     expected: dict[str, Any] = case["results"]
-    net, path, rows, weights = unet(case["t"])
+    (net, path, weights), rows = unet(), rows_of(case["t"])
     layers = {name: Rounded(net.get_submodule(name), 4) for name in path.layers if name not in path.first}
     losses: list[float] = []
     settings = Rounding(iterations=40, batch=4, weight=1e-6)

@@ -89,6 +89,11 @@ class Quantised(Checked, Transform):
         """True if values follow from calibration."""
         return self.rounding == "learned" or (self.activations != FLOAT and self.ranges != "rows")
 
+    @property
+    def traces(self) -> bool:
+        """True if the time path is computed by itself."""
+        return self.rounding == "learned"
+
     def check(self, model: Any) -> None:
         if held := self.fixed(model):
             raise ConflictError(
@@ -121,9 +126,11 @@ class Quantised(Checked, Transform):
             raise ConfigError(f"{who}: calibration={calibration!r:.60}, expected a Calibration of recorded calls")
         calibration.check(who, SEARCHED, tuple(model.sample_shape))
         times = self.ranged(calibration).times
+        if self.layers and not self.traces:
+            return replace(self, times=times)
         path = self._path(model, calibration)
         if self.layers:
-            return self._carrying(replace(self, times=self.times or times), path)
+            return self._carrying(replace(self, times=times), path)
         prefix = _prefix(model)
         left = {*path.first, *path.last}
         found = replace(

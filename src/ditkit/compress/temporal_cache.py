@@ -72,6 +72,10 @@ class TemporalFeatures(Quantised):
     def fits(self) -> bool:
         return bool(self.strategies) or super().fits
 
+    @property
+    def traces(self) -> bool:
+        return bool(self.strategies) or super().traces
+
     def ranged(self, calibration: Calibration) -> Calibration:
         return calibration
 
@@ -202,7 +206,8 @@ class Selection:
     Attributes:
         steps: [R], the step of each row. places: [R], its condition among `known`.
         errors: [F, S] by strategy, mean over conditions of 1 - cosine. looked_up: bool [F, S].
-        inputs, chosen: [R, K] and [R, N] of each feature: of the layers as they will be, and what blocks will get.
+        inputs, full, chosen: [R, K], [R, N] and [R, N] of each feature: inputs of the layers as they will be, the
+            feature in full precision, and what blocks will get.
     """
 
     steps: list[int]
@@ -212,6 +217,7 @@ class Selection:
     looked_up: Tensor
     rounded: dict[str, Rounded]
     inputs: list[Tensor]
+    full: list[Tensor]
     chosen: list[Tensor]
     tables: list[list[tuple[Tensor, Tensor, Tensor]]]
     report: dict[str, Any]
@@ -260,7 +266,7 @@ class Selection:
         ]
         report["looked_up"] = looked_up.sum(1).tolist()
         report["errors"] = {name: [float(f"{v:.3e}") for v in one.mean(1).tolist()] for name, one in errors.items()}
-        return cls(steps, places, known, errors, looked_up, rounded, inputs, taken, tables, report)
+        return cls(steps, places, known, errors, looked_up, rounded, inputs, full, taken, tables, report)
 
     def fill(self, model: Any, setting: TemporalFeatures) -> None:
         """Fill the tables of `model`."""
