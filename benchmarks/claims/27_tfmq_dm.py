@@ -1,9 +1,9 @@
-"""Claims of TFMQ-DM, tried on the shipped fashion-dit: four ways to round its weights to 4 bits, and ranges of activations.
+"""Claims of TFMQ-DM, tried on the shipped fashion-dit: ways to round its weights to 4 bits, and activations.
 
 python benchmarks/claims/27_tfmq_dm.py      writes benchmarks/results/claims/27-tfmq-dm.json and fills the page
 
-All arms are fitted to the same calibration, the network's own trajectories, and draw the same seeds. A trajectory's error
-is the mean over its steps of |x_t^q - x_t| / |x_t|, for each seed; intervals resample seeds.
+All arms are fitted to the same calibration, the network's own trajectories, and draw the same seeds. A trajectory's
+error is the mean over its steps of |x_t^q - x_t| / |x_t|, for each seed; intervals resample seeds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def by_label(features: Mapping[str, Tensor], labels: int) -> Iterator[Mapping[st
 
 
 def compared(
-    claim: str, paper: str, arm: Tensor, rival: Tensor, against: str, claimed: tuple[float | None, float | None]
+    claim: str,
+    paper: str,
+    arm: Tensor,
+    rival: Tensor,
+    against: str,
+    claimed: tuple[float | None, float | None],
 ) -> Claim:
     difference = arm - rival
     return Claim.tried(
@@ -76,7 +81,10 @@ def compared(
 
 def clock(model: Model, folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
     """Core seconds of an evaluation of 16 samples, and bytes of the saved weights, by type."""
-    models: dict[str, Any] = {"float32": model, "bf16": model.with_weights(model.state_dict(), "copy").to(torch.bfloat16)}
+    models: dict[str, Any] = {
+        "float32": model,
+        "bf16": model.with_weights(model.state_dict(), "copy").to(torch.bfloat16),
+    }
     for name, activations in (("W8A8", 8), ("W8A7", 7)):
         setting = TemporalMaintenance(
             rounding="nearest", activations=activations, ranges="rows", samples=16, steps=2, interval=1
@@ -149,7 +157,12 @@ def untried() -> Iterator[Claim]:
 
 
 def main(
-    samples: int = 16, seeds: int = 12, interval: int = 10, iterations: int = 60, rate: float = 3e-2, rounds: int = 8
+    samples: int = 16,
+    seeds: int = 12,
+    interval: int = 10,
+    iterations: int = 60,
+    rate: float = 3e-2,
+    rounds: int = 8,
 ) -> None:
     """Try the claims.
 
@@ -197,7 +210,10 @@ def main(
 
 
 def judged(
-    error: Mapping[str, Tensor], cosine: Mapping[str, Tensor], wrong: Mapping[str, Tensor], early: Mapping[str, Tensor]
+    error: Mapping[str, Tensor],
+    cosine: Mapping[str, Tensor],
+    wrong: Mapping[str, Tensor],
+    early: Mapping[str, Tensor],
 ) -> Iterator[Claim]:
     means = f"{SMALL}; " + ", ".join(f"{name} {v.mean():.4f}" for name, v in error.items())
     for rival, paper in (

@@ -28,8 +28,8 @@ from ditkit.nn.time_path import find_time_path
 from ditkit.ops.int8_linear import linear_reference
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
-from scripts.toy_run import Pictures, settings, toy_model
 from rig import TINY, noise, tiny_dit
+from scripts.toy_run import Pictures, settings, toy_model
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 LABELS = torch.arange(16) % 5
@@ -94,10 +94,12 @@ def test_a_trace_shows_the_product_of_int8_and_no_float_one(arms):
     with torch.profiler.profile() as profile, torch.no_grad():
         out(arms["W8A8"])
     count = lambda found, *names: sum(e.count for e in found.key_averages() if e.key in names)  # noqa: E731
-    assert count(full, "aten::linear") == 5 + 3 * 4 + 3 * 4  # a block's modulation is projected where it is asked for
+    assert (
+        count(full, "aten::linear") == 5 + 3 * 4 + 3 * 4
+    )  # a block's modulation is projected where it is asked for
     assert count(profile, "aten::linear") == 3 + 2  # what stays, and the two whose rows are floats
     int8 = "quantized::linear_with_input_q_dq_qweight_dq_output_fp32", "aten::_int_mm"
-    assert count(profile, *int8) >= len(layers_of(model := arms["W8A8"])) - 2
+    assert count(profile, *int8) >= len(layers_of(arms["W8A8"])) - 2
 
 
 def test_the_layer_is_the_slow_twin_and_a_modulation_is_projected_once(arms):
@@ -132,7 +134,10 @@ def test_sixteen_bits_are_as_good_as_none():
     expected = out(model)
 
     def rounded(layer: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        ranges = [search(v.detach().reshape(n, -1), 16) for v, n in ((layer.weight, layer.out_features), (args[0], 1))]
+        ranges = [
+            search(v.detach().reshape(n, -1), 16)
+            for v, n in ((layer.weight, layer.out_features), (args[0], 1))
+        ]
         (weight_scale, weight_zero), (scale, zero) = ranges
         q = ((layer.weight / weight_scale[:, None]).round() + weight_zero[:, None]).clamp(0, 2**16 - 1)
         return linear_reference(args[0], scale, zero, 16, q, weight_scale, weight_zero, layer.bias)
@@ -249,7 +254,9 @@ def test_a_saved_folder_opens_the_same_and_bf16_leaves_scales_alone(arms, tmp_pa
     assert half.embed.weight.dtype == torch.bfloat16
     with torch.no_grad():
         x, given = noise(16, 9).bfloat16(), arguments(0.75)
-        assert torch.allclose(half(x, given["t"], given["cond"]).float(), out(arms["W8A8"]), atol=0.1, rtol=0.1)
+        assert torch.allclose(
+            half(x, given["t"], given["cond"]).float(), out(arms["W8A8"]), atol=0.1, rtol=0.1
+        )
 
 
 def test_measures_of_features():
@@ -269,7 +276,9 @@ def test_it_composes_with_caches_patterns_and_pruning(calibration, tmp_path):
     drawn = ditkit.generate(model, [0, 1], seeds=(0, 1), steps=6, policies=policies).samples
     loaded = ditkit.load(model.save(tmp_path))
     assert [type(t).__name__ for t in loaded.transforms] == ["Kept", "TemporalMaintenance"]
-    assert torch.equal(ditkit.generate(loaded, [0, 1], seeds=(0, 1), steps=6, policies=policies).samples, drawn)
+    assert torch.equal(
+        ditkit.generate(loaded, [0, 1], seeds=(0, 1), steps=6, policies=policies).samples, drawn
+    )
     assert drawn.isfinite().all()
 
 
@@ -288,7 +297,10 @@ def test_a_model_that_samples_draws_its_own_calibration_and_the_shell_says_the_s
 def test_a_pipelines_transformer_is_quantised_in_place(tmp_path):
     family = hosts.FAMILIES["pixart"]
     transformer, inputs = family.transformer(num_layers=1), family.inputs()
-    wide = {k: v.repeat(8, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    wide = {
+        k: v.repeat(8, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim else v
+        for k, v in inputs.items()
+    }
     wide["timestep"] = torch.full((16,), 500)
     expected = transformer(**wide, return_dict=False)[0]
     with recording(transformer) as calls:
@@ -310,14 +322,18 @@ def test_adapters_are_trained_on_top_and_quantised_weights_are_not(calibration, 
     plain = tuple(n for n, m in model.named_modules() if type(m) is nn.Linear and n.startswith("blocks."))
     quantised = ditkit.compress(model, replace(base, layers=plain))
     for trained in ("all", "attention"):
-        with pytest.raises(ConfigError, match=r"'blocks.0.attn.qkv' and \d+ other layers are whole numbers") as caught:
+        with pytest.raises(
+            ConfigError, match=r"'blocks.0.attn.qkv' and \d+ other layers are whole numbers"
+        ) as caught:
             train(quantised, Pictures(), Denoising(), settings(trained=trained), tmp_path / trained)
         assert "\n" not in str(caught.value) and not (tmp_path / trained / "model").exists()
     adapted = ditkit.compress(model, LoRA(rank=2))
     names = tuple(n for n, m in adapted.named_modules() if type(m) is nn.Linear and n.endswith("base_layer"))
     adapted.transform(replace(base, layers=names))
     before = {k: v.clone() for k, v in adapted.state_dict().items()}
-    tuned = train(adapted, Pictures(), Denoising(), settings(steps=2, warmup=0, trained="lora"), tmp_path / "run")
+    tuned = train(
+        adapted, Pictures(), Denoising(), settings(steps=2, warmup=0, trained="lora"), tmp_path / "run"
+    )
     after = tuned.state_dict()
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
     assert changed and all("lora_" in name for name in changed)
@@ -337,7 +353,10 @@ def test_the_gradient_is_that_of_the_weights_that_are_stood_for():
 
 
 def calls(count: int, **changed: Any) -> Calibration:
-    some = {k: v[:count] if isinstance(v, Tensor) else Cond(label=LABELS[:count]) for k, v in arguments(0.5).items()}
+    some = {
+        k: v[:count] if isinstance(v, Tensor) else Cond(label=LABELS[:count])
+        for k, v in arguments(0.5).items()
+    }
     return Calibration(({**some, **changed},))
 
 

@@ -90,7 +90,9 @@ def test_loss_of_reconstruction():
     assert plain.item() == pytest.approx(case["reconstruction_part"], rel=1e-9)
     for call, expected in case["by_call"].items():
         count = int(call.split()[1])
-        assert (plain + settings.undecided([layer], count)).item() == pytest.approx(expected["total"], rel=1e-9)
+        assert (plain + settings.undecided([layer], count)).item() == pytest.approx(
+            expected["total"], rel=1e-9
+        )
         assert settings.beta(count) == pytest.approx(expected["beta"], rel=1e-12)
 
 
@@ -144,7 +146,9 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         half = 16
-        rate = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+        rate = torch.exp(
+            torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1))
+        )
         angle = t.float()[:, None] * rate[None]
         wave = torch.cat([angle.sin(), angle.cos()], 1).to(x.dtype)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](wave)))
@@ -207,5 +211,7 @@ def test_the_time_path_is_reconstructed():
     assert losses[7:10] == pytest.approx(expected["loss_at_20_percent"], rel=WITH_TIME)
     assert losses[-1] == pytest.approx(expected["loss_last"], rel=WITH_TIME)
     for name, layer in layers.items():
-        assert layer.alpha.sum().item() == pytest.approx(expected["alpha_sums"][name], rel=10 * WITH_TIME, abs=1e-4)
+        assert layer.alpha.sum().item() == pytest.approx(
+            expected["alpha_sums"][name], rel=10 * WITH_TIME, abs=1e-4
+        )
         assert int((layer.alpha >= 0).sum()) == expected["up_counts"][name]

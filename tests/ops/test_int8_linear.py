@@ -1,4 +1,4 @@
-"""Products of int8: the same numbers as the slow twin of each library, at the edges too, and one that is found by a probe."""
+"""Products of int8: the numbers of the slow twin by each library, at the edges too, and a probe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from ditkit.core.errors import ConfigError
-from ditkit.ops.int8_linear import KERNELS, fastest, find, kernels, linear_reference, measure, pack4, quantise, unpack4
+from ditkit.ops.int8_linear import (
+    KERNELS,
+    fastest,
+    find,
+    kernels,
+    linear_reference,
+    measure,
+    pack4,
+    quantise,
+    unpack4,
+)
 
 CPU = torch.device("cpu")
 
@@ -69,7 +79,9 @@ def test_the_probe_takes_the_fastest_of_those_that_are_right(monkeypatch):
 
 
 def test_where_no_library_has_a_product_it_is_one_line():
-    with pytest.raises(ConfigError, match="no library here has a product of int8 on 'mps', expected cpu or cuda"):
+    with pytest.raises(
+        ConfigError, match="no library here has a product of int8 on 'mps', expected cpu or cuda"
+    ):
         find("auto", torch.device("mps"))
     with pytest.raises(ConfigError, match="int8 kernel 'fbgemm' does not run on 'cuda'"):
         find("fbgemm", torch.device("cuda"))

@@ -50,7 +50,7 @@ def compress(model_or_pipe: Network, *transforms: Transform | str, calibration: 
 
 
 def drawn_for(model: Model, transform: Transform) -> Calibration | None:
-    """Return the calls of trajectories that `transform` is fitted to; None if it needs none, or nothing can be drawn."""
+    """Return calls of trajectories that `transform` is fitted to; None if it needs none, or nothing can be drawn."""
     wanted = transform.draws()
     if wanted is None or transform == transform.exact() or not isinstance(model, Denoiser):
         return None

@@ -18,6 +18,7 @@ Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 
 More = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 
+
 def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transform: More = ()) -> None:
     """Apply transforms to a model, in order, and save the result.
 

@@ -1,4 +1,4 @@
-"""Temporal features as a network has them when it runs, and how far those of a quantised one are from the original's."""
+"""Temporal features as a network has them when it runs, and how far a quantised one's are from the original's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def temporal_features(model: Any, layers: Sequence[str], calls: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def temporal_features(
+    model: Any, layers: Sequence[str], calls: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
     """Return what each of `layers` gives in calls of the model, [rows, N], those of all calls after one another."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 

@@ -51,9 +51,9 @@ class Quantised(Checked, Transform):
         iterations, rate, batch: of learning, a block.
         kernel: of the product of int8, "auto" for the fastest.
         seed: of calibration and of batches.
-        layers, features, shared, raw, times, network: found, and left to be found: the layers that are quantised; of the
-            time path, those that give features and those before them; those whose activations stay; the schedule; and
-            which module of the model is called with a time.
+        layers, features, shared, raw, times, network: found, and left to be found: the layers that are quantised; of
+            the time path, those that give features and those before them; those whose activations stay; the schedule;
+            and which module of the model is called with a time.
     """
 
     keeps: ClassVar[tuple[str, ...]] = QuantisedLinear.keeps
@@ -97,7 +97,7 @@ class Quantised(Checked, Transform):
     def check(self, model: Any) -> None:
         if held := self.fixed(model):
             raise ConflictError(
-                f"{type(self).__name__}: {held[0]!r} is of whole numbers already, expected a model that is not quantised"
+                f"{type(self).__name__}: {held[0]!r} is of whole numbers already, expected a model of floats"
             )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if self.activations != FLOAT and device.type != "meta":
@@ -123,7 +123,9 @@ class Quantised(Checked, Transform):
                 )
             return self
         if not isinstance(calibration, Calibration):
-            raise ConfigError(f"{who}: calibration={calibration!r:.60}, expected a Calibration of recorded calls")
+            raise ConfigError(
+                f"{who}: calibration={calibration!r:.60}, expected a Calibration of recorded calls"
+            )
         calibration.check(who, SEARCHED, tuple(model.sample_shape))
         times = self.ranged(calibration).times
         if self.layers and not self.traces:
@@ -175,7 +177,7 @@ class Quantised(Checked, Transform):
         """Return where the layer stands that holds the whole numbers of the layer `name`; empty if none does."""
         return name
 
-    def finish(self, model: Any) -> None:  # noqa: B027
+    def finish(self, model: Any) -> None:
         """Fill what the structure has beside quantised layers, before ranges are fitted."""
 
     def apply(self, model: Any, calibration: Any = None) -> tuple[Any, Report]:
@@ -211,7 +213,9 @@ class Quantised(Checked, Transform):
     def _path(self, model: Any, calibration: Calibration) -> TimePath:
         network = network_of(model, _prefix(model).rstrip("."))
         trained = {n.removeprefix(_prefix(model)) for t in model.transforms for n in t.trains(model)}
-        rows = min(TRACED, len(calibration.calls) * len(calibration.calls[0][name_of(SAMPLES, calibration.calls[0])]))
+        rows = min(
+            TRACED, len(calibration.calls) * len(calibration.calls[0][name_of(SAMPLES, calibration.calls[0])])
+        )
         return find_time_path(network, calibration.calls[0], rows, {n.rpartition(".")[0] for n in trained})
 
     def _carrying(self, found: Self, path: TimePath) -> Self:
@@ -259,9 +263,7 @@ class Fitting:
         """Learn the rounding of the time path by itself (TIAR)."""
         assert self.path is not None and self.calibration is not None
         rows = self.calibration.every(self.setting.interval).rows(self.path.reads)
-        done = learn_features(
-            self.path, rows, self.weights, self.time_path, self.settings, self.setting.seed
-        )
+        done = learn_features(self.path, rows, self.weights, self.time_path, self.settings, self.setting.seed)
         self.report["time_path_iterations"] = done
 
     def reconstruct(self) -> None:

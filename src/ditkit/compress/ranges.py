@@ -53,8 +53,8 @@ def fit(low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False, positi
 def search(x: Tensor, bits: int, *, positive: bool = False, seen: int = 0) -> Range:
     """Search the range of least error ("mse"), of each row of `x` [N, K].
 
-    Of 80 candidates that narrow the range by one per cent each, the one of least mean |x - x^|^2.4; ties go to the widest.
-    Zero need not be inside.
+    Of 80 candidates that narrow the range by one per cent each, the one of least mean |x - x^|^2.4; ties go to the
+    widest. Zero need not be inside.
 
     Args:
         positive: from 0 up. seen: numbers of each row of which errors are averaged, evenly spaced; 0 for all.
@@ -108,7 +108,9 @@ class Running:
             low, high = torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high)
         elif self.ends is not None:
             before = self.ends
-            low, high = (MOMENTUM * old + (1 - MOMENTUM) * new for old, new in zip(before, (low, high), strict=True))
+            low, high = (
+                MOMENTUM * old + (1 - MOMENTUM) * new for old, new in zip(before, (low, high), strict=True)
+            )
         self.ends = low, high
         self.range = fit(low.clamp(max=0), high.clamp(min=0), self.bits)
         return self.range

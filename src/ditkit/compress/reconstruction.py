@@ -7,7 +7,7 @@ as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -119,10 +119,8 @@ class Units:
             found.append(args)
             raise _Reached
 
-        try:
+        with suppress(_Reached):
             self.model(**call, run=Run({block: stop}))
-        except _Reached:
-            pass
         return found[0]
 
     def _input(self, layer: Rounded, call: Bound) -> Tensor:
@@ -216,7 +214,9 @@ def taken(tree: Any, index: Tensor, by_sample: Sequence[bool] = ()) -> Any:
     """Take some rows of the tensors that have a row of each sample, by default of all."""
     leaves, structure = tree_flatten(tree)
     chosen = by_sample or [True] * len(leaves)
-    return tree_unflatten([v[index] if rows else v for v, rows in zip(leaves, chosen, strict=True)], structure)
+    return tree_unflatten(
+        [v[index] if rows else v for v, rows in zip(leaves, chosen, strict=True)], structure
+    )
 
 
 def rows_of(tree: Any) -> int:

@@ -5,10 +5,8 @@ A weight w becomes floor(w / s) + h(alpha), h from 0 to 1, and alpha is trained 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -52,8 +52,8 @@ class TemporalFeatures(Quantised):
         granularity: of the choice: for each "pair" of a step and a layer, each "layer", or all ("global").
         cache_bits: of what is looked up; 32 are floats.
         nearest: allow times that are none of the schedule, with the features of the nearest one.
-        cached, kept, conditions, reads: found, and left to be found: the features of which some step is looked up, those
-            of which some is computed, and the conditions that are known, of which arguments.
+        cached, kept, conditions, reads: found, and left to be found: the features of which some step is looked up,
+            those of which some is computed, and the conditions that are known, of which arguments.
         weights, activations, ranges and the others: as of `Quantised`; all steps have ranges, whatever the interval.
     """
 
@@ -100,7 +100,9 @@ class TemporalFeatures(Quantised):
         return Conditions(self.times, bool(self.cached) and not self.nearest, self.conditions, self.reads)
 
     def place(self, name: str) -> str:
-        if self.weights == FLOAT or (self.cached and name in (*self.features, *self.shared) and not self.kept):
+        if self.weights == FLOAT or (
+            self.cached and name in (*self.features, *self.shared) and not self.kept
+        ):
             return ""
         if name in self.features and name not in self.kept and self.cached:
             return ""
@@ -254,18 +256,24 @@ class Selection:
                 for n, x in zip(path.features, inputs, strict=True)
             ]
         began = time.perf_counter()
-        tables = [[_kept(setting, row, x.shape[1]) for row in one] for one, x in zip(full, inputs, strict=True)]
+        tables = [
+            [_kept(setting, row, x.shape[1]) for row in one] for one, x in zip(full, inputs, strict=True)
+        ]
         if "cache" in setting.strategies:
             own["cache"] = [torch.stack([_back(*row) for row in one]) for one in tables]
             report["cache_seconds"] = round(time.perf_counter() - began, 4)
         errors = {name: _errors(found, full, steps, len(setting.times)) for name, found in own.items()}
         looked_up = _choose(setting, errors)
         taken = [
-            torch.where(looked_up[i][torch.tensor(steps)][:, None], own.get("cache", full)[i], own.get("tib", full)[i])
+            torch.where(
+                looked_up[i][torch.tensor(steps)][:, None], own.get("cache", full)[i], own.get("tib", full)[i]
+            )
             for i in range(len(full))
         ]
         report["looked_up"] = looked_up.sum(1).tolist()
-        report["errors"] = {name: [float(f"{v:.3e}") for v in one.mean(1).tolist()] for name, one in errors.items()}
+        report["errors"] = {
+            name: [float(f"{v:.3e}") for v in one.mean(1).tolist()] for name, one in errors.items()
+        }
         return cls(steps, places, known, errors, looked_up, rounded, inputs, full, taken, tables, report)
 
     def fill(self, model: Any, setting: TemporalFeatures) -> None:
@@ -290,9 +298,10 @@ def _maintained(
     began = time.perf_counter()
     prefix = setting.network + "." if setting.network else ""
     chosen = [name for name in path.layers if prefix + name in setting.layers]
-    rounded: dict[str, Rounded] = {
-        name: Rounded(network.get_submodule(name), setting.weights) for name in chosen  # type: ignore[arg-type]
-    }
+    rounded: dict[str, Rounded] = {}
+    for name in chosen:
+        linear: Any = network.get_submodule(name)
+        rounded[name] = Rounded(linear, setting.weights)
     if setting.rounding == "learned":
         settings = Rounding(setting.iterations, setting.rate, setting.batch)
         learn_features(path, rows, weights, rounded, settings, setting.seed)

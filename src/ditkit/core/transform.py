@@ -60,7 +60,7 @@ class Transform(ABC):
         """
 
     def draws(self) -> Draws | None:
-        """Return which trajectories a verb should draw as its calibration where none is given; None if it needs none."""
+        """Return which trajectories a verb should draw as calibration where none is given; None if it needs none."""
         return None
 
     def resolved(self, model: Any, calibration: Any = None) -> Self:

@@ -6,7 +6,7 @@ B samples, K inputs, N outputs, S steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.ops.int8_linear import Packed, dequantise, find, pack4, unpack4
 from ditkit.ops.int8_linear.kernels import HALF
 
-FLOAT = 32
+FLOAT: Literal[32] = 32
 """Bits of a number that is not quantised."""
 TIMES = ("t", "timestep")
 """Names of the argument of a network's forward that is its time."""
@@ -93,6 +93,11 @@ class QuantisedLinear(nn.Module):
 
     keeps: ClassVar[tuple[str, ...]] = (".weight_scale", ".range_scale", ".range_zero")
     """Endings of tensors that keep their type, whatever the model is cast to."""
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    range_scale: Any
+    range_zero: Any
 
     def __init__(
         self,
@@ -125,7 +130,11 @@ class QuantisedLinear(nn.Module):
     def like(cls, linear: nn.Linear, **given: Any) -> Self:
         """Return a layer of the shape of `linear`, on its device."""
         return cls(
-            linear.in_features, linear.out_features, linear.bias is not None, device=linear.weight.device, **given
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device=linear.weight.device,
+            **given,
         )
 
     def hold(self, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
@@ -173,13 +182,16 @@ class QuantisedLinear(nn.Module):
             return out.to(x.dtype)
 
     def packed(self) -> Packed:
-        """Return the weights as the kernel wants them: kept for 8 bits, made anew for 4, which are there to be small."""
+        """Return the weights as the kernel wants them: kept for 8 bits; for 4, which are there to be small, new ones."""
         key = _versions(self.weight, self.weight_scale, self.weight_zero, self.bias)
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         kernel = find(self.kernel, self.weight.device)
-        with_rows = self.range_scale is not None and self.bias is not None
-        bias = self.bias.detach().float() if with_rows else None  # else it is added after the scales of rows
+        bias = None
+        if (
+            self.range_scale is not None and self.bias is not None
+        ):  # else it is added after the scales of rows
+            bias = self.bias.detach().float()
         packed = kernel.pack(self.whole(), self.weight_scale, self.weight_zero, bias, self.activations)
         self._packed = (key, packed) if self.bits == 8 else None
         return packed

@@ -57,6 +57,10 @@ class TemporalTable(nn.Module):
     """
 
     keeps: ClassVar[tuple[str, ...]] = (".table_scale", ".table_zero")
+    table: Tensor
+    table_scale: Any
+    table_zero: Any
+    looked_up: Tensor
 
     def __init__(
         self,
@@ -74,7 +78,10 @@ class TemporalTable(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bits, self.schedule = inputs, outputs, bits, schedule
         self.layer = layer
-        width, kind = (outputs + 1) // 2 if bits == 4 else outputs, torch.float32 if bits == FLOAT else torch.uint8
+        width, kind = (
+            (outputs + 1) // 2 if bits == 4 else outputs,
+            torch.float32 if bits == FLOAT else torch.uint8,
+        )
         self.register_buffer("table", torch.zeros(steps, conditions, width, dtype=kind, device=device))
         scales = None if bits == FLOAT else torch.ones(steps, conditions, chunks, device=device)
         self.register_buffer("table_scale", scales)
@@ -117,8 +124,8 @@ class TemporalTable(nn.Module):
         ]
         if self.layer is None and not all(found):
             raise ConfigError(
-                "the temporal features of a condition of this call are not known, and their layers are gone; compress the "
-                "model with a calibration that has it"
+                "the temporal features of a condition of this call are not known, and their layers are gone; compress "
+                "the model with a calibration that has it"
             )
         if not any(found) and self.layer is not None:
             computed: Tensor = self.layer(x)
@@ -126,7 +133,7 @@ class TemporalTable(nn.Module):
         out = x.new_zeros((*x.shape[:-1], self.out_features)) if self.layer is None else self.layer(x)
         known: dict[tuple[int, int | None], Tensor] = {}
         for i, (step, place, held) in enumerate(zip(steps, places, found, strict=True)):
-            if held:
+            if held and place is not None:
                 if (step, place) not in known:
                     known[step, place] = self.row(step, place).to(out.dtype)
                 out[i] = known[step, place]

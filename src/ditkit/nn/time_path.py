@@ -1,8 +1,8 @@
 """The time path of a network: the layers that depend on time and on no token, found in a trace of one call.
 
 A trace lists every operation with its inputs. A layer whose input descends from the time, and neither from the sample
-nor from a sequence of text, is of the time path, whatever its weights are; on class and pooled text it may depend too. The same trace, without all that
-the features do not need, is the network that computes them.
+nor from a sequence of text, is of the time path, whatever its weights are; on class and pooled text it may depend too.
+The same trace, without all that the features do not need, is the network that computes them.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ class TimePath:
 
 
 @torch.no_grad()
-def find_time_path(
-    network: nn.Module, bound: Bound, rows: int, beside: Collection[str] = ()
-) -> TimePath:
+def find_time_path(network: nn.Module, bound: Bound, rows: int, beside: Collection[str] = ()) -> TimePath:
     """Find the time path of `network` in a call on as many samples.
 
     Args:
@@ -209,9 +207,7 @@ def _read(
     used = _ancestors(output)
     kept = [name for node, name in inputs.items() if node in used]
     reads = (t, *(name for name in kept if name != t))
-    parameters = tuple(
-        n for n, node in zip(names, placeholders[: len(names)], strict=True) if node in used
-    )
+    parameters = tuple(n for n, node in zip(names, placeholders[: len(names)], strict=True) if node in used)
     _reduce(graph, placeholders, used, {name: node for node, name in inputs.items()}, reads)
     trace.recompile()
     return TimePath(shared, features, data, first, second, last, reads, rows, trace, parameters)

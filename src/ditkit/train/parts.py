@@ -68,8 +68,8 @@ def _refuse_fixed(model: Model, trained: str) -> None:
     if wanted and held:
         name, by = held[0]
         raise ConfigError(
-            f"training: trained={trained!r}: {name!r} and {len(held) - 1} other layers are whole numbers by {by}, which "
-            "are not trained; train adapters on top of them, as in --transform lora --trained lora before it"
+            f"training: trained={trained!r}: {name!r} and {len(held) - 1} other layers are whole numbers by {by}, "
+            "which are not trained; train adapters that were applied before it: trained='lora'"
         )
 
 

@@ -69,8 +69,8 @@ class Kernel(ABC):
 class Fbgemm(Kernel):
     """torch's quantised linear layer (fbgemm), which takes uint8 rows and int8 weights.
 
-    Without instructions for int8 it adds products of two neighbours in 16 bits, which can overflow where rows have eight
-    bits and weights have. Such layers are computed from the two halves of their rows, above the middle and below.
+    Without instructions for int8 it adds products of two neighbours in 16 bits, which can overflow where rows and
+    weights have eight. Such layers are computed from the two halves of their rows, above the middle and below.
     """
 
     name = "fbgemm"
@@ -242,7 +242,7 @@ def _prepacked(q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> A
 
 
 def _in_eights(a: Tensor) -> Tensor:
-    """`a` [M, K] with zeros up to a multiple of eight of both, as CUDA wants them."""
+    """Pad `a` [M, K] with zeros to multiples of eight, as CUDA wants them."""
     return F.pad(a, (0, -a.shape[1] % 8, 0, -a.shape[0] % 8))
 
 
