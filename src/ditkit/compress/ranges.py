@@ -15,7 +15,7 @@ CANDIDATES = 80
 """Ranges that are tried, each one per cent of the first narrower than the one before."""
 POWER = 2.4
 """The power of the errors whose mean is lowest."""
-SEEN = 2**11
+SAMPLED = 2**11
 """Numbers of a batch of activations by which candidates are judged; their ends are those of all."""
 MOMENTUM = 0.95
 """The weight of the ends so far in a running range."""
@@ -50,17 +50,17 @@ def fit(low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False, positi
     return Range(scale.clamp(min=LEAST), zero)
 
 
-def search(x: Tensor, bits: int, *, positive: bool = False, seen: int = 0) -> Range:
+def search(x: Tensor, bits: int, *, positive: bool = False, sampled: int = 0) -> Range:
     """Search the range of least error ("mse"), of each row of `x` [N, K].
 
     Of 80 candidates that narrow the range by one per cent each, the one of least mean |x - x^|^2.4; ties go to the
     widest. Zero need not be inside.
 
     Args:
-        positive: from 0 up. seen: numbers of each row of which errors are averaged, evenly spaced; 0 for all.
+        positive: from 0 up. sampled: numbers of each row of which errors are averaged, evenly spaced; 0 for all.
     """
     low, high = x.amin(1), x.amax(1)
-    x = x[:, :: max(1, x.shape[1] // seen)] if seen else x
+    x = x[:, :: max(1, x.shape[1] // sampled)] if sampled else x
     shares = 1 - 0.01 * torch.arange(CANDIDATES, dtype=x.dtype, device=x.device)
     if len(x) == 1:  # all at once
         every = fit(low * shares, high * shares, bits, positive=positive)
@@ -101,7 +101,7 @@ class Running:
         """Take in a batch; return the range."""
         row = x.detach().reshape(1, -1)
         if self.range is None and not self.whole:
-            self.range = search(row, self.bits, seen=SEEN)
+            self.range = search(row, self.bits, sampled=SAMPLED)
             return self.range
         low, high = row.amin(1), row.amax(1)
         if self.ends is not None and self.whole:

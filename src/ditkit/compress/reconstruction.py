@@ -45,7 +45,7 @@ class Units:
         }
         self.functions: dict[str, Handler] = {}
         self.by_sample: dict[str, list[bool]] = {}
-        """Which tensors of a block's arguments have a row of each sample, in the order of their leaves."""
+        """The tensors of a block's arguments that have a row of each sample, in the order of their leaves."""
         self.follows: set[str] = set()
         self._follow()
         self.full: Any = None

@@ -182,7 +182,7 @@ class QuantisedLinear(nn.Module):
             return out.to(x.dtype)
 
     def packed(self) -> Packed:
-        """Return the weights as the kernel wants them: kept for 8 bits; for 4, which are there to be small, new ones."""
+        """Return the weights as the kernel wants them: kept for 8 bits; for 4, which are to be small, new ones."""
         key = _versions(self.weight, self.weight_scale, self.weight_zero, self.bias)
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
