@@ -25,9 +25,11 @@ from torch.utils.flop_counter import flop_registry
 
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
+from ditkit.ops.routed_linear import operation as routed
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
+Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, int], None]
 
 # Names of operations that multiply matrices: those without a formula are reported as uncounted.
 HEAVY = re.compile(r"mm(_|$)|matmul|convolution|conv_|attention|rnn|lstm|gru|encoder_layer|trilinear|_c?dist")
@@ -54,10 +56,13 @@ class MacCounter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
     >>> counter.total
     30
+
+    Args:
+        listener: called after each operation with (operation, arguments, keywords, result, multiply-accumulates).
     """
 
-    def __init__(self) -> None:
-        self._mode = _CountingMode()
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._mode = _CountingMode(listener)
 
     def __enter__(self) -> Self:
         # nn.TransformerEncoderLayer has a fused inference path, one opaque operation; the plain one is equal.
@@ -95,8 +100,9 @@ def count_macs(fn: Callable[..., object], *args: Any, **kwargs: Any) -> MacCount
 
 
 class _CountingMode(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         super().__init__()
+        self.listener = listener
         self.macs: Counter[str] = Counter()
         self.uncounted: set[str] = set()
 
@@ -112,11 +118,15 @@ class _CountingMode(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        macs = 0
         if packet in FORMULAS:
             kind, formula = FORMULAS[packet]
-            self.macs[kind] += formula(*args, out_val=out, **kwargs)
+            macs = formula(*args, out_val=out, **kwargs)
+            self.macs[kind] += macs
         elif _looks_heavy(func):
             self.uncounted.add(str(packet))
+        if self.listener is not None:
+            self.listener(func, args, kwargs, out, macs)
         return out
 
 
@@ -202,4 +212,6 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
+    torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
+    torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }
