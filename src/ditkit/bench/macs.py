@@ -173,6 +173,11 @@ def _rnn_layer(x: Tensor, w_input: Tensor, w_hidden: Tensor, *_: Any, **__: Any)
     return math.prod(x.shape[:-1]) * (w_input.numel() + w_hidden.numel())
 
 
+def _outputs(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """[M, K] to [M, N], by weights that do not tell their shape."""
+    return x.numel() * out_val.shape[-1]
+
+
 def _kind(packet: Any) -> str:
     name = getattr(packet, "__name__", str(packet))
     if "attention" in name:
@@ -203,6 +208,7 @@ _OURS: dict[str, Formula] = {
 FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     **{packet: (_kind(packet), _half(flops)) for packet, flops in flop_registry.items()},
     **{getattr(aten, name): (_kind(getattr(aten, name)), formula) for name, formula in _OURS.items()},
+    torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32: ("linear", _outputs),
     torch.ops.ditkit.block_sparse_attention: ("attention", forward_macs),
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),

@@ -179,13 +179,14 @@ class Model(nn.Module, ModelHubMixin, ABC):
             calibration: samples, for a transform whose values follow from what is seen.
 
         Raises:
-            ConfigError, ConflictError: it does not fit the model, or an adopted policy not what the model would
-                become. Nothing was changed then.
+            ConfigError, ConflictError, ShapeError: it does not fit the model or the calibration, or an adopted policy
+                not what the model would become. Nothing was changed then.
         """
         if transform == transform.exact():
             return {}
         check_named(transform)
         transform.check(self)
+        transform = transform.resolved(self, calibration)
         listed = standing((*self.transforms, transform))
         trial = self.rebuilt(listed)
         Trajectory(trial.sites(), self.policies, 1)
