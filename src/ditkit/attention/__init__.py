@@ -6,6 +6,7 @@ from ditkit.attention.grouped import Grouped
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.reshaped import Reshaped, ReshapedGrouped, ReshapedNeighbourhood
 from ditkit.attention.searched import HeadTable, Searched
+from ditkit.attention.sparse_linear import SparseLinear
 
 __all__ = [
     "Band",
@@ -17,4 +18,5 @@ __all__ = [
     "ReshapedGrouped",
     "ReshapedNeighbourhood",
     "Searched",
+    "SparseLinear",
 ]
