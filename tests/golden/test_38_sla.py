@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 import formula
-from ditkit.attention.sparse_linear import CRITICAL, Mixing, OutputMap, SparseLinear, block_scores, pool_blocks
+from ditkit.attention.sparse_linear import (
+    CRITICAL,
+    Mixing,
+    OutputMap,
+    SparseLinear,
+    block_scores,
+    pool_blocks,
+)
 from ditkit.core.grid import Grid
 from ditkit.core.run import Site
-from golden_support import Case, assert_golden, cases, read
+from golden_support import Case, cases, read
 
 SYSTEM = "38-sla"
 SINGLE = 1e-5
@@ -29,8 +36,10 @@ def inputs(case: Case) -> list[Tensor]:
     drawn[1] = drawn[1] + 0.3
     if "slow" in str(case["inputs"]):
         token = torch.arange(shape[2], dtype=torch.float64)[:, None] / 40
-        for n, x in ((1, drawn[0]), (2, drawn[1])):
-            x += torch.sin(token + n) * formula.tensor(f"sla.{name}.d{n}", (shape[3],))
+        for n in (1, 2):
+            drawn[n - 1] = drawn[n - 1] + torch.sin(token + n) * formula.tensor(
+                f"sla.{name}.d{n}", (shape[3],)
+            )
     return [x.float() for x in drawn]
 
 

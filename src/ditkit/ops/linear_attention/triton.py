@@ -33,9 +33,7 @@ class State(NamedTuple):
     """[B N, blocks, K]"""
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, taken: Tensor, block: Block, how: str
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, taken: Tensor, block: Block, how: str) -> tuple[Tensor, Tensor]:
     """Numerator [B, N, L, Kv] and denominator [B, N, L]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     summed = _sum(_state(k, v, None, block[1]), taken, how)
@@ -87,7 +85,8 @@ def _sum(state: State, taken: Tensor, how: str) -> State:
     total = State(*(x.sum(1) for x in state)) if subtract else state
     lists, (matrix, vector) = flat.shape[1], state
     out = State(
-        matrix.new_empty(len(flat), lists, *matrix.shape[2:]), vector.new_empty(len(flat), lists, vector.shape[2])
+        matrix.new_empty(len(flat), lists, *matrix.shape[2:]),
+        vector.new_empty(len(flat), lists, vector.shape[2]),
     )
     _sums[(lists, len(flat))](
         *state, *total, *out, start, index, (held > 0).int(), matrix.shape[1],
