@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.attention.dynamic import Dynamic
+from ditkit.attention.dynamic import Dynamic, Selecting
 from ditkit.attention.grouped import group_order
-from ditkit.attention.pattern import Layout, SequencePlan, Sparse, append_dense_rows, sparse_sites
+from ditkit.attention.pattern import Layout, SequencePlan, append_dense_rows, sparse_sites
 from ditkit.core.config import Count, Fraction, Share
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.grid import Grid
@@ -188,7 +188,7 @@ class OutputMap(nn.Linear):
         return F.linear(linear, self.weight.to(linear), self.bias.to(linear))
 
 
-class Mixing(Sparse):
+class Mixing(Selecting):
     """Attention by both branches; the number of tokens is the same in all calls of a trajectory."""
 
     policy: SparseLinear
@@ -206,9 +206,6 @@ class Mixing(Sparse):
     def off(self, layout: Layout) -> str:
         """Never: a model that was fine-tuned so needs it, whether or not it pays."""
         return ""
-
-    def density(self, placed: SequencePlan) -> float:
-        return self.policy.share(placed.plan, placed.slots)
 
     def attending(self, call: Call, name: str, placed: SequencePlan) -> Callable[..., Tensor]:
         return partial(self.mix, placed.plan, placed.slots, self.maps[site_key(name)])
@@ -230,13 +227,13 @@ class Mixing(Sparse):
         real = real_slots(plan, valid, q)
         classes = policy.classes(image, q, k, real)
         sparse = attend_mapped(q, k, v, plan, classes == CRITICAL, valid=valid, kernel=self.kernel).out
-        features = [feature_map(x, policy.feature) for x in (q, k)]
+        a, b = (feature_map(x, policy.feature) for x in (q, k))
         if real is not None:
-            features[1] = features[1] * real[:, None, :, None]
+            b = b * real[:, None, :, None]
         if policy.variant == "main":
-            linear = attend_linear(*features, v)
+            linear = attend_linear(a, b, v)
         else:
-            linear = self.marginal(*features, v, classes == MARGINAL, plan.block)
+            linear = self.marginal(a, b, v, classes == MARGINAL, plan.block)
         return sparse + output(linear).to(sparse.dtype)
 
     def marginal(self, q: Tensor, k: Tensor, v: Tensor, taken: Tensor, block: tuple[int, int]) -> Tensor:
