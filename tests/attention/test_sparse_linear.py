@@ -317,7 +317,7 @@ MODELS = [(name, tile, text) for name in ("paper", "sla1", "main") for tile in T
 
 @pytest.mark.parametrize(("variant", "tile", "text"), [*MODELS, ("elu", TILES[0], 7), ("relu", TILES[0], 7)])
 def test_a_model_under_it_is_one_token_by_token(variant: str, tile: tuple[int, int, int], text: int) -> None:
-    """In raster order or in tiles, which reach beyond the grid of 2 x 5 x 6 tokens, prompts of 7 and 3 rows, and random maps."""
+    """In raster order or tiles, beyond a grid of 2 x 5 x 6, with prompts of 7 and 3 rows and random maps."""
     model = tiny_clip_model(text, frames=2, size=(10, 12))
     policy = replace(VARIANTS[variant], tile=tile, protect=tile == (2, 2, 2))
     maps = policy.modules(model.sites())
@@ -453,3 +453,36 @@ def test_bad_settings(given: dict[str, object], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SparseLinear(**given)  # type: ignore[arg-type]
     assert line in str(caught.value)
+
+
+def test_int8_and_compiled_blocks() -> None:
+    """To the bit with a backend that changes nothing and refuses breaks."""
+    from test_composition import GRAPHS, compiled, in_int8
+
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    case, policy = EVERY["wan"], replace(SMALL, critical=0.3)
+    outcomes = []
+    for changes in ((), (in_int8,), (in_int8, compiled)):
+        model = case.transformer()
+        for change in changes:
+            change(model)
+        outcomes.append(run_steps(case, view(model), case.inputs(), [policy], steps=2)[0])
+    float32, eager, found = outcomes
+    assert 1e-5 < (eager - float32).norm() / float32.norm() < 0.1
+    assert torch.equal(found, eager) and GRAPHS
+
+
+def test_known_to_plan_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ditkit.cli.main import main
+
+    trained(tmp_path)
+    text = "sparselinear:critical=0.2,negligible=0.3,block=8,kernel=cpu"
+    assert main(["plan", "--policy", text, "--grid", "2x6x10"]) == 0
+    assert "sparselinear" in capsys.readouterr().out
+    quick = ["--seeds", "0", "--steps", "2", "--guidance", "1", "--converged-steps", "3", "--rounds", "1"]
+    assert main(["compare", str(tmp_path), *quick, "--policy", text, "--out", str(tmp_path / "report")]) == 0
+    assert "sparselinear" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path), *quick, "--policy", "sparselinear:variant=main"]) == 2
+    error = capsys.readouterr().err
+    assert "fine-tuned under variant=paper" in error and error.count("\n") == 1
