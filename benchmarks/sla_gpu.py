@@ -3,8 +3,8 @@
     python benchmarks/sla_gpu.py                      32,760 tokens, 12 heads of width 128, bf16, on a GPU
     python benchmarks/sla_gpu.py --device cpu --length 2048 --heads 2 --width 64 --dtype float32
 
-All are run in turns; a time is the median over the rounds. TFLOPS are those of dense attention over the time, as kernels
-of sparse attention are reported. Of an H100 the specification asks 8 to 12 times FlashAttention 2's speed forward and 4
+All are run in turns; a time is the median over the rounds. TFLOPS are those of dense attention over the time, as is
+usual of sparse kernels. Of an H100 the specification asks 8 to 12 times FlashAttention 2's speed forward and 4
 to 6 times backward at critical=0.05, and a linear branch of at most 15 % of the sparse one. The end-to-end run is
 `ditkit compare` with a fine-tuned model.
 """

@@ -187,7 +187,7 @@ def of_cost() -> Iterator[Claim]:
         interval=(share, share),
         claimed=(None, 0.055),
         unit="of dense attention",
-        against=f"critical blocks {critical:.4f}; counted, heads of width {width}; W takes {width / 2 / tokens:.4f} more",
+        against=f"critical blocks {critical:.4f}; counted, heads of width {width}; W: {width / 2 / tokens:.4f} more",
     )
     yield of_time()
 

@@ -39,8 +39,7 @@ from ditkit.ops.linear_attention import block_linear_attention, divide, feature_
 from hosts_support import EVERY, run_steps
 from patterns_support import predicted, prompt, tiny_clip_model
 
-BLOCK, KERNEL = 8, "cpu"
-SMALL = SparseLinear(critical=0.2, negligible=0.3, block=BLOCK, kernel=KERNEL)
+SMALL = SparseLinear(critical=0.2, negligible=0.3, block=8, kernel="cpu")
 VARIANTS = {
     "paper": SMALL,
     "sla1": replace(SMALL, variant="sla1", negligible=0.0),
@@ -78,8 +77,8 @@ def mixed(policy: SparseLinear, output: OutputMap, grid: Grid, *qkv: Tensor) -> 
     plan = policy.plan(grid, 0)
     session = policy.start(one_core(qkv[0].shape[-1]), 1)
     assert isinstance(session, Mixing)
-    slots = (in_slots(policy, grid, x) for x in qkv)
-    return session.mix(plan, plan.queries, output, *slots, None)[:, :, plan.inverse]
+    q, k, v = (in_slots(policy, grid, x) for x in qkv)
+    return session.mix(plan, plan.queries, output, q, k, v, None)[:, :, plan.inverse]
 
 
 def slow_classes(
@@ -97,7 +96,7 @@ def slow_classes(
     worst = min(int(policy.negligible * n), n - critical) if policy.variant == "paper" else 0
     held = [j for j in range(n) if seen[blocks[j]].any()]
     for i in range(n):
-        order = sorted(held, key=lambda j, i=i: scores[i, j].item())
+        order = sorted(held, key=scores[i].__getitem__)
         for j in order[:worst]:
             found[i, j] = NEGLIGIBLE
         for j in order[::-1][:critical]:
@@ -226,15 +225,14 @@ def test_gradients_are_those_of_the_masks_of_every_pair_with_a_ragged_tail(polic
     output, weight = learned(6), drawn(45, 6, seed=5)
     blocks, seen = list(torch.arange(45).split(8)), torch.ones(45, dtype=torch.bool)
     plan = policy.plan(GRID, 0)
+    q, k, v = (x[0, 0] for x in leaves)
     slots = [in_slots(policy, GRID, x) for x in leaves[:2]]
-    (classes,) = policy.classes(48, *slots, real_slots(plan, None, leaves[0])).flatten(0, 1)
-    assert torch.equal(
-        classes, slow_classes(policy, *(x[0, 0].detach() for x in leaves[:2]), seen, blocks, 6)
-    )
+    (classes,) = policy.classes(48, slots[0], slots[1], real_slots(plan, None, q)).flatten(0, 1)
+    assert torch.equal(classes, slow_classes(policy, q.detach(), k.detach(), seen, blocks, 6))
     grads = []
     for found in (
         mixed(policy, output, GRID, *leaves)[0, 0],
-        slow_attention(policy, output, *(x[0, 0] for x in leaves), seen, blocks, 6, classes),
+        slow_attention(policy, output, q, k, v, seen, blocks, 6, classes),
     ):
         grads.append((found, *torch.autograd.grad((found * weight).sum(), (*leaves, *output.parameters()))))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
@@ -253,8 +251,8 @@ def test_gradients_are_finite_differences(policy: SparseLinear) -> None:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         applied: Any = lambda x: F.linear(x, weight, bias)  # noqa: E731
-        slots = (x[:, :, order] for x in (q, k, v))
-        return session.mix(plan, plan.queries, applied, *slots, None)[:, :, plan.inverse]
+        q, k, v = (x[:, :, order] for x in (q, k, v))
+        return session.mix(plan, plan.queries, applied, q, k, v, None)[:, :, plan.inverse]
 
     parameters = [p.detach().clone().requires_grad_() for p in output.parameters()]
     assert torch.autograd.gradcheck(attention, (*leaves, *parameters))
@@ -342,7 +340,8 @@ def test_on_hosts_it_is_the_slow_way(name: str) -> None:
         family = EVERY[name]
         return run_steps(family, view(family.transformer()), family.inputs(), policies, steps=2)
 
-    (found, trajectory), (wanted, _), (dense, _) = map(stepped, ([policy], [Slow(policy)], []))
+    found, trajectory = stepped([policy])
+    (wanted, _), (dense, _) = stepped([Slow(policy)]), stepped([])
     (receipt,) = trajectory.finish()
     assert receipt.as_dict()["lanes"]["cond"]["sparse"] == "0-1"
     assert (found - wanted).norm() < 1e-5 * dense.norm() < 1e-2 * (dense - wanted).norm()

@@ -56,21 +56,22 @@ def mixed(policy: SparseLinear, output: OutputMap, *qkv: Tensor) -> Tensor:
     session = policy.start(SITES, 1)
     assert isinstance(session, Mixing)
     order = torch.arange(length) if plan.order is None else plan.order.clamp(min=0)
-    return session.mix(plan, image, output, *(x[:, :, order] for x in qkv), None)[:, :, plan.inverse]
+    q, k, v = (x[:, :, order] for x in qkv)
+    return session.mix(plan, image, output, q, k, v, None)[:, :, plan.inverse]
 
 
 @cases(SYSTEM, lambda case: "blocks" in case["name"])
 def test_published_kernels(case: Case) -> None:
     results, policy = case["results"], setting(case)
-    *qkv, grad = inputs(case)
-    length = qkv[0].shape[2]
+    q, k, v, grad = inputs(case)
+    length, qkv = q.shape[2], (q, k, v)
     real = torch.ones(1, length, dtype=torch.bool)
     weight = real[:, None, :, None].float()
-    means = [pool_blocks(x, weight, 64) for x in (qkv[0], qkv[1] - qkv[1].mean(2, keepdim=True))]
+    means = [pool_blocks(x, weight, 64) for x in (q, k - k.mean(2, keepdim=True))]
     assert_close(means[0], results["pooled_q"])
     assert_close(means[1], results["pooled_smooth_k"])
-    assert torch.allclose(means[0] @ means[1].mT, block_scores(*qkv[:2], 64, None)[0])
-    critical = policy.classes(length, *qkv[:2], None) == CRITICAL
+    assert torch.allclose(means[0] @ means[1].mT, block_scores(q, k, 64, None)[0])
+    critical = policy.classes(length, q, k, None) == CRITICAL
     assert critical.int().tolist() == results["critical"]
     assert critical.sum(-1).eq(results["kept_blocks_per_row"]).all()
 
@@ -102,7 +103,7 @@ def assert_close(x: Tensor, expected: dict[str, object]) -> None:
 def test_where_published_code_keeps_no_block_and_gives_nan_ours_keeps_one() -> None:
     case = read(SYSTEM)["main: edge, L=192, top 0.2"]
     assert case["results"]["kept_blocks_per_row"] == 0 and case["results"]["nan_count"] == 3072
-    *qkv, _ = inputs(case)
+    q, k, v, _ = inputs(case)
     policy = SparseLinear(variant="main", critical=0.2)
-    assert (policy.classes(192, *qkv[:2], None) == CRITICAL).sum(-1).eq(1).all()
-    assert mixed(policy, OutputMap(16), *qkv).isfinite().all()
+    assert (policy.classes(192, q, k, None) == CRITICAL).sum(-1).eq(1).all()
+    assert mixed(policy, OutputMap(16), q, k, v).isfinite().all()
