@@ -30,6 +30,7 @@ from ditkit.ops.linear_attention.operation import sums_backward_macs, sums_macs
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
+Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, int], None]
 
 # Names of operations that multiply matrices: those without a formula are reported as uncounted.
 HEAVY = re.compile(r"mm(_|$)|matmul|convolution|conv_|attention|rnn|lstm|gru|encoder_layer|trilinear|_c?dist")
@@ -56,10 +57,13 @@ class MacCounter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
     >>> counter.total
     30
+
+    Args:
+        listener: called after each operation with (operation, arguments, keywords, result, multiply-accumulates).
     """
 
-    def __init__(self) -> None:
-        self._mode = _CountingMode()
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._mode = _CountingMode(listener)
 
     def __enter__(self) -> Self:
         # nn.TransformerEncoderLayer has a fused inference path, one opaque operation; the plain one is equal.
@@ -97,8 +101,9 @@ def count_macs(fn: Callable[..., object], *args: Any, **kwargs: Any) -> MacCount
 
 
 class _CountingMode(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         super().__init__()
+        self.listener = listener
         self.macs: Counter[str] = Counter()
         self.uncounted: set[str] = set()
 
@@ -114,11 +119,15 @@ class _CountingMode(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        macs = 0
         if packet in FORMULAS:
             kind, formula = FORMULAS[packet]
-            self.macs[kind] += formula(*args, out_val=out, **kwargs)
+            macs = formula(*args, out_val=out, **kwargs)
+            self.macs[kind] += macs
         elif _looks_heavy(func):
             self.uncounted.add(str(packet))
+        if self.listener is not None:
+            self.listener(func, args, kwargs, out, macs)
         return out
 
 

@@ -23,9 +23,13 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "profile",
     "search",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130

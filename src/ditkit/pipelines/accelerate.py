@@ -56,7 +56,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
-    models = _transformers(pipe)
+    models = transformers_of(pipe)
     check_scheduler(pipe.scheduler)
     alone = len(models) == 1
     nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
@@ -176,7 +176,7 @@ class Accelerated:
 
     def _refuse_strangers(self) -> None:
         kind = type(self._pipe).__name__
-        for name, model in _transformers(self._pipe).items():
+        for name, model in transformers_of(self._pipe).items():
             if not any(net.model is model for net in self._nets):
                 raise NoEffectError(
                     f"{kind}: {name} is none of the transformers that it had before; call ditkit.accelerate again"
@@ -225,7 +225,7 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
     claim(sites, policies)
 
 
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Find the components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:
