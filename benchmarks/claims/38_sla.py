@@ -239,7 +239,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 40, batch: int = 8, rate: float = 1e-3, draws: int = 384) -> None:
+def main(steps: int = 12, batch: int = 8, rate: float = 1e-3, draws: int = 96) -> None:
     """Try the claims.
 
     Args:
