@@ -27,6 +27,7 @@ from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chose
 from ditkit.ops.block_sparse_attention.mapped import mapped_backward_macs, mapped_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
 from ditkit.ops.linear_attention.operation import sums_backward_macs, sums_macs
+from ditkit.ops.routed_linear import operation as routed
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -211,4 +212,6 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.mapped_attention_backward: ("attention", mapped_backward_macs),
     torch.ops.ditkit.linear_sums: ("attention", sums_macs),
     torch.ops.ditkit.linear_sums_backward: ("attention", sums_backward_macs),
+    torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
+    torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }

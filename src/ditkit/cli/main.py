@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "profile",
     "search",
+    "experts",
     "video",
     "forecast",
     "policies",
