@@ -472,7 +472,9 @@ def test_int8_and_compiled_blocks() -> None:
     assert torch.equal(found, eager) and GRAPHS
 
 
-def test_plan_knows_it_and_compare_refuses_another_variant_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_knows_it_and_compare_refuses_another_variant_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from ditkit.cli.main import main
 
     trained(tmp_path)
