@@ -142,7 +142,7 @@ def of_tuning(steps: int, batch: int, rate: float, draws: int) -> Iterator[Claim
     """Yield the claims on fine-tuned models."""
     names = (DENSE, "SLA", SPARSE, LINEAR, IDENTITY)
     start = time.process_time()
-    arms = {name: tuned(name, steps, batch, rate, steps // 8) for name in names}
+    arms = {name: tuned(name, steps, batch, rate, max(steps // 4, 1)) for name in names}
     each = (time.process_time() - start) / len(names)
     arms |= {"SLA before": arm("SLA").eval(), "dense before": arm(DENSE).eval()}
     found = held_out(arms, draws)
@@ -239,7 +239,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 12, batch: int = 8, rate: float = 1e-3, draws: int = 96) -> None:
+def main(steps: int = 12, batch: int = 8, rate: float = 3e-4, draws: int = 96) -> None:
     """Try the claims.
 
     Args:
