@@ -103,7 +103,7 @@ class SparseLinear(Dynamic):
 
     @property
     def method(self) -> tuple[Variant, FeatureMap]:
-        """What the learned maps belong to."""
+        """Variant and feature map, to which learned maps belong."""
         return self.variant, self.feature
 
     def start(self, sites: Sequence[Site], total: int, modules: nn.Module | None = None) -> Mixing:

@@ -83,11 +83,14 @@ def built(compiler: str) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as apart:
-            made = Path(apart) / path.name
+            compiled = Path(apart) / path.name
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True, timeout=300
+                [compiler, *FLAGS, str(SOURCE), "-o", str(compiled)],
+                capture_output=True,
+                check=True,
+                timeout=300,
             )
-            made.replace(path)
+            compiled.replace(path)
     return path
 
 
