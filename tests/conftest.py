@@ -72,9 +72,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in terminalreporter.stats.get(kind, [])
         if hasattr(report, "duration")
     ]
+    systems = load()
+    named = {system.stem: {c.partition(":")[2] for c in system.components} for system in systems}
+    everyone = set().union(*named.values())
     rows = []
-    for system in load():
-        seconds = sum(r.duration for r in reports if any(_is_of(r.nodeid, test) for test in system.tests))
+    for system in systems:
+        others = everyone - named[system.stem]
+        own = [r for r in reports if any(_is_of(r.nodeid, test) for test in system.tests)]
+        seconds = sum(r.duration for r in own if not _is_of_others(r.nodeid, named[system.stem], others))
         if seconds >= 1:
             rows.append((seconds, f"{seconds:6.1f} s  {system.number:>2} {system.name}"))
     if rows:
@@ -86,3 +91,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _is_of(nodeid: str, test: str) -> bool:
     """Return whether a test belongs to an entry of a row, a file or FILE::name."""
     return nodeid == test or nodeid.startswith((test + "::", test + "["))
+
+
+def _is_of_others(nodeid: str, own: set[str], others: set[str]) -> bool:
+    """Return whether a contract test, which runs over whole families, has another system's component for its case."""
+    cases = set(nodeid.partition("[")[2].removesuffix("]").split("-"))
+    return bool(cases & others) and not cases & own

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
+from ditkit.ops.block_sparse_attention.mapped import mapped_backward_macs, mapped_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
+from ditkit.ops.linear_attention.operation import sums_backward_macs, sums_macs
 from ditkit.ops.routed_linear import operation as routed
 from ditkit.ops.selective_scan.operation import scan_backward_macs, scan_macs
 
@@ -213,6 +215,10 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
+    torch.ops.ditkit.mapped_attention: ("attention", mapped_macs),
+    torch.ops.ditkit.mapped_attention_backward: ("attention", mapped_backward_macs),
+    torch.ops.ditkit.linear_sums: ("attention", sums_macs),
+    torch.ops.ditkit.linear_sums_backward: ("attention", sums_backward_macs),
     torch.ops.ditkit.selective_scan: ("scan", scan_macs),
     torch.ops.ditkit.selective_scan_backward: ("scan", scan_backward_macs),
     torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
