@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -59,31 +59,57 @@ def interruptible() -> Iterator[None]:
 
 
 BUDGET_SECONDS = 25.0
-"""Time that a system's tests may take."""
+"""Processor time that a system's tests may take, that of the processes they start included."""
+BEGAN: pytest.StashKey[float] = pytest.StashKey()
+SPENT = "core_seconds"
+
+
+def core_seconds() -> float:
+    """Processor time of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGAN] = core_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "teardown" and BEGAN in item.stash:
+        report.user_properties.append((SPENT, core_seconds() - item.stash[BEGAN]))
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the seconds of each system's tests, those above the budget marked; of systems that ran."""
+    """Print the core-seconds of each system's tests, those above the budget marked; of systems that ran."""
     from ditkit.systems.rows import load
 
-    reports = [
-        report
-        for kind in ("passed", "failed", "skipped", "")
-        for report in terminalreporter.stats.get(kind, [])
-        if hasattr(report, "duration")
-    ]
+    spent = {
+        report.nodeid: seconds
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, seconds in getattr(report, "user_properties", ())
+        if name == SPENT
+    }
     systems = load()
     named = {system.stem: {c.partition(":")[2] for c in system.components} for system in systems}
     everyone = set().union(*named.values())
     rows = []
     for system in systems:
-        others = everyone - named[system.stem]
-        own = [r for r in reports if any(_is_of(r.nodeid, test) for test in system.tests)]
-        seconds = sum(r.duration for r in own if not _is_of_others(r.nodeid, named[system.stem], others))
+        own, others = named[system.stem], everyone - named[system.stem]
+        seconds = sum(
+            spent[node]
+            for node in spent
+            if any(_is_of(node, test) for test in system.tests) and not _is_of_others(node, own, others)
+        )
         if seconds >= 1:
             rows.append((seconds, f"{seconds:6.1f} s  {system.number:>2} {system.name}"))
     if rows:
-        terminalreporter.section(f"tests of systems, {BUDGET_SECONDS:g} s each at most", sep="-")
+        terminalreporter.section(f"tests of systems, {BUDGET_SECONDS:g} core-seconds each at most", sep="-")
         for seconds, line in sorted(rows, reverse=True):
             terminalreporter.line(line + ("  over" if seconds > BUDGET_SECONDS else ""))
 
