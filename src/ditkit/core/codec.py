@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ditkit.core.catalog import find
 from ditkit.core.checkpoint import dump_state, fill, read_json, read_state, replacing, to_disk, write_json
 from ditkit.core.cond import Cond
+from ditkit.core.condition import Condition
 from ditkit.core.config import config_of
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
 
@@ -26,6 +27,7 @@ FINGERPRINT = "weights_sha256"
 """Key of config.json: of the tensors that it was saved with."""
 DESCRIBED = ("codec", "config", "history", FINGERPRINT)
 """Keys of config.json."""
+NO_CONDITIONS: Mapping[str, Condition] = {}
 FRAMES_AT_ONCE = 32
 """Frames that a codec of pictures holds at once, so that a long clip takes the memory of a short one."""
 
@@ -221,17 +223,28 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
-def encode_given(codec: Codec, cond: Cond) -> Cond:
+def encode_given(codec: Codec, cond: Cond, conditions: Mapping[str, Condition] = NO_CONDITIONS) -> Cond:
     """`cond` on the codec's latents: given content coded, and a latent to be made where any of its pixels is.
 
     A codec looks beyond the pixels of one latent, so those that are to be made are blank when it does.
+
+    Args:
+        conditions: what the model can be given; streams that it declares as signals are coded too, whatever their
+            length is.
     """
-    if isinstance(codec, Identity) or cond.context is None:
+    if isinstance(codec, Identity):
+        return cond
+    signals = [name for name in cond.streams if name in conditions and conditions[name].coded]
+    if signals:
+        coded = {name: codec.encode(cond.streams[name]) for name in signals}
+        cond = dataclasses.replace(cond, streams={**cond.streams, **coded})
+    if cond.context is None:
         return cond
     if cond.mask is None:
         return dataclasses.replace(cond, context=codec.encode(cond.context))
     context = codec.encode(cond.context.masked_fill(cond.mask.bool(), 0))
-    mask = F.adaptive_max_pool3d(cond.mask.float(), context.shape[2:])
+    pools = {3: F.adaptive_max_pool1d, 4: F.adaptive_max_pool2d, 5: F.adaptive_max_pool3d}
+    mask = pools[context.ndim](cond.mask.float(), context.shape[2:])
     return dataclasses.replace(cond, context=context, mask=mask)
 
 

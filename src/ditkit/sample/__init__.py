@@ -1,7 +1,7 @@
 """From noise to samples: solvers, guidance, and the sampler that joins them with policies."""
 
 from ditkit.sample.forecast import forecast
-from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, PowerCosine, Unguided
+from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Nested, PowerCosine, Unguided
 from ditkit.sample.inversion import DdimInversion, invert
 from ditkit.sample.multistep import DpmSolverPP, UniPc
 from ditkit.sample.noise import SampleNoise, initial_noise
@@ -25,6 +25,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "MovingWindows",
+    "Nested",
     "PowerCosine",
     "SampleNoise",
     "Sampler",

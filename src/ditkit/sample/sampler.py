@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,8 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import Codec, encode_given
-from ditkit.core.cond import Cond
+from ditkit.core.codec import IDENTITY, Codec, encode_given
+from ditkit.core.cond import Cond, check_cond, listed
+from ditkit.core.condition import Condition
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError, unknown
 from ditkit.core.labels import class_names, resolve_labels
@@ -21,10 +23,15 @@ from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
 from ditkit.core.trajectory import Trajectory
+from ditkit.nn.text_encoder import text_encoder
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import ClassifierFree, Guidance, Unguided, guided
 from ditkit.sample.noise import SampleNoise, distinct
 from ditkit.sample.solvers import Solver, default_solver
+
+LOG = logging.getLogger(__name__)
+PICTURES = 4
+"""Axes of a batch of pictures."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,7 @@ class Sampler:
         model: Denoiser,
         label: int | str | Sequence[int | str] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
         cond: Cond = Cond(),
         shape: Sequence[int] | None = None,
         sampling: Sampling = Sampling(),
@@ -240,6 +248,7 @@ class Sampler:
         Args:
             label: a class by name or index, or one a seed; by default those of `cond`, else the seeds are spread over
                 the classes.
+            prompt: a text, or one a seed, for the model's text encoder; without one, that of `cond`, if any.
             cond: further conditioning of each sample, in the order of the seeds, such as given frames and their mask.
             shape: of one sample; by default that of the given content, if any, else the model's own.
 
@@ -255,6 +264,8 @@ class Sampler:
         labels = resolve_labels(model, label, len(sampling.seeds))
         if labels is not None:
             cond = replace(cond, label=torch.tensor(labels))
+        cond = with_prompt(model, cond, prompt, len(sampling.seeds))
+        check_cond(type(model).__name__, _in_signal_space(model), cond, len(sampling.seeds))
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
         check_given(model, cond, len(sampling.seeds), shape)
@@ -305,7 +316,7 @@ class Sampler:
         codec, cond = self.model.codec, self.cond.rows(part)
         drawn = sample(
             self.model,
-            encode_given(codec, cond),
+            encode_given(codec, cond, self.model.conditions),
             sampling.seeds[part],
             shape=codec.latent_shape(self.shape),
             sampling=sampling,
@@ -313,6 +324,32 @@ class Sampler:
         )
         signal = _decode(codec, drawn.samples)
         return replace(drawn, samples=cond.to(signal.device).given(signal))
+
+
+def with_prompt(model: Denoiser, cond: Cond, prompt: str | Sequence[str] | None, count: int) -> Cond:
+    """`cond` with the tokens of one prompt for all samples, or of one each; as it is where there is none.
+
+    Raises:
+        ConfigError: the model takes no prompt, `cond` has a text already, or there are neither 1 nor `count`.
+        DataError: the encoder's weights are missing.
+    """
+    if prompt is None:
+        return cond
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    encoder = getattr(model.config, "text_encoder", None)
+    if encoder is None:
+        takes = listed(model.conditions)
+        raise ConfigError(f"prompt={texts[0]!r}: a {type(model).__name__} takes no prompt, expected {takes}")
+    if cond.text is not None:
+        raise ConfigError(f"prompt={texts[0]!r} with Cond.text, expected one of the two")
+    if len(texts) not in (1, count):
+        raise ConfigError(f"{len(texts)} prompts for {count} seeds; expected one, or one a seed")
+    distinct_texts = list(dict.fromkeys(texts))
+    found = text_encoder(encoder).encode(distinct_texts, model.config.text_tokens)
+    if found.cut:
+        LOG.warning("%d prompts are longer than %d tokens and were cut", found.cut, model.config.text_tokens)
+    rows = torch.tensor([distinct_texts.index(text) for text in texts]).expand(count)
+    return replace(cond, text=found.tokens[rows], text_mask=found.mask[rows])
 
 
 def trajectory_of(model: Denoiser, sampling: Sampling) -> Trajectory:
@@ -396,16 +433,26 @@ def _check_mask(mask: Tensor) -> None:
 
 
 def _first(where: Tensor) -> str:
-    """Name the first true entry of [B, C, T, H, W]."""
+    """Name the first true entry of [B, C, T, H, W], or of a picture's [B, C, H, W]."""
     sample, _, frame = where.nonzero()[0, :3].tolist()
-    return f"sample {sample}, frame {frame}"
+    return f"sample {sample}, {'frame' if where.ndim > PICTURES else 'row'} {frame}"
+
+
+def _in_signal_space(model: Denoiser) -> dict[str, Condition]:
+    """List what the model can be given before its codec: the shape of a signal that is coded is known to that alone."""
+    found = dict(model.conditions)
+    if model.codec is IDENTITY:
+        return found
+    for name, condition in found.items():
+        if condition.coded:
+            found[name] = replace(condition, shape=(None,) * len(condition.shape))
+    return found
 
 
 def _check_rows(cond: Cond, seeds: int) -> None:
-    for f in fields(cond):
-        value = getattr(cond, f.name)
-        if value is not None and len(value) != seeds:
-            raise ConfigError(f"Cond.{f.name} has {len(value)} rows for {seeds} seeds; expected one a seed")
+    for name, value in cond.tensors():
+        if len(value) != seeds:
+            raise ConfigError(f"Cond.{name} has {len(value)} rows for {seeds} seeds; expected one a seed")
 
 
 def _check_finite(samples: Tensor, seeds: Sequence[int]) -> None:

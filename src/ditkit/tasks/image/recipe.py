@@ -1,7 +1,8 @@
-"""Class-conditional images."""
+"""Images, by class or by caption."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from ditkit.core.labels import resolve_labels
 from ditkit.core.model import Model
 from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
+from ditkit.nn.text_encoder import text_encoder
 from ditkit.report.sheet import grid, write_png
+from ditkit.tasks.image.captions import Captions, check_captions, encoded_captions
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
 from ditkit.train.denoising import Denoising
@@ -30,17 +33,17 @@ FLOW_MATCHING = Denoising()
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImageRecipe(Recipe):
-    """A network that draws the classes of an image set.
+    """A network that draws the classes of an image set, or, one that takes a text, what its captions say.
 
     Args:
-        data: a named set, a folder of class folders, or a folder of images with captions, which are trained as
-            one class of the folder's name; nothing takes the captions in.
-        model: its channels, classes and class names are taken from the data.
+        data: a named set, a folder of class folders, or a folder of images with or without captions; those are one
+            class of the folder's name for a network that takes no text.
+        model: its channels are taken from the data, and its classes and class names, or the width of its text.
     """
 
     sources: ClassVar[str] = (
-        "A named set (emoji, fashion), or a folder with a folder of images for each class, or with a metadata.jsonl of "
-        "captions; those images are all trained as one class, named as the folder."
+        "A named set (emoji, fashion), or a folder with a folder of images for each class, or of images with captions "
+        "in a metadata.jsonl, which a network that takes a prompt learns; without one they are a single class."
     )
     latent: ClassVar[bool] = True
     task: ClassVar[str] = "image"
@@ -52,31 +55,48 @@ class ClassImageRecipe(Recipe):
         recipe = self.fitting(images)
         channels, size, _ = codec.latent_shape(images.images.shape[1:])
         recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))
-        return Prepared(recipe, coded(ClassDataset(images), codec), codec)
+        return Prepared(recipe, coded(recipe.dataset(images), codec), codec)
 
     def fitting(self, images: ImageSet) -> Self:
-        """With the model's classes and channels as the data has them."""
+        """With the model's channels, and its classes or the width of its text, as the data and the encoder have them."""
+        model = replace(self.model, channels=images.images.shape[1])
+        if self.reads_captions:
+            return replace(self, model=replace(model, text_width=text_encoder(model.text_encoder).width))
         names = images.classes or (images.name,)
-        model = replace(self.model, channels=images.images.shape[1], classes=len(names), class_names=names)
-        return replace(self, model=model)
+        return replace(self, model=replace(model, classes=len(names), class_names=names))
+
+    @property
+    def reads_captions(self) -> bool:
+        """Return whether the network takes a prompt."""
+        return hasattr(self.model, "text_encoder")
+
+    def dataset(self, images: ImageSet) -> ClassDataset:
+        """Return an image set as the training samples that the network takes.
+
+        Raises:
+            DataError: pictures without a caption, where the network reads them; or the encoder's weights are missing.
+        """
+        if not self.reads_captions:
+            return ClassDataset(images)
+        check_captions(images, allowed="blank" in self.options)
+        model = self.model
+        tokens = encoded_captions(images, self.data, model.text_encoder, model.text_tokens)
+        return CaptionedDataset(images, tokens)
 
     def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images
+        told = "captions" if self.reads_captions else f"{self.model.classes} classes"
         return (
-            f"{len(images)} images {list(images.images.shape[1:])}, {self.model.classes} classes, "
+            f"{len(images)} images {list(images.images.shape[1:])}, {told}, "
             f"{images.images.nbytes / 1e6:.1f} MB in memory"
         )
 
     def example(self, model: Model) -> tuple[Any, ...]:
-        return (
-            torch.empty(1, *model.sample_shape),
-            torch.empty(1),
-            Cond(label=torch.zeros(1, dtype=torch.long)),
-        )
+        return torch.empty(1, *model.sample_shape), torch.empty(1), example_cond(model)
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
-        return partial(write_sheet, folder)
+        return partial(write_sheet, folder, prompts=sheet_prompts(samples))
 
 
 class ClassDataset:
@@ -92,13 +112,43 @@ class ClassDataset:
         return self.images.images_float(indices), Cond(label=self.images.labels[indices])
 
 
-def write_sheet(folder: Path, model: Model, step: int) -> None:
-    """Draw samples of classes spread over all of them, a row each, as `folder`/STEP.png."""
+class CaptionedDataset(ClassDataset):
+    """An image set as training samples with their captions, which replace the class."""
+
+    def __init__(self, images: ImageSet, captions: Captions) -> None:
+        super().__init__(images)
+        self.captions = captions
+
+    def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
+        text, missing = self.captions.rows(indices), self.captions.missing(indices)
+        absent = {"text": missing} if missing.any() else {}
+        return self.images.images_float(indices), Cond(text=text.tokens, text_mask=text.mask, absent=absent)
+
+
+def example_cond(model: Model) -> Cond:
+    """Return what one sample of a model of pictures is given, as zeros."""
+    config = model.config
+    if hasattr(config, "text_encoder"):
+        return Cond(text=torch.zeros(1, config.text_tokens, config.text_width))
+    return Cond(label=torch.zeros(1, dtype=torch.long))
+
+
+def sheet_prompts(samples: TrainingSet) -> tuple[str, ...]:
+    """Return captions from all over a set that has them, for the rows of a sheet; none for classes."""
+    if not isinstance(samples, CaptionedDataset):
+        return ()
+    known = [caption for caption in samples.images.captions if caption.strip()]
+    return tuple(known[i * len(known) // SHEET_CLASSES] for i in range(SHEET_CLASSES))
+
+
+def write_sheet(folder: Path, model: Model, step: int, prompts: Sequence[str] = ()) -> None:
+    """Draw samples of prompts, or of classes spread over all of them, a row each, as `folder`/STEP.png."""
     classes = resolve_labels(model, None, SHEET_CLASSES)
     labels = None if classes is None else [c for c in classes for _ in range(SHEET_EACH)]
     drawn = generate(
         model,
         labels,
+        prompt=[prompt for prompt in prompts for _ in range(SHEET_EACH)] or None,
         seeds=range(SHEET_CLASSES * SHEET_EACH),
         steps=SHEET_STEPS,
         batch_size=16,
