@@ -91,9 +91,7 @@ class Cond:
             ConfigError: they are not given the same kinds of things.
             ShapeError: one of them has several shapes, and is no text.
         """
-        if len({c.text.shape[1] for c in conds if c.text is not None}) > 1:
-            conds = _padded(conds)
-        present = [dict(c.tensors()) for c in conds]
+        present = [dict(c.tensors()) for c in _padded(conds)]
         names = [list(one) for one in present]
         if any(sorted(one) != sorted(names[0]) for one in names):
             raise ConfigError(f"Cond.cat: batches have different conditioning: {names}")
@@ -102,6 +100,12 @@ class Cond:
             if any(shape != shapes[0] for shape in shapes):
                 raise ShapeError(f"Cond.cat: {name} of samples of {shapes}, expected one shape")
         return _built({name: torch.cat([one[name] for one in present]) for name in names[0]})
+
+    @staticmethod
+    def joins(conds: Sequence[Cond]) -> bool:
+        """Return whether `cat` takes these."""
+        shapes = [{name: value.shape[1:] for name, value in c.tensors()} for c in _padded(conds)]
+        return all(one == shapes[0] for one in shapes)
 
 
 def _built(tensors: Mapping[str, Tensor]) -> Cond:
@@ -113,10 +117,13 @@ def _built(tensors: Mapping[str, Tensor]) -> Cond:
     return Cond(**plain)
 
 
-def _padded(conds: Sequence[Cond]) -> list[Cond]:
-    """Give all texts the length of the longest."""
-    longest = max(c.text.shape[1] for c in conds if c.text is not None)
-    out = []
+def _padded(conds: Sequence[Cond]) -> Sequence[Cond]:
+    """Give all texts the length of the longest, and a mask where lengths differ."""
+    lengths = {c.text.shape[1] for c in conds if c.text is not None}
+    masked = {c.text_mask is not None for c in conds if c.text is not None}
+    if len(lengths) < 2 and len(masked) < 2:
+        return conds
+    longest, out = max(lengths), []
     for c in conds:
         if c.text is None:
             out.append(c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,7 +65,8 @@ class GuidedDenoiser:
 
     Args:
         trajectory: the policies at work on the model's sites.
-        batched: run the branches of the model as one call of 2B or more rows, in a lane such as "cond+uncond".
+        batched: run the branches of the model as one call of 2B or more rows, in a lane such as "cond+uncond", unless
+            a branch is given another number of things, or things of another shape, texts apart.
 
     Raises:
         ConfigError: a network is in train mode, or a guide's path or prediction differs from the model's.
@@ -134,6 +135,12 @@ class GuidedDenoiser:
             self.lanes[name] = base._replace(name=branch, cond=cond, copies=len(names))
         return self.lanes[name]
 
+    def joins(self, names: Sequence[str]) -> bool:
+        """Return whether branches run as one call: they are the model's, and given things of one shape but for texts."""
+        if not self.batched or len(names) < 2 or any(":" in name for name in names):
+            return False
+        return "+".join(names) in self.lanes or Cond.joins([self.lane(name).cond for name in names])
+
     def _of_guide(self, network: Denoiser) -> Trajectory:
         """Return the guide's trajectory.
 
@@ -165,7 +172,7 @@ class _Evaluation:
         self.fraction: Tensor | None = None
 
     def __call__(self, *names: str) -> tuple[Tensor, ...]:
-        if self.field.batched and len(names) > 1 and not any(":" in name for name in names):
+        if self.field.joins(names):
             value, fraction = self._forward(self.field.lane("+".join(names)))
             if fraction is not None and "cond" in names:
                 self.fraction = fraction.chunk(len(names))[names.index("cond")]

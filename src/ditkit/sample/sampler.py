@@ -132,6 +132,7 @@ class Samples:
         forwards: of the networks in one trajectory; a batched pair of branches is one.
         policy_bytes: the most that the policies held together in a batch.
         seconds: wall clock of drawing all of them.
+        prompts: the prompt of each sample; empty where there was none.
     """
 
     samples: Tensor
@@ -143,9 +144,16 @@ class Samples:
     policy_bytes: int
     seconds: float
     labels: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Samples], labels: tuple[str, ...], seconds: float) -> Self:
+    def joined(
+        cls,
+        parts: Sequence[Samples],
+        labels: tuple[str, ...],
+        seconds: float,
+        prompts: tuple[str, ...] = (),
+    ) -> Self:
         """Return the samples of several batches as one."""
         receipts = [receipt for part in parts for receipt in part.receipts]
         known = [receipt.as_dict() for receipt in receipts]
@@ -159,6 +167,7 @@ class Samples:
             policy_bytes=max(part.policy_bytes for part in parts),
             seconds=seconds,
             labels=labels,
+            prompts=prompts,
         )
 
 
@@ -224,12 +233,14 @@ class Sampler:
     Args:
         cond: conditioning of each sample, in the order of the seeds.
         shape: of one sample as a signal, without the batch axis.
+        prompts: one a seed, as texts; none where there are none.
     """
 
     model: Denoiser
     cond: Cond
     shape: tuple[int, ...]
     sampling: Sampling
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -269,7 +280,7 @@ class Sampler:
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
         check_given(model, cond, len(sampling.seeds), shape)
-        return cls(model, cond, shape, sampling)
+        return cls(model, cond, shape, sampling, prompts_of(prompt, len(sampling.seeds)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -298,7 +309,7 @@ class Sampler:
             self._batch(start, sampling, _shifted(progress, i * each, len(starts) * each))
             for i, start in enumerate(starts)
         ]
-        return Samples.joined(parts, self.labels, time.perf_counter() - began)
+        return Samples.joined(parts, self.labels, time.perf_counter() - began, self.prompts)
 
     def steps_like(self, share: float) -> int:
         """Return how many exact steps make nearest to `share` of the evaluations of this sampler's steps."""
@@ -309,7 +320,7 @@ class Sampler:
         """Return the sampler of the first batch's seeds."""
         first = slice(self.sampling.batch_size)
         sampling = self.sampling.changed(seeds=self.sampling.seeds[first])
-        return replace(self, sampling=sampling, cond=self.cond.rows(first))
+        return replace(self, sampling=sampling, cond=self.cond.rows(first), prompts=self.prompts[first])
 
     def _batch(self, start: int, sampling: Sampling, progress: Progress | None) -> Samples:
         part = slice(start, start + sampling.batch_size)
@@ -326,6 +337,23 @@ class Sampler:
         return replace(drawn, samples=cond.to(signal.device).given(signal))
 
 
+def prompts_of(prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return one text a sample, of one for all or one each; none where there is none.
+
+    Raises:
+        ConfigError: there are neither 1 nor `count`, or one is no text.
+    """
+    if prompt is None:
+        return ()
+    texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(f"prompt={text!r}, expected a text")
+    if len(texts) not in (1, count):
+        raise ConfigError(f"{len(texts)} prompts for {count} seeds; expected one, or one a seed")
+    return texts if len(texts) == count else texts * count
+
+
 def with_prompt(model: Denoiser, cond: Cond, prompt: str | Sequence[str] | None, count: int) -> Cond:
     """`cond` with the tokens of one prompt for all samples, or of one each; as it is where there is none.
 
@@ -335,20 +363,18 @@ def with_prompt(model: Denoiser, cond: Cond, prompt: str | Sequence[str] | None,
     """
     if prompt is None:
         return cond
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = prompts_of(prompt, count)
     encoder = getattr(model.config, "text_encoder", None)
     if encoder is None:
         takes = listed(model.conditions)
         raise ConfigError(f"prompt={texts[0]!r}: a {type(model).__name__} takes no prompt, expected {takes}")
     if cond.text is not None:
         raise ConfigError(f"prompt={texts[0]!r} with Cond.text, expected one of the two")
-    if len(texts) not in (1, count):
-        raise ConfigError(f"{len(texts)} prompts for {count} seeds; expected one, or one a seed")
     distinct_texts = list(dict.fromkeys(texts))
     found = text_encoder(encoder).encode(distinct_texts, model.config.text_tokens)
     if found.cut:
         LOG.warning("%d prompts are longer than %d tokens and were cut", found.cut, model.config.text_tokens)
-    rows = torch.tensor([distinct_texts.index(text) for text in texts]).expand(count)
+    rows = torch.tensor([distinct_texts.index(text) for text in texts])
     return replace(cond, text=found.tokens[rows], text_mask=found.mask[rows])
 
 
@@ -451,7 +477,7 @@ def _in_signal_space(model: Denoiser) -> dict[str, Condition]:
 
 def _check_rows(cond: Cond, seeds: int) -> None:
     for name, value in cond.tensors():
-        if len(value) != seeds:
+        if len(value) != seeds and not name.startswith("streams."):  # those are checked against what is declared
             raise ConfigError(f"Cond.{name} has {len(value)} rows for {seeds} seeds; expected one a seed")
 
 
