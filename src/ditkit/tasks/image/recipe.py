@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,15 @@ from ditkit.data.loading import load_images
 from ditkit.nn.text_encoder import text_encoder
 from ditkit.report.sheet import grid, write_png
 from ditkit.tasks.image.captions import Captions, check_captions, encoded_captions
-from ditkit.tasks.latent import coded, load_codec
-from ditkit.tasks.recipe import Prepared, Recipe
-from ditkit.train.denoising import Denoising
+from ditkit.tasks.denoiser import DenoiserRecipe
 from ditkit.train.loop import Sheet, TrainingSet
-from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
 SHEET_CLASSES, SHEET_EACH, SHEET_STEPS = 8, 4, 25
-FLOW_MATCHING = Denoising()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassImageRecipe(Recipe):
+class ClassImageRecipe(DenoiserRecipe):
     """A network that draws the classes of an image set, or, one that takes a text, what its captions say.
 
     Args:
@@ -45,43 +41,34 @@ class ClassImageRecipe(Recipe):
         "A named set (emoji, fashion), or a folder with a folder of images for each class, or of images with captions "
         "in a metadata.jsonl, which a network that takes a prompt learns; without one they are a single class."
     )
-    latent: ClassVar[bool] = True
     task: ClassVar[str] = "image"
-    objective: Objective = FLOW_MATCHING
 
-    def prepared(self) -> Prepared:
-        codec = load_codec(self.codec)
-        images = load_images(self.data, self.model.size, **self.loading)
-        recipe = self.fitting(images)
-        channels, size, _ = codec.latent_shape(images.images.shape[1:])
-        recipe = replace(recipe, model=replace(recipe.model, channels=channels, size=size))
-        return Prepared(recipe, coded(recipe.dataset(images), codec), codec)
+    def read(self) -> ImageSet:
+        return load_images(self.data, self.model.size, **self.loading)
 
-    def fitting(self, images: ImageSet) -> Self:
-        """With the model's channels, and its classes or the width of its text, as the data and the encoder have them."""
-        model = replace(self.model, channels=images.images.shape[1])
+    def signal_shape(self, data: ImageSet) -> tuple[int, ...]:
+        return tuple(data.images.shape[1:])
+
+    def decided(self, data: ImageSet) -> Mapping[str, Any]:
+        """Return its classes, or the width of the text as its encoder has it."""
         if self.reads_captions:
-            return replace(self, model=replace(model, text_width=text_encoder(model.text_encoder).width))
-        names = images.classes or (images.name,)
-        return replace(self, model=replace(model, classes=len(names), class_names=names))
+            return {"text_width": text_encoder(self.model.text_encoder).width}
+        names = data.classes or (data.name,)
+        return {"classes": len(names), "class_names": names}
 
     @property
     def reads_captions(self) -> bool:
         """Return whether the network takes a prompt."""
         return hasattr(self.model, "text_encoder")
 
-    def dataset(self, images: ImageSet) -> ClassDataset:
-        """Return an image set as the training samples that the network takes.
-
-        Raises:
-            DataError: pictures without a caption, where the network reads them; or the encoder's weights are missing.
-        """
+    def dataset(self, data: ImageSet) -> ClassDataset:
         if not self.reads_captions:
-            return ClassDataset(images)
-        check_captions(images, allowed="blank" in self.options)
+            return ClassDataset(data)
+        check_captions(data, allowed="blank" in self.options)
         model = self.model
-        tokens = encoded_captions(images, self.data, model.text_encoder, model.text_tokens)
-        return CaptionedDataset(images, tokens)
+        return CaptionedDataset(
+            data, encoded_captions(data, self.data, model.text_encoder, model.text_tokens)
+        )
 
     def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
@@ -91,9 +78,6 @@ class ClassImageRecipe(Recipe):
             f"{len(images)} images {list(images.images.shape[1:])}, {told}, "
             f"{images.images.nbytes / 1e6:.1f} MB in memory"
         )
-
-    def example(self, model: Model) -> tuple[Any, ...]:
-        return torch.empty(1, *model.sample_shape), torch.empty(1), example_cond(model)
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         return partial(write_sheet, folder, prompts=sheet_prompts(samples))
@@ -123,14 +107,6 @@ class CaptionedDataset(ClassDataset):
         text, missing = self.captions.rows(indices), self.captions.missing(indices)
         absent = {"text": missing} if missing.any() else {}
         return self.images.images_float(indices), Cond(text=text.tokens, text_mask=text.mask, absent=absent)
-
-
-def example_cond(model: Model) -> Cond:
-    """Return what one sample of a model of pictures is given, as zeros."""
-    config = model.config
-    if hasattr(config, "text_encoder"):
-        return Cond(text=torch.zeros(1, config.text_tokens, config.text_width))
-    return Cond(label=torch.zeros(1, dtype=torch.long))
 
 
 def sheet_prompts(samples: TrainingSet) -> tuple[str, ...]:
