@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import IDENTITY, Codec, encode_given
+from ditkit.core.codec import IDENTITY, SIDE, Codec, Coded, check_side, encode_given
 from ditkit.core.cond import Cond, check_cond, listed
 from ditkit.core.condition import Condition
 from ditkit.core.config import integer
@@ -205,9 +206,11 @@ def sample(
     began = time.perf_counter()
     sampling, solver = sampling.changed(**{"seeds": seeds, **changes}).on(model.config.convention.make_path())
     device, _ = placement(model)
-    noise = SampleNoise(sampling.seeds, model.sample_shape if shape is None else shape)
+    own = tuple(model.sample_shape if shape is None else shape)
     _check_rows(cond, len(sampling.seeds))
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
+    side = check_side(model.codec, cond, own)
+    noise = SampleNoise(sampling.seeds, own, side if side is None else partial(model.codec.weave, side=side))
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
     solver.times(denoiser.path, sampling.steps)  # refuses a path before any work is done
     start = noise.draw(device).to(state_dtype(device))
@@ -280,6 +283,7 @@ class Sampler:
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
         check_given(model, cond, len(sampling.seeds), shape)
+        check_side(model.codec, cond, model.codec.latent_shape(shape))
         return cls(model, cond, shape, sampling, prompts_of(prompt, len(sampling.seeds)))
 
     @property
@@ -333,7 +337,7 @@ class Sampler:
             sampling=sampling,
             progress=progress,
         )
-        signal = _decode(codec, drawn.samples)
+        signal = _decode(codec, Coded(drawn.samples, cond.streams.get(SIDE)))
         return replace(drawn, samples=cond.to(signal.device).given(signal))
 
 
@@ -492,8 +496,9 @@ def _check_finite(samples: Tensor, seeds: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _decode(codec: Codec, latents: Tensor) -> Tensor:
-    return codec.decode(latents)
+def _decode(codec: Codec, coded: Coded) -> Tensor:
+    side = None if coded.side is None else coded.side.to(coded.z.device)
+    return codec.decode_coded(coded._replace(side=side))
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from ditkit.core.cond import Cond, check_cond
+from ditkit.core.codec import SIDE
+from ditkit.core.cond import Cond, check_cond, listed
 from ditkit.core.config import network
-from ditkit.core.errors import DitkitError
+from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
 from ditkit.tasks.latent import coded, load_codec
 from ditkit.tasks.recipe import Prepared, Recipe
@@ -72,6 +73,11 @@ class DenoiserRecipe(Recipe):
         codec, data = load_codec(self.codec), self.read()
         recipe = self.fitting(data, codec)
         conditions = recipe.model.conditions
+        if codec.side_shape(codec.latent_shape(self.signal_shape(data))) is not None and SIDE not in conditions:
+            raise ConfigError(
+                f"codec={self.codec!r} has a side value, which a {network(self.model)} cannot be given; it takes "
+                f"{listed(conditions)}, expected {SIDE!r} too"
+            )
         samples = coded(recipe.dataset(data), codec, conditions=conditions)
         if any(not condition.optional for condition in conditions.values()):
             recipe.check_needs(samples)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import IDENTITY, NO_CONDITIONS, Codec, encode_given
+from ditkit.core.codec import IDENTITY, NO_CONDITIONS, SIDE, Codec, encode_given
 from ditkit.core.cond import Cond
 from ditkit.core.condition import Condition
 from ditkit.train.loop import TrainingSet
@@ -22,7 +22,7 @@ PIXELS = "pixels"
 class LatentDataset:
     """Samples as a codec's latents, drawn anew at every step (DiT, section 4).
 
-    Labels, texts, maps and other streams come along as they are; streams that the model declares as signals are coded.
+    A codec's side value comes along as a stream. Labels, texts, maps and other streams come along as they are; streams that the model declares as signals are coded.
 
     Args:
         conditions: what the model can be given; a stream `pixels` among them is the very signal that is coded.
@@ -43,7 +43,10 @@ class LatentDataset:
         cond = encode_given(self.codec, cond, self.conditions)
         if PIXELS in self.conditions:
             cond = replace(cond, streams={**cond.streams, PIXELS: data})
-        return self.codec.encode(data, noise), cond
+        found = self.codec.code(data, noise)
+        if found.side is not None:
+            cond = replace(cond, streams={**cond.streams, SIDE: found.side})
+        return found.z, cond
 
 
 def load_codec(folder: str) -> Codec:

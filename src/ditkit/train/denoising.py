@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.codec import check_side
 from ditkit.core.cond import Cond, check_cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
@@ -133,13 +134,14 @@ class Denoising(Objective):
         assert isinstance(model, Denoiser)
         check_cond(type(model).__name__, model.conditions, cond, len(data))
         cond = without_dropped(cond, model, drop, rng)
-        path = model.config.convention.make_path()
+        path, noise = model.config.convention.make_path(), noise.to(data.device)
+        side = check_side(model.codec, cond, tuple(data.shape[1:]))
         return self.at(
             forward,
             model,
             path=path,
             data=data,
-            noise=noise.to(data.device),
+            noise=noise if side is None else model.codec.weave(noise, side),
             t=path.place(self.timesteps.quantile(time)).to(data.device),
             other=None if other is None else path.place(self.timesteps.quantile(other)).to(data.device),
             cond=cond,
