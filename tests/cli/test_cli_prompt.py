@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cli_support import Capture, complaint, exit_code, output, save_photos
+from cli_support import Capture, complaint, exit_code, output
 from ditkit.metrics.features import HEAD_TAP, POOLED_TAP
 from ditkit.tasks.image import scores
 from models_support import save_tiny
@@ -62,7 +62,12 @@ def test_generate_draws_what_is_asked(trained: tuple[Path, Path], tmp_path: Path
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert names == ["A-red-apple-0.png", "A-red-apple-1.png", "a-cat-0.png", "a-cat-1.png", "sheet.png"]
     content = json.loads((tmp_path / "out" / "generated.json").read_text())
-    assert [one["prompt"] for one in content["pictures"]] == ["a cat", "a cat", "A red apple!", "A red apple!"]
+    assert [one["prompt"] for one in content["pictures"]] == [
+        "a cat",
+        "a cat",
+        "A red apple!",
+        "A red apple!",
+    ]
     a, b = ((tmp_path / "out" / name).read_bytes() for name in (names[0], names[2]))
     assert a != b
 
@@ -91,7 +96,19 @@ def test_evaluate_draws_by_captions_and_measures_retrieval(
         scores, "extract", lambda network, images, progress: network.taps(torch.stack(list(images)))
     )
     capsys.readouterr()
-    text = output(capsys, "evaluate", trained[1], "--data", trained[0], "--count", "4", "--steps", "2", "--out", tmp_path)
+    text = output(
+        capsys,
+        "evaluate",
+        trained[1],
+        "--data",
+        trained[0],
+        "--count",
+        "4",
+        "--steps",
+        "2",
+        "--out",
+        tmp_path,
+    )
     assert "retrieval" in text and "chance 0.250, 1.000" in text
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["retrieval"]["top5"] == 1 and found["nearest"][0]["prompt"]
@@ -100,7 +117,10 @@ def test_evaluate_draws_by_captions_and_measures_retrieval(
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        ((None, "a cat", " "), "2 of 3 pictures have no caption, first '0.png', expected one each; --option blank="),
+        (
+            (None, "a cat", " "),
+            "2 of 3 pictures have no caption, first '0.png', expected one each; --option blank=",
+        ),
         ((None, ""), "none of 2 pictures has a caption, expected one each: a metadata.jsonl"),
     ],
 )
@@ -108,12 +128,16 @@ def test_missing_captions_are_refused(
     captions: tuple[str | None, ...], message: str, tmp_path: Path, capsys: Capture
 ) -> None:
     data = captioned(tmp_path / "data", *captions)
-    assert message in complaint(capsys, "train", "text-image", "--data", data, "--out", tmp_path / "run", *TINY, *RUN)
+    assert message in complaint(
+        capsys, "train", "text-image", "--data", data, "--out", tmp_path / "run", *TINY, *RUN
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("blank", ["keep", "drop"])
-def test_missing_captions_are_kept_or_dropped_where_asked(blank: str, tmp_path: Path, capsys: Capture) -> None:
+def test_missing_captions_are_kept_or_dropped_where_asked(
+    blank: str, tmp_path: Path, capsys: Capture
+) -> None:
     data = captioned(tmp_path / "data", None, "a cat", "a dog")
     words = ["--data", data, "--option", f"blank={blank}", "--out", tmp_path / "run", *TINY, *RUN]
     assert exit_code("train", "text-image", *words) == 0
@@ -122,7 +146,16 @@ def test_missing_captions_are_kept_or_dropped_where_asked(blank: str, tmp_path: 
 def test_a_prompt_for_a_model_of_classes_is_refused(tmp_path: Path, capsys: Capture) -> None:
     model = save_tiny(tmp_path / "model")
     for verb in ("generate", "compare"):
-        words = [verb, model, "--prompt", "a cat", "--policy", "taylorseer:interval=2", "--out", tmp_path / "out"]
+        words = [
+            verb,
+            model,
+            "--prompt",
+            "a cat",
+            "--policy",
+            "taylorseer:interval=2",
+            "--out",
+            tmp_path / "out",
+        ]
         assert "prompt='a cat': a DiT takes no prompt, expected label" in complaint(capsys, *words)
 
 

@@ -1,4 +1,4 @@
-"""A codec with a side value (D2iT, arXiv 2504.09454): a map of coarse regions, whose four cells are one copied value."""
+"""A codec with a side value (D2iT, arXiv 2504.09454): a map of coarse regions, whose four cells are one value."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ditkit.train.denoising import Denoising
 from ditkit.train.randomness import SampleRNG
 
 SIZE = 4
+FLOW = Convention()
 
 
 def copied(z: Tensor, coarse: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class CellConfig(ModelConfig):
     task: ClassVar[str] = "image"
     channels: Count = 2
     size: Count = SIZE
-    convention: Convention = Convention()
+    convention: Convention = FLOW
 
     @property
     def conditions(self) -> Mapping[str, Condition]:
@@ -179,8 +180,16 @@ def test_training_sees_the_side_value_and_woven_noise():
 @pytest.mark.parametrize(
     ("cond", "error", "message"),
     [
-        (Cond(), ConfigError, r"a TwoGrains decodes by a side value, expected Cond.streams\['side'\] .*; got none"),
-        (Cond(streams={SIDE: torch.ones(3, 1, 4, 4)}), ShapeError, r"TwoGrains: side \[3, 1, 4, 4\] should be"),
+        (
+            Cond(),
+            ConfigError,
+            r"a TwoGrains decodes by a side value, expected Cond.streams\['side'\] .*; got none",
+        ),
+        (
+            Cond(streams={SIDE: torch.ones(3, 1, 4, 4)}),
+            ShapeError,
+            r"TwoGrains: side \[3, 1, 4, 4\] should be",
+        ),
     ],
 )
 def test_a_missing_or_odd_side_value_is_refused_in_one_line(cond, error, message):

@@ -24,6 +24,8 @@ from ditkit.sample.denoiser import GuidedDenoiser
 from ditkit.train.denoising import Denoising, without_dropped
 from ditkit.train.randomness import SampleRNG
 
+FLOW = Convention()
+
 
 @dataclass(frozen=True)
 class ToldConfig(ModelConfig):
@@ -36,7 +38,7 @@ class ToldConfig(ModelConfig):
     task: ClassVar[str] = "image"
     channels: Count = 2
     size: Count = 4
-    convention: Convention = Convention()
+    convention: Convention = FLOW
 
     @property
     def conditions(self) -> Mapping[str, Condition]:
@@ -90,7 +92,11 @@ class Told(Denoiser):
             if value is None:
                 continue
             if kind == "text":
-                mask = torch.ones(value.shape[:2], dtype=torch.bool) if cond.text_mask is None else cond.text_mask
+                mask = (
+                    torch.ones(value.shape[:2], dtype=torch.bool)
+                    if cond.text_mask is None
+                    else cond.text_mask
+                )
                 mean = (value.mean(-1) * mask).sum(1) / mask.sum(1)
             else:
                 mean = value.flatten(1).mean(1)
@@ -128,7 +134,9 @@ def test_streams_are_mapped_cut_and_joined_with_the_rest():
 
 def test_texts_of_two_lengths_are_joined_and_masked():
     short = Cond(text=torch.ones(1, 1, 3))
-    both = Cond.cat([Cond(text=torch.ones(2, 4, 3), text_mask=torch.tensor([[1, 1, 1, 0]] * 2).bool()), short])
+    both = Cond.cat(
+        [Cond(text=torch.ones(2, 4, 3), text_mask=torch.tensor([[1, 1, 1, 0]] * 2).bool()), short]
+    )
     assert both.text.shape == (3, 4, 3)
     assert both.text_mask.tolist() == [[True, True, True, False]] * 2 + [[True, False, False, False]]
 
@@ -136,19 +144,35 @@ def test_texts_of_two_lengths_are_joined_and_masked():
 def test_what_cannot_be_joined_is_named():
     with pytest.raises(ShapeError, match=r"streams.a of samples of \[\[3\], \[2\]\], expected one shape"):
         Cond.cat([Cond(streams={"a": torch.ones(1, n)}) for n in (3, 2)])
-    with pytest.raises(ConfigError, match="different conditioning: .*'streams.a'.*'streams.b'"):
+    with pytest.raises(ConfigError, match=r"different conditioning: .*'streams.a'.*'streams.b'"):
         Cond.cat([Cond(streams={n: torch.ones(1, 2)}) for n in "ab"])
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"streams": {"audoi": torch.ones(2, 1)}}, ConfigError, r"Told: unknown stream 'audoi'; did you mean 'audio'"),
-        ({"streams": {"audio": torch.ones(2, 7, 4)}}, ShapeError, r"audio \[2, 7, 4\] should be \[2, \*, 5\]"),
-        ({"streams": {"audio": torch.ones(1, 7, 5)}}, ShapeError, r"audio \[1, 7, 5\] should be \[2, \*, 5\]"),
+        (
+            {"streams": {"audoi": torch.ones(2, 1)}},
+            ConfigError,
+            r"Told: unknown stream 'audoi'; did you mean 'audio'",
+        ),
+        (
+            {"streams": {"audio": torch.ones(2, 7, 4)}},
+            ShapeError,
+            r"audio \[2, 7, 4\] should be \[2, \*, 5\]",
+        ),
+        (
+            {"streams": {"audio": torch.ones(1, 7, 5)}},
+            ShapeError,
+            r"audio \[1, 7, 5\] should be \[2, \*, 5\]",
+        ),
         ({"streams": {}}, ConfigError, r"camera is needed, \[B, 6\]; got none"),
         ({"text": torch.ones(2, 4, 2)}, ShapeError, r"text \[2, 4, 2\] should be \[2, \*, 3\]"),
-        ({"maps": torch.ones(2, 1)}, ConfigError, "got Cond.maps, expected none: it takes text, audio, source, camera"),
+        (
+            {"maps": torch.ones(2, 1)},
+            ConfigError,
+            "got Cond.maps, expected none: it takes text, audio, source, camera",
+        ),
     ],
 )
 def test_what_a_model_cannot_be_given_is_refused_in_one_line(change, error, message):

@@ -9,7 +9,7 @@ import torch
 
 from ditkit.caching import TaylorSeer
 from ditkit.core.cond import Cond
-from ditkit.core.errors import ShapeError
+from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.inherit import Inherit, inherit
 from ditkit.core.run import attended
 from ditkit.models.dit import DiT, DiTConfig
@@ -71,7 +71,9 @@ def test_attention_to_the_prompt_names_its_stream():
     cross = sites["blocks.1.cross_attn.core"]
     assert (cross.stream, cross.over, cross.heads) == ("image", ("text",), CONFIG.heads)
     assert sites["blocks.1.cross_attn.kv"].stream == "text"
-    assert set(attended(sites.values())) == {"blocks.0.attn.core", "blocks.1.attn.core"}, "patterns leave it alone"
+    assert set(attended(sites.values())) == {"blocks.0.attn.core", "blocks.1.attn.core"}, (
+        "patterns leave it alone"
+    )
 
 
 def test_a_cache_forecasts_its_branches():
@@ -94,7 +96,7 @@ def test_it_begins_as_the_dit_that_it_is_taken_from():
         source.label.weight.zero_()
     x, t, cond = inputs()
     assert torch.equal(model(x, t, cond), source(x, t, Cond(label=torch.zeros(3, dtype=torch.long))))
-    with pytest.raises(Exception, match="no tensor 'null'|has no tensor"):
+    with pytest.raises(ConfigError, match="has no tensor 'null'"):
         inherit(TextDiT(CONFIG), source, Inherit())
 
 
@@ -103,8 +105,14 @@ def test_it_begins_as_the_dit_that_it_is_taken_from():
     [
         (Cond(text=torch.ones(3, 5, 7)), r"text \[3, 5, 7\] should be \[3, S, 30\]"),
         (Cond(text=torch.ones(2, 5, 30)), r"text \[2, 5, 30\] should be \[3, S, 30\]"),
-        (Cond(text=torch.ones(3, 5, 30), text_mask=torch.ones(3, 4).bool()), r"text_mask \[3, 4\] of torch.bool"),
-        (Cond(text=torch.ones(3, 5, 30), text_mask=torch.ones(3, 5)), r"of torch.float32 should be \[3, 5\] of bool"),
+        (
+            Cond(text=torch.ones(3, 5, 30), text_mask=torch.ones(3, 4).bool()),
+            r"text_mask \[3, 4\] of torch.bool",
+        ),
+        (
+            Cond(text=torch.ones(3, 5, 30), text_mask=torch.ones(3, 5)),
+            r"of torch.float32 should be \[3, 5\] of bool",
+        ),
     ],
 )
 def test_a_text_of_another_shape_is_refused(cond, message):

@@ -35,8 +35,11 @@ def generate(
         progress: called after each evaluation with (done, total).
 
     Raises:
-        ConfigError: an unknown class, a prompt for a model without text, a seed given twice, a number out of range, a policy that does not fit.
+        ConfigError: an unknown class, a prompt for a model without text, a seed given twice, a number out of range, a
+            policy that does not fit.
         ConfigError, ShapeError: given content that cannot be completed, before anything is drawn.
         ConflictError, NoEffectError: two policies own one site; a policy saved nothing.
     """
-    return Sampler.of(model, label, prompt=prompt, cond=cond, shape=shape, sampling=sampling, **changes).draw(progress)
+    return Sampler.of(model, label, prompt=prompt, cond=cond, shape=shape, sampling=sampling, **changes).draw(
+        progress
+    )

@@ -99,18 +99,20 @@ class _CountingMode(TorchDispatchMode):
         super().__init__()
         self.macs: Counter[str] = Counter()
         self.uncounted: set[str] = set()
+        self.simple: set[Any] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        if packet not in FORMULAS:
+        if packet not in FORMULAS and func not in self.simple:
             # Inference mode hands over composite operations whole: count the parts that have formulas.
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+            self.simple.add(func)  # no composite, whatever its arguments are
         out = func(*args, **kwargs)
         if packet in FORMULAS:
             kind, formula = FORMULAS[packet]

@@ -107,7 +107,9 @@ def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:
     """Return a name for the file of each sample; a class that is the only one counts where it has a name."""
     if any(d.prompts for d in drawn):
         stems = file_stems(list(dict.fromkeys(prompt for d in drawn for prompt in d.prompts)))
-        return [f"{stems[prompt]}-{seed}" for d in drawn for seed, prompt in zip(d.seeds, d.prompts, strict=True)]
+        return [
+            f"{stems[prompt]}-{seed}" for d in drawn for seed, prompt in zip(d.seeds, d.prompts, strict=True)
+        ]
     classes = class_names(model)
     if len(classes) < 2 and not getattr(model.config, "class_names", ()):
         return [f"{seed}" for seed, _ in iterate(drawn)]

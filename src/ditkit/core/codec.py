@@ -95,7 +95,7 @@ class Codec(nn.Module, ABC):
         return self.decode(coded.z)
 
     def weave(self, noise: Tensor, side: Tensor) -> Tensor:
-        """Return noise of the latents' shape as the latents of this side value have it, at each draw; by default white."""
+        """Return noise of the latents' shape as latents of this side value have it, at each draw; by default white."""
         return noise
 
     @abstractmethod

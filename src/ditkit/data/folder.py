@@ -163,7 +163,10 @@ def _with_captions(root: Path, entries: list[Entry]) -> list[Entry]:
         raise DataError(f"{root}: none of {len(entries)} images has a caption, expected some for blank=drop")
     if len(kept) < len(entries):
         logger.warning(
-            "%s: %d of %d images have no caption and are left out", root, len(entries) - len(kept), len(entries)
+            "%s: %d of %d images have no caption and are left out",
+            root,
+            len(entries) - len(kept),
+            len(entries),
         )
     return kept
 

@@ -1,4 +1,4 @@
-"""Captions of a folder of pictures: `metadata.jsonl` and `metadata.csv` of Hugging Face's imagefolder, `NAME.txt` files."""
+"""Captions of a folder of pictures: Hugging Face's `metadata.jsonl` and `metadata.csv`, and `NAME.txt` files."""
 
 from __future__ import annotations
 

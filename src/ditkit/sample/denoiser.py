@@ -128,7 +128,9 @@ class GuidedDenoiser:
             net, _, branch = name.rpartition(":")
             base = self.lanes.get(f"{net}:cond" if net else "cond")
             if base is None:
-                raise ConfigError("guidance: " + unknown("network", net, self.guidance.networks() or ("none",)))
+                raise ConfigError(
+                    "guidance: " + unknown("network", net, self.guidance.networks() or ("none",))
+                )
             names = branch.split("+")
             conds = [base.model.branch(base.cond, one) for one in names]
             cond = conds[0] if len(conds) == 1 else Cond.cat(conds)
@@ -136,7 +138,7 @@ class GuidedDenoiser:
         return self.lanes[name]
 
     def joins(self, names: Sequence[str]) -> bool:
-        """Return whether branches run as one call: they are the model's, and given things of one shape but for texts."""
+        """Return whether branches run as one call: the model's own, given things of one shape but for texts."""
         if not self.batched or len(names) < 2 or any(":" in name for name in names):
             return False
         return "+".join(names) in self.lanes or Cond.joins([self.lane(name).cond for name in names])

@@ -481,7 +481,9 @@ def _in_signal_space(model: Denoiser) -> dict[str, Condition]:
 
 def _check_rows(cond: Cond, seeds: int) -> None:
     for name, value in cond.tensors():
-        if len(value) != seeds and not name.startswith("streams."):  # those are checked against what is declared
+        if len(value) != seeds and not name.startswith(
+            "streams."
+        ):  # those are checked against what is declared
             raise ConfigError(f"Cond.{name} has {len(value)} rows for {seeds} seeds; expected one a seed")
 
 

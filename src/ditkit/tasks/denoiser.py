@@ -73,7 +73,10 @@ class DenoiserRecipe(Recipe):
         codec, data = load_codec(self.codec), self.read()
         recipe = self.fitting(data, codec)
         conditions = recipe.model.conditions
-        if codec.side_shape(codec.latent_shape(self.signal_shape(data))) is not None and SIDE not in conditions:
+        if (
+            codec.side_shape(codec.latent_shape(self.signal_shape(data))) is not None
+            and SIDE not in conditions
+        ):
             raise ConfigError(
                 f"codec={self.codec!r} has a side value, which a {network(self.model)} cannot be given; it takes "
                 f"{listed(conditions)}, expected {SIDE!r} too"

@@ -22,7 +22,8 @@ PIXELS = "pixels"
 class LatentDataset:
     """Samples as a codec's latents, drawn anew at every step (DiT, section 4).
 
-    A codec's side value comes along as a stream. Labels, texts, maps and other streams come along as they are; streams that the model declares as signals are coded.
+    A codec's side value comes along as a stream. Labels, texts, maps and other streams come along as they are; streams
+    that the model declares as signals are coded.
 
     Args:
         conditions: what the model can be given; a stream `pixels` among them is the very signal that is coded.

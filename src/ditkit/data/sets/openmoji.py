@@ -1,7 +1,7 @@
 """OpenMoji, drawn from the SVG files of the npm package `openmoji` (CC BY-SA 4.0).
 
-Class = Unicode subgroup (`animal-mammal`), caption = annotation ("pig", "light blue heart"). OpenMoji is the work of the
-OpenMoji project, openmoji.org; what is made of its pictures carries its licence.
+Class = Unicode subgroup (`animal-mammal`), caption = annotation ("pig", "light blue heart"). OpenMoji is the work of
+the OpenMoji project, openmoji.org; what is made of its pictures carries its licence.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _drawn(archive: tarfile.TarFile, codes: Sequence[str], size: int, which: str
         else:
             there[place] = True
     if left := len(codes) - len(pictures):
-        LOG.warning("%s: %d of %d pictures cannot be drawn by cairosvg and are left out", PACKAGE, left, len(codes))
+        LOG.warning(
+            "%s: %d of %d pictures cannot be drawn by cairosvg and are left out", PACKAGE, left, len(codes)
+        )
     state = {IMAGES: torch.stack(pictures), THERE: there}
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ditkit.api.generate import generate
@@ -19,8 +18,8 @@ from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
 from ditkit.nn.text_encoder import text_encoder
 from ditkit.report.sheet import grid, write_png
-from ditkit.tasks.image.captions import Captions, check_captions, encoded_captions
 from ditkit.tasks.denoiser import DenoiserRecipe
+from ditkit.tasks.image.captions import Captions, check_captions, encoded_captions
 from ditkit.train.loop import Sheet, TrainingSet
 from ditkit.train.randomness import SampleRNG
 

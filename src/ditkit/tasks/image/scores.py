@@ -185,7 +185,8 @@ def nearest(drawn: Samples, real: ImageSet, fake_features: Tensor, real_features
 def check_real(model: Model, real: ImageSet) -> None:
     """Refuse data that is too little to measure, or whose classes or channels are not the model's.
 
-    A model that takes a prompt needs captions instead. Images with captions instead of classes fit any model of one class.
+    A model that takes a prompt needs captions instead. Images with captions instead of classes fit any model of one
+    class.
     """
     if len(real) < FEWEST:
         raise ConfigError(f"{real.name} has {len(real)} pictures, expected at least {FEWEST}")
@@ -222,9 +223,7 @@ def asked_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
     return {"label": real.labels[index].tolist()}
 
 
-def table(
-    result: Distribution, macs_each: int, seconds_each: float, found: Retrieval | None = None
-) -> Table:
+def table(result: Distribution, macs_each: int, seconds_each: float, found: Retrieval | None = None) -> Table:
     """Return the figures with the features they are measured in."""
     from rich import box
     from rich.table import Table
