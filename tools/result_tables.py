@@ -145,10 +145,12 @@ HEADLINE = {
 """The README's rows of the race, by the names of their contestants; the best rival is the fifth."""
 METHODS = {
     "caches": ("TaylorSeer", "ConfidentTaylor", "RAS"),
-    "patterns": ("Grouped", "Neighbourhood", "Reshaped"),
+    "patterns": ("Grouped", "Neighbourhood", "Reshaped", "Draft"),
 }
 FAMILIES = {
     "flux": "FLUX.1",
+    "flux2": "FLUX.2",
+    "qwen-image": "Qwen-Image",
     "sd3": "Stable Diffusion 3, 3.5",
     "dit": "DiT",
     "pixart": "PixArt-alpha, Sigma",
@@ -156,8 +158,13 @@ FAMILIES = {
     "lumina-next": "Lumina-Next",
     "wan": "Wan 2.1, 2.2",
     "cogvideox": "CogVideoX 1.0, 1.5",
+    "hunyuan-video": "HunyuanVideo",
+    "ltx": "LTX-Video",
+    "latte": "Latte",
 }
-REFUSED = {("lumina-next", name) for name in METHODS["patterns"]}
+REFUSED = {(family, name) for family in ("lumina-next", "latte") for name in METHODS["patterns"]} | {
+    ("latte", "RAS")
+}
 """Pairs that are refused by name; tests/docs/test_matrix.py holds this list to the code."""
 
 

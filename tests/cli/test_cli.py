@@ -148,6 +148,27 @@ def test_compare_writes_its_report_and_says_where(model: Path, tmp_path: Path, c
     assert kinds == ["exact", "policy", "control"]
 
 
+def test_a_narrow_terminal_is_sent_to_the_page(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    flags = [
+        "--policy",
+        "taylorseer:interval=3",
+        "--seeds",
+        "0",
+        "--steps",
+        "6",
+        "--rounds",
+        "1",
+        "--no-memory",
+    ]
+    assert exit_code("compare", model, *flags, "--out", tmp_path) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "the table needs 80 columns and this terminal has 60: see report.html"
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_the_demo_is_what_it_says(
     model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -167,7 +188,7 @@ def test_the_demo_is_what_it_says(
     assert isinstance(sampling, Sampling)
     assert sampling.policies == (DEFAULT, TaylorSeer(interval=4, order=1), TaylorSeer(interval=6, order=2))
     assert (tmp_path / "first.png").is_file() and "takes about" in capsys.readouterr().err
-    assert (asked["rounds"], asked["memory"], asked["converged_steps"]) == (2, False, 200)
+    assert (asked["rounds"], asked["memory"], asked["converged_steps"]) == (1, False, 100)
     assert asked["controls_as_rows"] is True and sampling.seeds == tuple(range(8)) and sampling.steps == 50
 
 

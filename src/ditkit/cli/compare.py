@@ -44,8 +44,8 @@ MaskName = Annotated[
 ]
 DEMO_SETTINGS = ((4, 1), (6, 2))
 """Intervals and orders of TaylorSeer in the demo, beside the default policy of `ditkit.accelerate`."""
-ROUNDS, DEMO_ROUNDS = 3, 2
-DEMO_CONVERGED = 4  # times the steps; ten times, as elsewhere, would take longer than all else
+ROUNDS, DEMO_ROUNDS = 3, 1
+DEMO_CONVERGED = 2  # times the steps; ten times, as elsewhere, would take longer than all else
 PROBE_STEPS = 10
 FIRST = "first.png"
 NARROW = 80
@@ -91,9 +91,9 @@ def compare(
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
         prompt: Text to draw, of a model that takes one: one, or repeated, one a seed.
-        converged_steps: Steps of the run that stands for the sampler's limit. Default: 10 times --steps; --demo: 4.
+        converged_steps: Steps of the run that stands for the sampler's limit. Default: 10 times --steps; --demo: 2.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
-        rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 2.
+        rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 1.
         no_memory: Do not measure peak memory, which takes a process for each row.
         data: A named set or folder. Images: to report FID and KID against. Clips: given in part.
         option: Option of the loader of --data, such as split=test or fps=10. Repeat it for several. Default,
