@@ -1,9 +1,10 @@
 """From noise to samples: solvers, guidance, and the sampler that joins them with policies."""
 
 from ditkit.sample.forecast import forecast
-from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, Nested, PowerCosine, Unguided
+from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, PowerCosine, Unguided
 from ditkit.sample.inversion import DdimInversion, invert
 from ditkit.sample.multistep import DpmSolverPP, UniPc
+from ditkit.sample.nested import Nested
 from ditkit.sample.noise import SampleNoise, initial_noise
 from ditkit.sample.sampler import Sampler, Samples, Sampling, sample
 from ditkit.sample.scheduler import DiffusersScheduler

@@ -125,7 +125,7 @@ class GuidedDenoiser:
             ShapeError: branches that are given things of several shapes, but for texts, cannot be joined.
         """
         if name not in self.lanes:
-            net, _, branch = name.rpartition(":")
+            net, branch = self._place(name)
             base = self.lanes.get(f"{net}:cond" if net else "cond")
             if base is None:
                 raise ConfigError(
@@ -139,9 +139,16 @@ class GuidedDenoiser:
 
     def joins(self, names: Sequence[str]) -> bool:
         """Return whether branches run as one call: the model's own, given things of one shape but for texts."""
-        if not self.batched or len(names) < 2 or any(":" in name for name in names):
+        if not self.batched or len(names) < 2 or any(self._place(name)[0] for name in names):
             return False
         return "+".join(names) in self.lanes or Cond.joins([self.lane(name).cond for name in names])
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Split "NET:BRANCH"; a network's name alone is its "cond", unless the model has such a branch."""
+        if f"{name}:cond" in self.lanes and name not in self.model.branches:
+            return name, "cond"
+        net, _, branch = name.rpartition(":")
+        return net, branch
 
     def _of_guide(self, network: Denoiser) -> Trajectory:
         """Return the guide's trajectory.

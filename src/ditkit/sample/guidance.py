@@ -19,7 +19,8 @@ from ditkit.core.model import Denoiser
 Branches = Callable[..., tuple[Tensor, ...]]
 """`branches("cond", "uncond")` runs the named branches and returns their predictions, each [B, C, ...].
 
-A name is a branch of the sampled model (`Denoiser.branches`); "NET:BRANCH" is one of a network of `Guidance.networks`.
+A name is a branch of the sampled model (`Denoiser.branches`), or "NET:BRANCH" one of a network of `Guidance.networks`;
+the network's name alone stands for its "cond".
 """
 
 
@@ -111,40 +112,6 @@ class PowerCosine(Guidance):
 
 @final
 @dataclass(frozen=True)
-class Nested(Guidance):
-    """b_0 + sum of s_i (b_i - b_{i-1}): branches that are given more and more, a scale each (arXiv 2211.09800, eq. 3).
-
-    Args:
-        scales: one for each branch after the first.
-        branches: of the model, from the one that is given least; ("uncond", "cond") is classifier-free guidance.
-    """
-
-    scales: tuple[Finite, ...]
-    branches: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.branches) < 2 or len(self.scales) != len(self.branches) - 1:
-            raise ConfigError(
-                f"Nested: scales={self.scales} for branches={self.branches}, expected a scale for each branch "
-                "after the first"
-            )
-
-    def __call__(self, branches: Branches, t: float) -> Tensor:
-        if all(scale == 1 for scale in self.scales):
-            return branches(self.branches[-1])[0]
-        first, *others = branches(*self.branches)
-        out = first
-        for scale, weak, strong in zip(self.scales, (first, *others), others, strict=False):
-            out = out + scale * (strong - weak)
-        return out
-
-    def networks(self) -> Mapping[str, Denoiser]:
-        return {}
-
-
-@final
-@dataclass(frozen=True)
 class Autoguidance(Guidance):
     """g + scale (c - g), g a weaker model's conditional prediction (Karras et al. 2024, arXiv 2406.02507).
 
@@ -159,7 +126,7 @@ class Autoguidance(Guidance):
     def __call__(self, branches: Branches, t: float) -> Tensor:
         if self.scale == 1:
             return branches("cond")[0]
-        cond, guide = branches("cond", "guide:cond")
+        cond, guide = branches("cond", "guide")
         return extrapolate(cond, guide, self.scale)
 
     def networks(self) -> Mapping[str, Denoiser]:
