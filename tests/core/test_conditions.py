@@ -300,3 +300,25 @@ def test_streams_that_are_signals_are_coded_whatever_their_length():
     coded = encode_given(codec, cond, model().conditions)
     assert torch.equal(coded.streams["source"], codec.encode(signal))
     assert coded.streams["audio"] is cond.streams["audio"]
+
+
+def test_texts_maps_and_pixels_travel_beside_latents_where_they_are_asked_for():
+    from codecs_support import small
+    from ditkit.tasks.latent import PIXELS, LatentDataset
+
+    pictures = torch.randn(2, 3, 16, 8)
+
+    class Captioned:
+        def __len__(self) -> int:
+            return 2
+
+        def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
+            return pictures[indices], Cond(text=torch.ones(2, 3, 3), maps=pictures[indices, :1])
+
+    rng, codec = SampleRNG(0, 0, range(2)), small()
+    for conditions, streams in (({}, set()), ({PIXELS: Condition((3, None, None))}, {PIXELS})):
+        z, cond = LatentDataset(Captioned(), codec, conditions).batch(torch.arange(2), rng)
+        assert z.shape[1:] == codec.latent_shape((3, 16, 8))
+        assert cond.text.shape == (2, 3, 3) and torch.equal(cond.maps, pictures[:, :1])
+        assert set(cond.streams) == streams
+    assert torch.equal(cond.streams[PIXELS], pictures)

@@ -28,6 +28,7 @@ from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_m
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
+Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, int], None]
 
 # Names of operations that multiply matrices: those without a formula are reported as uncounted.
 HEAVY = re.compile(r"mm(_|$)|matmul|convolution|conv_|attention|rnn|lstm|gru|encoder_layer|trilinear|_c?dist")
@@ -54,10 +55,13 @@ class MacCounter:
     ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
     >>> counter.total
     30
+
+    Args:
+        listener: called after each operation with (operation, arguments, keywords, result, multiply-accumulates).
     """
 
-    def __init__(self) -> None:
-        self._mode = _CountingMode()
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._mode = _CountingMode(listener)
 
     def __enter__(self) -> Self:
         # nn.TransformerEncoderLayer has a fused inference path, one opaque operation; the plain one is equal.
@@ -95,30 +99,33 @@ def count_macs(fn: Callable[..., object], *args: Any, **kwargs: Any) -> MacCount
 
 
 class _CountingMode(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
         super().__init__()
+        self.listener = listener
         self.macs: Counter[str] = Counter()
         self.uncounted: set[str] = set()
-        self.simple: set[Any] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        if packet not in FORMULAS and func not in self.simple:
+        if packet not in FORMULAS:
             # Inference mode hands over composite operations whole: count the parts that have formulas.
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-            self.simple.add(func)  # no composite, whatever its arguments are
         out = func(*args, **kwargs)
+        macs = 0
         if packet in FORMULAS:
             kind, formula = FORMULAS[packet]
-            self.macs[kind] += formula(*args, out_val=out, **kwargs)
+            macs = formula(*args, out_val=out, **kwargs)
+            self.macs[kind] += macs
         elif _looks_heavy(func):
             self.uncounted.add(str(packet))
+        if self.listener is not None:
+            self.listener(func, args, kwargs, out, macs)
         return out
 
 

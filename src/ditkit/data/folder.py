@@ -116,8 +116,9 @@ def chosen_split(root: Path, split: str | None) -> Path:
 def read_entries(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     """Read class names and images with their captions, by whatever layout the folder has."""
     _, files = walk(root)
+    classes: tuple[str, ...] = ()
     if metadata_of(root) is not None:
-        classes, entries = (), read_metadata(root)
+        entries = read_metadata(root)
         used = {METADATA, TABLE}
     else:
         classes, entries = read_class_folders(root)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from ditkit.core.codec import SIDE
 from ditkit.core.cond import Cond, check_cond, listed
@@ -105,7 +106,7 @@ class DenoiserRecipe(Recipe):
 def example_cond(config: Any) -> Cond:
     """Return what one sample of a network of `config` is given, as zeros; a text of the most tokens it may have."""
     plain: dict[str, Any] = {}
-    streams = {}
+    streams: dict[str, Tensor] = {}
     for name, condition in config.conditions.items():
         if name == "label":
             plain[name] = torch.zeros(1, dtype=torch.long)
