@@ -97,7 +97,7 @@ def _name(component: str) -> str:
 
 
 def _names(nodeid: str, others: set[str]) -> bool:
-    """Return whether the parameters of a test name one of `others`: a contract's file is of every row that enters it."""
+    """Return whether the parameters of a test name one of `others`: every row that enters a contract lists its file."""
     return not others.isdisjoint(nodeid.partition("[")[2].rstrip("]").lower().split("-"))
 
 
