@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.profile import profile as profile
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -28,6 +29,7 @@ HOMES = {
     "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
+    "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
     "tune": "ditkit.api.tune",
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "profile",
     "restore",
     "tune",
 ]

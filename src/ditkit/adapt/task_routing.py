@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_map
 
 from ditkit.core.config import Natural
 from ditkit.core.convention import PathName
-from ditkit.core.ddpm import DISCRETE, DiscretePath
-from ditkit.core.errors import ConfigError
-from ditkit.core.path import PATHS
+from ditkit.core.errors import CheckpointError, ConfigError, ConflictError
 from ditkit.core.policy import Claim, Policy, Session
 from ditkit.core.run import Call, Handler, Site, named
-from ditkit.nn.task_windows import TASKS, active, windows
+from ditkit.nn.task_windows import active, tasks_of, windows
 
 Routes = Literal["windows", "random"]
+TABLE = ".routing._unit_mapping"
+"""The end of the names under which published weights hold each block's masks, [1000, D]."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,46 @@ class TaskRouting(Policy):
     def exact(self) -> TaskRouting:
         return replace(self, share=1.0)
 
+    def check_model(self, model: Any) -> None:
+        """Refuse a model of another path, whose noise-times are other tasks, or that routes its blocks itself.
+
+        A transformer of diffusers does not name its path, and is taken with that of the policy.
+
+        Raises:
+            ConfigError, ConflictError: it is one.
+        """
+        if self == self.exact():
+            return
+        convention = getattr(model.config, "convention", None)
+        if convention is not None and convention.path != self.path:
+            raise ConfigError(
+                f"TaskRouting: got path={self.path!r}, and the model is of path {convention.path!r}, whose noise-times "
+                f"are other tasks; expected taskrouting:path={convention.path}"
+            )
+        if named(model.sites(), "route"):
+            kind = type(model).__name__
+            raise ConflictError(
+                f"TaskRouting and {kind} both decide by time what a block is given; use one of them"
+            )
+
+    def upgraded(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> Mapping[str, Tensor]:
+        """Return the tensors without the tables of masks that published weights hold.
+
+        Raises:
+            CheckpointError: a table is not that of this setting.
+        """
+        for name, table in state.items():
+            if not name.endswith(TABLE):
+                continue
+            mask = self.mask(torch.arange(len(table)), table.shape[-1], name.removesuffix(TABLE))
+            if not torch.equal(table.bool(), mask):
+                given = f"{int(table[0].sum())} of {table.shape[-1]} channels active at task 0"
+                raise CheckpointError(
+                    f"{name!r} are other masks than those of {self}: {given}; expected the setting that the weights "
+                    "were trained under"
+                )
+        return {name: value for name, value in state.items() if not name.endswith(TABLE)}
+
     def tasks(self, times: Tensor) -> Tensor:
         """Return the tasks, int64, of noise-times [B].
 
@@ -65,11 +105,7 @@ class TaskRouting(Policy):
         """
         if times.ndim != 1:
             raise ConfigError(f"TaskRouting: times {list(times.shape)}, expected one a sample, [B]")
-        if self.path in DISCRETE:
-            return (times.double() * TASKS).round().long().sub(1).clamp(0, TASKS - 1)
-        c = PATHS[self.path]().at(times.double())
-        ratio = (c.alpha.clamp_min(1e-12).log() - c.sigma.clamp_min(1e-12).log()) * 2
-        return (ratio[:, None] - _log_snr().to(times.device)).abs().argmin(1)
+        return tasks_of(self.path, times)
 
     def mask(self, task: Tensor, channels: int, name: str) -> Tensor:
         """Whether a channel is active, bool [B, channels], in the block `name`."""
@@ -113,13 +149,6 @@ def routed(mask: Any, fn: Handler, x: Any, *args: Any) -> Any:
     masks = tree_map(kept, x)
     out = fn(tree_map(lambda h, m: h * m, x, masks), *args)
     return tree_map(lambda new, h, m: new + h * ~m, out, x, masks)
-
-
-@cache
-def _log_snr() -> Tensor:
-    """Logarithm of signal to noise of each task, [1000]: of DDPM with linear betas."""
-    abar = DiscretePath.linear().abar
-    return (abar / (1 - abar)).log()
 
 
 def _random(task: int, channels: int, share: float, name: str, seed: int) -> Tensor:

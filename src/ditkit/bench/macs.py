@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
+from ditkit.ops.routed_linear import operation as routed
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -205,4 +206,6 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
+    torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
+    torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }

@@ -268,7 +268,8 @@ def _loss(model: Denoiser, name: str, batch: DrawBatch, common: Prediction | Non
     data, noise, cond = batch.data.to(device), batch.noise.to(device), batch.cond.to(device)
     x = path.mix(data, noise, t.to(data.dtype))
     inputs = x, convention.model_time(t).to(data.dtype), cond
-    out, _ = run_with_taps(model, model, (), tuple(x.shape[1:]), *inputs)
+    times = path.noise_time(t).to(data.dtype)
+    out, _ = run_with_taps(model, model, (), tuple(x.shape[1:]), *inputs, times=times)
     prediction, _ = convention.split(out.float())
     if common is not None:
         prediction = path.convert(prediction, x, t.to(x.dtype), convention.prediction, common)

@@ -23,9 +23,14 @@ COMMANDS = (
     "compare",
     "tune",
     "plan",
+    "profile",
     "search",
+    "experts",
     "video",
     "forecast",
+    "policies",
+    "recipes",
+    "data",
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -146,10 +146,12 @@ class Model(nn.Module, ModelHubMixin, ABC):
 
         Raises:
             ConfigError: a policy that config.json cannot name, so that what is trained under it could not be loaded;
-                or what the model has learned of it has other shapes.
+                an inherent one of another model; or what the model has learned of it has other shapes.
         """
         for policy in policies:
             _check_named(policy)
+            if policy.inherent:
+                policy.check_model(self)
         sites, known = self.sites(), dict(self.learned.items())
         begun = {type(policy).__name__: policy.modules(sites) for policy in policies}
         taken = {name: _taken(name, known.get(name), own) for name, own in begun.items() if own is not None}

@@ -107,6 +107,8 @@ class Policy(Checked, ABC):
     def check_model(self, model: Any) -> None:
         """Refuse weights that the policy was not made for; sites alone do not tell them apart.
 
+        That of an inherent policy reads the config and the sites only, as `Model.adopt` calls it while it loads.
+
         Raises:
             ConfigError: it was made for others.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ Kind = Literal[
 AttentionKind = Literal["full", "axial", "scaled"]
 """Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
 1 / sqrt(K)."""
+Axis = Literal["", "time", "space"]
 Handler = Callable[..., Any]
 """`handler(fn, *args)` returns what `fn(*args)` returns; it may run `fn` or not."""
 
@@ -46,6 +48,8 @@ class Site(NamedTuple):
     """Its function reads its rows as a grid (convolution, scan, windows): none may be moved or taken out around it."""
     over: tuple[str, ...] = ()
     """Streams that the keys of a `core` come from; none: those of its own stream's sequence."""
+    axis: Axis = ""
+    """The axis that the keys of an axial `core` lie along."""
 
 
 def named(sites: Iterable[Site], *kinds: Kind) -> list[str]:
@@ -117,10 +121,16 @@ class Call:
             object.__setattr__(self, "times", torch.tensor([self.t]))
 
 
+Watch = Callable[[str, Callable[..., Any], Handler | None, tuple[Any, ...]], Any]
+"""`watch(name, fn, handler, args)` returns what the site `name` returns."""
+
+
 class Run:
     """Handlers of one model call by site name; without any, every site just calls its function."""
 
     __slots__ = ("handlers",)
+    watch: ClassVar[Watch | None] = None
+    """The watch of all runs, while `watching`."""
 
     def __init__(self, handlers: Mapping[str, Handler] | None = None) -> None:
         self.handlers = handlers or {}
@@ -128,7 +138,31 @@ class Run:
     def site(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, through the handler of `name` if there is one. Argument 0 holds the tokens."""
         handler = self.handlers.get(name)
-        return fn(*args) if handler is None else handler(fn, *args)
+        # a compiled graph is never watched: it would be one for each watch
+        if torch.compiler.is_compiling() or Run.watch is None:
+            return fn(*args) if handler is None else handler(fn, *args)
+        return Run.watch(name, fn, handler, args)
+
+    @property
+    def named(self) -> bool:
+        """Return whether anybody asks for the names of sites."""
+        return bool(self.handlers) or Run.watch is not None
 
 
 DIRECT = Run()
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Call every site of every model through `watch` while the block runs, as a profiler does.
+
+    Raises:
+        ConfigError: another block does.
+    """
+    if Run.watch is not None:
+        raise ConfigError("sites are being watched already, expected one profile at a time")
+    Run.watch = staticmethod(watch)
+    try:
+        yield
+    finally:
+        Run.watch = None

@@ -113,7 +113,7 @@ def call_block(model: Any, block: nn.Module, run: Run, name: str, *args: Any, **
         args, given: all parameters of the block before `run`, in its order.
     """
     # no name without handlers: blocks share their code, and torch.compile would specialise on it
-    at = name if run.handlers else ""
+    at = name if run.named else ""
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         # the run is handed on: recomputation may happen on a thread that has no context variable
         return model._gradient_checkpointing_func(block, *args, *given.values(), run, at)

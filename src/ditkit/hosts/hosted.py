@@ -26,6 +26,8 @@ KEY = "_ditkit"
 """The key of the changes of the structure in diffusers' config.json, which ignores it."""
 APPLIED = "ditkit_transforms"
 """Attribute of a transformer: the same."""
+TRAINED = "ditkit_policies"
+"""Attribute of a transformer: inherent policies without weights of their own that it was trained under."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Host(Model):
         model._set(HostConfig(type(transformer).__name__, json.dumps(arguments)), transformer)
         listed = transforms_of(kept.get("transforms"), type(transformer).__name__)
         model.transforms = vars(transformer).get(APPLIED) or tuple(listed)
+        model.policies = trained_under(transformer)
         return model
 
     def _set(self, config: HostConfig, transformer: nn.Module) -> None:
@@ -94,6 +97,15 @@ class Host(Model):
         """Call the transformer."""
         with running(run):
             return self.transformer(*args, **kwargs)
+
+    def adopt(self, policies: Sequence[Policy]) -> Self:
+        """Train under `policies`, as any model; a pipeline of the transformer is accelerated under them, too."""
+        super().adopt(policies)
+        sites = self.sites()
+        own = tuple(p for p in self.policies if p.inherent and p.modules(sites) is None and p != p.exact())
+        vars(self.transformer)[TRAINED] = own
+        self.note()
+        return self
 
     def transform(self, transform: Transform, calibration: Any = None) -> Report:
         report = super().transform(transform, calibration)
@@ -124,8 +136,13 @@ class Host(Model):
         """Fields of diffusers' config with which its own class builds this; None where nothing was done.
 
         Raises:
-            ConfigError: names the transform that has no such form, and the two ways on.
+            ConfigError: names the policy or the transform that has no such form, and the ways on.
         """
+        if under := trained_under(self.transformer):
+            raise ConfigError(
+                f"{self.config.name} was trained under {under[0]}, without which plain diffusers would run it; save it "
+                "by ditkit.hosts.hosted.Host.around(transformer).save(folder), which ditkit.load opens"
+            )
         if not self.transforms and KEY not in dict(self.transformer.config):
             return None
         fields: dict[str, Any] = {}
@@ -196,6 +213,12 @@ class Host(Model):
         fill(model, state, source)
         model.note()
         return model.eval()
+
+
+def trained_under(transformer: Any) -> tuple[Policy, ...]:
+    """Return the inherent policies that a transformer was trained under."""
+    found: tuple[Policy, ...] = vars(transformer).get(TRAINED, ())
+    return found
 
 
 def transform_in_place(

@@ -123,7 +123,8 @@ def sites(model: Any) -> tuple[Site, ...]:
     named = [Site("tokens", "tokens"), Site("time", "time"), Site("blocks", "stack")]
     for at, block in _blocks(model):
         named += [Site(at, "block"), Site(f"{at}.attn", "branch")]
-        named += attention_sites(f"{at}.attn", block.attn1, attention="axial")
+        inside = attention_sites(f"{at}.attn", block.attn1, attention="axial")
+        named += [site._replace(axis="time" if at.startswith("temporal") else "space") for site in inside]
         named += [Site(f"{at}.cross_attn", "branch")] if block.attn2 is not None else []
         named.append(Site(f"{at}.mlp", "branch"))
     width = model.config.num_attention_heads * model.config.attention_head_dim

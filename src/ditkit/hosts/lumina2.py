@@ -183,7 +183,7 @@ def layout(model: Any, shape: Sequence[int], encoder_attention_mask: Tensor) -> 
 
 def _name(run: Run, kind: str, i: int) -> str:
     # no name without handlers: blocks share their code, and torch.compile would specialise on it
-    return f"{kind}.{i}" if run.handlers else ""
+    return f"{kind}.{i}" if run.named else ""
 
 
 def _visible(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -169,9 +169,7 @@ class LuminaNextDiT2DModel(host.LuminaNextDiT2DModel):
     ) -> Tensor:
         """One block, called as diffusers does; this class has no gradient checkpointing."""
         args = (x_BLD, place.visible, place.phases, text, known)
-        return block(
-            *args, temb=temb, cross_attention_kwargs=kwargs, run=run, at=name if run.handlers else ""
-        )
+        return block(*args, temb=temb, cross_attention_kwargs=kwargs, run=run, at=name if run.named else "")
 
 
 def sites(model: Any) -> tuple[Site, ...]:

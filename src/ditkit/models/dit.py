@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,13 @@ from ditkit.core.config import (
     divides_for_sincos,
     divides_into_heads,
     names_every_class,
+    network,
 )
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import Denoiser
+from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
@@ -70,7 +72,9 @@ class DiTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size % self.patch:
-            raise ShapeError(f"DiT: size={self.size} does not divide into patches of {self.patch}")
+            raise ShapeError(
+                f"{network(self)}: size={self.size} does not divide into patches of {self.patch}"
+            )
         divides_into_heads(self)
         divides_for_sincos(self)
         names_every_class(self)
@@ -95,7 +99,7 @@ class DiT(Denoiser):
         self.embed = nn.Linear(pixels * c.channels, c.width)
         self.time = TimeEmbedding(c.width)
         self.label = nn.Embedding(c.classes + 1, c.width)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(self.block() for _ in range(c.depth))
         self.head = Head(c.width, pixels * out)
         adaln_zero_(self, self.label.weight, self.time.inner.weight, self.time.outer.weight)
 
@@ -110,20 +114,27 @@ class DiT(Denoiser):
         """
         names = [f"{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
         if name not in names:
-            raise ConfigError(unknown("DiT preset", name, names))
+            raise ConfigError(unknown(f"{cls.__name__} preset", name, names))
         size, patch = name.split("/")
         depth, width, heads = SIZES[size]
-        return cls(DiTConfig(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention))
+        return cls(cls.Config(patch=int(patch), width=width, depth=depth, heads=heads, convention=convention))
 
     @classmethod
-    def from_original(cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig) -> Self:
+    def from_original(
+        cls, source: str | Path | Mapping[str, Tensor], config: DiTConfig, policies: Sequence[Policy] = ()
+    ) -> Self:
         """Weights in the naming of the DiT and SiT repositories (`.safetensors`, or `.pt` of plain tensors).
 
+        Args:
+            policies: that the weights were trained under: DTR's, whose names are DiT's, under TaskRouting.
+
         Raises:
-            CheckpointError: a tensor is missing, left over, of another shape or not finite.
+            CheckpointError: a tensor is missing, left over, of another shape or not finite. A table of DTR's masks
+                is left over without its policy.
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
-        return cls.holding(config, renamed(state), source if isinstance(source, str | Path) else "state dict")
+        named = source if isinstance(source, str | Path) else "state dict"
+        return cls.holding(config, renamed(state), named, policies)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -157,9 +168,17 @@ class DiT(Denoiser):
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
         c_BD = run.site("time", self.condition, t, cond)
         tokens: Tokens = run.site("tokens", self.tokenize, x)
-        stack = Stack(self.blocks, run, checkpointing=self.recomputes)
-        h_BLD = run.site("blocks", stack, tokens.x, c_BD)
+        h_BLD = self.through(tokens.x, c_BD, t, run)
         return unpatchify(run.site("head", partial(self.head, run=run), h_BLD, c_BD), grid, self.config.patch)
+
+    def block(self) -> Block:
+        """Make one of the blocks."""
+        return Block(self.config.width, self.config.heads)
+
+    def through(self, x_BLD: Tensor, c_BD: Tensor, t: Tensor, run: Run) -> Tensor:
+        """Run the blocks."""
+        out: Tensor = run.site("blocks", Stack(self.blocks, run, checkpointing=self.recomputes), x_BLD, c_BD)
+        return out
 
     def condition(self, t: Tensor, cond: Cond) -> Tensor:
         """Compute c = time embedding + label embedding, [B, D]."""

@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
-from ditkit.nn.axes import Axis, AxisAttention, Clip, ClipTokens, Layer, drop_lines, layers_of, spans
+from ditkit.nn.axes import ALONG, Axis, AxisAttention, Clip, ClipTokens, Layer, drop_lines, layers_of, spans
 from ditkit.nn.blocks import Stack, sites_of
 from ditkit.nn.mlp import PlainMLP, SwiGLU
 
@@ -216,7 +216,7 @@ class GatedBlock(nn.Module):
             Site(at, "block", width=width),
             Site(f"{at}.attn", "branch", width=width),
             kv,
-            kv._replace(name=f"{at}.attn.core", kind="core", attention="axial"),
+            kv._replace(name=f"{at}.attn.core", kind="core", attention="axial", axis=ALONG[self.axis]),
             Site(f"{at}.mlp", "branch", width=width),
             Site(f"{at}.mlp.inner", "inner", width=self.mlp.out.in_features),
         ]

@@ -20,6 +20,8 @@ from ditkit.core.run import Run
 from ditkit.nn.blocks import KV, attention, keep
 
 Axis = Literal["T", "S", "F"]
+ALONG: dict[Axis, Literal["", "time", "space"]] = {"T": "time", "S": "space", "F": ""}
+"""The words of `Site.axis` for them: attention over all rows runs along none."""
 GROUP = re.compile(r"(\+?)((?:[TSF](?:[1-9]\d{0,3})?)+)(?:\*([1-9]\d{0,3}))?")
 EXAMPLES = ("TSST*6", "STTS*6", "TST*8", "STS*8", "+STS*4", "TS*12", "ST*12", "T12S12", "S12T12", "F24")
 

@@ -238,8 +238,12 @@ class Stack:
             block = partial(run_block, self.blocks[i], self.run, at)
             if self.checkpointing:
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = self.run.site(at, block, x, *args)
+            x = self.run.site(at, block, x, *self.of_block(i, args))
         return x
+
+    def of_block(self, i: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what block i is given beside x, of what the stack was given."""
+        return args
 
 
 class Head(nn.Module):

@@ -152,9 +152,9 @@ class SpaceTimeBlock(nn.Module):
         if self.temporal_attn is not None:
             name = f"{at}.temporal_attn"
             inside = self.temporal_attn.attn.sites(name, stream, stage, attention="axial")
-            found += [site(name, "branch"), *inside]
+            found += [site(name, "branch"), *(inner._replace(axis="time") for inner in inside)]
         inside = self.attn.sites(f"{at}.attn", stream, stage, attention="axial")
-        found += [site(f"{at}.attn", "branch"), *inside]
+        found += [site(f"{at}.attn", "branch"), *(inner._replace(axis="space") for inner in inside)]
         if self.cross_attn is not None:
             name = f"{at}.cross_attn"
             found += [site(name, "branch"), *self.cross_attn.sites(name, stage)]

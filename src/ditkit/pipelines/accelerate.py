@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from inspect import BoundArguments
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 from weakref import finalize
 
@@ -15,11 +15,12 @@ from ditkit.bench.timing import seconds_of
 from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.spec import components
 from ditkit.core.trajectory import claim
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
+from ditkit.hosts.hosted import trained_under
 from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
 from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks
@@ -41,7 +42,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     a graph, and a branch in which it acts, such as attention under RAS, is none.
 
     Args:
-        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`.
+        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`. Beside them work those
+            that a transformer was trained under and cannot do without, unless their class is named.
         max_bytes: memory that all policies may hold together in a call.
 
     Raises:
@@ -56,7 +58,9 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     chosen = components("policies", Policy, policies) or (DEFAULT,)  # type: ignore[type-abstract]
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
-    models = _transformers(pipe)
+    models = transformers_of(pipe)
+    trained = _trained(models)
+    chosen = with_inherent(SimpleNamespace(policies=trained), chosen)
     check_scheduler(pipe.scheduler)
     alone = len(models) == 1
     nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
@@ -70,7 +74,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
         for model in viewed:
             without_sites(model)
         raise
-    return Accelerated(pipe, nets, chosen, max_bytes)
+    return Accelerated(pipe, nets, chosen, max_bytes, trained)
 
 
 def restore(fast: Accelerated) -> Any:
@@ -83,12 +87,18 @@ def restore(fast: Accelerated) -> Any:
 class Accelerated:
     """A pipeline under policies. What it has not itself is the pipeline's, to read, to set and to call."""
 
-    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
+    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_trained", "_watches")
 
     def __init__(
-        self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
+        self,
+        pipe: Any,
+        nets: list[Net],
+        policies: tuple[Policy, ...],
+        max_bytes: int | None,
+        trained: tuple[Policy, ...] = (),
     ) -> None:
         self._pipe, self._nets, self._policies, self._max_bytes = pipe, nets, policies, max_bytes
+        self._trained = trained
         self._last: tuple[CallSnapshot, Cost] | None = None
         self._watches: list[TransformerHooks] | None = [TransformerHooks(net) for net in nets]
         finalize(self, _unwatch, self._watches).atexit = False
@@ -176,7 +186,7 @@ class Accelerated:
 
     def _refuse_strangers(self) -> None:
         kind = type(self._pipe).__name__
-        for name, model in _transformers(self._pipe).items():
+        for name, model in transformers_of(self._pipe).items():
             if not any(net.model is model for net in self._nets):
                 raise NoEffectError(
                     f"{kind}: {name} is none of the transformers that it had before; call ditkit.accelerate again"
@@ -190,10 +200,12 @@ class Accelerated:
         return self._pipe
 
     def _draw(self, bound: BoundArguments, fast: bool) -> tuple[Any, Cost]:
-        """Run the pipeline, under the policies or exactly; return its output and its cost."""
-        pipeline_call = PipelineCall(
-            self._pipe.scheduler, self._nets, self._policies if fast else (), self._max_bytes
-        )
+        """Run the pipeline, under the policies or exactly; return its output and its cost.
+
+        Exactly is under the inherent policies of its transformers.
+        """
+        under = self._policies if fast else self._trained
+        pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, under, self._max_bytes)
         drawn: list[Any] = []
 
         def call() -> None:
@@ -225,7 +237,16 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
     claim(sites, policies)
 
 
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
+def _trained(models: Mapping[str, Any]) -> tuple[Policy, ...]:
+    """Return the inherent policies that the transformers were trained under, all under the same."""
+    found = {name: trained_under(model) for name, model in models.items()}
+    if len(set(found.values())) > 1:
+        given = "; ".join(f"{name} under {', '.join(map(str, own)) or 'none'}" for name, own in found.items())
+        raise ConfigError(f"accelerate: transformers were trained {given}, expected all under the same")
+    return next(iter(found.values()), ())
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """Find the components of a pipeline that have a view."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or getattr(pipe, "scheduler", None) is None:

@@ -135,7 +135,7 @@ class PipelineCall:
         clock = self.clock
         layout = self._layout(key, net, arguments)
         x = arguments["hidden_states"]
-        times = torch.full((len(x),), clock.t, device=x.device)
+        times = torch.full((len(x),), clock.noise_time, device=x.device)
         self._call = Call(clock.index, len(clock.times), clock.t, key[1], net.name, layout, times)
         self._first = self._first or self._call
         self._open.enter_context(running(trajectory.run(self._call)))

@@ -35,6 +35,7 @@ class Clock:
         self.timesteps = torch.empty(0)
         self.times: tuple[float, ...] = ()
         self.scale = 1.0
+        self.first = 0.0
         self.age = 0
         self._index: int | None = None
 
@@ -47,6 +48,11 @@ class Clock:
     def t(self) -> float:
         """The noise-time, nominally: the timestep over the number of those that the model was trained with."""
         return self.times[self.index] / self.scale
+
+    @property
+    def noise_time(self) -> float:
+        """The noise-time of the evaluation: of index i of a table of betas (i + 1) / its length, as of our paths."""
+        return (self.times[self.index] + self.first) / self.scale
 
     @property
     def is_over(self) -> bool:
@@ -67,6 +73,8 @@ class Clock:
         self.timesteps = torch.as_tensor(steps)
         self.times = tuple(self.timesteps.tolist())
         self.scale = float(getattr(scheduler.config, "num_train_timesteps", 1000))
+        flows = getattr(scheduler.config, "use_flow_sigmas", False)
+        self.first = float(hasattr(scheduler.config, "beta_schedule") and not flows)
         self._index = None
         self.age += 1
 

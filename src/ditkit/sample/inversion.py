@@ -110,9 +110,10 @@ def invert(
         ConfigError: steps below 1, or a setting that does not fit the model. NoEffectError: a policy saved nothing.
     """
     integer("steps", steps, least=1)
-    trajectory = Trajectory(
-        model.sites(), with_inherent(model, policies), inversion.evaluations(steps), None, model.learned
-    )
+    chosen = with_inherent(model, policies)
+    trajectory = Trajectory(model.sites(), chosen, inversion.evaluations(steps), None, model.learned)
+    for policy in chosen:
+        policy.check_model(model)
     field = GuidedDenoiser(model, cond, guidance, trajectory)
     noise = inversion.solve(field, data.double(), field.path, steps)
     for one in field.trajectories:

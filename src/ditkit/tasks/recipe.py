@@ -266,6 +266,7 @@ def describe(recipe: Recipe) -> str:
         model = recipe.network().eval()
     recipe.objective.check(model)
     run = recipe.settings
+    recipe.objective.check_batch(run.batch)
     lines = {
         "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
         **{f"data.{k}": v for k, v in recipe.loading.items()},

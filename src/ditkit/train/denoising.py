@@ -118,7 +118,17 @@ class Denoising(Objective):
                 f"Denoising: a {type(model).__name__} has no noise-time; train it by Forecasting"
             )
         self.clock.check(model)
+        even = isinstance(self.clock, Stratified) and self.timesteps == UNIFORM
+        for term in self.active:
+            if term.strata and not (even and self.clock == Stratified(term.strata)):
+                raise ConfigError(
+                    f"{type(term).__name__} needs as many samples of each of {term.strata} parts of noise-time; got "
+                    f"{self.clock} of {self.timesteps}, expected {Stratified(term.strata)} of {UNIFORM}"
+                )
         super().check(model)
+
+    def check_batch(self, batch: int) -> None:
+        self.clock.check_batch(batch)
 
     def __call__(
         self,

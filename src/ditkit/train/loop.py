@@ -119,6 +119,7 @@ class Training:
         if not len(data):
             raise ConfigError("training: there are no samples")
         objective.check(model)
+        objective.check_batch(settings.batch)
         self.settings, self.data, self.objective, self.folder = settings, data, objective, folder
         self.accelerator = _accelerator(folder)
         self.device = self.accelerator.device

@@ -74,6 +74,8 @@ class Term(Checked, ABC):
     every: int = 1
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
+    strata: int = 0
+    """Equal parts of noise-time of which every batch has to hold as many samples; 0 if it may hold any."""
     weight: Weight
 
     @property
@@ -179,6 +181,13 @@ class Objective(ABC):
             if term.teacher is not None:
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
+
+    def check_batch(self, batch: int) -> None:  # noqa: B027
+        """Refuse a number of samples a step, over all processes, that it cannot be computed on.
+
+        Raises:
+            ConfigError: names what was given and expected.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return what is minimised, as JSON has it."""

@@ -70,6 +70,9 @@ class Clock(Checked, ABC):
     def check(self, model: Model) -> None:
         """Refuse a model that cannot be told such times, before the first step."""
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse a number of samples, over all processes, that cannot have such times, before the first step."""
+
 
 @dataclass(frozen=True)
 class Independent(Clock):
@@ -91,6 +94,13 @@ class Stratified(Clock):
     def uniforms(self, u: Tensor, rng: SampleRNG, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         stratum = torch.tensor([place % self.strata for place in rng.places], dtype=u.dtype)
         return (stratum + u) / self.strata, None
+
+    def check_batch(self, batch: int) -> None:
+        if batch % self.strata:
+            raise ConfigError(
+                f"Stratified: batch={batch} does not divide into strata={self.strata} (remainder "
+                f"{batch % self.strata}), expected as many samples of each"
+            )
 
 
 @dataclass(frozen=True)
