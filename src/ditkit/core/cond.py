@@ -19,6 +19,9 @@ MAPPINGS = ("streams", "absent")
 DECLARED = ("vector", "frames", "text", "maps")
 """Fields of `Cond` that a model takes only if it declares them."""
 
+UNDECLARED: Mapping[str, Condition] = {name: Condition(None) for name in DECLARED}
+"""What a model can be given whose config does not say."""
+
 
 @dataclass(frozen=True)
 class Cond:

@@ -28,7 +28,7 @@ from ditkit.core.checkpoint import (
     write_json,
 )
 from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
-from ditkit.core.cond import Cond
+from ditkit.core.cond import UNDECLARED, Cond
 from ditkit.core.condition import Condition
 from ditkit.core.config import ModelConfig, config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
@@ -428,8 +428,7 @@ class Denoiser(Model):
     @property
     def conditions(self) -> Mapping[str, Condition]:
         """What the model can be given, by name: fields of `Cond`, and streams."""
-        config: ModelConfig = self.config
-        return config.conditions
+        return self.config.conditions if isinstance(self.config, ModelConfig) else UNDECLARED
 
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:

@@ -475,7 +475,7 @@ def _in_signal_space(model: Denoiser) -> dict[str, Condition]:
         return found
     for name, condition in found.items():
         if condition.coded:
-            found[name] = replace(condition, shape=(None,) * len(condition.shape))
+            found[name] = replace(condition, shape=None)
     return found
 
 

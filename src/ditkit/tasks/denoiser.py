@@ -113,6 +113,6 @@ def example_cond(config: Any) -> Cond:
         elif name == "text":
             plain[name] = torch.zeros(1, config.text_tokens, config.text_width)
         else:
-            value = torch.zeros(1, *(1 if n is None else n for n in condition.shape))
+            value = torch.zeros(1, *(1 if n is None else n for n in condition.shape or ()))
             (plain if name in Cond.__dataclass_fields__ else streams)[name] = value
     return Cond(**plain, streams=streams)
