@@ -153,14 +153,14 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     return [ConfidentTaylor(interval=3), *(TaylorSeer(interval=n, order=o) for n, o in DEMO_SETTINGS)]
 
 
-def first_picture(path: Path, network: Any, cond: Cond, sampling: Sampling, **asked: Any) -> float:
+def first_picture(path: Path, network: Any, cond: Cond, sampling: Sampling, **words: Any) -> float:
     """Draw all seeds in few exact steps, as a picture; return the seconds of one evaluation of them.
 
     What a task draws of other samples than pictures is left to the report: then nothing is written.
     """
     from ditkit.report.sheet import grid, write_png
 
-    drawn = generate(network, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS, **asked)
+    drawn = generate(network, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS, **words)
     if drawn.samples.ndim == PICTURES:
         write_png(path, grid(drawn.samples, columns=len(drawn.samples)))
     return drawn.seconds / drawn.evaluations

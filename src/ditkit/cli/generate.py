@@ -84,8 +84,8 @@ def generate(
     with writable(out), progress() as advance:
         for name in wanted:
             stage = for_stage(advance, f"drawing {name or ''}")
-            asked: dict[str, Any] = {"prompt": name} if prompt else {"label": name}
-            drawn.append(draw(network, **asked, sampling=task.settle(sampling), progress=stage))
+            word: dict[str, Any] = {"prompt": name} if prompt else {"label": name}
+            drawn.append(draw(network, **word, sampling=task.settle(sampling), progress=stage))
         columns = len(sampling.seeds) if label or prompt else max(1, round(len(sampling.seeds) ** 0.5))
         samples = [one for d in drawn for one in d.samples]
         files = task.write(out, samples, names_of(network, drawn), columns)

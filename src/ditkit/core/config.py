@@ -85,7 +85,7 @@ class ModelConfig(Checked, ABC):
 
     @property
     def conditions(self) -> Mapping[str, Condition]:
-        """What the network can be given, beside given content, by name: fields of `Cond`, and streams.
+        """List by name the conditions of the network, fields of `Cond` and streams; given content is apart.
 
         By default what `classes`, `text_width` and `label_dropout` say.
         """

@@ -427,7 +427,7 @@ class Denoiser(Model):
 
     @property
     def conditions(self) -> Mapping[str, Condition]:
-        """What the model can be given, by name: fields of `Cond`, and streams."""
+        """The conditions that the model can be given, by name: fields of `Cond`, and streams."""
         return self.config.conditions if isinstance(self.config, ModelConfig) else UNDECLARED
 
     @abstractmethod

@@ -72,9 +72,9 @@ class ClassImageRecipe(DenoiserRecipe):
     def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, ClassDataset)
         images = samples.images
-        told = "captions" if self.reads_captions else f"{self.model.classes} classes"
+        kinds = "captions" if self.reads_captions else f"{self.model.classes} classes"
         return (
-            f"{len(images)} images {list(images.images.shape[1:])}, {told}, "
+            f"{len(images)} images {list(images.images.shape[1:])}, {kinds}, "
             f"{images.images.nbytes / 1e6:.1f} MB in memory"
         )
 

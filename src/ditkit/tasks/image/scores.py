@@ -155,22 +155,22 @@ def evaluate_pictures(
     check_real(model, real)
     real = real if real_count is None else thinned(real, real_count)
     extractor, index = load_efficientnet_lite0(), drawn_index(real, count)
-    asked = asked_of(model, real, index)
+    words = words_of(model, real, index)
 
     def stage(name: str) -> Any:
         return None if progress is None else partial(progress, name)
 
     sampling = sampling.changed(seeds=range(count))
-    first = {word: values[0] for word, values in asked.items()}
+    first = {word: values[0] for word, values in words.items()}
     macs = count_macs(lambda: generate(model, **first, sampling=sampling, seeds=(0,))).total
-    drawn = generate(model, **asked, sampling=sampling, progress=stage("drawing"))
+    drawn = generate(model, **words, sampling=sampling, progress=stage("drawing"))
     fake = extract(extractor, drawn.samples, progress=stage("features, drawn"))
     features = extract(extractor, real.images_float(), progress=stage("features, real"))
     if progress is not None:
         progress("distances", 0, 1)
     result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
     near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
-    found = retrieval(fake[HEAD_TAP], features[HEAD_TAP], index) if "prompt" in asked else None
+    found = retrieval(fake[HEAD_TAP], features[HEAD_TAP], index) if "prompt" in words else None
     return ImageEvaluation(drawn, real, result, near, macs, neighbours, found)
 
 
@@ -216,7 +216,7 @@ def drawn_index(real: ImageSet, count: int) -> Tensor:
     return torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(0))
 
 
-def asked_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
+def words_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
     """Return the words of `generate` that ask for the class, or the caption, of the chosen pictures."""
     if hasattr(model.config, "text_encoder"):
         return {"prompt": [real.captions[i] for i in index.tolist()]}
@@ -240,8 +240,8 @@ def table(result: Distribution, macs_each: int, seconds_each: float, found: Retr
         ("seconds a picture", f"{seconds_each:.3f}", ""),
     ]
     if found is not None:
-        chance = f"{many}; chance {found.chance1:.3f}, {found.chance5:.3f}"
-        rows.insert(5, ("retrieval, top 1, 5", f"{found.top1:.3f}, {found.top5:.3f}", chance))
+        guessing = f"{many}; chance {found.chance1:.3f}, {found.chance5:.3f}"
+        rows.insert(5, ("retrieval, top 1, 5", f"{found.top1:.3f}, {found.top5:.3f}", guessing))
     n = f"n = {result.n_fake} drawn, {result.n_real} real; features of {result.extractor}"
     out = Table(box=box.SIMPLE_HEAD, caption=n, caption_justify="left", padding=(0, 1, 0, 0))
     out.add_column("measure")
