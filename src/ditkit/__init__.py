@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
     from ditkit.api.profile import profile as profile
+    from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -32,6 +33,7 @@ HOMES = {
     "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
+    "train_pipeline": "ditkit.api.train_pipeline",
     "tune": "ditkit.api.tune",
 }
 """Modules of the public names; each is imported when its name is first used."""
@@ -51,6 +53,7 @@ __all__ = [
     "load",
     "profile",
     "restore",
+    "train_pipeline",
     "tune",
 ]
 

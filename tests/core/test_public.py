@@ -47,7 +47,9 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "evaluate",
         "generate",
         "load",
+        "profile",
         "restore",
+        "train_pipeline",
         "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))

@@ -1,8 +1,9 @@
-"""Policies whose attention leaves out keys, one file each."""
+"""Policies whose attention leaves out keys, or is another one, one file each."""
 
 from ditkit.attention.band import Band
 from ditkit.attention.draft import Draft
 from ditkit.attention.grouped import Grouped
+from ditkit.attention.linear import ReluLinear
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.reshaped import Reshaped, ReshapedGrouped, ReshapedNeighbourhood
 from ditkit.attention.searched import HeadTable, Searched
@@ -13,6 +14,7 @@ __all__ = [
     "Grouped",
     "HeadTable",
     "Neighbourhood",
+    "ReluLinear",
     "Reshaped",
     "ReshapedGrouped",
     "ReshapedNeighbourhood",

@@ -2,8 +2,8 @@
 
 torch's own counter knows no fused attention of the CPU and then counts zero for it. Here attention is counted
 at its core from shapes, whichever kernel runs it: B N Lq Lk (K + Kv), also under a mask, because a dense
-kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. What a policy skips
-never runs and is not counted.
+kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. A selective scan has nine
+for each state of a token, and one. What a policy skips never runs and is not counted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
 from ditkit.ops.routed_linear import operation as routed
+from ditkit.ops.selective_scan.operation import scan_backward_macs, scan_macs
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -206,6 +207,8 @@ FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
+    torch.ops.ditkit.selective_scan: ("scan", scan_macs),
+    torch.ops.ditkit.selective_scan_backward: ("scan", scan_backward_macs),
     torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
     torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }

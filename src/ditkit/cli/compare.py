@@ -36,6 +36,7 @@ from ditkit.core.task import task_of
 from ditkit.sample import Sampling
 from ditkit.tasks.video.masks import KINDS, mask_kind
 
+Rivals = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]FOLDER")]
 MaskName = Annotated[
     str | None,
     tyro.conf.arg(
@@ -56,6 +57,7 @@ def compare(
     model: ModelName,
     *,
     flags: Flattened = SamplingFlags(),
+    rival: Rivals = (),
     demo: bool = False,
     seeds: Seeds = ("0..7",),
     label: Labels = (),
@@ -69,14 +71,15 @@ def compare(
     mask: MaskName = None,
     out: Path = Path("outputs/compare"),
 ) -> None:
-    """Compare policies with the exact sampler: speed beside error.
+    """Compare policies, or other models, with the exact sampler: speed beside error.
 
-    Each --policy is a row; the exact sampler is always the first.
+    Each --policy is a row, and each --rival; the exact sampler is always the first.
 
     Examples:
         ditkit compare emoji --policy taylorseer:interval=4
         ditkit compare emoji --policy taylorseer --policy taylorseer:order=1 --seeds 0..15
         ditkit compare emoji --demo --out outputs/demo
+        ditkit compare emoji --rival pruned=outputs/pruned
         ditkit compare runs/vdt/model --policy taylorseer:interval=4 --guidance 1
         ditkit compare runs/video-dit/model --policy taylorseer --data moving-digits --mask interpolate
 
@@ -87,6 +90,8 @@ def compare(
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
+        rival: Another model, FOLDER or NAME=FOLDER, such as what ditkit compress made of this one. Repeat it for
+            several.
         demo: Instead of --policy: a few that show most in three minutes, with --fewer-steps and --no-memory.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
@@ -100,10 +105,13 @@ def compare(
             where the model was trained on these data: as it was.
         out: Folder to write to.
     """
-    if not flags.policy and not demo:
-        raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
+    if not flags.policy and not demo and not rival:
+        raise ConfigError(
+            "compare: got no --policy and no --rival, expected one such as taylorseer:interval=4, or --demo"
+        )
     sampling = flags.make(seeds_of(seeds))
     network = load_generator(model, "compare")
+    rivals = rivals_of(rival)
     if demo:
         sampling = sampling.changed(policies=demo_policies(flags.policy))
         converged_steps = converged_steps or DEMO_CONVERGED * sampling.steps
@@ -131,6 +139,7 @@ def compare(
             memory=not (no_memory or demo),
             real=real,
             controls_as_rows=fewer_steps or demo,
+            rivals=rivals,
             progress=advance,
         )
         files = report.save(out)
@@ -140,6 +149,23 @@ def compare(
         Console().print(report.table())
     print(f"wrote {out}: " + ", ".join(file.name for file in files))
     print(f"open {next(file for file in files if file.suffix == '.html')} in a browser")
+
+
+def rivals_of(words: tuple[str, ...]) -> dict[str, Any]:
+    """Load the models of `--rival FOLDER` and `--rival NAME=FOLDER` by name.
+
+    Raises:
+        ConfigError: two have one name, or one draws nothing. Those of `load`.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        if not name or (equals and not source):
+            raise ConfigError(f"--rival {word}, expected FOLDER or NAME=FOLDER")
+        if name in found:
+            raise ConfigError(f"--rival {word}: {name!r} is given twice, expected names of their own")
+        found[name] = load_generator(source or name, "compare")
+    return found
 
 
 def demo_policies(given: tuple[str, ...]) -> list[Policy]:

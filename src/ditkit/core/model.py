@@ -354,6 +354,18 @@ class Model(nn.Module, ModelHubMixin, ABC):
         copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
+    def as_teacher(self, given: Model) -> Model:
+        """Return a loaded model in the form in which it can be asked what this one is."""
+        return given
+
+    def sharing(self, state: Mapping[str, Tensor]) -> Self:
+        """Return a copy whose tensors are those of `state` themselves: what is written to them, it follows."""
+        copy = self.rebuilt(self.transforms)
+        with torch.device("meta"):
+            copy.adopt(self.policies)
+        copy.load_state_dict(state, assign=True)
+        return copy
+
     def save_pretrained(
         self,
         save_directory: str | Path,
