@@ -86,6 +86,8 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the core-seconds of each system's tests, those above the budget marked; of systems that ran."""
+    from ditkit.core.catalog import every
+    from ditkit.core.model import Model
     from ditkit.systems.rows import load
 
     spent = {
@@ -96,8 +98,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if name == SPENT
     }
     systems = load()
-    named = {system.stem: {c.partition(":")[2] for c in system.components} for system in systems}
-    everyone = set().union(*named.values())
+    named = {system.stem: {c.partition(":")[2].lower() for c in system.components} for system in systems}
+    everyone = set().union(*named.values(), (kind.__name__.lower() for kind in every(Model)))  # type: ignore[type-abstract]
     rows = []
     for system in systems:
         own, others = named[system.stem], everyone - named[system.stem]
@@ -121,5 +123,5 @@ def _is_of(nodeid: str, test: str) -> bool:
 
 def _is_of_others(nodeid: str, own: set[str], others: set[str]) -> bool:
     """Return whether a contract test, which runs over whole families, has another system's component for its case."""
-    cases = set(nodeid.partition("[")[2].removesuffix("]").split("-"))
+    cases = set(nodeid.partition("[")[2].removesuffix("]").lower().split("-"))
     return bool(cases & others) and not cases & own

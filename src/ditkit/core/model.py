@@ -28,8 +28,9 @@ from ditkit.core.checkpoint import (
     write_json,
 )
 from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
-from ditkit.core.cond import Cond
-from ditkit.core.config import config_of
+from ditkit.core.cond import UNDECLARED, Cond
+from ditkit.core.condition import Condition
+from ditkit.core.config import ModelConfig, config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy
@@ -439,9 +440,29 @@ class Denoiser(Model):
             *parts.head.sites(),
         )
 
+    branches: ClassVar[tuple[str, ...]] = ("cond", "uncond")
+    """Names of the guidance branches that `branch` knows."""
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """The conditions that the model can be given, by name: fields of `Cond`, and streams."""
+        return self.config.conditions if isinstance(self.config, ModelConfig) else UNDECLARED
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
-        """Return the conditioning of the same batch with nothing given."""
+        """Return the conditioning of the same batch with nothing given; a text may be of another length."""
+
+    def branch(self, cond: Cond, name: str) -> Cond:
+        """Return the conditioning of a guidance branch, one of `branches`, for the batch that `cond` is of.
+
+        Raises:
+            ConfigError: there is no such branch.
+        """
+        if name == "cond":
+            return cond
+        if name == "uncond":
+            return self.unconditional(cond)
+        raise ConfigError(f"{type(self).__name__}: " + unknown("guidance branch", name, self.branches))
 
 
 def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from annotated_types import Gt
@@ -173,9 +173,10 @@ class VideoDiT(Denoiser):
         """Null class, absent text, and all of the clip to be made."""
         fields = {"label": self.config.classes, "text": 0, "text_mask": True, "mask": 1}
         given = {name: getattr(cond, name) for name in fields}
-        return replace(
-            cond, **{name: torch.full_like(v, fields[name]) for name, v in given.items() if v is not None}
-        )
+        absent: dict[str, Any] = {
+            name: torch.full_like(v, fields[name]) for name, v in given.items() if v is not None
+        }
+        return replace(cond, **absent)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy clips; any length and size that the patch divides will do.
