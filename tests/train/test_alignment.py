@@ -224,7 +224,7 @@ def test_latents_come_with_their_pixels_until_the_stop(source: str, tmp_path: Pa
             super().__init__()
             self.data = self.data.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
-    data = LatentDataset(Large(), codec, chosen)
+    data = LatentDataset(Large(), codec, objective=chosen)
     held = [data.batch(torch.arange(4), SampleRNG(0, step, range(4)))[1].pixels for step in range(3)]
     assert [pixels is not None for pixels in held] == [True, True, False]
     assert held[0] is not None and torch.equal(held[0], Large().data[:4])

@@ -7,6 +7,7 @@ from ditkit.attention.linear import ReluLinear
 from ditkit.attention.neighbourhood import Neighbourhood
 from ditkit.attention.reshaped import Reshaped, ReshapedGrouped, ReshapedNeighbourhood
 from ditkit.attention.searched import HeadTable, Searched
+from ditkit.attention.sparse_linear import SparseLinear
 
 __all__ = [
     "Band",
@@ -19,4 +20,5 @@ __all__ = [
     "ReshapedGrouped",
     "ReshapedNeighbourhood",
     "Searched",
+    "SparseLinear",
 ]

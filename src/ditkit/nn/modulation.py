@@ -8,8 +8,6 @@ B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ def activated(c_BD: Tensor) -> Tensor:
     return F.silu(c_BD).unsqueeze(1)
 
 
-class Parts(NamedTuple):
+class Parts:
     """The function of a `modulation` site: a block's parts, each projected where it is asked for.
 
     A branch that is forecast never asks for its shift and scale, whose weights are most of what its step would read.
@@ -33,13 +31,17 @@ class Parts(NamedTuple):
         layer: [B, 1, D] to [B, 1, 6 D], or 3 D for each branch of the block. c: [B, 1, D].
     """
 
-    layer: nn.Module
-    c: Tensor
+    __slots__ = ("_whole", "c", "layer")
+
+    def __init__(self, layer: nn.Module, c: Tensor) -> None:
+        self.layer, self.c = layer, c
+        self._whole: Tensor | None = None
 
     def whole(self) -> Tensor:
-        """All side by side, [B, 1, 6 D]: what a handler of the site may return instead."""
-        projected: Tensor = self.layer(self.c)
-        return projected
+        """All side by side, [B, 1, 6 D], computed once: what a handler of the site may return instead."""
+        if self._whole is None:
+            self._whole = self.layer(self.c)
+        return self._whole
 
 
 def affine(parts: Parts | Tensor, branch: int, branches: int = 2) -> tuple[Tensor, ...]:

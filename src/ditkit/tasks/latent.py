@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import IDENTITY, Codec, encode_given
+from ditkit.core.codec import IDENTITY, NO_CONDITIONS, SIDE, Codec, encode_given
 from ditkit.core.cond import Cond
+from ditkit.core.condition import Condition
 from ditkit.train.loop import TrainingSet
 from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
+
+PIXELS = "pixels"
+"""The stream of signals under latents, for a model that declares it."""
 
 
 class LatentDataset:
     """Samples as a codec's latents, drawn anew at every step (DiT, section 4).
 
+    A codec's side value comes along as a stream. Labels, texts, maps and other streams come along as they are; streams
+    that the model declares as signals are coded.
+
     Args:
+        conditions: what the model can be given; a stream `pixels` among them is the very signal that is coded.
         objective: where it looks at the signals, at a step, they come along as `Cond.pixels`.
     """
 
-    def __init__(self, samples: TrainingSet, codec: Codec, objective: Objective | None = None) -> None:
-        self.samples, self.codec, self.objective = samples, codec, objective
+    def __init__(
+        self,
+        samples: TrainingSet,
+        codec: Codec,
+        conditions: Mapping[str, Condition] = NO_CONDITIONS,
+        objective: Objective | None = None,
+    ) -> None:
+        self.samples, self.codec, self.conditions = samples, codec, conditions
+        self.objective = objective
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -32,9 +48,15 @@ class LatentDataset:
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         data, cond = self.samples.batch(indices, rng)
         noise = rng.of_codec(self.codec.latent_shape(tuple(data.shape[1:])))
+        cond = encode_given(self.codec, cond, self.conditions)
+        if PIXELS in self.conditions:
+            cond = replace(cond, streams={**cond.streams, PIXELS: data})
         if self.objective is not None and self.objective.reads_pixels(rng.step):
             cond = replace(cond, pixels=data)
-        return self.codec.encode(data, noise), encode_given(self.codec, cond)
+        found = self.codec.code(data, noise)
+        if found.side is not None:
+            cond = replace(cond, streams={**cond.streams, SIDE: found.side})
+        return found.z, cond
 
 
 def load_codec(folder: str) -> Codec:
@@ -51,6 +73,16 @@ def signals(samples: TrainingSet) -> TrainingSet:
     return samples.samples if isinstance(samples, LatentDataset) else samples
 
 
-def coded(samples: TrainingSet, codec: Codec, objective: Objective | None = None) -> TrainingSet:
-    """Encode `samples` as the codec's latents; return them as they are for the identity."""
-    return samples if codec is IDENTITY else LatentDataset(samples, codec, objective)
+def coded(
+    samples: TrainingSet,
+    codec: Codec,
+    *,
+    conditions: Mapping[str, Condition] = NO_CONDITIONS,
+    objective: Objective | None = None,
+) -> TrainingSet:
+    """Encode `samples` as the codec's latents; return them as they are for the identity.
+
+    Args:
+        conditions: what the model can be given. objective: what it will be trained by.
+    """
+    return samples if codec is IDENTITY else LatentDataset(samples, codec, conditions, objective)
