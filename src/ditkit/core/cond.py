@@ -20,7 +20,7 @@ DECLARED = ("vector", "frames", "text", "maps")
 """Fields of `Cond` that a model takes only if it declares them."""
 
 UNDECLARED: Mapping[str, Condition] = {name: Condition(None) for name in DECLARED}
-"""What a model can be given whose config does not say."""
+"""Conditions that a model can be given and whose config does not name them."""
 
 
 @dataclass(frozen=True)
