@@ -66,7 +66,8 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
 def _refuse_fixed(model: Model, trained: str) -> None:
     """Refuse to train layers of which a transform left whole numbers, as if they were trained."""
     wanted = {"all", "attention"} & set(trained.lower().split("+"))
-    held = [(name, type(t).__name__) for t in model.transforms for name in t.fixed(model)]
+    transforms = getattr(model, "transforms", ())  # a codec, which is trained here too, has none
+    held = [(name, type(t).__name__) for t in transforms for name in t.fixed(model)]
     if wanted and held:
         name, by = held[0]
         raise ConfigError(
