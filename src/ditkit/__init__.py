@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ditkit.pipelines.accelerate import accelerate as accelerate
     from ditkit.pipelines.accelerate import restore as restore
     from ditkit.sample.sampler import Sampling as Sampling
+    from ditkit.tasks.forecast.future import forecast as forecast
 
     __version__: str
 
@@ -27,6 +28,7 @@ HOMES = {
     "accelerate": "ditkit.pipelines.accelerate",
     "compare": "ditkit.api.compare",
     "evaluate": "ditkit.api.evaluate",
+    "forecast": "ditkit.tasks.forecast.future",
     "generate": "ditkit.api.generate",
     "load": "ditkit.core.loading",
     "profile": "ditkit.api.profile",
@@ -47,6 +49,7 @@ __all__ = [
     "compress",
     "errors",
     "evaluate",
+    "forecast",
     "generate",
     "load",
     "profile",
