@@ -45,8 +45,10 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "compress",
         "errors",
         "evaluate",
+        "forecast",
         "generate",
         "load",
+        "profile",
         "restore",
         "tune",
     ]

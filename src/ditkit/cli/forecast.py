@@ -102,7 +102,14 @@ def forecast(
     options = options_of(data, option, max_bad)
     given: dict[str, Any] = {"data": data, "option": list(option)}
     if future is not None:
-        _go_on(list(named.values()), models, future, options, {**given, "future": future, "max_bad": max_bad}, out)
+        _go_on(
+            list(named.values()),
+            models,
+            future,
+            options,
+            {**given, "future": future, "max_bad": max_bad},
+            out,
+        )
         return
     first = next(iter(named.values()))
     settings: dict[str, Any] = {
@@ -131,5 +138,6 @@ def _go_on(
         words = shlex.join(["ditkit", "forecast", *names, *words_of(given)])
         files = found.save(out, {"command": words})
     about = found.as_dict()
-    print(f"{future} steps ({about['step']}) of {', '.join(about['variables'])}: {about['first']} to {about['last']}")
+    variables, span = ", ".join(about["variables"]), f"{about['first']} to {about['last']}"
+    print(f"{future} steps ({about['step']}) of {variables}: {span}")
     print(f"wrote {out}: {', '.join(files)}")

@@ -61,7 +61,8 @@ class FieldSet:
 
     def __post_init__(self) -> None:
         shape, kind = list(self.values.shape), self.values.dtype
-        if kind not in ((torch.float32, torch.float64) if self.scaling is None else (torch.float32,)) or len(shape) != 4:
+        kinds = (torch.float32, torch.float64) if self.scaling is None else (torch.float32,)
+        if kind not in kinds or len(shape) != 4:
             raise DataError(f"{self.name}: values are {kind} {shape}, expected torch.float32 [N, C, H, W]")
         counts = {"values": shape[1], "variables": len(set(self.variables)), "units": len(self.units)}
         if len(set(counts.values())) != 1:
@@ -72,9 +73,9 @@ class FieldSet:
         uneven = np.flatnonzero(self.step.index(self.times) != np.arange(shape[0]))
         if uneven.size:
             i = int(uneven[0])
+            before, time = (self.clock.shown(self.times[k]) for k in (i - 1, i))
             raise DataError(
-                f"{self.name}: time {self.clock.shown(self.times[i])} at index {i} follows {self.clock.shown(self.times[i - 1])}, "
-                f"expected one step ({self.step}) between them"
+                f"{self.name}: time {time} at index {i} follows {before}, expected one step ({self.step}) between them"
             )
         if self.valid is not None and (self.valid.dtype != torch.bool or list(self.valid.shape) != shape[1:]):
             found = f"{self.valid.dtype} {list(self.valid.shape)}"

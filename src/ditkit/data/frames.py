@@ -78,9 +78,9 @@ def _table(data: Any, time: str | None, columns: Sequence[str] | None, name: str
     if isinstance(stamps, pd.PeriodIndex):
         stamps = stamps.to_timestamp()
     if not isinstance(stamps, pd.DatetimeIndex):
+        place = "index" if time is None else f"column {time!r}"
         raise DataError(
-            f"{name} has no times: its {'index' if time is None else 'column ' + repr(time)} holds {stamps.dtype}, expected "
-            "a DatetimeIndex, such as pandas.to_datetime makes, or time= with a column of one"
+            f"{name} has no times: its {place} holds {stamps.dtype}, expected a DatetimeIndex, such as pandas.to_datetime makes, or time= with a column of one"
         )
     if stamps.hasnans:
         raise DataError(f"{name}, row {int(stamps.isna().argmax()) + 1}: the time is missing")

@@ -230,7 +230,8 @@ def _loader(name_or_path: str | Path) -> partial[Any]:
         return partial(load_frame, name_or_path)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ConfigError(
-            f"data are a {type(name_or_path).__name__}, expected a name, a path, a pandas DataFrame or an xarray Dataset"
+            f"data are a {type(name_or_path).__name__}, expected a name, a path, a pandas DataFrame or an "
+            "xarray Dataset"
         )
     if isinstance(name_or_path, str) and name_or_path in names():
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
@@ -242,5 +243,6 @@ def _loader(name_or_path: str | Path) -> partial[Any]:
         own = load_video_folder if holds_videos(path) else load_folder
         return partial(own, path)
     raise DataError(
-        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .tsv, .parquet or .nc file of that name"
+        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .tsv, .parquet or .nc file of "
+        "that name"
     )

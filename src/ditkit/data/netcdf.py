@@ -84,7 +84,7 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
             f"max_bytes={max_bytes:,}; choose fewer with variables= or raise max_bytes"
         )
     times, clock = _times(dataset.variables[dimensions[0]], source)
-    values = np.stack([_values(variable) for variable in chosen], axis=1)
+    values: Any = np.stack([_values(variable) for variable in chosen], axis=1)
     return Raw(
         source=source,
         row="time step",
@@ -162,7 +162,7 @@ def _rises(coordinate: Any) -> bool:
     return bool(np.mean(coordinate[-1]) > np.mean(coordinate[0]))
 
 
-def _values(variable: Any) -> NDArray[np.float32] | NDArray[np.float64]:
+def _values(variable: Any) -> Any:
     """Read values as exactly as the file has them: float64 unless float32 holds them all."""
     given = np.ma.asarray(variable[:])
     values = np.ma.filled(given.astype(np.result_type(given.dtype, np.float32)), np.nan)
@@ -184,12 +184,16 @@ def _times(time: Any, source: str) -> tuple[Times, Clock]:
     """
     calendar = str(getattr(time, "calendar", STANDARD)).lower()
     if calendar not in (*CALENDARS, *OTHER_CALENDARS):
-        raise DataError(f"{source}: " + unknown(f"calendar of {time.name!r}", calendar, (*CALENDARS, *OTHER_CALENDARS)))
+        raise DataError(
+            f"{source}: " + unknown(f"calendar of {time.name!r}", calendar, (*CALENDARS, *OTHER_CALENDARS))
+        )
     counts = np.ma.masked_invalid(time[:])
     if np.ma.count_masked(counts):
         first = int(np.flatnonzero(np.ma.getmaskarray(counts))[0]) + 1
         raise DataError(f"{source}, time step {first}: {time.name!r} is missing, expected a time stamp")
-    return dated(np.ma.getdata(counts), str(time.units), calendar, f"{source}: {time.name!r} in units {time.units!r}")
+    return dated(
+        np.ma.getdata(counts), str(time.units), calendar, f"{source}: {time.name!r} in units {time.units!r}"
+    )
 
 
 def dated(counts: NDArray[Any], units: str, calendar: str, what: str) -> tuple[Times, Clock]:
@@ -224,7 +228,9 @@ def _once_a_month(dates: NDArray[Any]) -> bool:
     """Return whether all dates are at one place in their months, which all months have."""
     months = {(date.year, date.month) for date in dates}
     places = {(date.day, date.hour, date.minute) for date in dates}
-    return len(dates) > 1 and len(months) == len(dates) and len(places) == 1 and dates[0].day <= SHORTEST_MONTH
+    return (
+        len(dates) > 1 and len(months) == len(dates) and len(places) == 1 and dates[0].day <= SHORTEST_MONTH
+    )
 
 
 def _months_after(counts: NDArray[Any], start: str, calendar: str) -> NDArray[Any]:

@@ -45,7 +45,6 @@ def stem_of(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in PACKED else path.stem
 
 
-
 def load(
     path: str | Path,
     time: str | None = None,
@@ -99,10 +98,9 @@ def load(
     if columns is None:
         chosen = [name for name in chosen if not _counts_rows(table, name, path)]
     if not chosen or len({time, *chosen}) != 1 + len(chosen):
-        other = next((mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]), None)
         raise ConfigError(
             f"{path}: time={time!r} and columns={chosen!r} of {header}, expected at least one series, each column once"
-            + (f"; see separator={other!r}" if other else "")
+            + _other_separator(header)
         )
     times, clock = read_stamps(table[time], time_format, zone, str(path), time)
     raw = Raw(
@@ -145,7 +143,15 @@ def _read(path: Path, separator: str, na: tuple[str, ...], encoding: str) -> Dat
         ) from error
     except UnicodeError as error:
         raise DataError(f"cannot read {path} as CSV in {encoding}: {error}; see encoding=") from error
-    except (OSError, ValueError, EOFError, ImportError, zlib.error, zipfile.BadZipFile, lzma.LZMAError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        ImportError,
+        zlib.error,
+        zipfile.BadZipFile,
+        lzma.LZMAError,
+    ) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"cannot read {path} as CSV: {reason}") from error
     for name in header:
@@ -156,11 +162,17 @@ def _read(path: Path, separator: str, na: tuple[str, ...], encoding: str) -> Dat
     if table.shape[1] != len(header):
         raise DataError(
             f"{path}, line 2: {table.shape[1]} values, expected {len(header)} as in the header, separated by "
-            f"{separator!r}"
+            f"{separator!r}" + _other_separator(header)
         )
     table.columns = pd.Index(header)
     table.index = pd.RangeIndex(1 + HEADER_LINES, 1 + HEADER_LINES + len(table))
     return table.dropna(how="all")
+
+
+def _other_separator(header: Sequence[str]) -> str:
+    """Name the separator that stands in the one name of a header, if any."""
+    other = next((mark for mark in SEPARATORS if len(header) == 1 and mark in header[0]), None)
+    return f"; see separator={other!r}" if other else ""
 
 
 def _without_count(table: DataFrame, path: Path) -> DataFrame:
@@ -200,7 +212,8 @@ def _numbers(table: DataFrame, name: str, path: Path, decimal: str) -> NDArray[n
         i = int(wrong[0])
         text = str(given.iloc[i])
         raise DataError(
-            f"{path}, line {texts.index[i]}: column {name!r} is {text[:60]!r}, expected a number; " + _advice(text)
+            f"{path}, line {texts.index[i]}: column {name!r} is {text[:60]!r}, expected a number; "
+            + _advice(text)
         )
     values = numbers.to_numpy(np.float64)
     # what a network's numbers cannot hold is not finite, which is refused by its line

@@ -43,11 +43,13 @@ def read_stamps(
     offsets = _offsets(stamps)
     if offsets is None and place is not None:
         try:
-            instants = instants.dt.tz_localize(None).dt.tz_localize(place, ambiguous="infer").dt.tz_convert("UTC")
+            instants = (
+                instants.dt.tz_localize(None).dt.tz_localize(place, ambiguous="infer").dt.tz_convert("UTC")
+            )
         except ValueError as error:
             raise DataError(
-                f"{source}: time column {name!r} in zone={zone}: {' '.join(str(error).split())}; expected times that its "
-                "clock shows, or stamps with offsets"
+                f"{source}: time column {name!r} in zone={zone}: {' '.join(str(error).split())}; expected times that "
+                "its clock shows, or stamps with offsets"
             ) from error
     times = instants.dt.tz_localize(None).to_numpy().astype("M8[us]")
     if offsets is None and place is None:
@@ -76,7 +78,8 @@ def _read(stamps: Series, time_format: str | None, source: str, name: str) -> Se
             return next(iter(even.values()))
         i = _telling(readings)
         both = " or ".join(
-            f"{shown(found.iloc[i].to_datetime64())[:10]} (time_format={form!r})" for form, found in readings.items()
+            f"{shown(found.iloc[i].to_datetime64())[:10]} (time_format={form!r})"
+            for form, found in readings.items()
         )
         raise DataError(
             f"{source}, line {stamps.index[i]}: time column {name!r} is {stamps.iloc[i]!r}, which is {both}; "
@@ -104,7 +107,7 @@ def _readings(stamps: Series) -> dict[str, Series]:
     if first is None:
         return {}
     separator, year, rest = first.groups()
-    orders = ("dmY", "mdY") if len(year) == 4 else ("dmy", "mdy", "ymd")
+    orders = ("dmY", "mdY") if len(year) == 4 else ("dmy", "mdy", *(() if separator == "." else ("ymd",)))
     found: dict[str, Series] = {}
     for form in _forms(separator, orders, rest):
         read = pd.to_datetime(stamps.str.strip(), errors="coerce", utc=True, format=form)

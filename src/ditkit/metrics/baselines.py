@@ -71,7 +71,9 @@ class Climatology:
         wanted = self.cycle.phase(self.clock.civil(times))
         unseen = np.flatnonzero(~np.isin(wanted, self.phases))
         if unseen.size:
-            raise ConfigError(f"{self.name}: no training step at the phase of {self.clock.shown(times[unseen[0]])}")
+            raise ConfigError(
+                f"{self.name}: no training step at the phase of {self.clock.shown(times[unseen[0]])}"
+            )
         return self.means[torch.from_numpy(np.searchsorted(self.phases, wanted))].transpose(0, 1)
 
 

@@ -54,7 +54,9 @@ def predformer_series() -> FieldForecastRecipe:
     model = PredFormerConfig(
         frames=24, patch=1, width=128, heads=4, hidden=256, layout="T*4", attn_dropout=0.1, mlp_dropout=0.1
     )
-    return FieldForecastRecipe(data="series.csv", model=model, settings=_settings(1000, 16, learning_rate=5e-4))
+    return FieldForecastRecipe(
+        data="series.csv", model=model, settings=_settings(1000, 16, learning_rate=5e-4)
+    )
 
 
 def predformer_rain() -> FieldForecastRecipe:

@@ -271,7 +271,9 @@ def _after(model: Model, known: FieldSet, history: FieldSet, future: int) -> Ten
         )
     frames = model.config.frames
     if len(known) < frames:
-        raise DataError(f"{history.name} has {len(known)} steps, expected at least the {frames} that the model looks at")
+        raise DataError(
+            f"{history.name} has {len(known)} steps, expected at least the {frames} that the model looks at"
+        )
     observed = known.values[-frames:].transpose(0, 1)[None].contiguous()
     later = rolled(model.eval(), observed, future)
     assert known.scaling is not None

@@ -163,13 +163,14 @@ def fitting(model: Model, fields: FieldSet) -> FieldSet:
     fields = fields.chosen(trained.variables)
     if trained.step and str(fields.step) != trained.step:
         raise ConfigError(
-            f"{fields.name} has a value every {fields.step}, the model was trained on one every {trained.step}; expected "
-            "data of that step"
+            f"{fields.name} has a value every {fields.step}, the model was trained on one every {trained.step}; "
+            "expected data of that step"
         )
     for name, unit, own in zip(fields.variables, fields.units, trained.units, strict=True):
         if unit and own and unit != own:
             raise ConfigError(
-                f"{fields.name} has {name!r} in {unit}, the model was trained on it in {own}; expected data in that unit"
+                f"{fields.name} has {name!r} in {unit}, the model was trained on it in {own}; expected data in "
+                "that unit"
             )
     found = fields.normalised(scaling).padded(model.config.patch)
     height, width = found.values.shape[2:]
