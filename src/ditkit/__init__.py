@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.harmonise import harmonise as harmonise
     from ditkit.api.profile import profile as profile
+    from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
     from ditkit.core import errors as errors
     from ditkit.core.loading import load as load
@@ -30,10 +32,12 @@ HOMES = {
     "evaluate": "ditkit.api.evaluate",
     "forecast": "ditkit.tasks.forecast.future",
     "generate": "ditkit.api.generate",
+    "harmonise": "ditkit.api.harmonise",
     "load": "ditkit.core.loading",
     "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
     "Sampling": "ditkit.sample.sampler",
+    "train_pipeline": "ditkit.api.train_pipeline",
     "tune": "ditkit.api.tune",
 }
 """Modules of the public names; each is imported when its name is first used."""
@@ -51,9 +55,11 @@ __all__ = [
     "evaluate",
     "forecast",
     "generate",
+    "harmonise",
     "load",
     "profile",
     "restore",
+    "train_pipeline",
     "tune",
 ]
 

@@ -47,9 +47,11 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "evaluate",
         "forecast",
         "generate",
+        "harmonise",
         "load",
         "profile",
         "restore",
+        "train_pipeline",
         "tune",
     ]
     assert all(getattr(ditkit, name) is not None for name in dir(ditkit))

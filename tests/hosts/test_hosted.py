@@ -78,6 +78,10 @@ def test_low_rank_layers_are_refused_by_diffusers_folder_and_saved_in_ours(name,
     ditkit.adapt(transformer, Merged())
     transformer.save_pretrained(tmp_path / "merged")
     plain = kind.from_pretrained(tmp_path / "merged").eval()
+    for (
+        weight
+    ) in plain.parameters():  # a file's tensors lie at 8 bytes, and the last bit of a product may follow that
+        weight.data = weight.data.clone()
     assert torch.equal(said(plain, draw()), said(transformer, draw()))
     assert torch.allclose(said(plain, draw()), expected, atol=1e-3)
 

@@ -73,6 +73,46 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(whole, tmp_path, name):
     assert same(folder, whole[name])
 
 
+def test_three_transforms_and_a_policy_survive_a_kill_between_two_states(tmp_path):
+    """LoRA, a pruned list and an affine pack: 20 steps, killed in step 13, resumed from 10 by another process."""
+    script = [sys.executable, str(SCRIPTS / "taught_run.py")]
+    words = ["adapted", "20", "--save-every", "5"]
+
+    def process(folder: Path, *flags: str) -> int:
+        done = subprocess.run(
+            [*script, str(folder), *words, *flags], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode in (0, -9), done.stderr
+        return done.returncode
+
+    one, two = tmp_path / "whole", tmp_path / "killed"
+    run(one, "adapted", steps=20, save_every=5)
+    assert process(two, "--kill", "13") == -9 and read_metadata(two / "state.safetensors")["step"] == "10"
+    assert process(two, "--resume") == 0
+    assert same(one, two)
+    models = [ditkit.load(folder / "model") for folder in (one, two)]
+    assert models[0].transforms == models[1].transforms == ADAPTED and models[1].policies == (POLICY,)
+    outputs = []
+    for folder, model in zip((one, two), models, strict=True):
+        state = load_file(folder / "state.safetensors")
+        copies = [model]
+        for i in range(int(read_metadata(folder / "state.safetensors")["averages"])):
+            average = {
+                k.removeprefix(f"average.{i}."): v for k, v in state.items() if k.startswith(f"average.{i}.")
+            }
+            held = {**model.state_dict(), **average}
+            copies += [model.with_weights(held, "average"), model.sharing(held).eval()]
+        outputs.append([drawn_by(copy) for copy in copies])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    (saved, first, shared, *others) = outputs[0]
+    assert torch.equal(saved, first) and torch.equal(saved, shared)  # the first average is what is saved
+    assert others and not torch.equal(saved, others[0])
+
+
+def drawn_by(model: Any) -> torch.Tensor:
+    return ditkit.generate(model, label=[0, 1], seeds=(0, 1), steps=2, policies=model.policies).samples
+
+
 def test_weight_zero_changes_no_bit_and_costs_no_call(whole):
     a, b = (load_file(whole[name] / "state.safetensors") for name in ("plain", "zero"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

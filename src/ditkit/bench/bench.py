@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ditkit.bench.macs import MacCount, MacCounter
 from ditkit.bench.memory import Isolated, PeakMemory
-from ditkit.bench.rows import Kind, Row
+from ditkit.bench.rows import MEASURED, Kind, Row
 from ditkit.bench.timing import alternated, medians
 from ditkit.core.errors import ConfigError, NoEffectError
+from ditkit.core.model import Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.task import Progress, Task
 from ditkit.metrics.distribution import Distribution, distribution
@@ -28,7 +29,7 @@ FEWEST = 4  # pictures that KID needs in each set
 
 @dataclass(frozen=True)
 class Method:
-    """One row: policies and a number of steps."""
+    """One row: policies and a number of steps, of the first model or of a rival."""
 
     name: str
     kind: Kind
@@ -36,6 +37,7 @@ class Method:
     tag: str
     policies: tuple[Policy, ...]
     steps: int
+    rival: Denoiser | None = None
 
 
 class Bench:
@@ -53,6 +55,13 @@ class Bench:
         self.controls: dict[str, Method] = {}
         self.idle: dict[str, NoEffectError] = {}
         self.converged: Tensor | None = None
+
+    def of(self, method: Method) -> Sampler:
+        """Return the sampler of a row's model."""
+        return self.work if method.rival is None else replace(self.work, model=method.rival)
+
+    def draw(self, method: Method) -> Samples:
+        return self.of(method).draw(policies=method.policies, steps=method.steps)
 
     def count(self) -> None:
         """Draw once under the counter of MACs; policies that save nothing get no row.
@@ -77,7 +86,8 @@ class Bench:
 
     def add_control_rows(self) -> None:
         """Add the exact sampler with as many steps as a policy computed in full, once for each number."""
-        shares = {self.drawn[m.name].full / self.drawn[m.name].evaluations for m in self._policies()}
+        policies = [m for m in self._policies() if m.rival is None]
+        shares = {self.drawn[m.name].full / self.drawn[m.name].evaluations for m in policies}
         found = [self._fewer(share) for share in sorted(shares, reverse=True)]
         self.methods += [m for i, m in enumerate(found) if m.kind == "control" and m not in found[:i]]
 
@@ -88,17 +98,23 @@ class Bench:
     def time(self, rounds: int) -> None:
         """Wall clock of the rows, in turns; what they drew last is what is judged."""
 
-        def draw(method: Method) -> None:
-            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
+        def draw_again(method: Method) -> None:
+            self.drawn[method.name] = self.draw(method)
 
         tell = None if self.progress is None else partial(self.progress, "timing")
-        functions = {method.name: partial(draw, method) for method in self.methods}
+        functions = {method.name: partial(draw_again, method) for method in self.methods}
         # counting has warmed every one of them up
         self.seconds = alternated(functions, rounds, warmup=0, progress=tell)
 
-    def measure_memory(self, isolated: Isolated) -> None:
+    def measure_memory(self, isolated: Mapping[str, Isolated]) -> None:
+        """Measure each row in a process of its own.
+
+        Args:
+            isolated: the first model under "exact", and rivals by their names.
+        """
         for method in self._counted("measuring memory", self.methods):
-            self.memory[method.name] = isolated.peak(method.policies, method.steps)
+            work = isolated[EXACT if method.rival is None else method.name]
+            self.memory[method.name] = work.peak(method.policies, method.steps)
 
     def rows(self, judge: Callable[[Tensor], Distribution] | None) -> tuple[Row, ...]:
         return tuple(self._row(method, judge) for method in self._counted("comparing", self.methods))
@@ -107,6 +123,7 @@ class Bench:
         drawn, memory = self.drawn[method.name], self.memory.get(method.name)
         exact, seconds = self.drawn[EXACT].samples, medians(self.seconds)
         count, whole = self.macs[method.name], self.macs[EXACT].total
+        held = [*self.of(method).model.parameters(), *self.of(method).model.buffers()]
         return Row(
             name=method.name,
             kind=method.kind,
@@ -125,6 +142,8 @@ class Bench:
             peak_bytes=None if memory is None else memory.peak_bytes,
             peak_added_bytes=None if memory is None else memory.added_bytes,
             policy_bytes=drawn.policy_bytes,
+            parameters=sum(p.numel() for p in self.of(method).model.parameters()),
+            weight_bytes=sum(t.numel() * t.element_size() for t in held),
             receipt=tuple(receipt.as_dict() for receipt in drawn.receipts),
             distribution=None if judge is None else judge(drawn.samples),
             psnr_converged_db=self._to_converged(drawn.samples),
@@ -156,7 +175,7 @@ class Bench:
         return pooled_psnr_db(samples, self.converged, self.generated)
 
     def _policies(self) -> list[Method]:
-        return [method for method in self.methods if method.kind == "policy"]
+        return [method for method in self.methods if method.kind in MEASURED]
 
     def _fewer(self, share: float) -> Method:
         """Return the exact sampler in nearest to `share` of the steps, sampled and counted once."""
@@ -171,7 +190,7 @@ class Bench:
 
     def _count(self, method: Method) -> None:
         with MacCounter() as counter:
-            self.drawn[method.name] = self.work.draw(policies=method.policies, steps=method.steps)
+            self.drawn[method.name] = self.draw(method)
         self.macs[method.name] = counter.count
 
     def _counted(self, stage: str, items: Sequence[T]) -> Iterator[T]:

@@ -11,7 +11,9 @@ from ditkit.core.policy import Policy
 from ditkit.metrics.distribution import Distribution
 from ditkit.metrics.error import ClipErrors
 
-Kind = Literal["exact", "policy", "control"]
+Kind = Literal["exact", "policy", "rival", "control"]
+MEASURED = ("policy", "rival")
+"""Kinds of rows that are held against the exact run of the first model: its policies, and other models."""
 
 DISTANCES = {
     "fid": "fid",
@@ -66,6 +68,8 @@ class Row:
     control_psnr_db: float | None
     control_psnr_converged_db: float | None
     receipt: tuple[dict[str, Any], ...]
+    parameters: int | None = None
+    weight_bytes: int | None = None
     clip: ClipErrors | None = None
     distribution: Distribution | None = None
 
@@ -81,6 +85,12 @@ class Row:
         for clips.
         """
         values = asdict(self)
+        for key in (
+            "parameters",
+            "weight_bytes",
+        ):  # of a pipeline's rows, which have no other model beside them
+            if values[key] is None:
+                del values[key]
         distances = values.pop("distribution")
         values |= values.pop("clip") or {}
         if distances is not None:
@@ -100,6 +110,8 @@ DEFINITIONS = {
     "peak_bytes": "highest memory of a process of its own that draws the first batch (resident on a CPU, "
     "with the interpreter and its libraries; allocated on a GPU)",
     "peak_added_bytes": "peak_bytes less what the process held before it drew",
+    "parameters": "numbers of the network of this row, frozen ones and those of transforms included",
+    "weight_bytes": "memory of its weights and buffers, as they are stored",
     "policy_bytes": "the most that the policies held at once in a batch",
     "identical": "whether every sample equals the exact run's to the bit; its PSNR, infinite, is then null",
     "psnr_db": "to the exact run of the same seeds and steps, of the squared error averaged over all "
@@ -196,9 +208,9 @@ def converged_caption(steps: int) -> list[str]:
 
 
 def headline(rows: Sequence[Row], noun: str) -> str:
-    """Summarise the fastest policy that is close to the exact run, or the closest, and its control."""
+    """Summarise the fastest policy, or rival, that is close to the exact run, or the closest, and its control."""
     exact = rows[0]
-    policies = [row for row in rows if row.kind == "policy"]
+    policies = [row for row in rows if row.kind in MEASURED]
     if not policies:
         return f"The exact sampler alone: {exact.seconds:.2f} s."
     close = [row for row in policies if row.identical or (row.psnr_db or 0) >= CLOSE_DB]
@@ -208,7 +220,8 @@ def headline(rows: Sequence[Row], noun: str) -> str:
     near = f"identical {drawn}" if best.identical else f"{decibels(best.psnr_db)} dB PSNR to its {drawn}"
     faster = f"{best.name} is {best.speedup:.2f} times as fast as the exact sampler, at {near}"
     if not close:
-        faster = f"No policy keeps a PSNR of {CLOSE_DB:g} dB to the exact sampler. The closest: {faster}"
+        word = "row" if any(row.kind == "rival" for row in policies) else "policy"
+        faster = f"No {word} keeps a PSNR of {CLOSE_DB:g} dB to the exact sampler. The closest: {faster}"
     return f"{faster}{_against_control(best)}."
 
 

@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     ModelName,
     Number,
     Options,
+    Prompts,
     Seeds,
     load_generator,
     options_of,
@@ -35,6 +36,7 @@ from ditkit.core.task import task_of
 from ditkit.sample import Sampling
 from ditkit.tasks.video.masks import KINDS, mask_kind
 
+Rivals = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]FOLDER")]
 MaskName = Annotated[
     str | None,
     tyro.conf.arg(
@@ -55,9 +57,11 @@ def compare(
     model: ModelName,
     *,
     flags: Flattened = SamplingFlags(),
+    rival: Rivals = (),
     demo: bool = False,
     seeds: Seeds = ("0..7",),
     label: Labels = (),
+    prompt: Prompts = (),
     converged_steps: Number = None,
     fewer_steps: bool = False,
     rounds: Number = None,
@@ -67,14 +71,15 @@ def compare(
     mask: MaskName = None,
     out: Path = Path("outputs/compare"),
 ) -> None:
-    """Compare policies with the exact sampler: speed beside error.
+    """Compare policies, or other models, with the exact sampler: speed beside error.
 
-    Each --policy is a row; the exact sampler is always the first.
+    Each --policy is a row, and each --rival; the exact sampler is always the first.
 
     Examples:
         ditkit compare emoji --policy taylorseer:interval=4
         ditkit compare emoji --policy taylorseer --policy taylorseer:order=1 --seeds 0..15
         ditkit compare emoji --demo --out outputs/demo
+        ditkit compare emoji --rival pruned=outputs/pruned
         ditkit compare runs/vdt/model --policy taylorseer:interval=4 --guidance 1
         ditkit compare runs/video-dit/model --policy taylorseer --data moving-digits --mask interpolate
 
@@ -85,9 +90,12 @@ def compare(
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
+        rival: Another model, FOLDER or NAME=FOLDER, such as what ditkit compress made of this one. Repeat it for
+            several.
         demo: Instead of --policy: a few that show most in three minutes, with --fewer-steps and --no-memory.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
+        prompt: Text to draw, of a model that takes one: one, or repeated, one a seed.
         converged_steps: Steps of the run that stands for the sampler's limit. Default: 10 times --steps; --demo: 2.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
         rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 1.
@@ -97,10 +105,13 @@ def compare(
             where the model was trained on these data: as it was.
         out: Folder to write to.
     """
-    if not flags.policy and not demo:
-        raise ConfigError("compare: got no --policy, expected one such as taylorseer:interval=4, or --demo")
+    if not flags.policy and not demo and not rival:
+        raise ConfigError(
+            "compare: got no --policy and no --rival, expected one such as taylorseer:interval=4, or --demo"
+        )
     sampling = flags.make(seeds_of(seeds))
     network = load_generator(model, "compare")
+    rivals = rivals_of(rival)
     if demo:
         sampling = sampling.changed(policies=demo_policies(flags.policy))
         converged_steps = converged_steps or DEMO_CONVERGED * sampling.steps
@@ -110,7 +121,9 @@ def compare(
     real, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         if demo and converged_steps is not None:
-            seconds = first_picture(out / FIRST, network, label or None, cond, sampling)
+            seconds = first_picture(
+                out / FIRST, network, cond, sampling, label=label or None, prompt=prompt or None
+            )
             total = seconds * demo_evaluations(sampling, rounds, converged_steps)
             print(
                 f"wrote {out / FIRST}; the comparison takes about {total:.0f} s", file=sys.stderr, flush=True
@@ -118,6 +131,7 @@ def compare(
         report = compared(
             network,
             label=label or None,
+            prompt=prompt or None,
             cond=cond,
             sampling=sampling,
             converged_steps=converged_steps,
@@ -125,6 +139,7 @@ def compare(
             memory=not (no_memory or demo),
             real=real,
             controls_as_rows=fewer_steps or demo,
+            rivals=rivals,
             progress=advance,
         )
         files = report.save(out)
@@ -134,6 +149,23 @@ def compare(
         Console().print(report.table())
     print(f"wrote {out}: " + ", ".join(file.name for file in files))
     print(f"open {next(file for file in files if file.suffix == '.html')} in a browser")
+
+
+def rivals_of(words: tuple[str, ...]) -> dict[str, Any]:
+    """Load the models of `--rival FOLDER` and `--rival NAME=FOLDER` by name.
+
+    Raises:
+        ConfigError: two have one name, or one draws nothing. Those of `load`.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        if not name or (equals and not source):
+            raise ConfigError(f"--rival {word}, expected FOLDER or NAME=FOLDER")
+        if name in found:
+            raise ConfigError(f"--rival {word}: {name!r} is given twice, expected names of their own")
+        found[name] = load_generator(source or name, "compare")
+    return found
 
 
 def demo_policies(given: tuple[str, ...]) -> list[Policy]:
@@ -147,14 +179,14 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     return [ConfidentTaylor(interval=3), *(TaylorSeer(interval=n, order=o) for n, o in DEMO_SETTINGS)]
 
 
-def first_picture(path: Path, network: Any, label: Any, cond: Cond, sampling: Sampling) -> float:
+def first_picture(path: Path, network: Any, cond: Cond, sampling: Sampling, **words: Any) -> float:
     """Draw all seeds in few exact steps, as a picture; return the seconds of one evaluation of them.
 
     What a task draws of other samples than pictures is left to the report: then nothing is written.
     """
     from ditkit.report.sheet import grid, write_png
 
-    drawn = generate(network, label, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS)
+    drawn = generate(network, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS, **words)
     if drawn.samples.ndim == PICTURES:
         write_png(path, grid(drawn.samples, columns=len(drawn.samples)))
     return drawn.seconds / drawn.evaluations

@@ -16,20 +16,24 @@ from ditkit.core.loading import load
 
 Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TRANSFORM ...")]
 
+More = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 
-def compress(model: ModelName, transforms: Transforms, *, out: Path) -> None:
+
+def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transform: More = ()) -> None:
     """Apply transforms to a model, in order, and save the result.
 
     Examples:
         ditkit compress emoji kept:blocks=0+2+4+6+8+10 --out outputs/pruned
         ditkit compress runs/tuned/model merged --out outputs/merged
+        ditkit compress fashion-dit --transform temporalmaintenance:weights=4,iterations=500 --out outputs/w4a8
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
         transforms: Changes of the weights, such as kept:blocks=0+2+3 or lora:rank=8.
         out: Folder to write.
+        transform: The same, after those; again for more than one.
     """
-    chosen = as_transforms(transforms)
+    chosen = as_transforms((*transforms, *transform))
     if (out / "config.json").exists():
         raise ConfigError(f"--out {out} holds a model already, expected another folder")
     before = load(model)

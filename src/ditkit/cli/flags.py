@@ -32,9 +32,9 @@ def flags_of(config: Any) -> Any:
     return flags(**{name: getattr(config, name) for name in names})
 
 
-def with_flags(config: C, flags: Any) -> C:
-    """`config` with the values of `flags`, which `flags_of` one of its kind made."""
-    return replace(config, **vars(flags))  # type: ignore[type-var]
+def with_flags(config: C, flags: Any, **others: Any) -> C:
+    """`config` with the values of `flags`, which `flags_of` one of its kind made, and of `others`."""
+    return replace(config, **{**vars(flags), **others})  # type: ignore[type-var]
 
 
 def _helps(kind: type) -> dict[str, str]:

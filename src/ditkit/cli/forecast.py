@@ -80,7 +80,8 @@ def forecast(
         option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
             several. Default, where the first model was trained on these data: as it was.
         future: Steps to forecast after the last one of the data; nothing is measured then.
-        horizon: Frames of held-out data to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
+        horizon: Frames of held-out data to forecast; beyond a model's own, its forecasts are fed back. Default: the
+            model's own.
         count: Clips to forecast, at most. Of fields, every window of the test part is.
         validation: Of fields, the share or number of steps before the test part, as in training.
         test: Of fields, the last part in time, as in training.

@@ -34,6 +34,7 @@ class Group:
         prog: what is typed before a command's name. about: what the commands are.
         what: what a member is called in the list and in errors.
         summary: first sentence of a member by its name, for the list; by default members are made and asked.
+        other: makes a command for a word that is no member's name, or nothing.
     """
 
     prog: str
@@ -41,6 +42,7 @@ class Group:
     members: Mapping[str, Callable[[], Command | Group]]
     what: str = "command"
     summary: Callable[[str], str] | None = None
+    other: Callable[[str], Command | None] | None = None
 
     def resolve(self, words: Sequence[str]) -> Callable[[], None]:
         """Return the call that `words` ask for; help is a call as well.
@@ -52,6 +54,8 @@ class Group:
             return self.help
         name, rest = words[0], words[1:]
         if name not in self.members:
+            if self.other is not None and (command := self.other(name)) is not None:
+                return parse(command, f"{self.prog} {name}", rest)
             raise ConfigError(f"{unknown(self.what, name, self.members)}; see {self.prog} --help")
         member = self.members[name]()
         if isinstance(member, Group):

@@ -24,7 +24,7 @@ GROUPS = {
     "compress": "compression",
 }
 """The packages of policies and transforms, with their headings."""
-FLAGS: dict[type, str] = {Policy: "--policy", Transform: "--transform"}
+FLAGS: dict[type[Any], str] = {Policy: "--policy", Transform: "--transform"}
 
 
 def policies(policy: PolicyName = "") -> None:
@@ -39,7 +39,7 @@ def policies(policy: PolicyName = "") -> None:
     """
     if policy:
         base = next((base for base in FLAGS if policy.lower() in _names(base)), Policy)
-        described(find(base, policy), FLAGS[base])  # type: ignore[type-abstract]
+        described(find(base, policy), FLAGS[base])
         return
     for package, heading in GROUPS.items():
         table = Table(box=None, pad_edge=False, show_header=False, title_justify="left", title=heading)
@@ -60,7 +60,7 @@ def described(kind: type, flag: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("field", "type", "default"):
         table.add_column(head, overflow="fold")
-    known = [f for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    known = [f for f in fields(kind) if f.init]
     for field in known:
         table.add_row(field.name, escape(str(field.type)), escape(default_of(field)))
     console.print(table)
@@ -82,5 +82,5 @@ def default_of(field: Any) -> str:
     return "" if field.default_factory is MISSING else as_text(field.default_factory())
 
 
-def _names(base: type) -> set[str]:
+def _names(base: type[Any]) -> set[str]:
     return {kind.__name__.lower() for kind in every(base)}

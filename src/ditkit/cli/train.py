@@ -20,12 +20,13 @@ from ditkit.api.compress import as_transforms
 from ditkit.cli.flags import flags_of, with_flags
 from ditkit.cli.options import Number, Options, Policies, is_main_process, options_of, policies_of, writable
 from ditkit.cli.parsing import Command, Group
+from ditkit.cli.train_flags import Groups, Rules, Transforms, groups_of, inherit_of
+from ditkit.cli.train_pipeline import command_of as pipeline_command_of
 from ditkit.core.errors import ConfigError
 from ditkit.core.spec import spec
 from ditkit.tasks.recipe import Recipe, describe, train_recipe
 
 Build = Callable[[], Recipe]
-Transforms = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 LEFT = ("model", "losses.jsonl", "samples", "snapshots", "tensorboard", "state.safetensors")
 """The files that a run may leave in its folder."""
 
@@ -57,15 +58,19 @@ def command_of(name: str, build: Build) -> Command:
         init: str = recipe.init,
         policy: Policies = (),
         transform: Transforms = (),
+        inherit: Rules = (),
+        group: Groups = (),
         network: Any = own,
         settings: Any = run_flags,
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        if init and network != own:
+        rule = inherit_of(inherit) or recipe.inherit
+        if init and rule is None and network != own:
             changed = next(name for name, given in vars(network).items() if given != getattr(own, name))
             raise ConfigError(
-                f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none"
+                f"--{changed.replace('_', '-')} with --init {init}: the network is the one there, expected none, or "
+                "--inherit for the weights of another one"
             )
         typed = options_of(data, option, max_bad)
         bad = typed.pop("max_bad", None)
@@ -80,7 +85,8 @@ def command_of(name: str, build: Build) -> Command:
             init=init,
             policies=under,
             transforms=as_transforms(transform) if transform else recipe.transforms,
-            settings=with_flags(recipe.settings, settings),
+            inherit=rule,
+            settings=with_flags(recipe.settings, settings, groups=groups_of(group, recipe.settings.groups)),
         )
         if dry_run:
             print(describe(chosen))
@@ -127,6 +133,11 @@ def command_of(name: str, build: Build) -> Command:
             Default: {" ".join(map(spec, recipe.policies)) or "exact"}.
         transform: Change the network first, as ditkit compress does: kept:blocks=0+2+3. Again for more than one, which
             are all then.
+        inherit: Take the weights of --init for a network of another class or size: same, for tensors of the same name;
+            skip=PATTERN, those that begin anew; OWN=OTHER, those taken from others, as blocks.1.*=blocks.3.*, where a
+            star is one part of a name, at the end all the rest. Repeat it for several.
+        group: A part of the weights with a learning rate or decay of its own: lora:rate=10, norms:rate=2,decay=0.
+            Repeat it for several, which are all then.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")
@@ -135,7 +146,8 @@ def command_of(name: str, build: Build) -> Command:
 
 train = Group(
     prog="ditkit train",
-    about="Train a model as a recipe says; if it is stopped, --resume goes on.",
+    about="Train a model as a recipe says, or a diffusers folder's transformer; if it is stopped, --resume goes on.",
     members={name: partial(command_of, name, build) for name, build in found().items()},
     what="recipe",
+    other=pipeline_command_of,
 )

@@ -116,14 +116,15 @@ def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:
         if text not in choices:
             raise ConfigError(f"{where}: " + unknown("value", text, choices))
         return choices[text]
-    if beyond := [member for member in single if member not in READERS]:
-        raise ConfigError(f"{where}: a field of type {beyond[0]} cannot be given as text; set it in Python")
-    for member in single:
+    readable = [member for member in single if member in READERS]
+    if not readable:
+        raise ConfigError(f"{where}: a field of type {single[0]} cannot be given as text; set it in Python")
+    for member in readable:
         try:
             return READERS[member](text)
         except (ValueError, KeyError):
             continue
-    raise ConfigError(f"{where}, expected " + " or ".join(SCALARS[member] for member in single))
+    raise ConfigError(f"{where}, expected " + " or ".join(SCALARS[member] for member in readable))
 
 
 def as_text(given: Any) -> str:

@@ -80,7 +80,8 @@ def _table(data: Any, time: str | None, columns: Sequence[str] | None, name: str
     if not isinstance(stamps, pd.DatetimeIndex):
         place = "index" if time is None else f"column {time!r}"
         raise DataError(
-            f"{name} has no times: its {place} holds {stamps.dtype}, expected a DatetimeIndex, such as pandas.to_datetime makes, or time= with a column of one"
+            f"{name} has no times: its {place} holds {stamps.dtype}, expected a DatetimeIndex, such as "
+            "pandas.to_datetime makes, or time= with a column of one"
         )
     if stamps.hasnans:
         raise DataError(f"{name}, row {int(stamps.isna().argmax()) + 1}: the time is missing")

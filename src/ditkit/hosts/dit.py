@@ -9,17 +9,22 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models import attention as host_attention
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import dit_transformer_2d as host
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid, Segment, Tokens, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, feed_in_chunks, modulation
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
 
@@ -246,6 +251,33 @@ def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
     if shape[-2] // model.patch_size != side:
         raise ShapeError(f"DiTTransformer2DModel: input {list(shape)} should have equal sides")
     return (Segment("image", Grid(1, side, side), side**2),)
+
+
+class DiTInputs(Inputs):
+    """DiT: a class; the one after the last is none."""
+
+    flow = False
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        return model.config.in_channels, (model.config.patch_size,) * 2
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {"class_labels": Slot("label", (), below=model.config.num_embeds_ada_norm)}
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        return {"hidden_states": x, "timestep": t, "class_labels": cond.label}
+
+    def nothing(self, model: Any) -> Cond:
+        return Cond(label=torch.tensor([model.config.num_embeds_ada_norm]))
+
+    def prepare(self, model: Any) -> None:
+        """Each block of diffusers' would drop labels by itself."""
+        for module in model.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
+
+
+INPUTS = DiTInputs()
 
 
 def _blocks(model: Any) -> list[tuple[str, Any]]:

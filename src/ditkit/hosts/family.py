@@ -17,6 +17,7 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.run import Site
 from ditkit.core.transform import Stacked
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.view import VIEWS, View
 
 
@@ -25,13 +26,14 @@ class Family(NamedTuple):
 
     The parameters of its `layout` are named after arguments of the transformer's forward, or are `model`, `shape`
     (of the latents) and `text` (rows of it). `CHANNEL_AXIS` says where latents have their channels, if not at 1, and
-    `STACKS` the lists of blocks that a transform may name.
+    `STACKS` the lists of blocks that a transform may name, and `INPUTS` how it is trained.
     """
 
     sites: Callable[[nn.Module], tuple[Site, ...]]
     make_layout: Callable[..., tuple[Segment, ...]]
     channel_axis: int = 1
     stacks: Mapping[str, Stacked] = MappingProxyType({})
+    inputs: Inputs | None = None
 
     def asks(self) -> tuple[str, ...]:
         """List the arguments that `layout` needs."""
@@ -68,7 +70,8 @@ def family(model: nn.Module) -> Family:
         raise ConfigError("accelerate: " + unknown("transformer", type(model).__name__, names))
     ours = VIEWS.get(type(model), type(model))
     home = next(module for module in modules if ours in vars(module).values())
-    return Family(home.sites, home.layout, getattr(home, "CHANNEL_AXIS", 1), getattr(home, "STACKS", {}))
+    axis, stacks = getattr(home, "CHANNEL_AXIS", 1), getattr(home, "STACKS", {})
+    return Family(home.sites, home.layout, axis, stacks, getattr(home, "INPUTS", None))
 
 
 def transformers() -> list[type]:

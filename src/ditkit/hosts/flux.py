@@ -14,12 +14,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_flux as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block, clip_half, feed, modulation, rotate
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -302,6 +307,44 @@ def layout(img_ids: Tensor, txt_ids: Tensor) -> tuple[Segment, ...]:
         grid = Grid(1, height, width) if height * width == len(ids) else Grid(len(ids))
         segments.append(Segment("context" if i else "image", grid, len(ids)))
     return tuple(segments)
+
+
+class FluxInputs(Inputs):
+    """FLUX.1: T5's rows, CLIP's pooled vector, and the scale that a distilled network is told."""
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        if model.config.out_channels not in (None, model.config.in_channels):
+            raise ConfigError(
+                f"FluxTransformer2DModel: in_channels={model.config.in_channels} are more than its latents (fill, "
+                "depth or canny), expected a transformer of text alone"
+            )
+        return model.config.in_channels // 4, (2, 2)
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {
+            "prompt_embeds": Slot("text", ("S", model.config.joint_attention_dim)),
+            "pooled_prompt_embeds": Slot("vector", (model.config.pooled_projection_dim,)),
+        }
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        assert cond.text is not None
+        grid = Grid(1, x.shape[2] // 2, x.shape[3] // 2)
+        scale = {"guidance": torch.full_like(t, guidance)} if model.config.guidance_embeds else {}
+        return {
+            "hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT,
+            "encoder_hidden_states": cond.text,
+            "pooled_projections": cond.vector,
+            "timestep": t,
+            "img_ids": F.pad(grid.coordinates()[:, 1:], (1, 0)).to(x),
+            "txt_ids": x.new_zeros(cond.text.shape[1], 3),
+            **scale,
+        }
+
+    def prediction(self, model: Any, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return F.pixel_shuffle(out.mT.unflatten(2, (shape[-2] // 2, shape[-1] // 2)), 2)
+
+
+INPUTS = FluxInputs()
 
 
 def _blocks(model: Any) -> list[tuple[str, Any]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.checkpoint import fill, read_json
+from ditkit.core.checkpoint import fill, read_json, to_disk
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import CONFIG, Model
@@ -20,14 +21,44 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Report, Stacked, Transform, described, transforms_of
 from ditkit.hosts.family import families, family, has_sites, transformers
-from ditkit.hosts.view import View, restore, running, view
+from ditkit.hosts.view import View, is_running, restore, running, view
 
 KEY = "_ditkit"
 """The key of the changes of the structure in diffusers' config.json, which ignores it."""
 APPLIED = "ditkit_transforms"
 """Attribute of a transformer: the same."""
-TRAINED = "ditkit_policies"
-"""Attribute of a transformer: inherent policies without weights of their own that it was trained under."""
+ADOPTED = "ditkit_adopted"
+"""Attribute of a transformer: what it was trained under, an `Adopted`."""
+
+
+class Adopted(NamedTuple):
+    """The policies that a transformer was trained under, and what they learned."""
+
+    policies: tuple[Policy, ...] = ()
+    learned: nn.ModuleDict | None = None
+
+
+def adopted(transformer: nn.Module) -> Adopted:
+    """Return what a transformer was trained under; nothing, of most."""
+    found: Adopted = vars(transformer).get(ADOPTED, Adopted())
+    return found
+
+
+def trained_under(transformer: Any) -> tuple[Policy, ...]:
+    """Return the inherent policies that a transformer was trained under."""
+    return tuple(
+        policy for policy in adopted(transformer).policies if policy.inherent and policy != policy.exact()
+    )
+
+
+def mark(transformer: nn.Module, policies: Sequence[Policy], learned: nn.ModuleDict) -> None:
+    """Note on a transformer what it was trained under; without the inherent ones it refuses to be called from now on.
+
+    A plain pipeline would leave them out without a word.
+    """
+    vars(transformer)[ADOPTED] = Adopted(tuple(policies), learned)
+    if policies and _guard not in transformer._forward_pre_hooks.values():
+        transformer.register_forward_pre_hook(_guard)
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,9 @@ class Host(Model):
         model._set(HostConfig(type(transformer).__name__, json.dumps(arguments)), transformer)
         listed = transforms_of(kept.get("transforms"), type(transformer).__name__)
         model.transforms = vars(transformer).get(APPLIED) or tuple(listed)
-        model.policies = trained_under(transformer)
+        under = adopted(transformer)
+        model.policies = under.policies
+        model.learned = nn.ModuleDict() if under.learned is None else under.learned
         return model
 
     def _set(self, config: HostConfig, transformer: nn.Module) -> None:
@@ -98,23 +131,20 @@ class Host(Model):
         with running(run):
             return self.transformer(*args, **kwargs)
 
-    def adopt(self, policies: Sequence[Policy]) -> Self:
-        """Train under `policies`, as any model; a pipeline of the transformer is accelerated under them, too."""
-        super().adopt(policies)
-        sites = self.sites()
-        own = tuple(p for p in self.policies if p.inherent and p.modules(sites) is None and p != p.exact())
-        vars(self.transformer)[TRAINED] = own
-        self.note()
-        return self
-
     def transform(self, transform: Transform, calibration: Any = None) -> Report:
         report = super().transform(transform, calibration)
         self.note()
         return report
 
+    def adopt(self, policies: Sequence[Policy]) -> Self:
+        super().adopt(policies)
+        self.note()
+        return self
+
     def note(self) -> None:
         """Let the transformer say what it is now: its config where diffusers' own class opens it, else its refusal."""
         vars(self.transformer)[APPLIED] = self.transforms
+        mark(self.transformer, self.policies, self.learned)
         vars(self.transformer).pop("save_pretrained", None)
         try:
             fields = self.plain()
@@ -136,12 +166,15 @@ class Host(Model):
         """Fields of diffusers' config with which its own class builds this; None where nothing was done.
 
         Raises:
-            ConfigError: names the policy or the transform that has no such form, and the ways on.
+            ConfigError: names the transform that has no such form, and the two ways on; or the policies that it was
+                trained under.
         """
-        if under := trained_under(self.transformer):
+        if self.policies:
+            under = ", ".join(map(str, self.policies))
             raise ConfigError(
-                f"{self.config.name} was trained under {under[0]}, without which plain diffusers would run it; save it "
-                "by ditkit.hosts.hosted.Host.around(transformer).save(folder), which ditkit.load opens"
+                f"{self.config.name} was trained under {under}, which plain diffusers would "
+                "leave out; save it by ditkit.hosts.hosted.Host.around(transformer).save(folder), which "
+                "ditkit.load opens"
             )
         if not self.transforms and KEY not in dict(self.transformer.config):
             return None
@@ -168,7 +201,7 @@ class Host(Model):
             if dtype is None
             else self.with_weights(self.state_dict(), "copy").transformer.to(dtype)
         )
-        copy.save_pretrained(folder)
+        _write(copy, Path(folder))
         return Path(folder)
 
     @classmethod
@@ -214,11 +247,12 @@ class Host(Model):
         model.note()
         return model.eval()
 
-
-def trained_under(transformer: Any) -> tuple[Policy, ...]:
-    """Return the inherent policies that a transformer was trained under."""
-    found: tuple[Policy, ...] = vars(transformer).get(TRAINED, ())
-    return found
+    def sharing(self, state: Mapping[str, Tensor]) -> Self:
+        """As of any model; built in memory, as `holding` does."""
+        with torch.random.fork_rng(devices=()), torch.device("cpu"):
+            copy = type(self)(self.config).shaped(self.transforms).adopt(self.policies)
+        copy.load_state_dict(state, assign=True)
+        return copy
 
 
 def transform_in_place(
@@ -237,6 +271,36 @@ def transform_in_place(
     finally:
         if not had_sites and has_sites(transformer):
             restore(transformer)
+
+
+def _write(transformer: Any, folder: Path) -> None:
+    """Write a folder of diffusers: every file is whole, and those of an earlier one with other weights go.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".draft", dir=folder) as draft:
+            transformer.save_pretrained(draft)
+            files = sorted(Path(draft).iterdir(), key=lambda file: file.name == CONFIG)
+            for file in files:
+                to_disk(file)
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+    for old in folder.glob("*.safetensors*"):
+        if old.name not in [file.name for file in files]:
+            old.unlink()
+
+
+def _guard(transformer: nn.Module, _: tuple[Any, ...]) -> None:
+    """Refuse a call without the inherent policies: whoever runs a transformer under some says so."""
+    if not is_running() and (under := trained_under(transformer)):
+        raise ConfigError(
+            f"{type(transformer).__name__} was trained under {', '.join(map(str, under))}; expected a call through "
+            "ditkit.accelerate(pipe), which runs it so"
+        )
 
 
 def _refuse(reason: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -5,7 +5,7 @@ B batch, L image rows, S text rows, D width. Text is only cross-attended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,12 +13,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import pixart_transformer_2d as host
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ConflictError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.blocks import as_wide, attention_sites
 from ditkit.hosts.dit import call_basic_block
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.modulation import modulate
 
@@ -142,6 +145,44 @@ def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
     """Build the layout of a call on latents of `shape` [B, C, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
+
+
+PIXELS = 8
+"""Pixels a side of a latent; a transformer of several sizes is told those of the picture."""
+
+
+class PixArtInputs(Inputs):
+    """PixArt: T5's rows and their mask; where the network is told the picture's size, that of the latents."""
+
+    flow = False
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        return model.config.in_channels, (model.config.patch_size,) * 2
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {
+            "prompt_embeds": Slot("text", ("S", model.config.caption_channels)),
+            "prompt_attention_mask": Slot("text_mask", ("S",), optional=True),
+        }
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if model.use_additional_conditions:
+            height, width = (PIXELS * n for n in x.shape[2:])
+            size = {
+                "resolution": x.new_tensor([[height, width]]).repeat(len(x), 1),
+                "aspect_ratio": x.new_tensor([[height / width]]).repeat(len(x), 1),
+            }
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": cond.text,
+            "encoder_attention_mask": cond.text_mask,
+            "timestep": t,
+            "added_cond_kwargs": size,
+        }
+
+
+INPUTS = PixArtInputs()
 
 
 def _grid(model: Any, shape: Sequence[int]) -> Grid:

@@ -17,8 +17,10 @@ from diffusers.models.transformers import transformer_sd3 as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid, Segment, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as
 from ditkit.hosts.blocks import (
@@ -31,6 +33,7 @@ from ditkit.hosts.blocks import (
     modulation,
     split_heads,
 )
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV
@@ -233,6 +236,30 @@ def layout(model: nn.Module, shape: Sequence[int], text: int) -> tuple[Segment, 
     """Segments of a call on latents of `shape` [B, C, H, W] and `text` rows of text: image, then text."""
     grid = _grid(model, shape)
     return Segment("image", grid, grid.length), Segment("text", Grid(text), text)
+
+
+class SD3Inputs(Inputs):
+    """Stable Diffusion 3: rows and pooled vectors of its encoders, side by side as the pipeline has them."""
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        return model.config.in_channels, (model.config.patch_size,) * 2
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {
+            "prompt_embeds": Slot("text", ("S", model.config.joint_attention_dim)),
+            "pooled_prompt_embeds": Slot("vector", (model.config.pooled_projection_dim,)),
+        }
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": cond.text,
+            "pooled_projections": cond.vector,
+            "timestep": 1000 * t,
+        }
+
+
+INPUTS = SD3Inputs()
 
 
 def _grid(model: Any, shape: Sequence[int]) -> Grid:

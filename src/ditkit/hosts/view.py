@@ -20,7 +20,7 @@ from ditkit.core.run import DIRECT, Run
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_RUN: ContextVar[Run] = ContextVar("ditkit_run", default=DIRECT)
+_RUN: ContextVar[Run | None] = ContextVar("ditkit_run", default=None)
 VIEWS: dict[type, type[nn.Module]] = {}
 _HARMLESS = ("peft_autocast_disable",)
 """diffusers' hooks that wrap a forward without replacing what it computes."""
@@ -38,7 +38,12 @@ def running(run: Run) -> Iterator[None]:
 
 def current() -> Run:
     """Return the run in force; `DIRECT` outside of `running`."""
-    return _RUN.get()
+    return _RUN.get() or DIRECT
+
+
+def is_running() -> bool:
+    """Return whether a caller decides under what a viewed transformer runs, be it under nothing."""
+    return _RUN.get() is not None
 
 
 class View(type):

@@ -6,7 +6,7 @@ width. Text is only cross-attended: the sequence is the clip's. The two experts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,15 @@ from diffusers.models.transformers import transformer_wan as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment, take_rows, unpatchify
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import dispatched, flip, has_core, opens
 from ditkit.hosts.blocks import as_wide, attention_sites, call_block
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Modulation
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -216,6 +220,28 @@ def layout(model: Any, shape: Sequence[int]) -> tuple[Segment, ...]:
     """Build the layout of a call on latents of `shape` [B, C, T, H, W]: one segment."""
     grid = _grid(model, shape)
     return (Segment("image", grid, grid.length),)
+
+
+class WanInputs(Inputs):
+    """Wan from text: UMT5's rows, zeros after the prompt, as the pipeline has them."""
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        own, out = model.config.in_channels, model.config.out_channels
+        if own != out or model.config.image_dim is not None:
+            raise ConfigError(
+                f"WanTransformer3DModel: in_channels={own}, out_channels={out}, image_dim={model.config.image_dim}: it "
+                "is given a first picture, expected a transformer of text alone"
+            )
+        return own, tuple(model.config.patch_size)
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {"prompt_embeds": Slot("text", ("S", model.config.text_dim))}
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        return {"hidden_states": x, "timestep": 1000 * t, "encoder_hidden_states": cond.text}
+
+
+INPUTS = WanInputs()
 
 
 def _grid(model: Any, shape: Sequence[int]) -> Grid:

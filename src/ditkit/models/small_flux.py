@@ -175,12 +175,15 @@ class SmallFlux(Denoiser):
     def pipeline(self) -> FluxPipeline:
         """Build diffusers' pipeline around a copy of the transformer, without sites: `pipe("ankle boot").images`.
 
-        The prompt is spelled for the network, so one that is no class's name gives what its letters resemble.
+        The prompt is spelled for the network, so one that is no class's name gives what its letters resemble. A model
+        of inherent policies gives one that runs through `ditkit.accelerate` only.
         """
         from ditkit.hosts import flux
+        from ditkit.hosts.hosted import mark
         from ditkit.hosts.toy_flux_pipeline import ToyFluxPipeline
 
         self._register_plain(transformer := flux.restore(deepcopy(self.transformer)).eval())
+        mark(transformer, [policy for policy in self.policies if policy.inherent], deepcopy(self.learned))
         return ToyFluxPipeline.around(transformer, self.config.size, self.config.letters)
 
     def _register_plain(self, transformer: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from inspect import BoundArguments
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, Self
 from weakref import finalize
 
@@ -15,15 +15,14 @@ from ditkit.bench.timing import seconds_of
 from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
-from ditkit.core.policy import Policy, with_inherent
+from ditkit.core.policy import Policy
 from ditkit.core.spec import components
 from ditkit.core.trajectory import claim
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import families, family, has_sites, is_known
-from ditkit.hosts.hosted import trained_under
 from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
-from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks
+from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks, inherited
 from ditkit.pipelines.replay import CallSnapshot, Cost, PipelineReport, Replay
 from ditkit.pipelines.scheduler_clock import check_scheduler
 
@@ -49,8 +48,8 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     Raises:
         ConfigError: no pipeline, no transformer that has a view, a scheduler without timesteps, or no policy.
         ConflictError: `pipe` is accelerated itself, two policies own one site, another cache has its hooks on a
-            transformer, more than its blocks is compiled, or a policy of rows meets attention whose processor is
-            not diffusers' default.
+            transformer, more than its blocks is compiled, a policy of rows meets attention whose processor is
+            not diffusers' default, or its transformers were trained under different inherent policies.
         NoEffectError: a policy has no site that it can use. The pipeline is then as it was.
     """
     if isinstance(pipe, Accelerated):
@@ -59,11 +58,10 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     if max_bytes is not None:
         integer("max_bytes", max_bytes, least=1)
     models = transformers_of(pipe)
-    trained = _trained(models)
-    chosen = with_inherent(SimpleNamespace(policies=trained), chosen)
     check_scheduler(pipe.scheduler)
     alone = len(models) == 1
     nets = [Net("main" if alone else name, model, family(model)) for name, model in models.items()]
+    chosen = inherited(nets, chosen)
     viewed: list[nn.Module] = []
     try:
         for net in nets:
@@ -74,7 +72,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
         for model in viewed:
             without_sites(model)
         raise
-    return Accelerated(pipe, nets, chosen, max_bytes, trained)
+    return Accelerated(pipe, nets, chosen, max_bytes)
 
 
 def restore(fast: Accelerated) -> Any:
@@ -87,18 +85,12 @@ def restore(fast: Accelerated) -> Any:
 class Accelerated:
     """A pipeline under policies. What it has not itself is the pipeline's, to read, to set and to call."""
 
-    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_trained", "_watches")
+    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
 
     def __init__(
-        self,
-        pipe: Any,
-        nets: list[Net],
-        policies: tuple[Policy, ...],
-        max_bytes: int | None,
-        trained: tuple[Policy, ...] = (),
+        self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
     ) -> None:
         self._pipe, self._nets, self._policies, self._max_bytes = pipe, nets, policies, max_bytes
-        self._trained = trained
         self._last: tuple[CallSnapshot, Cost] | None = None
         self._watches: list[TransformerHooks] | None = [TransformerHooks(net) for net in nets]
         finalize(self, _unwatch, self._watches).atexit = False
@@ -204,7 +196,7 @@ class Accelerated:
 
         Exactly is under the inherent policies of its transformers.
         """
-        under = self._policies if fast else self._trained
+        under = self._policies if fast else inherited(self._nets, ())
         pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, under, self._max_bytes)
         drawn: list[Any] = []
 
@@ -235,15 +227,6 @@ def _check(net: Net, policies: tuple[Policy, ...]) -> None:
     sites = net.family.sites(net.model)
     refuse_closed(net.model, sites, policies)
     claim(sites, policies)
-
-
-def _trained(models: Mapping[str, Any]) -> tuple[Policy, ...]:
-    """Return the inherent policies that the transformers were trained under, all under the same."""
-    found = {name: trained_under(model) for name, model in models.items()}
-    if len(set(found.values())) > 1:
-        given = "; ".join(f"{name} under {', '.join(map(str, own)) or 'none'}" for name, own in found.items())
-        raise ConfigError(f"accelerate: transformers were trained {given}, expected all under the same")
-    return next(iter(found.values()), ())
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:

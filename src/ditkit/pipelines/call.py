@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ditkit.core.errors import ConfigError, NoEffectError
+from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.core.grid import Segment
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import Call
+from ditkit.core.spec import spec
 from ditkit.core.trajectory import Trajectory
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import Family
+from ditkit.hosts.hosted import adopted
 from ditkit.hosts.view import running
 from ditkit.pipelines.adapters import Adapters
 from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, instrumented, listening, parameters_of
@@ -41,6 +43,23 @@ class Net(NamedTuple):
     name: str
     model: nn.Module
     family: Family
+
+
+def inherited(nets: Sequence[Net], policies: Sequence[Policy]) -> tuple[Policy, ...]:
+    """`policies`, after those inherent ones that all transformers of a pipeline were trained under.
+
+    Raises:
+        ConflictError: they were trained under different ones, or learned weights of their own under them.
+    """
+    under = [with_inherent(adopted(net.model), policies) for net in nets]
+    learned = [net.name for net in nets if adopted(net.model).learned]
+    if other := [i for i, found in enumerate(under) if found != under[0] or (learned and i)]:
+        texts = [" ".join(map(spec, adopted(nets[i].model).policies)) or "none" for i in (0, other[0])]
+        raise ConflictError(
+            f"accelerate: {nets[0].name} was trained under {texts[0]} and {nets[other[0]].name} under {texts[1]}, "
+            "expected the same for all, with no weights of policies"
+        )
+    return under[0] if under else tuple(policies)
 
 
 class ConditioningKey(NamedTuple):
@@ -84,6 +103,7 @@ class PipelineCall:
         self.context: str | None = None
         self.receipts: list[PolicyReceipt] = []
         self.peak_bytes = self.evaluations = 0
+        self._learned = _learned(nets)
         self._sites = tuple(dict.fromkeys(s for net in nets for s in net.family.sites(net.model)))
         self._trajectory: Trajectory | None = None
         self._age = -1
@@ -224,7 +244,11 @@ class PipelineCall:
             self._close()
             for net in self.nets:  # some pipelines set processors in the call
                 refuse_closed(net.model, self._sites, self.policies)
-            self._trajectory = Trajectory(self._sites, self.policies, len(self.clock.times), self.max_bytes)
+            times = [t / self.clock.scale for t in self.clock.times]
+            for policy in self.policies:
+                policy.check_schedule(times, type(self.scheduler).__name__)
+            total = len(self.clock.times)
+            self._trajectory = Trajectory(self._sites, self.policies, total, self.max_bytes, self._learned)
             self._age = self.clock.age
         return self._trajectory
 
@@ -325,6 +349,14 @@ class TransformerHooks:
         listener = LISTENER.get()
         ours = isinstance(listener, PipelineCall) and any(net is self.net for net in listener.nets)
         return listener if ours else None  # type: ignore[return-value]
+
+
+def _learned(nets: Sequence[Net]) -> nn.ModuleDict | None:
+    """Return the weights that policies learned with a transformer, where that has its own."""
+    for net in nets:
+        if learned := adopted(net.model).learned:
+            return learned.to(next(net.model.parameters()).device)
+    return None
 
 
 def _drop_copies(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ class Group(NamedTuple):
 def groups(rows: Sequence[Row]) -> list[Group]:
     """List the groups of columns that some row fills."""
     found = [
-        Group("cost", COST),
+        Group("cost", (OF_RIVALS if any(row.kind == "rival" for row in rows) else ()) + COST),
         Group("to the exact run", TO_EXACT + (OF_CLIPS if any(row.clip for row in rows) else ())),
         Group("to converged", TO_CONVERGED),
     ]
@@ -51,6 +51,10 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 
 def _fixed(value: float | None, digits: int) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _millions(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
 
 
 def _full(row: Row) -> str:
@@ -70,6 +74,10 @@ def _distance(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str
     return cell
 
 
+OF_RIVALS = (
+    Column("parameters", "millions", "parameters", lambda r: _fixed(_millions(r.parameters), 2)),
+    Column("weights", "MB", "weight_bytes", lambda r: megabytes(r.weight_bytes)),
+)
 COST = (
     Column("time", "s", "seconds", lambda r: _fixed(r.seconds, 2)),
     Column("speed-up", "times", "speedup", lambda r: _fixed(r.speedup, 2)),

@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from ditkit.bench.rows import Row
+from ditkit.bench.rows import MEASURED, Row
 
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 40, 46
@@ -125,7 +125,7 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
 
 def legend(rows: Sequence[Row]) -> str:
     """Build the legend of colours and markers, as HTML."""
-    entries = {row.series: ("filled", paint(row, rows)) for row in rows if row.kind == "policy"}
+    entries = {row.series: ("filled", paint(row, rows)) for row in rows if row.kind in MEASURED}
     if any(row.kind == "control" for row in rows):
         entries["fewer exact steps (the number beside the marker)"] = ("hollow", CONTROL)
     elif any(row.control_psnr_db is not None for row in rows):
@@ -140,9 +140,9 @@ def legend(rows: Sequence[Row]) -> str:
 
 def paint(row: Row, rows: Sequence[Row]) -> str:
     """Return the row's colour, as CSS; policies of one series share one."""
-    if row.kind != "policy":
+    if row.kind not in MEASURED:
         return INK if row.kind == "exact" else CONTROL
-    series = list(dict.fromkeys(other.series for other in rows if other.kind == "policy"))
+    series = list(dict.fromkeys(other.series for other in rows if other.kind in MEASURED))
     return f"var(--c{series.index(row.series) % COLOURS})"
 
 

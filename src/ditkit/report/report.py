@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
 
+WEIGHTS = "weights\nMB"
 COST = ("time\ns", "speed\n-up", "\nMACs", "peak\nMB")
 TO_EXACT, MOTION, TO_CONVERGED, CONTROL = "to\nexact", "\nmotion", "to con-\nverged", "same\nMACs"
 SHOWN = 16  # columns of pictures, beyond which a sheet is no longer looked at
@@ -93,7 +94,7 @@ class Report:
     def heads(self) -> list[str]:
         """Return the head of each column, one for each seed that is shown."""
         frames, seeds = self._frames(), self.settings["seeds"]
-        labels = self.settings["labels"] or [""] * len(seeds)
+        labels = self.settings["labels"] or self.settings.get("prompts") or [""] * len(seeds)
         if frames and len(set(labels)) == 1:  # most models of clips have one class, which has no name
             labels = [""] * len(seeds)
         heads = [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=True)]
@@ -126,10 +127,19 @@ class Report:
         )
         table.add_column("method", max_width=18)
         motion = [MOTION] if self._frames() else []
-        for head in [*COST, TO_EXACT, *motion, CONTROL, TO_CONVERGED, CONTROL]:
+        rivals = any(row.kind == "rival" for row in self.rows)
+        for head in [
+            *([WEIGHTS] if rivals else []),
+            *COST,
+            TO_EXACT,
+            *motion,
+            CONTROL,
+            TO_CONVERGED,
+            CONTROL,
+        ]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row, rivals))
         return table
 
     def _frames(self) -> list[int]:
@@ -149,11 +159,12 @@ class Report:
         return with_legend(page, self.generated is not None)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, rivals: bool = False) -> list[str]:
     control = row.control_steps is not None
     motion = [] if row.clip is None else [decibels(row.temporal_psnr_db)]
     return [
         row.name,
+        *([megabytes(row.weight_bytes)] if rivals else []),
         f"{row.seconds:.2f}",
         f"{row.speedup:.2f}x",
         f"{row.macs_ratio:.1%}" if row.macs_ratio < 1 else "100%",

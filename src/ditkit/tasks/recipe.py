@@ -272,6 +272,7 @@ def describe(recipe: Recipe) -> str:
         **{f"data.{k}": v for k, v in recipe.loading.items()},
         **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
         **({"init": recipe.init} if recipe.init else {}),
+        **({"inherit": recipe.inherit} if recipe.inherit else {}),
         **({"policies": " ".join(map(spec, recipe.policies))} if recipe.policies else {}),
         **{f"model.{k}": v for k, v in vars(recipe.model).items() if k != "class_names"},
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},

@@ -12,6 +12,8 @@ from ditkit.core.model import Model
 from ditkit.nn.blocks import Attention, RMSNorm
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm, nn.modules.batchnorm._BatchNorm)
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Layers of the attentions of diffusers, which are known by them."""
 PART = "part."
 """The prefix of the names of weights of terms' modules."""
 
@@ -24,8 +26,9 @@ def train_only(model: Model, trained: str) -> None:
             what policies train of their own (CLEAR, arXiv 2412.16112).
 
     Raises:
-        ConfigError: a part is unknown, or the model has none of it.
+        ConfigError: a part is unknown, or the model has none of it, or its weights cannot be trained.
     """
+    _refuse_fixed(model, trained)
     if trained == "all":
         return
     chosen = {name for part in trained.split("+") for name in part_of(model, part)}
@@ -42,7 +45,7 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
     modules = nn.ModuleDict() if modules is None else modules
     learned = {f"learned.{name}" for name, _ in model.learned.named_parameters()}
     own = {f"{PART}{name}" for name, _ in modules.named_parameters()}
-    attention = _inside(model, (Attention,), ("qkv", "out"))
+    attention = _inside(model, (Attention,), ("qkv", "out")) | _projections(model)
     parts = {
         "all": {name for name, _ in model.named_parameters()},
         "attention": attention and attention | learned,
@@ -60,8 +63,32 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
     return parts[part.lower()]
 
 
+def _refuse_fixed(model: Model, trained: str) -> None:
+    """Refuse to train layers of which a transform left whole numbers, as if they were trained."""
+    wanted = {"all", "attention"} & set(trained.lower().split("+"))
+    held = [(name, type(t).__name__) for t in model.transforms for name in t.fixed(model)]
+    if wanted and held:
+        name, by = held[0]
+        raise ConfigError(
+            f"training: trained={trained!r}: {name!r} and {len(held) - 1} other layers are whole numbers by {by}, "
+            "which are not trained; train adapters that were applied before it: trained='lora'"
+        )
+
+
 def _under(prefix: str, names: set[str]) -> set[str]:
     return {name for name in names if name.startswith(prefix)}
+
+
+def _projections(model: nn.Module) -> set[str]:
+    """Weights of the projections of attentions of diffusers; the norms of queries and keys are none."""
+    return {
+        f"{at}.{layer}.{name}"
+        for at, module in model.named_modules()
+        if hasattr(module, PROJECTIONS[0])
+        for layer in PROJECTIONS
+        if isinstance(part := getattr(module, layer, None), nn.Module)
+        for name, _ in part.named_parameters()
+    }
 
 
 def _inside(

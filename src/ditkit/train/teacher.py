@@ -78,12 +78,7 @@ class EmaTeacher(Teacher):
     def make(self, run: Run) -> nn.Module:
         if self.which >= len(run.averages):
             raise ConfigError(f"EmaTeacher: which={self.which}, expected one of {len(run.averages)} averages")
-        model = run.model
-        copy = model.rebuilt(model.transforms)
-        with torch.device("meta"):
-            copy.adopt(model.policies)
-        copy.load_state_dict(run.averages[self.which].whole(model), assign=True)
-        return frozen(copy)
+        return frozen(run.model.sharing(run.averages[self.which].whole(run.model)))
 
 
 @dataclass(frozen=True)
@@ -97,13 +92,13 @@ class GivenTeacher(Teacher):
     folder: str
 
     def make(self, run: Run) -> nn.Module:
-        return frozen(load(self.folder)).to(run.device)
+        return frozen(run.model.as_teacher(load(self.folder))).to(run.device)
 
     def identity(self) -> str:
         return fingerprint(load(self.folder).state_dict())
 
     def check(self, model: Model) -> None:
-        given = load(self.folder)
+        given = model.as_teacher(load(self.folder))
         if given.sample_shape != model.sample_shape:
             raise ConfigError(
                 f"GivenTeacher: {self.folder} is of samples {list(given.sample_shape)}, expected "

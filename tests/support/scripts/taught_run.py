@@ -1,6 +1,7 @@
 """Training runs with terms that own modules, teachers, schedules, an adversary, and an objective that remembers.
 
-Or: `taught_run.py FOLDER NAME STEPS [--resume] [--kill N]`, which kills itself by SIGKILL in the middle of step N.
+Or: `taught_run.py FOLDER NAME STEPS [--resume] [--kill N] [--save-every N]`, which kills itself by SIGKILL in the
+middle of step N.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def run(
 ) -> Any:
     if name == "adapted":
         changed = {"trained": "lora+toyaffine+neighbourhood", "groups": (Group("lora", 2.0),), **changed}
-    given = settings(steps=steps, save_every=1, warmup=2, **changed)
+    given = settings(steps=steps, **{"save_every": 1, "warmup": 2, **changed})
     return train(model_of(name, resume), Killing(kill), RUNS[name], given, folder, resume=resume)
 
 
@@ -226,4 +227,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     words = sys.argv[1:]
     killed = int(words[words.index("--kill") + 1]) if "--kill" in words else None
-    run(Path(words[0]), words[1], int(words[2]), "--resume" in words, killed)
+    every = int(words[words.index("--save-every") + 1]) if "--save-every" in words else 1
+    run(Path(words[0]), words[1], int(words[2]), "--resume" in words, killed, save_every=every)
