@@ -22,12 +22,12 @@ STANDARD = "standard"
 OFFSET = re.compile(r"(?:UTC)?([+-])(\d{2}):?(\d{2})")
 FAMILIAR = ("Europe/", "America/", "Asia/", "Australia/")
 AHEAD = [timedelta(weeks=week) for week in range(0, 105, 2)]
-"""Where the zones that stamps may be of have to agree, after the last stamp."""
+"""Moments after the last stamp at which all zones that stamps may be of have to agree."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How the times of a set are written.
+    """The zone or calendar that the times of a set are written in.
 
     Args:
         zone: an IANA name such as Europe/Berlin, or an offset such as +01:00; "" where stamps name none.

@@ -17,7 +17,7 @@ from ditkit.data.repair import Raw
 
 CALENDARS = (STANDARD, "gregorian", "proleptic_gregorian")
 OTHER_CALENDARS = ("noleap", "365_day", "all_leap", "366_day", "360_day", "julian")
-"""Those with days that no clock of NumPy knows, such as 30 February, or without some that it knows."""
+"""Calendars with days that no clock of NumPy knows, such as 30 February, or without some that it knows."""
 GREGORIAN = (1582, 10, 15)
 """The first day of the calendar of today in the standard one, which is Julian before."""
 SHORTEST_MONTH = 28
