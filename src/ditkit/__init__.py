@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ditkit.pipelines.accelerate import accelerate as accelerate
     from ditkit.pipelines.accelerate import restore as restore
     from ditkit.sample.sampler import Sampling as Sampling
+    from ditkit.tasks.forecast.future import forecast as forecast
 
     __version__: str
 
@@ -29,6 +30,7 @@ HOMES = {
     "accelerate": "ditkit.pipelines.accelerate",
     "compare": "ditkit.api.compare",
     "evaluate": "ditkit.api.evaluate",
+    "forecast": "ditkit.tasks.forecast.future",
     "generate": "ditkit.api.generate",
     "harmonise": "ditkit.api.harmonise",
     "load": "ditkit.core.loading",
@@ -51,6 +53,7 @@ __all__ = [
     "compress",
     "errors",
     "evaluate",
+    "forecast",
     "generate",
     "harmonise",
     "load",

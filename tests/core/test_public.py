@@ -45,6 +45,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "compress",
         "errors",
         "evaluate",
+        "forecast",
         "generate",
         "harmonise",
         "load",

@@ -70,14 +70,14 @@ def test_an_example_is_in_the_unit_of_its_variable_and_has_the_times_of_its_fram
     of = fields()
     for i, (name, unit, example) in enumerate(zip(NAMES, UNITS, examples(of), strict=True)):
         assert (example.variable, example.unit) == (name, unit)
-        torch.testing.assert_close(example.observed[0], of.values[1:4, i])
-        torch.testing.assert_close(example.followed[0], of.values[4:6, i])
-        torch.testing.assert_close(example.forecast[0], of.values[1:3, i])
+        torch.testing.assert_close(example.observed[0].float(), of.values[1:4, i])
+        torch.testing.assert_close(example.followed[0].float(), of.values[4:6, i])
+        torch.testing.assert_close(example.forecast[0].float(), of.values[1:3, i])
         assert example.times is not None and (example.times == of.times[1:6]).all()
     ahead = replace(of, lead_in=5)  # the first target is the first frame after the border
     example = next(field_examples(ahead, 1, SEEN, FORECAST, later))
     assert example.times is not None and (example.times == of.times[3:8]).all()
-    assert torch.equal(example.followed[0], of.values[6:8, 0])
+    assert torch.equal(example.followed[0].float(), of.values[6:8, 0])
 
 
 def test_heads_say_how_far_ahead_and_when() -> None:

@@ -1,7 +1,8 @@
-"""`ditkit forecast`: forecasts of held-out data, and their error by lead time beside that of baselines."""
+"""`ditkit forecast`: the future of data; or held-out data, and the error by lead time beside that of baselines."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,13 @@ from ditkit.cli.options import (
     options_of,
     progress,
     with_training_options,
+    words_of,
     writable,
 )
 from ditkit.core.errors import ConfigError
 from ditkit.data.loading import names_of
+from ditkit.tasks.forecast.future import check_own
+from ditkit.tasks.forecast.future import forecast as go_on
 from ditkit.tasks.forecast.scores import called, evaluate_forecasts
 
 SETS = ", ".join((*names_of("clips"), *names_of("fields")))
@@ -38,6 +42,7 @@ def forecast(
     *,
     data: ForecastData,
     option: Options = (),
+    future: Number = None,
     horizon: Number = None,
     count: int = 64,
     validation: float = 0.1,
@@ -46,9 +51,11 @@ def forecast(
     max_bad: Number = None,
     out: Path = Path("outputs/forecast"),
 ) -> None:
-    """Forecast data that was not trained on, and measure the error by lead time.
+    """Forecast what comes after the data, or data that was not trained on with the error by lead time.
 
     Examples:
+        ditkit forecast runs/mine/model --data load.csv --future 24
+        ditkit forecast runs/mine/model --data load.csv --future 24 --option zone=Europe/Berlin
         ditkit forecast runs/predformer/model --data moving-digits
         ditkit forecast runs/predformer/model runs/convlstm/model --data moving-digits --horizon 20
         ditkit forecast runs/predformer-winds/model --data winds
@@ -62,11 +69,19 @@ def forecast(
                          of fields and series one for each variable
         MODEL.mp4, .gif  the same as a film, not of series
 
+    With --future, of fields and series:
+        forecast.csv     the values after the last ones of --data, in its units, zone and calendar;
+                         of several models their mean and quantiles
+        forecast.png     the same as lines after the history
+        future.json      what was forecast from what, and digests of both files
+
     Args:
         models: Folders that ditkit train wrote, or owner/name on the Hugging Face hub; all for the same data.
         option: Of the loader of --data, such as repair=sort,interpolate, fps=10 or columns=load,wind. Repeat it for
             several. Default, where the first model was trained on these data: as it was.
-        horizon: Frames to forecast; beyond a model's own, its forecasts are fed back. Default: the model's own.
+        future: Steps to forecast after the last one of the data; nothing is measured then.
+        horizon: Frames of held-out data to forecast; beyond a model's own, its forecasts are fed back. Default: the
+            model's own.
         count: Clips to forecast, at most. Of fields, every window of the test part is.
         validation: Of fields, the share or number of steps before the test part, as in training.
         test: Of fields, the last part in time, as in training.
@@ -78,16 +93,52 @@ def forecast(
         raise ConfigError("forecast: got no model, expected a folder such as runs/predformer/model")
     if twice := [name for i, name in enumerate(models) if name in models[:i]]:
         raise ConfigError(f"forecast: {twice[0]} is given twice, expected different models")
+    if future is not None and horizon is not None:
+        raise ConfigError(
+            f"--horizon {horizon} with --future {future}: one measures on held-out data, the other goes beyond them; "
+            "expected one of them"
+        )
     named = {name: load_of(m, "forecast") for name, m in zip(called(models), models, strict=True)}
     option = with_training_options(data, option, *named.values())
+    options = options_of(data, option, max_bad)
+    given: dict[str, Any] = {"data": data, "option": list(option)}
+    if future is not None:
+        _go_on(
+            list(named.values()),
+            models,
+            future,
+            options,
+            {**given, "future": future, "max_bad": max_bad},
+            out,
+        )
+        return
     first = next(iter(named.values()))
     settings: dict[str, Any] = {
         "horizon": first.config.frames if horizon is None else horizon,
         "count": count,
     }
     settings |= {"validation": validation, "test": test, "show": show}
-    options = options_of(data, option, max_bad)
-    given = {"data": data, "option": list(option), **settings, "max_bad": max_bad}
+    given |= {**settings, "max_bad": max_bad}
     with writable(out), progress() as advance:
         found = evaluate_forecasts(named, data, options=options, progress=advance, **settings)
         save(found, out, "forecast.json", ["forecast", *models], given)
+
+
+def _go_on(
+    models: list[Any],
+    names: Models,
+    future: int,
+    options: dict[str, Any],
+    given: dict[str, Any],
+    out: Path,
+) -> None:
+    """Forecast what comes after the data, into `out`."""
+    with writable(out):
+        check_own(out)
+        found = go_on(models, given["data"], future, options=options)
+        words = shlex.join(["ditkit", "forecast", *names, *words_of(given)])
+        files = found.save(out, {"command": words})
+    about = found.as_dict()
+    variables, span = ", ".join(about["variables"]), f"{about['first']} to {about['last']}"
+    print(f"{future} steps ({about['step']}) of {variables}: {span}")
+    print(f"wrote {out}: {', '.join(files)}")

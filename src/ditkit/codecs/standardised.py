@@ -15,10 +15,14 @@ from ditkit.core.errors import ConfigError, ShapeError
 
 @dataclass(frozen=True)
 class StandardisedConfig:
-    """Names and units of the variables, one a channel."""
+    """Names and units of the variables, one a channel, and the step of time between two values.
+
+    A unit or step is "" where the data did not say, or a codec of an earlier version did not remember.
+    """
 
     variables: tuple[str, ...]
     units: tuple[str, ...]
+    step: str = ""
 
     def __post_init__(self) -> None:
         if not self.variables or len(self.variables) != len(self.units):
@@ -27,7 +31,10 @@ class StandardisedConfig:
 
 @final
 class Standardised(Codec):
-    """z = (x - mean) / std of each variable; the statistics are saved with it, to serve on other data too."""
+    """z = (x - mean) / std of each variable; the statistics are saved with it, to serve on other data too.
+
+    They are float64, and so is what is computed with them: values may lie far from 0.
+    """
 
     Config = StandardisedConfig
     config: StandardisedConfig
@@ -37,11 +44,13 @@ class Standardised(Codec):
     def __init__(self, config: StandardisedConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.zeros(len(config.variables)))
-        self.register_buffer("std", torch.ones(len(config.variables)))
+        self.register_buffer("mean", torch.zeros(len(config.variables), dtype=torch.float64))
+        self.register_buffer("std", torch.ones(len(config.variables), dtype=torch.float64))
 
     @classmethod
-    def of(cls, variables: Sequence[str], units: Sequence[str], mean: Tensor, std: Tensor) -> Self:
+    def of(
+        cls, variables: Sequence[str], units: Sequence[str], mean: Tensor, std: Tensor, step: str = ""
+    ) -> Self:
         """With these statistics, [C] each in the variables' units.
 
         Raises:
@@ -49,20 +58,25 @@ class Standardised(Codec):
         """
         if not (std > 0).all():
             raise ConfigError(f"Standardised: deviations {std.tolist()} should be positive")
-        codec = cls(StandardisedConfig(tuple(variables), tuple(units)))
+        codec = cls(StandardisedConfig(tuple(variables), tuple(units), step))
         codec.mean.copy_(mean)
         codec.std.copy_(std)
         return codec
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         self.latent_shape(tuple(x.shape[1:]))
-        self.to(x.device)
-        return (x - per_channel(self.mean, x)) / per_channel(self.std, x)
+        mean, std = self._beside(x)
+        return ((x.to(mean) - mean) / std).to(x.device, torch.float32)
 
     def decode(self, z: Tensor) -> Tensor:
         self.signal_shape(tuple(z.shape[1:]))
-        self.to(z.device)
-        return z * per_channel(self.std, z) + per_channel(self.mean, z)
+        mean, std = self._beside(z)
+        return (z.to(mean) * std + mean).to(z)
+
+    def _beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the statistics in float64 to be broadcast over x; on the CPU where x lies on MPS, which has none."""
+        self.to("cpu" if x.device.type == "mps" else x.device)
+        return per_channel(self.mean, x), per_channel(self.std, x)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not shape or shape[0] != len(self.config.variables):

@@ -61,6 +61,22 @@ class Step:
             return np.minimum(months.astype("M8[D]") + day, last) + clock
         return first.astype("M8[us]") + (index * self._length_us).astype("m8[us]")
 
+    def following(self, times: Times, count: int) -> Times:
+        """Compute the `count` times after the last of `times`.
+
+        Months go on at the latest day that one of them has, and on their last ones where all of them do.
+        """
+        steps = np.arange(1, count + 1)
+        if self.unit != MONTH:
+            return self.after(times[-1], steps)
+        months, days = times.astype("M8[M]"), times.astype("M8[D]")
+        latest = int((times - months.astype("M8[us]")).argmax())
+        found = self.after(times[latest], steps + len(times) - 1 - latest)
+        if not ((days + 1).astype("M8[M]") > months).all():
+            return found
+        ends = (found.astype("M8[M]") + 1).astype("M8[D]") - np.timedelta64(1, "D")
+        return ends + (found - found.astype("M8[D]"))
+
     @property
     def _length_us(self) -> int:
         return self.count * LENGTH_US[self.unit]

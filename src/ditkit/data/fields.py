@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditkit.core.config import integer
-from ditkit.core.errors import ConfigError, DataError, ShapeError
-from ditkit.data.calendar import Step, Times, shown
+from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
+from ditkit.data.calendar import Step, Times
+from ditkit.data.clock import CLOCK, Clock
 from ditkit.data.netcdf import read as read_netcdf
 from ditkit.data.pinned import find, read_pinned
 from ditkit.data.repair import Raw, chosen_repairs, regular
@@ -22,18 +23,21 @@ from ditkit.data.repair import Raw, chosen_repairs, regular
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """Mean and standard deviation of each variable, [C] in its unit."""
+    """Mean and standard deviation of each variable, float64 [C] in its unit.
+
+    Both ways are computed in float64: of a meter at 123,456,789 +- 10, float32 would leave four distinct values.
+    """
 
     mean: Tensor
     std: Tensor
 
     def normalise(self, x: Tensor) -> Tensor:
-        """(x - mean) / std for [B, C, ...]."""
-        return (x - _beside(self.mean, x)) / _beside(self.std, x)
+        """(x - mean) / std for [B, C, ...], in float32."""
+        return ((x.double() - _beside(self.mean, x)) / _beside(self.std, x)).float()
 
     def restore(self, x: Tensor) -> Tensor:
-        """Invert the normalisation, x std + mean for [B, C, ...]."""
-        return x * _beside(self.std, x) + _beside(self.mean, x)
+        """Invert the normalisation, x std + mean for [B, C, ...], in float64."""
+        return x.double() * _beside(self.std, x) + _beside(self.mean, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +49,7 @@ class FieldSet:
     """
 
     name: str
-    values: Tensor  # float32 [N, C, H, W], in `units`, or normalised by `scaling`
+    values: Tensor  # [N, C, H, W]: float32 or float64 in `units`, or float32 normalised by `scaling`
     times: Times  # datetime64 [N], one `step` apart
     step: Step
     variables: tuple[str, ...]
@@ -53,10 +57,12 @@ class FieldSet:
     valid: Tensor | None = None  # bool [C, H, W]
     scaling: Scaling | None = None
     lead_in: int = 0  # so many first frames may be observed, and are never a target
+    clock: Clock = CLOCK  # of `times`
 
     def __post_init__(self) -> None:
         shape, kind = list(self.values.shape), self.values.dtype
-        if kind != torch.float32 or len(shape) != 4:
+        kinds = (torch.float32, torch.float64) if self.scaling is None else (torch.float32,)
+        if kind not in kinds or len(shape) != 4:
             raise DataError(f"{self.name}: values are {kind} {shape}, expected torch.float32 [N, C, H, W]")
         counts = {"values": shape[1], "variables": len(set(self.variables)), "units": len(self.units)}
         if len(set(counts.values())) != 1:
@@ -67,9 +73,9 @@ class FieldSet:
         uneven = np.flatnonzero(self.step.index(self.times) != np.arange(shape[0]))
         if uneven.size:
             i = int(uneven[0])
+            before, time = (self.clock.shown(self.times[k]) for k in (i - 1, i))
             raise DataError(
-                f"{self.name}: time {shown(self.times[i])} at index {i} follows {shown(self.times[i - 1])}, "
-                f"expected one step ({self.step}) between them"
+                f"{self.name}: time {time} at index {i} follows {before}, expected one step ({self.step}) between them"
             )
         if self.valid is not None and (self.valid.dtype != torch.bool or list(self.valid.shape) != shape[1:]):
             found = f"{self.valid.dtype} {list(self.valid.shape)}"
@@ -133,7 +139,7 @@ class FieldSet:
                 )
         mean = torch.stack([column.mean() for column in columns])
         std = torch.stack([column.std(correction=0) for column in columns])
-        return Scaling(mean.float(), std.float())
+        return Scaling(mean, std)
 
     def normalised(self, scaling: Scaling) -> FieldSet:
         """With values (x - mean) / std, which keeps `scaling`. Raises ConfigError if it is normalised already."""
@@ -141,6 +147,20 @@ class FieldSet:
             raise ConfigError(f"{self.name} is normalised already")
         values = scaling.normalise(self.values).where(self._valid_cells(), torch.zeros(()))
         return replace(self, values=values, scaling=scaling)
+
+    def chosen(self, variables: Sequence[str]) -> FieldSet:
+        """With these variables only, in this order. Raises ConfigError where one is not there."""
+        for name in variables:
+            if name not in self.variables:
+                raise ConfigError(f"{self.name}: " + unknown("variable", name, self.variables))
+        places = [self.variables.index(name) for name in variables]
+        return replace(
+            self,
+            values=self.values[:, places],
+            variables=tuple(variables),
+            units=tuple(self.units[i] for i in places),
+            valid=None if self.valid is None else self.valid[places],
+        )
 
     def cropped(self, patch: int) -> FieldSet:
         """Drop the last rows and columns until both sides divide by `patch`."""
@@ -280,6 +300,7 @@ def field_set(name: str, raw: Raw, repairs: frozenset[str]) -> FieldSet:
         variables=raw.variables,
         units=raw.units,
         valid=~missing.all(0) if missing.any() else None,
+        clock=raw.clock,
     )
 
 
@@ -294,4 +315,4 @@ def _steps(what: str, given: float, total: int) -> int:
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
     """[C] as [1, C, 1, ...] beside x, [B, C, ...]."""
-    return values.view(1, -1, *[1] * (x.ndim - 2)).to(x)
+    return values.view(1, -1, *[1] * (x.ndim - 2)).to(x.device, torch.float64)

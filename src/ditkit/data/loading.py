@@ -22,8 +22,11 @@ from ditkit.data.fields import FieldSet
 from ditkit.data.fields import load as load_netcdf
 from ditkit.data.folder import load as load_folder
 from ditkit.data.folder import walk
+from ditkit.data.frames import is_in_memory
+from ditkit.data.frames import load as load_frame
 from ditkit.data.images import ImageSet
 from ditkit.data.series import load as load_csv
+from ditkit.data.series import suffix_of
 from ditkit.data.video_folder import holds_videos
 from ditkit.data.video_folder import load as load_video_folder
 
@@ -32,6 +35,7 @@ Data = ImageSet | ClipSet | FieldSet | EventSet
 KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", EventSet: "events", ClipSet: "clips"}
 FILES: dict[str, Callable[..., Any]] = {
     ".csv": load_csv,
+    ".tsv": load_csv,
     ".nc": load_netcdf,
     ".nc4": load_netcdf,
     ".parquet": load_event_file,
@@ -104,6 +108,8 @@ def read_options(
 
 def dataset_name(name_or_path: str | Path) -> str:
     """Return the name by which a model remembers data: of a set, or of a folder or file without its parents."""
+    if is_in_memory(name_or_path):
+        return type(name_or_path).__name__
     return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else str(name_or_path)
 
 
@@ -135,8 +141,12 @@ def load_held_out(
     return load_clips(name_or_path, size, frames=frames, **options)
 
 
-def load_fields(name_or_path: str | Path, **options: Any) -> FieldSet:
-    """`load` of fields or series. Raises `ConfigError` where the data are something else."""
+def load_fields(name_or_path: Any, **options: Any) -> FieldSet:
+    """`load` of fields or series, which may be a table of pandas or a data set of xarray.
+
+    Raises:
+        ConfigError: the data are something else. What `load` raises.
+    """
     found: FieldSet = _load(_loader_of(FieldSet, name_or_path), name_or_path, None, options)
     return found
 
@@ -175,6 +185,10 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
         DataError: a folder that holds nothing of any kind; what `_loader` raises.
     """
     loader = _loader(name_or_path)
+    if is_in_memory(name_or_path):
+        if kind is not FieldSet:
+            raise ConfigError(f"a {dataset_name(name_or_path)} holds fields, expected {KINDS[kind]}")
+        return loader
     path = Path(name_or_path)
     if kind is ImageSet and loader.func is load_video_folder and _holds_images(path):
         return partial(load_folder, path)  # a GIF among pictures does not make them films
@@ -206,20 +220,29 @@ def _options(loader: partial[Any]) -> dict[str, Any]:
 
 
 def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, Any]) -> ConfigError:
-    return ConfigError(unknown(f"option of data set {str(name_or_path)!r}:", option, known or ("none",)))
+    name = dataset_name(name_or_path) if is_in_memory(name_or_path) else str(name_or_path)
+    return ConfigError(unknown(f"option of data set {name!r}:", option, known or ("none",)))
 
 
 def _loader(name_or_path: str | Path) -> partial[Any]:
     """Find the loader of these data; its function's annotation says what kind they are."""
+    if is_in_memory(name_or_path):
+        return partial(load_frame, name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ConfigError(
+            f"data are a {type(name_or_path).__name__}, expected a name, a path, a pandas DataFrame or an "
+            "xarray Dataset"
+        )
     if isinstance(name_or_path, str) and name_or_path in names():
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)
-    if path.suffix.lower() in FILES and path.is_file():
+    if (suffix := suffix_of(path)) in FILES and path.is_file():
         events = path.suffix.lower() == ".csv" and is_event_list(path)
-        return partial(load_event_file if events else FILES[path.suffix.lower()], path)
+        return partial(load_event_file if events else FILES[suffix], path)
     if os.path.isdir(name_or_path):
         own = load_video_folder if holds_videos(path) else load_folder
         return partial(own, path)
     raise DataError(
-        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .parquet or .nc file of that name"
+        f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .tsv, .parquet or .nc file of "
+        "that name"
     )

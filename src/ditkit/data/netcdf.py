@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 
 from ditkit.core.errors import ConfigError, DataError, unknown
 from ditkit.data.calendar import Times
+from ditkit.data.clock import CLOCK, SINCE, STANDARD, Clock, numpy_date
 from ditkit.data.repair import Raw
 
-# Others have days that no clock of NumPy knows, such as 30 February
-CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
+CALENDARS = (STANDARD, "gregorian", "proleptic_gregorian")
+OTHER_CALENDARS = ("noleap", "365_day", "all_leap", "366_day", "360_day", "julian")
+"""Calendars with days that no clock of NumPy knows, such as 30 February, or without some that it knows."""
+GREGORIAN = (1582, 10, 15)
+"""The first day of the calendar of today in the standard one, which is Julian before."""
+SHORTEST_MONTH = 28
 NORTHWARD = (
     "degrees_north",
     "degree_north",
@@ -45,7 +50,7 @@ def read(
         content: the bytes of the file, where they are read already.
 
     Raises:
-        DataError: not netCDF, no or unreadable times, another calendar, variables of other or differing
+        DataError: not netCDF, no or unreadable times, an unknown calendar, variables of other or differing
             dimensions, or more than `max_bytes` of values.
         ConfigError: an unknown variable, or the package netCDF4 is not installed.
     """
@@ -72,14 +77,14 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
                 f"{source}: {names[0]!r} lies over {dimensions}, {variable.name!r} over {variable.dimensions}, "
                 "expected one grid; choose with variables="
             )
-    needed = 4 * len(names) * math.prod(shape)
+    needed = sum(map(_value_bytes, chosen)) * math.prod(shape)
     if needed > max_bytes:
         raise DataError(
             f"{source}: {len(names)} variables of {shape} need {needed:,} bytes of memory, more than "
             f"max_bytes={max_bytes:,}; choose fewer with variables= or raise max_bytes"
         )
-    times = _times(dataset.variables[dimensions[0]], source)
-    values = np.stack([_values(variable) for variable in chosen], axis=1)
+    times, clock = _times(dataset.variables[dimensions[0]], source)
+    values: Any = np.stack([_values(variable) for variable in chosen], axis=1)
     return Raw(
         source=source,
         row="time step",
@@ -89,6 +94,7 @@ def _read(dataset: Any, source: str, variables: Sequence[str] | None, max_bytes:
         values=values[:, :, ::-1].copy() if _rises(_rows_of(dataset, chosen[0])) else values,
         variables=tuple(names),
         units=tuple(map(_units, chosen)),
+        clock=clock,
     )
 
 
@@ -114,7 +120,7 @@ def _names(dataset: Any, source: str, variables: Sequence[str] | None) -> list[s
 def _is_field(dataset: Any, variable: Any) -> bool:
     """Numbers over (time, y, x) or one level of them, where time has a coordinate in CF time units."""
     time = _time_of(dataset, variable)
-    return time is not None and " since " in _units(time)
+    return time is not None and " since " in _units(time).lower()
 
 
 def _time_of(dataset: Any, variable: Any) -> Any:
@@ -130,7 +136,7 @@ def _check_units(dataset: Any, source: str) -> None:
     """Refuse the first axis that lacks nothing of a time but a date in its units to count from."""
     for name, variable in dataset.variables.items():
         time = _time_of(dataset, variable)
-        if time is not None and (time.name.lower() == "time" or _units(time).rstrip("s") in LENGTHS):
+        if time is not None and (time.name.lower() == "time" or _units(time).lower().rstrip("s") in LENGTHS):
             raise DataError(
                 f"{source}: the times of {name!r} are {time.name!r} in units {_units(time)!r}, expected units such as "
                 "'hours since 2000-01-01'"
@@ -156,31 +162,86 @@ def _rises(coordinate: Any) -> bool:
     return bool(np.mean(coordinate[-1]) > np.mean(coordinate[0]))
 
 
-def _values(variable: Any) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, which is refused by its row
-        values = np.ma.filled(np.ma.asarray(variable[:]).astype(np.float32), np.nan)
+def _values(variable: Any) -> Any:
+    """Read values as exactly as the file has them: float64 unless float32 holds them all."""
+    given = np.ma.asarray(variable[:])
+    values = np.ma.filled(given.astype(np.result_type(given.dtype, np.float32)), np.nan)
+    # what a network's numbers cannot hold is not finite, which is refused by its row
+    values = np.where(np.abs(values) > np.finfo(np.float32).max, values.dtype.type(np.inf), values)
     return values.reshape(len(values), *values.shape[-2:])
 
 
-def _times(time: Any, source: str) -> Times:
-    from netCDF4 import num2date
+def _value_bytes(variable: Any) -> int:
+    """Return how many bytes `_values` needs for one; packed ones are unpacked into float64."""
+    packed = {"scale_factor", "add_offset"} & set(variable.ncattrs())
+    return 8 if packed else int(np.result_type(variable.dtype, np.float32).itemsize)
 
-    calendar = str(getattr(time, "calendar", "standard")).lower()
-    if calendar not in CALENDARS:
+
+def _times(time: Any, source: str) -> tuple[Times, Clock]:
+    """Read times by CF's units and calendars, to the millisecond.
+
+    Dates of the standard calendar are NumPy's; those of another one are counted in it.
+    """
+    calendar = str(getattr(time, "calendar", STANDARD)).lower()
+    if calendar not in (*CALENDARS, *OTHER_CALENDARS):
         raise DataError(
-            f"{source}: calendar {calendar!r} of {time.name!r}, expected one of {', '.join(CALENDARS)}"
+            f"{source}: " + unknown(f"calendar of {time.name!r}", calendar, (*CALENDARS, *OTHER_CALENDARS))
         )
     counts = np.ma.masked_invalid(time[:])
     if np.ma.count_masked(counts):
         first = int(np.flatnonzero(np.ma.getmaskarray(counts))[0]) + 1
         raise DataError(f"{source}, time step {first}: {time.name!r} is missing, expected a time stamp")
+    return dated(
+        np.ma.getdata(counts), str(time.units), calendar, f"{source}: {time.name!r} in units {time.units!r}"
+    )
+
+
+def dated(counts: NDArray[Any], units: str, calendar: str, what: str) -> tuple[Times, Clock]:
+    """Return the times of counts such as "hours since 1-1-1" in a calendar of CF, and the clock that they are of.
+
+    Raises:
+        DataError: units that are none of time, or dates that no calendar of today has; `what` begins the message.
+    """
+    from cftime import date2num, num2date
+
+    unit, _, since = units.strip().partition(" ")
+    word, _, start = since.strip().partition(" ")
     try:
-        dates = num2date(
-            counts, time.units, calendar, only_use_cftime_datetimes=False, only_use_python_datetimes=True
-        )
-    except (ValueError, OverflowError) as error:
-        raise DataError(
-            f"{source}: {time.name!r} in units {time.units!r} is not readable: {error}"
-        ) from error
-    exact = np.asarray(dates, dtype="M8[us]").astype(np.int64)
-    return ((exact + 500) // 1000 * 1000).astype("M8[us]")
+        if unit.lower().rstrip("s") == "month" and calendar in CALENDARS:
+            dates = _months_after(counts, start, calendar)
+        else:
+            dates = np.asarray(num2date(counts, f"{unit.lower()} {word.lower()} {start}", calendar))
+        monthly = calendar in OTHER_CALENDARS and _once_a_month(dates)
+        if calendar in OTHER_CALENDARS and not monthly:
+            exact = np.asarray(date2num(dates, SINCE, calendar), dtype=np.float64).astype(np.int64)
+        elif calendar in CALENDARS[:2] and (old := [d for d in dates if d.timetuple()[:3] < GREGORIAN]):
+            raise ValueError(f"{old[0]} is before 15 October 1582, expected later dates")
+        else:
+            exact = np.array([numpy_date(date) for date in dates], dtype="M8[us]").astype(np.int64)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise DataError(f"{what} is not readable: {error}") from error
+    clock = Clock(calendar=calendar, local=monthly) if calendar in OTHER_CALENDARS else CLOCK
+    return ((exact + 500) // 1000 * 1000).astype("M8[us]"), clock
+
+
+def _once_a_month(dates: NDArray[Any]) -> bool:
+    """Return whether all dates are at one place in their months, which all months have."""
+    months = {(date.year, date.month) for date in dates}
+    places = {(date.day, date.hour, date.minute) for date in dates}
+    return (
+        len(dates) > 1 and len(months) == len(dates) and len(places) == 1 and dates[0].day <= SHORTEST_MONTH
+    )
+
+
+def _months_after(counts: NDArray[Any], start: str, calendar: str) -> NDArray[Any]:
+    """Add whole months to a date, which cftime does in the calendar of 360 days only."""
+    from cftime import num2date
+
+    whole = np.round(counts).astype(np.int64)
+    if (whole != counts).any():
+        raise ValueError("parts of a month are no length of time, expected whole ones")
+    first = num2date(0, f"days since {start}", calendar)
+    if first.day > SHORTEST_MONTH:
+        raise ValueError(f"months from day {first.day} on, expected one that all months have")
+    months = [first.year * 12 + first.month - 1 + int(count) for count in whole]
+    return np.array([first.replace(year=month // 12, month=month % 12 + 1) for month in months])

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.data.calendar import Step, Steps, Times, shown, step_of
+from ditkit.data.calendar import Step, Steps, Times, step_of
+from ditkit.data.clock import CLOCK, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,16 @@ class Raw:
     column: str  # what a variable is called: "column", "variable"
     rows: Steps  # [N], from 1 as a person counts
     times: Times  # [N]
-    values: NDArray[np.float32]  # [N, C, H, W], NaN where the file has no value
+    values: NDArray[np.float32] | NDArray[np.float64]  # [N, C, H, W], NaN where the file has no value
     variables: tuple[str, ...]
     units: tuple[str, ...]
+    clock: Clock = CLOCK
 
     def place(self, index: int) -> str:
         return f"{self.source}, {self.row} {self.rows[index]}"
+
+    def time(self, index: int) -> str:
+        return self.clock.shown(self.times[index])
 
     def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Raw:
         return replace(self, rows=self.rows[chosen], times=self.times[chosen], values=self.values[chosen])
@@ -76,7 +81,7 @@ def _increasing(raw: Raw, repair: bool) -> Raw:
         return raw.take(np.argsort(raw.times, kind="stable"))
     i = int(back[0]) + 1
     raise DataError(
-        f"{raw.place(i)}: time {shown(raw.times[i])} comes after {shown(raw.times[i - 1])}, expected increasing "
+        f"{raw.place(i)}: time {raw.time(i)} comes after {raw.time(i - 1)}, expected increasing "
         "times; repair='sort' sorts them"
     )
 
@@ -89,7 +94,7 @@ def _distinct(raw: Raw, repair: bool) -> Raw:
         return raw.take(np.setdiff1d(np.arange(len(raw.times)), again))
     i = int(again[0])
     raise DataError(
-        f"{raw.place(i)}: time {shown(raw.times[i])} again, first on {raw.row} {raw.rows[i - 1]}, expected each "
+        f"{raw.place(i)}: time {raw.time(i)} again, first on {raw.row} {raw.rows[i - 1]}, expected each "
         "time once; repair='first' keeps the first"
     )
 
@@ -100,8 +105,8 @@ def _without_gaps(raw: Raw, step: Step, repair: bool) -> Raw:
     if between.size:
         i = int(between[0])
         raise DataError(
-            f"{raw.place(i)}: time {shown(raw.times[i])} is no whole number of steps ({step}) after "
-            f"{shown(raw.times[0])}, expected evenly spaced times"
+            f"{raw.place(i)}: time {raw.time(i)} is no whole number of steps ({step}) after "
+            f"{raw.time(0)}, expected evenly spaced times"
         )
     gaps = np.flatnonzero(np.diff(index) != 1)
     if not gaps.size:
@@ -110,7 +115,7 @@ def _without_gaps(raw: Raw, step: Step, repair: bool) -> Raw:
     missing = total - len(index)
     if not repair:
         raise DataError(
-            f"{raw.place(i)}: time {shown(raw.times[i])} follows {shown(raw.times[i - 1])}, expected one step "
+            f"{raw.place(i)}: time {raw.time(i)} follows {raw.time(i - 1)}, expected one step "
             f"({step}) between them; repair='interpolate' fills gaps ({missing} steps in all)"
         )
     if missing > len(index):
@@ -124,7 +129,10 @@ def _without_gaps(raw: Raw, step: Step, repair: bool) -> Raw:
 
 def _spread(raw: Raw, step: Step, index: Steps, total: int) -> Raw:
     """Rows at their places in the calendar, NaN at the steps between."""
-    rows, values = np.zeros(total, np.int64), np.full((total, *raw.values.shape[1:]), np.nan, np.float32)
+    rows, values = (
+        np.zeros(total, np.int64),
+        np.full((total, *raw.values.shape[1:]), np.nan, raw.values.dtype),
+    )
     times = step.after(raw.times[0], np.arange(total))
     rows[index], values[index], times[index] = raw.rows, raw.values, raw.times
     return replace(raw, rows=rows, times=times, values=values)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ShapeError
-from ditkit.data.calendar import MONTH, Step, Steps, Times, month_of_year, shown, slot_of_day
+from ditkit.data.calendar import MONTH, Step, Steps, Times, month_of_year, slot_of_day
+from ditkit.data.clock import CLOCK, Clock
 from ditkit.data.fields import FieldSet
 
 REPEATS = 2  # a mean over one year or one day would only be that year or day again
@@ -45,19 +46,21 @@ class Climatology:
     cycle: Cycle
     phases: Steps  # [P], those that occur, increasing
     means: Tensor  # [P, C, H, W]
+    clock: Clock = CLOCK  # of the times
 
     @classmethod
     def fit(cls, training: FieldSet) -> Climatology:
         """Fit the means of a training set. Raises ConfigError for an empty set."""
         if not len(training):
             raise ConfigError(f"{training.name} has no steps, expected some to take a climatology from")
-        found = (cycle for cycle in _cycles(training.step) if cycle.enough(training.times))
+        times = training.clock.civil(training.times)
+        found = (cycle for cycle in _cycles(training.step) if cycle.enough(times))
         cycle = next(found, Cycle("mean", 1, 1))
-        phases, index = np.unique(cycle.phase(training.times), return_inverse=True)
+        phases, index = np.unique(cycle.phase(times), return_inverse=True)
         row = torch.from_numpy(index)
         sums = training.values.new_zeros(len(phases), *training.values.shape[1:], dtype=torch.float64)
         sums.index_add_(0, row, training.values.double())
-        return cls(cycle, phases, (sums / row.bincount()[:, None, None, None]).float())
+        return cls(cycle, phases, (sums / row.bincount()[:, None, None, None]).float(), training.clock)
 
     @property
     def name(self) -> str:
@@ -65,10 +68,12 @@ class Climatology:
 
     def at(self, times: Times) -> Tensor:
         """Forecast these times, [C, T, H, W]. Raises ConfigError for a phase without training data."""
-        wanted = self.cycle.phase(times)
+        wanted = self.cycle.phase(self.clock.civil(times))
         unseen = np.flatnonzero(~np.isin(wanted, self.phases))
         if unseen.size:
-            raise ConfigError(f"{self.name}: no training step at the phase of {shown(times[unseen[0]])}")
+            raise ConfigError(
+                f"{self.name}: no training step at the phase of {self.clock.shown(times[unseen[0]])}"
+            )
         return self.means[torch.from_numpy(np.searchsorted(self.phases, wanted))].transpose(0, 1)
 
 

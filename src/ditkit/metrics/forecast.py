@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError, ShapeError, unknown
-from ditkit.data.calendar import shown
 from ditkit.data.fields import FieldSet
 from ditkit.metrics.baselines import Climatology
 
@@ -231,8 +230,8 @@ def compare_forecasts(
     scored = {name: score(p, quantities_of(test), test.valid, per) for name, p in pairs.items()}
     settings = {
         "data": test.name,
-        "first_target": shown(test.target_times(0, observed, horizon)[0]),
-        "last_target": shown(test.times[-1]),
+        "first_target": test.clock.shown(test.target_times(0, observed, horizon)[0]),
+        "last_target": test.clock.shown(test.times[-1]),
         "step": str(test.step),
         "observed": observed,
         "horizon": horizon,

@@ -41,9 +41,22 @@ def convlstm() -> ClipForecastRecipe:
 def predformer_winds() -> FieldForecastRecipe:
     """Monthly global winds, 12 months to 12, with the paper's regularisation for weather.
 
-    Also for a netCDF file or a CSV file of series of your own: --data FILE, and --patch 1 for series.
+    Also for a netCDF file of your own: --data FILE.
     """
     return _weather("winds", frames=12, steps=1500, batch=8)
+
+
+def predformer_series() -> FieldForecastRecipe:
+    """Series of a CSV or netCDF file of your own, 24 steps to 24: --data FILE.csv, a column each beside one of times.
+
+    Also a pandas DataFrame in Python. Then `ditkit forecast MODEL --data FILE.csv --future 24`.
+    """
+    model = PredFormerConfig(
+        frames=24, patch=1, width=128, heads=4, hidden=256, layout="T*4", attn_dropout=0.1, mlp_dropout=0.1
+    )
+    return FieldForecastRecipe(
+        data="series.csv", model=model, settings=_settings(1000, 16, learning_rate=5e-4)
+    )
 
 
 def predformer_rain() -> FieldForecastRecipe:

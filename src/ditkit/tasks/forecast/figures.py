@@ -47,7 +47,8 @@ def field_examples(
     parts = [past, followed, forecaster(past)]
     if fields.scaling is not None:
         parts = [fields.scaling.restore(x) for x in parts]
-    times = fields.target_times(start - observed, observed, observed + horizon)  # with those of what was seen
+    # with those of what was seen
+    times = fields.clock.civil(fields.target_times(start - observed, observed, observed + horizon))
     for i, variable in enumerate(fields.variables):
         observed_i, followed_i, said_i = (x[0, i : i + 1] for x in parts)
         yield Example(

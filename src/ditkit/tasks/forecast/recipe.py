@@ -85,7 +85,7 @@ class FieldForecastRecipe(ForecastRecipe):
         fields = load_fields(self.data, **self.loading)
         training = fields.split(self.validation, self.test).training
         scaling = training.fit_scaling()
-        codec = Standardised.of(fields.variables, fields.units, scaling.mean, scaling.std)
+        codec = Standardised.of(fields.variables, fields.units, scaling.mean, scaling.std, str(fields.step))
         samples = Windows(training.normalised(scaling).padded(self.model.patch), self.model.frames)
         _, channels, height, width = samples.fields.values.shape
         model = replace(self.model, channels=channels, size=(height, width))
@@ -149,15 +149,43 @@ def scaling_with(model: Model) -> Scaling:
     return Scaling(model.codec.mean, model.codec.std)
 
 
-def held_out(model: Model, fields: FieldSet, validation: float, test: float, patch: int) -> Parts:
+def fitting(model: Model, fields: FieldSet) -> FieldSet:
+    """Return the model's variables of a set, in its order, normalised as in training and padded to its patches.
+
+    Raises:
+        ConfigError: the model was trained on clips, on other variables, units or steps of time, or on another grid.
+    """
+    scaling, trained = scaling_with(model), model.codec.config
+    if not set(trained.variables) <= set(fields.variables):
+        raise ConfigError(
+            f"{fields.name} has {fields.variables}, the model was trained on {trained.variables}"
+        )
+    fields = fields.chosen(trained.variables)
+    if trained.step and str(fields.step) != trained.step:
+        raise ConfigError(
+            f"{fields.name} has a value every {fields.step}, the model was trained on one every {trained.step}; "
+            "expected data of that step"
+        )
+    for name, unit, own in zip(fields.variables, fields.units, trained.units, strict=True):
+        if unit and own and unit != own:
+            raise ConfigError(
+                f"{fields.name} has {name!r} in {unit}, the model was trained on it in {own}; expected data in "
+                "that unit"
+            )
+    found = fields.normalised(scaling).padded(model.config.patch)
+    height, width = found.values.shape[2:]
+    if (height, width) != tuple(model.config.size):
+        raise ConfigError(
+            f"{fields.name} has {height} x {width} cells, the model was trained on "
+            f"{' x '.join(map(str, model.config.size))}"
+        )
+    return found
+
+
+def held_out(model: Model, fields: FieldSet, validation: float, test: float) -> Parts:
     """Return the parts of a set in time, as the model wants them.
 
     Raises:
-        ConfigError: the model was trained on other variables.
+        ConfigError: as `fitting` does.
     """
-    scaling = scaling_with(model)
-    trained = model.codec.config.variables
-    if tuple(fields.variables) != trained:
-        raise ConfigError(f"{fields.name} has {fields.variables}, the model was trained on {trained}")
-    parts = fields.split(validation, test, lead_in=model.config.frames)
-    return Parts(*(part.normalised(scaling).padded(patch) for part in parts))
+    return fitting(model, fields).split(validation, test, lead_in=model.config.frames)

@@ -318,9 +318,8 @@ def field_forecasts(
     """
     config = same(models, "frames", "patch")
     standardised_alike(models)
-    parts = held_out(
-        next(iter(models.values())), load_fields(data, **options), validation, test, config.patch
-    )
+    fields = load_fields(data, **options)
+    parts, *_ = [held_out(model, fields, validation, test) for model in models.values()]
     integer("--show", show, least=0, most=parts.test.count(config.frames, horizon) - 1)
     makers = {name: partial(forecast, model, horizon=horizon) for name, model in models.items()}
     with torch.no_grad():
