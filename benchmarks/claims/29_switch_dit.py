@@ -20,14 +20,13 @@ import tyro
 from ditkit.bench.claims import write
 from ditkit.bench.expert_use import ExpertUse, use_of
 from ditkit.bench.macs import count_macs
-from ditkit.bench.paired import bootstrap
 from ditkit.core.cond import Cond
 from ditkit.models.dit import DiT
 from ditkit.models.switch_dit import SwitchDiT
 from ditkit.systems.claims import Claim
 
 sys.path.extend(map(str, Path(__file__).resolve().parents[:2]))  # arms and claims are shared with DTR's
-from routed_by_time import MORE, OF_DTR, OF_SWITCH, Arms, run, within
+from routed_by_time import MORE, OF_DTR, OF_SWITCH, Arms, of_seeds, run, within
 
 PAIRS = (
     (
@@ -110,7 +109,7 @@ def _of_seeds(
         claim,
         paper=paper,
         ours=own.mean().item(),
-        interval=bootstrap(own),
+        interval=of_seeds(own.double()),
         claimed=bounds,
         unit=unit,
         against=f"{steps} steps of 32; "

@@ -15,7 +15,7 @@ from ditkit.core.checkpoint import read_json
 from ditkit.core.codec import FINGERPRINT, fingerprint
 from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.core.model import CONFIG, parameter_count
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.spec import components, spec
 from ditkit.core.transform import Transform
 from ditkit.data.latents import LatentSet
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 INDEX, TRANSFORMER, SCHEDULER = "model_index.json", "transformer", "scheduler"
 EXPERT = "transformer_2"
 AUTO = "auto"
-"""The parts that transforms and policies add to be trained; all of the transformer where they add none."""
+"""The parts that transforms add, and policies beside them; all of the transformer where no transform adds any."""
 SETTINGS = Settings(
     steps=1000,
     batch=4,
@@ -61,7 +61,8 @@ class PipelineTraining:
         transforms: put on the transformer before, in order. policies: that it is trained under.
         terms: of the loss; by default `Regression`, and `VariationalBound` of a network that learns its variance.
         timesteps: by default logit-normal ones, moved as the scheduler moves its steps; of discrete steps uniform ones.
-        settings: of the run; `trained="auto"` is what transforms and policies add, or all where they add nothing.
+        settings: of the run; `trained="auto"` is what transforms add, and policies beside them, or all where no
+            transform adds any.
         dropout: share of samples whose prompt or label is taken away; by default 0.1, and 0 where the file does not say
             what stands in its place. guidance: the scale that a network distilled from guidance is told.
     """
@@ -96,7 +97,7 @@ class PipelineTraining:
 
             found = getattr(self.source, SCHEDULER, None)
             return None if found is None else config_of_scheduler(found)
-        folder = Path(self.source)
+        folder = Path(self.source).expanduser()
         path = (folder if (folder / INDEX).is_file() else folder.parent) / SCHEDULER / "scheduler_config.json"
         return read_json(path) if path.is_file() else None
 
@@ -128,12 +129,13 @@ class PipelineTraining:
 
     def put_on(self, model: HostDenoiser, structure_alone: bool) -> HostDenoiser:
         """Put transforms and policies on the model; with `structure_alone` a state brings their values."""
+        policies = with_inherent(model, self.policies) if self.policies else model.policies
         if structure_alone and self.transforms:
             model.adopt(()).shaped(self.transforms)
         else:
             for transform in self.transforms:
                 model.transform(transform)
-        return model.adopt(self.policies or model.policies)
+        return model.adopt(policies)
 
 
 def train_pipeline(

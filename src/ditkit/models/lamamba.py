@@ -301,7 +301,7 @@ class LaMamba(Denoiser):
         copy = self.holding(
             config, state, f"LaMamba of size={self.config.size}", self.policies, self.transforms
         )
-        copy.history, copy.task = self.history, self.task
+        copy.history, copy.codec, copy.task = self.history, self.codec, self.task
         return copy
 
     def reset_parameters(self) -> None:

@@ -223,8 +223,8 @@ class TextDiT(Denoiser):
         text, drop = text.to(null.dtype), cond.dropped("text")
         if drop is None and self.training and self.config.text_dropout:
             drop = torch.rand(batch, device=text.device) < self.config.text_dropout
-        if drop is None:
-            return Prompt(text, mask)
+        empty = ~mask.any(1)  # no token is no prompt
+        drop = empty if drop is None else drop | empty
         first = torch.arange(text.shape[1], device=text.device) == 0
         return Prompt(torch.where(drop[:, None, None], null, text), torch.where(drop[:, None], first, mask))
 

@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.inherit import Inherit, inherit
 from ditkit.core.loading import load
 from ditkit.core.model import Model, parameter_count
-from ditkit.core.policy import Policy
+from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.spec import spec
 from ditkit.core.task import task_named
 from ditkit.core.transform import Transform
@@ -199,12 +199,13 @@ def started(recipe: Recipe, resume: bool = False) -> Started:
 
 def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
     """Put the recipe's transforms, or their structure alone, and its policies on the model."""
+    policies = with_inherent(model, recipe.policies)
     if resume and recipe.transforms:
         model.adopt(()).shaped(recipe.transforms)
     else:
         for transform in recipe.transforms:
             model.transform(transform)
-    return model.adopt(recipe.policies)
+    return model.adopt(policies)
 
 
 def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model:
