@@ -18,15 +18,19 @@ Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 
 
 def compress(model: ModelName, transforms: Transforms, *, out: Path) -> None:
-    """Apply transforms to a model, in order, and save the result.
+    """Apply transforms to a model, in order, and save the result: pruning, or merging LoRA.
+
+    `ditkit policies` lists them. A pruned model draws badly until it is trained again; the recipe tinyfusion-recovery
+    does that.
 
     Examples:
-        ditkit compress emoji kept:blocks=0+2+4+6+8+10 --out outputs/pruned
+        ditkit compress emoji kept:blocks=0+2+4+6+8 --out outputs/pruned
         ditkit compress runs/tuned/model merged --out outputs/merged
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
-        transforms: Changes of the weights, such as kept:blocks=0+2+3 or lora:rank=8.
+        transforms: Changes of the weights: kept:blocks=0+2+3 keeps these blocks, counted from 0; merged adds LoRA's
+            updates to the weights; lora:rank=8 adds untrained low-rank layers.
         out: Folder to write.
     """
     chosen = as_transforms(transforms)
