@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.api.compress import compress as compress
     from ditkit.api.evaluate import evaluate as evaluate
     from ditkit.api.generate import generate as generate
+    from ditkit.api.harmonise import harmonise as harmonise
     from ditkit.api.profile import profile as profile
     from ditkit.api.train_pipeline import train_pipeline as train_pipeline
     from ditkit.api.tune import tune as tune
@@ -29,6 +30,7 @@ HOMES = {
     "compare": "ditkit.api.compare",
     "evaluate": "ditkit.api.evaluate",
     "generate": "ditkit.api.generate",
+    "harmonise": "ditkit.api.harmonise",
     "load": "ditkit.core.loading",
     "profile": "ditkit.api.profile",
     "restore": "ditkit.pipelines.accelerate",
@@ -50,6 +52,7 @@ __all__ = [
     "errors",
     "evaluate",
     "generate",
+    "harmonise",
     "load",
     "profile",
     "restore",

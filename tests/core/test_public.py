@@ -46,6 +46,7 @@ def test_every_listed_name_exists_and_no_other() -> None:
         "errors",
         "evaluate",
         "generate",
+        "harmonise",
         "load",
         "profile",
         "restore",

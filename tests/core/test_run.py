@@ -78,14 +78,17 @@ def test_sites_of_dit():
             (at, "block"),
             (f"{at}.modulation", "modulation"),
             (f"{at}.attn", "branch"),
+            (f"{at}.attn.route", "choice"),
             (f"{at}.attn.kv", "kv"),
             (f"{at}.attn.core", "core"),
             (f"{at}.mlp", "branch"),
+            (f"{at}.mlp.route", "choice"),
             (f"{at}.mlp.inner", "inner"),
         ]
         return [(*pair, "image") for pair in names]
 
-    ends = [("time", "time", "image"), ("tokens", "tokens", "image"), ("blocks", "stack", "image")]
+    ends = [("time", "time", "image"), ("time.embedding", "timestep", "image")]
+    ends += [("tokens", "tokens", "image"), ("blocks", "stack", "image")]
     head = [("head", "head", "image"), ("head.modulation", "modulation", "image")]
     expected = [*ends, *block(0), *block(1), *block(2), *head]
     assert [tuple(site[:3]) for site in tiny_dit().sites()] == expected

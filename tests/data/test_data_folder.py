@@ -170,8 +170,6 @@ def test_captions(tmp_path):
 
 
 def bad_folder(tmp_path: Path, what: str) -> None:
-    if what == "loose":
-        picture(tmp_path / "a.png")
     if what == "loose beside classes":
         picture(tmp_path / "a.png")
         picture(tmp_path / "cat" / "a.png")
@@ -191,10 +189,14 @@ def bad_folder(tmp_path: Path, what: str) -> None:
             "empty",
             {},
             DataError,
-            r"holds no images \(.bmp .gif.*; expected class folders .* or a metadata.jsonl",
+            r"holds no images \(.bmp .gif.*; expected class folders .* with a metadata.jsonl",
         ),
-        ("loose", {}, DataError, r"1 images outside class folders, first 'a.png'; expected class folders"),
-        ("loose beside classes", {}, DataError, r"1 images outside class folders, first 'a.png'"),
+        (
+            "loose beside classes",
+            {},
+            DataError,
+            r"1 images outside class folders, first 'a.png'; expected class folders",
+        ),
         ("empty class", {}, DataError, "class folder 'dog' holds no images"),
         (
             "too large",
@@ -337,3 +339,83 @@ def test_any_caption_survives_the_file(texts, ascii_only, tmp_path):
 def test_suffixes_are_formats_that_pillow_reads():
     Image.init()
     assert {s for s in SUFFIXES if Image.EXTENSION[s] in Image.OPEN} == SUFFIXES
+
+
+# -- layouts of other trainers (found.md, cases 4, 17 and 20)
+
+
+def test_splits_are_splits_and_no_classes(tmp_path):
+    for split, colour in (("train", RED), ("val", BLUE)):
+        for name in ("cat", "dog"):
+            picture(tmp_path / split / name / "1.png", colour)
+    found = load(tmp_path, 4)
+    assert (found.classes, found.name) == (("cat", "dog"), tmp_path.name)
+    assert (found.images[:, 0] == RED[0]).all()
+    for word in ("val", "validation"):
+        other = load(tmp_path, 4, split=word)
+        assert other.classes == ("cat", "dog") and (other.images[:, 0] == BLUE[0]).all()
+    with pytest.raises(ConfigError, match=r"split of .*: 'test' \(choose from: train, validation\)"):
+        load(tmp_path, 4, split="test")
+
+
+def test_a_folder_that_only_wraps_another_is_that(tmp_path):
+    for name in ("cat", "dog"):
+        picture(tmp_path / "pets" / "train" / name / "1.png")
+    assert load(tmp_path, 4).classes == ("cat", "dog")
+    picture(tmp_path / "single" / "cat" / "1.png")
+    assert load(tmp_path / "single", 4).classes == ("cat",)
+
+
+def test_a_split_of_a_folder_without_any_is_refused(tmp_path):
+    picture(tmp_path / "cat" / "1.png")
+    with pytest.raises(ConfigError, match="split='train', but there are no folders train, val or test"):
+        load(tmp_path, 4, split="train")
+
+
+def test_captions_in_a_table_and_beside_the_pictures(tmp_path):
+    for folder in ("table", "texts"):
+        picture(tmp_path / folder / "a.png", RED)
+        picture(tmp_path / folder / "b.png", BLUE)
+    (tmp_path / "table" / "metadata.csv").write_text('file_name,text\nb.png,"blue, deep"\na.png,\n')
+    (tmp_path / "texts" / "a.txt").write_text("a red\npicture\n")
+    table, texts = load(tmp_path / "table", 4), load(tmp_path / "texts", 4)
+    assert (table.ids, table.captions) == (("b.png", "a.png"), ("blue, deep", ""))
+    assert (texts.ids, texts.captions) == (("a.png", "b.png"), ("a red picture", ""))
+    dropped = load(tmp_path / "texts", 4, blank="drop")
+    assert dropped.ids == ("a.png",)
+
+
+def test_a_flat_folder_is_a_set_without_classes(tmp_path):
+    picture(tmp_path / "b.png", BLUE)
+    picture(tmp_path / "a.png", RED)
+    found = load(tmp_path, 4)
+    assert (found.classes, found.captions, found.ids) == ((), ("", ""), ("a.png", "b.png"))
+
+
+def test_what_no_reader_uses_is_named_in_one_warning(tmp_path, caplog):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "unlisted.png")
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path, 4)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("2 files are not read: train.jsonl, unlisted.png")
+
+
+@pytest.mark.parametrize("written", ["caf\u00e9.png", "cafe\u0301.png", "sub\\caf\u00e9.png"])
+@pytest.mark.parametrize("there", ["caf\u00e9.png", "cafe\u0301.png"])
+def test_names_are_compared_in_one_form(written, there, tmp_path):
+    folder = "sub/" if "\\" in written else ""
+    picture(tmp_path / folder / there)
+    line = json.dumps({"file_name": written, "text": "a cup"})
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert load(tmp_path, 4).ids == (folder + there,)
+
+
+def test_two_files_of_captions_are_refused(tmp_path):
+    picture(tmp_path / "a.png")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=r"metadata.jsonl and metadata.csv, expected one of the two"):
+        load(tmp_path, 4)

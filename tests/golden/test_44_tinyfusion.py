@@ -29,7 +29,15 @@ from ditkit.train.terms import masked_distillation, variational_bound
 from ditkit.train.terms.masked_distillation import MaskedDistillation
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import VariationalBound
-from golden_support import adaln_shapes, assert_golden, cases, float64, read, with_time
+from golden_support import (
+    adaln_shapes,
+    approximate_likelihood,
+    assert_golden,
+    cases,
+    float64,
+    read,
+    with_time,
+)
 
 SYSTEM = "44-tinyfusion"
 TOLERANCE = with_time(1e-6)
@@ -139,19 +147,6 @@ def test_block_influence() -> None:
     assert scores.tolist() == pytest.approx(case["expect"]["score"], rel=TOLERANCE)
     for count, dropped in case["expect"]["drop"].items():
         assert set(range(6)) - set(least_needed(scores, int(count)).blocks) == set(dropped)
-
-
-def approximate_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Compute what published DiT code has in the place of the normal integral of `discretised_log_likelihood`."""
-
-    def cdf(x: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-    below, above = (
-        cdf((data - mean + side / 255) * (-0.5 * log_variance).exp()).double() for side in (-1, 1)
-    )
-    inside = torch.where(data > 0.999, 1 - below, above - below)
-    return torch.where(data < -0.999, above, inside).clamp_min(1e-12).log()
 
 
 def test_masked_distillation(monkeypatch: pytest.MonkeyPatch) -> None:

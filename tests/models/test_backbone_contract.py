@@ -21,7 +21,7 @@ from ditkit.core.model import Denoiser, Model
 from ditkit.core.run import DIRECT, Run, named
 from models_support import perturbed
 
-BATCH, CLIP = 3, 5
+BATCH, CLIP, TOKENS = 3, 5, 4
 
 ON_GRIDS = [kind for kind in every(Model) if kind.__name__ != "Todyformer"]
 """A window of events is no batch of samples: tests/graph/test_todyformer.py asks the same of it."""
@@ -34,12 +34,15 @@ def awake(kind: type[Model]) -> Model:
 
 
 def inputs(model: Model, size: int = BATCH) -> tuple[Any, ...]:
-    """Arguments of a forward pass, a row a sample. Every sample of a denoiser is told its class and, of a clip, its
-    first half; in training the second one counts as untold, so that no test depends on a draw."""
+    """Arguments of a forward pass, a row a sample. Every sample of a denoiser is told its class, its prompt if the
+    model takes one, and, of a clip, its first half; in training the second one counts as untold, so that no test
+    depends on a draw."""
     x = torch.randn(size, *model.sample_shape)
     if not isinstance(model, Denoiser):
         return (x,)
     cond = Cond(label=torch.arange(size), drop=torch.arange(size) == 1)
+    if (text := model.conditions.get("text")) is not None:
+        cond = replace(cond, text=torch.randn(size, TOKENS, text.shape[1]))
     if x.ndim == CLIP:
         mask = torch.ones(size, 1, *x.shape[2:])
         mask[:, :, : x.shape[2] // 2] = 0

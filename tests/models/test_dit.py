@@ -321,21 +321,24 @@ def test_site_names_are_public():
     names = [(site.name, site.kind) for site in sites]
     assert names == [
         ("time", "time"),
+        ("time.embedding", "timestep"),
         ("tokens", "tokens"),
         ("blocks", "stack"),
         ("blocks.0", "block"),
         ("blocks.0.modulation", "modulation"),
         ("blocks.0.attn", "branch"),
+        ("blocks.0.attn.route", "choice"),
         ("blocks.0.attn.kv", "kv"),
         ("blocks.0.attn.core", "core"),
         ("blocks.0.mlp", "branch"),
+        ("blocks.0.mlp.route", "choice"),
         ("blocks.0.mlp.inner", "inner"),
         ("head", "head"),
         ("head.modulation", "modulation"),
     ]
     assert {site.width for site in sites if site.kind != "inner"} == {SMALL.width}
     assert [site.width for site in sites if site.kind == "inner"] == [4 * SMALL.width]
-    assert [site.heads for site in sites if site.kind in ("kv", "core")] == [SMALL.heads] * 2
+    assert [site.heads for site in sites if site.heads] == [SMALL.heads] * 3
     assert {(site.stage, site.attention, site.ordered, site.over) for site in sites} == {
         (0, "full", False, ())
     }

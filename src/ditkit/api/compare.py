@@ -39,6 +39,7 @@ def compare(
     model: Denoiser,
     *,
     label: int | str | Sequence[int | str] | None = None,
+    prompt: str | Sequence[str] | None = None,
     cond: Cond = Cond(),
     shape: Sequence[int] | None = None,
     sampling: Sampling = Sampling(),
@@ -62,6 +63,7 @@ def compare(
     Args:
         model: in eval mode, on the device that is to be measured.
         label: a class by name or index, or one a seed; by default the seeds are spread over the classes.
+        prompt: a text, or one a seed, for a model that takes one.
         cond: further conditioning of each sample, in the order of the seeds, such as given frames and their mask.
         shape: of one sample; by default that of the given content, or the model's.
         sampling, changes: the settings, and words of `Sampling` that differ, such as `policies=[...], seeds=range(16)`;
@@ -86,7 +88,7 @@ def compare(
             report's settings says why.
         ConflictError: as the sampler raises it.
     """
-    work = Sampler.of(model, label, cond=cond, shape=shape, sampling=sampling, **changes)
+    work = Sampler.of(model, label, prompt=prompt, cond=cond, shape=shape, sampling=sampling, **changes)
     task = generating(model, "compare")
     policies, steps = work.sampling.policies, work.sampling.steps
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
@@ -185,6 +187,7 @@ def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, me
         "guidance": str(sampling.guidance),
         "seeds": list(sampling.seeds),
         "labels": list(work.labels) or None,
+        **({"prompts": list(work.prompts)} if work.prompts else {}),
         "codec": type(work.model.codec).__name__,
         "shape": list(work.shape),
         **({} if generated is None else {"generated": generated.double().mean().item()}),

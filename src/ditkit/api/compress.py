@@ -7,12 +7,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ditkit.compress.calibration import Calibration, recording
 from ditkit.core.errors import ConfigError
-from ditkit.core.model import Model
+from ditkit.core.model import Denoiser, Model
 from ditkit.core.spec import component
 from ditkit.core.transform import Transform
+from ditkit.sample.sampler import Sampler
 
 Network = TypeVar("Network")
+CALIBRATED = 64
+"""Samples that are drawn at once as calibration."""
 
 
 def compress(model_or_pipe: Network, *transforms: Transform | str, calibration: Any = None) -> Network:
@@ -23,7 +27,8 @@ def compress(model_or_pipe: Network, *transforms: Transform | str, calibration: 
 
     Args:
         transforms: objects, or texts such as "kept:blocks=0+2+3".
-        calibration: samples, for transforms whose values follow from what is seen.
+        calibration: samples, for transforms whose values follow from what is seen. Calls of the network
+            (`ditkit.compress.recording`) for those that quantise; a model that samples draws them itself.
 
     Raises:
         ConfigError, ConflictError: a transform does not fit; names the field and what would. Models are as they were.
@@ -34,13 +39,30 @@ def compress(model_or_pipe: Network, *transforms: Transform | str, calibration: 
             model_or_pipe.training
         )
         for transform in chosen:
-            copy.transform(transform, calibration)
+            given = drawn_for(copy, transform) if calibration is None else calibration
+            copy.transform(transform, given)
         return copy
     from ditkit.hosts.hosted import transform_in_place
 
     for transformer in _transformers(model_or_pipe):
         transform_in_place(transformer, chosen, calibration)
     return model_or_pipe
+
+
+def drawn_for(model: Model, transform: Transform) -> Calibration | None:
+    """Return calls of trajectories that `transform` is fitted to; None if it needs none, or nothing can be drawn."""
+    wanted = transform.draws()
+    if wanted is None or transform == transform.exact() or not isinstance(model, Denoiser):
+        return None
+    transform.check(model)  # before any work
+    seeds = tuple(range(wanted.seed, wanted.seed + wanted.samples))
+    training = model.training
+    try:
+        with recording(model.eval(), CALIBRATED) as calls:
+            Sampler.of(model, seeds=seeds, steps=wanted.steps, batch_size=CALIBRATED).draw()
+    finally:
+        model.train(training)
+    return Calibration(tuple(calls))
 
 
 def adapt(model_or_pipe: Network, *transforms: Transform | str, calibration: Any = None) -> Network:

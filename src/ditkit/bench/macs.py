@@ -2,8 +2,8 @@
 
 torch's own counter knows no fused attention of the CPU and then counts zero for it. Here attention is counted
 at its core from shapes, whichever kernel runs it: B N Lq Lk (K + Kv), also under a mask, because a dense
-kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. What a policy skips
-never runs and is not counted.
+kernel computes what it masks; a block-sparse kernel computes the blocks that its plan visits. A selective scan has nine
+for each state of a token, and one. What a policy skips never runs and is not counted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ditkit.ops.block_sparse_attention.chosen import chosen_backward_macs, chosen_macs
+from ditkit.ops.block_sparse_attention.mapped import mapped_backward_macs, mapped_macs
 from ditkit.ops.block_sparse_attention.operation import backward_macs, forward_macs
+from ditkit.ops.linear_attention.operation import sums_backward_macs, sums_macs
 from ditkit.ops.routed_linear import operation as routed
+from ditkit.ops.selective_scan.operation import scan_backward_macs, scan_macs
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -172,6 +175,11 @@ def _rnn_layer(x: Tensor, w_input: Tensor, w_hidden: Tensor, *_: Any, **__: Any)
     return math.prod(x.shape[:-1]) * (w_input.numel() + w_hidden.numel())
 
 
+def _outputs(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """[M, K] to [M, N], by weights that do not tell their shape."""
+    return x.numel() * out_val.shape[-1]
+
+
 def _kind(packet: Any) -> str:
     name = getattr(packet, "__name__", str(packet))
     if "attention" in name:
@@ -202,10 +210,17 @@ _OURS: dict[str, Formula] = {
 FORMULAS: Mapping[Any, tuple[str, Formula]] = {
     **{packet: (_kind(packet), _half(flops)) for packet, flops in flop_registry.items()},
     **{getattr(aten, name): (_kind(getattr(aten, name)), formula) for name, formula in _OURS.items()},
+    torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32: ("linear", _outputs),
     torch.ops.ditkit.block_sparse_attention: ("attention", forward_macs),
     torch.ops.ditkit.block_sparse_attention_backward: ("attention", backward_macs),
     torch.ops.ditkit.chosen_attention: ("attention", chosen_macs),
     torch.ops.ditkit.chosen_attention_backward: ("attention", chosen_backward_macs),
+    torch.ops.ditkit.mapped_attention: ("attention", mapped_macs),
+    torch.ops.ditkit.mapped_attention_backward: ("attention", mapped_backward_macs),
+    torch.ops.ditkit.linear_sums: ("attention", sums_macs),
+    torch.ops.ditkit.linear_sums_backward: ("attention", sums_backward_macs),
+    torch.ops.ditkit.selective_scan: ("scan", scan_macs),
+    torch.ops.ditkit.selective_scan_backward: ("scan", scan_backward_macs),
     torch.ops.ditkit.routed_linear: ("linear", routed.forward_macs),
     torch.ops.ditkit.routed_linear_backward: ("linear", routed.backward_macs),
 }

@@ -180,7 +180,7 @@ def prepare(work: Any, policies: Any, steps: int, threads: int) -> Callable[[], 
 
 
 def describe(value: Any, folder: Path) -> Any:
-    """Numbers, strings, tuples, tensors, dataclasses and models as JSON, which `revive` reads.
+    """Numbers, strings, tuples, mappings, tensors, dataclasses and models as JSON, which `revive` reads.
 
     Raises:
         ConfigError: `value` is something else, or its class cannot be imported by name.
@@ -189,6 +189,8 @@ def describe(value: Any, folder: Path) -> Any:
         return value
     if isinstance(value, tuple):
         return [describe(item, folder) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {"mapping": {name: describe(item, folder) for name, item in value.items()}}
     kind = type(value)
     if isinstance(value, Tensor):
         place = folder / f"tensor{sum(1 for _ in folder.iterdir())}.safetensors"
@@ -221,6 +223,8 @@ def revive(given: Any) -> Any:
         return tuple(revive(item) for item in given)
     if not isinstance(given, Mapping):
         return given
+    if "mapping" in given:
+        return {name: revive(value) for name, value in given["mapping"].items()}
     if "tensor" in given:
         return read_state(Path(given["tensor"]))["tensor"]
     if "model" in given:

@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     ModelName,
     Number,
     Options,
+    Prompts,
     Seeds,
     load_generator,
     options_of,
@@ -60,6 +61,7 @@ def compare(
     demo: bool = False,
     seeds: Seeds = ("0..7",),
     label: Labels = (),
+    prompt: Prompts = (),
     converged_steps: Number = None,
     fewer_steps: bool = False,
     rounds: Number = None,
@@ -93,6 +95,7 @@ def compare(
         demo: Instead of --policy: a few that show most in three minutes, with --fewer-steps and --no-memory.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
+        prompt: Text to draw, of a model that takes one: one, or repeated, one a seed.
         converged_steps: Steps of the run that stands for the sampler's limit. Default: 10 times --steps; --demo: 2.
         fewer_steps: Also rows for the exact sampler with as many steps as each policy computed in full.
         rounds: Timed passes over all seeds; the median counts. Default: 3; --demo: 1.
@@ -118,7 +121,9 @@ def compare(
     real, cond = task_of(network).reference(network, data, kind, sampling.seeds, **loading)
     with writable(out), progress() as advance:
         if demo and converged_steps is not None:
-            seconds = first_picture(out / FIRST, network, label or None, cond, sampling)
+            seconds = first_picture(
+                out / FIRST, network, cond, sampling, label=label or None, prompt=prompt or None
+            )
             total = seconds * demo_evaluations(sampling, rounds, converged_steps)
             print(
                 f"wrote {out / FIRST}; the comparison takes about {total:.0f} s", file=sys.stderr, flush=True
@@ -126,6 +131,7 @@ def compare(
         report = compared(
             network,
             label=label or None,
+            prompt=prompt or None,
             cond=cond,
             sampling=sampling,
             converged_steps=converged_steps,
@@ -173,14 +179,14 @@ def demo_policies(given: tuple[str, ...]) -> list[Policy]:
     return [ConfidentTaylor(interval=3), *(TaylorSeer(interval=n, order=o) for n, o in DEMO_SETTINGS)]
 
 
-def first_picture(path: Path, network: Any, label: Any, cond: Cond, sampling: Sampling) -> float:
+def first_picture(path: Path, network: Any, cond: Cond, sampling: Sampling, **words: Any) -> float:
     """Draw all seeds in few exact steps, as a picture; return the seconds of one evaluation of them.
 
     What a task draws of other samples than pictures is left to the report: then nothing is written.
     """
     from ditkit.report.sheet import grid, write_png
 
-    drawn = generate(network, label, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS)
+    drawn = generate(network, cond=cond, sampling=sampling, policies=(), steps=PROBE_STEPS, **words)
     if drawn.samples.ndim == PICTURES:
         write_png(path, grid(drawn.samples, columns=len(drawn.samples)))
     return drawn.seconds / drawn.evaluations

@@ -12,6 +12,7 @@ from ditkit.api.generate import generate as draw
 from ditkit.cli.options import (
     Labels,
     ModelName,
+    Prompts,
     Seeds,
     for_stage,
     load_generator,
@@ -27,11 +28,15 @@ from ditkit.core.model import Model
 from ditkit.core.task import task_of
 from ditkit.sample import Samples
 
+LONGEST = 60
+"""Letters of a class or a prompt in the name of a file."""
+
 
 def generate(
     model: ModelName,
     *,
     label: Labels = (),
+    prompt: Prompts = (),
     seeds: Seeds = ("0..7",),
     flags: Flattened = SamplingFlags(),
     out: Path = Path("outputs/generate"),
@@ -45,11 +50,13 @@ def generate(
         ditkit generate emoji --label animal-mammal --seeds 0 1 2 3
         ditkit generate emoji --label animal-bird --label food-fruit --seeds 0..7
         ditkit generate emoji --policy taylorseer:interval=4,order=2
+        ditkit generate runs/emoji-text/model --prompt "a red apple" --prompt "a sad cat"
         ditkit generate digits --seeds 0 1 --steps 25
         ditkit generate runs/mine/model --steps 25 --out outputs/mine
 
     Writes into the folder of --out:
         CLASS-SEED.png    each picture at its own size (CLASS@INDEX if names clash),
+                          PROMPT-SEED.png of a model that takes a prompt,
                           or SEED.mp4 and SEED.gif of a clip (MP4 needs PyAV)
         sheet.png         all of them, enlarged; of clips, frames of the first
         generated.json    settings, time, and what each policy did
@@ -57,6 +64,8 @@ def generate(
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
         label: Class to draw. Repeat it for several, each drawn with every seed; default: spread over all.
+        prompt: Text to draw, of a model that takes one. Repeat it for several, each drawn with every seed; default:
+            none, which draws whatever the model draws unasked.
         seeds: Whole numbers, or ranges such as 0..15 with both ends; one sample a seed.
         out: Folder to write to.
         list_labels: Print the classes and stop.
@@ -67,14 +76,17 @@ def generate(
         return
     task, sampling = task_of(network), flags.make(seeds_of(seeds)).resolved(network)
     check_labels(network, label)
-    wanted: tuple[str | None, ...] = label or (None,)
+    if label and prompt:
+        raise ConfigError(f"got --label {label[0]} with --prompt {prompt[0]!r}, expected one of the two")
+    wanted: tuple[str | None, ...] = label or prompt or (None,)
     settings = {"model": model, **flags.as_dict(sampling)}
     drawn: list[Samples] = []
     with writable(out), progress() as advance:
         for name in wanted:
             stage = for_stage(advance, f"drawing {name or ''}")
-            drawn.append(draw(network, name, sampling=task.settle(sampling), progress=stage))
-        columns = len(sampling.seeds) if label else max(1, round(len(sampling.seeds) ** 0.5))
+            word: dict[str, Any] = {"prompt": name} if prompt else {"label": name}
+            drawn.append(draw(network, **word, sampling=task.settle(sampling), progress=stage))
+        columns = len(sampling.seeds) if label or prompt else max(1, round(len(sampling.seeds) ** 0.5))
         samples = [one for d in drawn for one in d.samples]
         files = task.write(out, samples, names_of(network, drawn), columns)
         write_json(out / "generated.json", {"settings": settings, **described(drawn, files, task.noun)})
@@ -93,6 +105,11 @@ def check_labels(model: Model, labels: Sequence[str]) -> None:
 
 def names_of(model: Model, drawn: Sequence[Samples]) -> list[str]:
     """Return a name for the file of each sample; a class that is the only one counts where it has a name."""
+    if any(d.prompts for d in drawn):
+        stems = file_stems(list(dict.fromkeys(prompt for d in drawn for prompt in d.prompts)))
+        return [
+            f"{stems[prompt]}-{seed}" for d in drawn for seed, prompt in zip(d.seeds, d.prompts, strict=True)
+        ]
     classes = class_names(model)
     if len(classes) < 2 and not getattr(model.config, "class_names", ()):
         return [f"{seed}" for seed, _ in iterate(drawn)]
@@ -104,8 +121,8 @@ def described(drawn: Sequence[Samples], files: Sequence[str], noun: str) -> dict
     """Return the files with their seeds and labels, and their cost, as JSON."""
     return {
         f"{noun}s": [
-            {"file": file, "seed": seed, "label": label}
-            for file, (seed, label) in zip(files, iterate(drawn), strict=True)
+            {"file": file, "seed": seed, "label": label} | ({"prompt": prompt} if prompt else {})
+            for file, (seed, label), prompt in zip(files, iterate(drawn), prompts_of(drawn), strict=True)
         ],
         "seconds": sum(d.seconds for d in drawn),
         "policy_bytes": max(d.policy_bytes for d in drawn),
@@ -138,6 +155,11 @@ def iterate(drawn: Sequence[Samples]) -> Iterator[tuple[int, str | None]]:
         yield from zip(d.seeds, d.labels or (None,) * len(d.seeds), strict=True)
 
 
+def prompts_of(drawn: Sequence[Samples]) -> list[str]:
+    """Return the prompt of every sample, empty where there was none."""
+    return [prompt for d in drawn for prompt in d.prompts or ("",) * len(d.seeds)]
+
+
 def file_stems(classes: Sequence[str]) -> dict[str, str]:
     """Name each class in file names: its slug, with its index where another's is the same.
 
@@ -153,4 +175,4 @@ def file_stems(classes: Sequence[str]) -> dict[str, str]:
 
 def slug(label: str) -> str:
     """`label` as part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "unnamed"
+    return re.sub(r"[^\w.-]+", "-", label)[:LONGEST].strip("-.") or "unnamed"

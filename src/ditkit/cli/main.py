@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "profile",
     "search",
+    "harmonise",
     "experts",
     "video",
     "forecast",

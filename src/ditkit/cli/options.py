@@ -29,6 +29,7 @@ from ditkit.sample.noise import distinct
 
 ModelName = Annotated[str, tyro.conf.Positional]
 Labels = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CLASS")]
+Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 Seeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SEED ...")]
 Policies = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="POLICY")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]

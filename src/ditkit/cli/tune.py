@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     ModelName,
     Number,
     Options,
+    Prompts,
     Seeds,
     load_generator,
     options_of,
@@ -45,6 +46,7 @@ def tune(
     at_most: Share = None,
     seeds: Seeds = ("0..3",),
     label: Labels = (),
+    prompt: Prompts = (),
     converged_steps: Number = None,
     rounds: int = 3,
     data: DataName = None,
@@ -70,6 +72,7 @@ def tune(
         at_most: Share of the exact run's time that is fast enough, such as 0.5: the nearest is named.
         seeds: Whole numbers, or ranges such as 0..3 with both ends; one picture or clip a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
+        prompt: Text to draw, of a model that takes one: one, or repeated, one a seed.
         converged_steps: Of the run that stands for convergence. Default: ten times --steps.
         rounds: Timed passes over all seeds; the median counts.
         data: Clips given in part, such as moving-digits.
@@ -91,6 +94,7 @@ def tune(
             flags.policy,
             target,
             label=label or None,
+            prompt=prompt or None,
             cond=cond,
             sampling=sampling,
             converged_steps=converged_steps,

@@ -1,6 +1,19 @@
-"""Transforms that make a model smaller or cheaper, one file each."""
+"""Transforms and policies that make a model smaller or cheaper, one file each."""
 
+from ditkit.compress.calibration import Calibration, recording
+from ditkit.compress.dydit import DyDiT
 from ditkit.compress.kept import Kept
 from ditkit.compress.learned_depth import LearnedDepth, decide
+from ditkit.compress.temporal import TemporalMaintenance
+from ditkit.compress.temporal_cache import TemporalFeatures
 
-__all__ = ["Kept", "LearnedDepth", "decide"]
+__all__ = [
+    "Calibration",
+    "DyDiT",
+    "Kept",
+    "LearnedDepth",
+    "TemporalFeatures",
+    "TemporalMaintenance",
+    "decide",
+    "recording",
+]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, NamedTuple, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ditkit.core.catalog import find
 from ditkit.core.checkpoint import dump_state, fill, read_json, read_state, replacing, to_disk, write_json
 from ditkit.core.cond import Cond
+from ditkit.core.condition import Condition
 from ditkit.core.config import config_of
-from ditkit.core.errors import CheckpointError, ConfigError, unknown
+from ditkit.core.errors import CheckpointError, ConfigError, ShapeError, unknown
 
 CODEC_WEIGHTS = "codec.safetensors"
 CODEC_CONFIG = "config.json"
@@ -26,8 +27,20 @@ FINGERPRINT = "weights_sha256"
 """Key of config.json: of the tensors that it was saved with."""
 DESCRIBED = ("codec", "config", "history", FINGERPRINT)
 """Keys of config.json."""
+NO_CONDITIONS: Mapping[str, Condition] = {}
 FRAMES_AT_ONCE = 32
 """Frames that a codec of pictures holds at once, so that a long clip takes the memory of a short one."""
+
+
+SIDE = "side"
+"""The stream of `Cond` that a codec's side value is given in."""
+
+
+class Coded(NamedTuple):
+    """A signal as a codec has it: its latents, and what else it is decoded from, such as a map of grains (D2iT)."""
+
+    z: Tensor
+    side: Tensor | None = None
 
 
 class Codec(nn.Module, ABC):
@@ -68,6 +81,22 @@ class Codec(nn.Module, ABC):
         Raises:
             ShapeError: `z` is not what `encode` makes.
         """
+
+    def side_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape of the side value of latents of `shape`, without the batch axis; None: there is none."""
+        return None
+
+    def code(self, x: Tensor, noise: Tensor | None = None) -> Coded:
+        """`encode`, with the side value of a codec that has one."""
+        return Coded(self.encode(x, noise))
+
+    def decode_coded(self, coded: Coded) -> Tensor:
+        """`decode`, by the side value of a codec that has one."""
+        return self.decode(coded.z)
+
+    def weave(self, noise: Tensor, side: Tensor) -> Tensor:
+        """Return noise of the latents' shape as latents of this side value have it, at each draw; by default white."""
+        return noise
 
     @abstractmethod
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,8 +195,6 @@ class VariationalCodec(Codec):
         """Code `x` with `noise` and decode it, for training, which is before normalisation.
 
         The second and third tensor are the mean and log variance of its latents.
-
-        The second and third tensor are the mean and log variance of its latents.
         """
 
 
@@ -216,22 +243,52 @@ def frame_by_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2).contiguous()
 
 
+def check_side(codec: Codec, cond: Cond, latent: tuple[int, ...]) -> Tensor | None:
+    """Return the side value that latents of this shape are given with; None for a codec without one.
+
+    Raises:
+        ConfigError: it is missing. ShapeError: it is of another shape.
+    """
+    expected, given = codec.side_shape(latent), cond.streams.get(SIDE)
+    if expected is None:
+        return None
+    name = type(codec).__name__
+    if given is None:
+        raise ConfigError(
+            f"a {name} decodes by a side value, expected Cond.streams[{SIDE!r}] {['B', *expected]}; got none"
+        )
+    if tuple(given.shape[1:]) != tuple(expected):
+        raise ShapeError(f"{name}: side {list(given.shape)} should be {['B', *expected]}")
+    return given
+
+
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """`values` [C] to be broadcast over x [B, C, ...]."""
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
-def encode_given(codec: Codec, cond: Cond) -> Cond:
+def encode_given(codec: Codec, cond: Cond, conditions: Mapping[str, Condition] = NO_CONDITIONS) -> Cond:
     """`cond` on the codec's latents: given content coded, and a latent to be made where any of its pixels is.
 
     A codec looks beyond the pixels of one latent, so those that are to be made are blank when it does.
+
+    Args:
+        conditions: what the model can be given; streams that it declares as signals are coded too, whatever their
+            length is.
     """
-    if isinstance(codec, Identity) or cond.context is None:
+    if isinstance(codec, Identity):
+        return cond
+    signals = [name for name in cond.streams if name in conditions and conditions[name].coded]
+    if signals:
+        coded = {name: codec.encode(cond.streams[name]) for name in signals}
+        cond = dataclasses.replace(cond, streams={**cond.streams, **coded})
+    if cond.context is None:
         return cond
     if cond.mask is None:
         return dataclasses.replace(cond, context=codec.encode(cond.context))
     context = codec.encode(cond.context.masked_fill(cond.mask.bool(), 0))
-    mask = F.adaptive_max_pool3d(cond.mask.float(), context.shape[2:])
+    pools = {3: F.adaptive_max_pool1d, 4: F.adaptive_max_pool2d, 5: F.adaptive_max_pool3d}
+    mask = pools[context.ndim](cond.mask.float(), context.shape[2:])
     return dataclasses.replace(cond, context=context, mask=mask)
 
 

@@ -33,6 +33,7 @@ from typing import (
 
 from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen
 
+from ditkit.core.condition import Condition
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, ShapeError, nearest, unknown
 
 C = TypeVar("C")
@@ -81,6 +82,19 @@ class ModelConfig(Checked, ABC):
 
     task: ClassVar[str]
     """The task that the network is for: a folder of `ditkit.tasks`."""
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """List by name the conditions of the network, fields of `Cond` and streams; given content is apart.
+
+        By default what `classes`, `text_width` and `label_dropout` say.
+        """
+        dropout, found = getattr(self, "label_dropout", 0.0), {}
+        if getattr(self, "classes", 0):
+            found["label"] = Condition((), dropout)
+        if width := getattr(self, "text_width", 0):
+            found["text"] = Condition((None, width), dropout)
+        return found
 
     @classmethod
     @abstractmethod

@@ -43,6 +43,8 @@ def class_index(model: Model, label: int | str) -> int:
         ConfigError: the model has no such class.
     """
     names = class_names(model)
+    if not names:
+        raise ConfigError(f"label={label!r}: a {type(model).__name__} takes no class labels")
     if isinstance(label, str):
         if label not in names:
             raise ConfigError(unknown("class", label, names))

@@ -28,8 +28,9 @@ from ditkit.core.checkpoint import (
     write_json,
 )
 from ditkit.core.codec import CODEC_CONFIG, CODEC_WEIGHTS, IDENTITY, Codec, Identity, last_training
-from ditkit.core.cond import Cond
-from ditkit.core.config import config_of
+from ditkit.core.cond import UNDECLARED, Cond
+from ditkit.core.condition import Condition
+from ditkit.core.config import ModelConfig, config_of
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy
@@ -62,6 +63,8 @@ POLICIES = "policies"
 """Key of config.json: texts of the policies that the weights were trained under."""
 TRANSFORMS = "transforms"
 """Key of config.json: what was done to the structure that the config gives, in order."""
+TIMESTEP = "time.embedding"
+"""The site of the embedding of the time alone, in a denoiser of one stack."""
 TASK = "task"
 """Key of config.json: the name of the task that the weights were trained for."""
 DESCRIBED = ("model", TASK, "config", "history", CODEC, POLICIES, TRANSFORMS)
@@ -177,13 +180,14 @@ class Model(nn.Module, ModelHubMixin, ABC):
             calibration: samples, for a transform whose values follow from what is seen.
 
         Raises:
-            ConfigError, ConflictError: it does not fit the model, or an adopted policy not what the model would
-                become. Nothing was changed then.
+            ConfigError, ConflictError, ShapeError: it does not fit the model or the calibration, or an adopted policy
+                not what the model would become. Nothing was changed then.
         """
         if transform == transform.exact():
             return {}
         check_named(transform)
         transform.check(self)
+        transform = transform.resolved(self, calibration)
         listed = standing((*self.transforms, transform))
         trial = self.rebuilt(listed)
         Trajectory(trial.sites(), self.policies, 1)
@@ -416,6 +420,8 @@ class Denoiser(Model):
 
     completes: ClassVar[bool] = False
     """True if `Cond.context` and `Cond.mask` are read: samples can be given in part."""
+    embeds_time: ClassVar[bool] = False
+    """True if the site `time` has a site `TIMESTEP` inside."""
 
     def sites(self) -> tuple[Site, ...]:
         """List the sites of a network of one stack: `time`, `tokens`, `blocks`, those of each block, and the head's.
@@ -427,15 +433,36 @@ class Denoiser(Model):
         stream, width = "joint" if with_text else "image", self.config.width
         return (
             Site("time", "time", width=width),
+            *([Site(TIMESTEP, "timestep", width=width)] if self.embeds_time else []),
             Site("tokens", "tokens", stream, width),
             Site("blocks", "stack", stream, width),
             *(site for i, block in enumerate(parts.blocks) for site in block.sites(f"blocks.{i}", stream)),
             *parts.head.sites(),
         )
 
+    branches: ClassVar[tuple[str, ...]] = ("cond", "uncond")
+    """Names of the guidance branches that `branch` knows."""
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """The conditions that the model can be given, by name: fields of `Cond`, and streams."""
+        return self.config.conditions if isinstance(self.config, ModelConfig) else UNDECLARED
+
     @abstractmethod
     def unconditional(self, cond: Cond) -> Cond:
-        """Return the conditioning of the same batch with nothing given."""
+        """Return the conditioning of the same batch with nothing given; a text may be of another length."""
+
+    def branch(self, cond: Cond, name: str) -> Cond:
+        """Return the conditioning of a guidance branch, one of `branches`, for the batch that `cond` is of.
+
+        Raises:
+            ConfigError: there is no such branch.
+        """
+        if name == "cond":
+            return cond
+        if name == "uncond":
+            return self.unconditional(cond)
+        raise ConfigError(f"{type(self).__name__}: " + unknown("guidance branch", name, self.branches))
 
 
 def model_class(described: Mapping[str, Any], source: Path) -> type[Model]:

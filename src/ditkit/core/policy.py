@@ -113,6 +113,16 @@ class Policy(Checked, ABC):
             ConfigError: it was made for others.
         """
 
+    def check_schedule(self, times: Sequence[float], sampler: str) -> None:
+        """Refuse steps that the policy was not made for, before the first one.
+
+        Args:
+            times: noise-times of the steps, from noise to data. sampler: the solver, or the scheduler's class.
+
+        Raises:
+            ConfigError: it was made for others.
+        """
+
     def modules(self, sites: Sequence[Site]) -> nn.ModuleDict | None:
         """Parameters that the policy trains, saved beside the model: by `site_key`, those of no site under "all"."""
         return None

@@ -14,7 +14,19 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.grid import SEQUENCES, Segment
 
 Kind = Literal[
-    "time", "tokens", "stack", "block", "branch", "modulation", "inner", "kv", "core", "route", "head"
+    "time",
+    "timestep",
+    "tokens",
+    "stack",
+    "block",
+    "branch",
+    "modulation",
+    "inner",
+    "kv",
+    "core",
+    "choice",
+    "route",
+    "head",
 ]
 AttentionKind = Literal["full", "axial", "scaled"]
 """Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
@@ -29,7 +41,9 @@ class Site(NamedTuple):
 
     Its stream is that of its tokens: "image", "text" or "joint"; of a branch, of what it returns; of a core, of its
     queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the two
-    layers of an MLP.
+    layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around it
+    joins with the rest of c. A `choice` site, asked with a branch's tokens before its norm, gives what of the branch is
+    computed; None is all.
     """
 
     name: str
@@ -39,7 +53,7 @@ class Site(NamedTuple):
     """Channels of what it returns: of a `kv` and a `core`, of all heads together; of a `modulation`, of one of its
     parts. 0 where it has none, or does not say."""
     heads: int = 0
-    """The number of attention heads, of a `kv` and a `core`."""
+    """The number of attention heads, of a `kv`, a `core` and the `choice` of an attention."""
     stage: int = 0
     """The resolution, in a network with several, of the segments whose rows it holds."""
     attention: AttentionKind = "full"

@@ -31,6 +31,14 @@ class Stacked(NamedTuple):
     indexed: tuple[str, ...] = ()
 
 
+class Draws(NamedTuple):
+    """Trajectories of a model from which a transform is fitted: its steps, and how many samples from which seed on."""
+
+    steps: int
+    samples: int
+    seed: int = 0
+
+
 class Transform(ABC):
     """A frozen dataclass of JSON fields: numbers, texts, tuples, dataclasses.
 
@@ -51,6 +59,20 @@ class Transform(ABC):
                 applied before.
         """
 
+    def draws(self) -> Draws | None:
+        """Return which trajectories a verb should draw as calibration where none is given; None if it needs none."""
+        return None
+
+    def resolved(self, model: Any, calibration: Any = None) -> Self:
+        """Return the setting with what it leaves open decided for this model, before anything is changed.
+
+        That is the one that is applied and listed: `shape` follows from its fields alone.
+
+        Raises:
+            ConfigError, ShapeError: calibration is missing, too little or of another shape.
+        """
+        return self
+
     @abstractmethod
     def shape(self, model: Any) -> Any:
         """Change the structure alone, in place; on the meta device, too.
@@ -69,6 +91,10 @@ class Transform(ABC):
 
     def trains(self, model: Any) -> list[str]:
         """Names of the tensors that it added to be trained."""
+        return []
+
+    def fixed(self, model: Any) -> list[str]:
+        """Names of the layers that it leaves without weights that could be trained."""
         return []
 
     def plain(self, model: Any) -> Mapping[str, Any] | None:

@@ -1,47 +1,61 @@
-"""A user's own folder: images in class folders, or images with captions in a `metadata.jsonl`."""
+"""A user's own folder: images in class folders, with captions, or by themselves; with splits or without."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ditkit.core.errors import ConfigError, DataError
+from ditkit.core.errors import ConfigError, DataError, unknown
 from ditkit.data.decode import SUFFIXES, DamagedImage, read_square
 from ditkit.data.images import ImageSet
+from ditkit.data.metadata import BESIDE, METADATA, TABLE, Entry, beside, metadata_of, read_metadata
 from ditkit.data.progress import tracked
 
 logger = logging.getLogger(__name__)
 
-METADATA = "metadata.jsonl"
+Blank = Literal["keep", "drop"]
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Splits by the names of their folders, as Hugging Face's imagefolder knows them."""
+SHOWN = 3
 LAYOUTS = (
-    f"expected class folders (cat/1.png, dog/2.jpg) or a {METADATA} with lines like "
-    '{"file_name": "1.png", "text": "a red bird"}'
+    f"expected class folders (cat/1.png, dog/2.jpg), or images with a {METADATA} with lines like "
+    '{"file_name": "1.png", "text": "a red bird"}, or with a caption each in 1.txt beside 1.png'
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One image of the folder before it is read."""
-
-    file_name: str  # relative to the folder, with forward slashes
-    caption: str
-    label: int = 0
-
-
-def load(root: Path, size: int | None = None, max_bad: int = 10, max_bytes: int = 4 * 2**30) -> ImageSet:
+def load(
+    root: Path,
+    size: int | None = None,
+    split: str | None = None,
+    blank: Blank = "keep",
+    max_bad: int = 10,
+    max_bytes: int = 4 * 2**30,
+) -> ImageSet:
     """Read a folder into memory as RGB, cropped as ADM does; damaged files are logged by name and skipped.
 
-    With a `metadata.jsonl` the set has captions and no classes. Otherwise each folder below `root` is
-    a class, numbered in alphabetical order, and its name is the caption.
+    With a `metadata.jsonl` or `metadata.csv` the set has captions and no classes. Otherwise each folder below `root`
+    is a class, numbered in alphabetical order, and its name is the caption; images outside of folders are a set
+    without classes. A text `1.txt` beside `1.png` is its caption. A folder that holds nothing but one other folder of
+    such a layout is that folder, and folders named train, val, test are splits. Files that nothing reads are named in
+    one warning.
+
+    Args:
+        split: train, validation or test, of a folder that has splits; by default train, or the only one.
+        blank: keep pictures whose caption is missing or empty, or drop them.
 
     Raises:
-        ConfigError: no size given, or a negative limit.
+        ConfigError: no size given, a negative limit, or a split that is not there.
         DataError: unreadable or empty folder, another layout, a wrong metadata line, more than `max_bad`
             damaged files, a class left without images, or more than `max_bytes` of pixels.
     """
@@ -49,27 +63,85 @@ def load(root: Path, size: int | None = None, max_bad: int = 10, max_bytes: int 
         raise ConfigError(f"{root}: a folder of images needs a size in pixels, for example size=64")
     if max_bad < 0:
         raise ConfigError(f"max_bad={max_bad}, expected 0 or more damaged files to skip")
-    if (root / METADATA).exists():
-        classes: tuple[str, ...] = ()
-        entries = read_metadata(root)
-    else:
-        classes, entries = read_class_folders(root)
+    if blank not in ("keep", "drop"):
+        raise ConfigError(unknown("blank", blank, ("keep", "drop")))
+    name, root = root.resolve().name, chosen_split(unwrapped(root), split)
+    classes, entries = read_entries(root)
+    if blank == "drop":
+        entries = _with_captions(root, entries)
     needed = len(entries) * 3 * size * size
     if needed > max_bytes:
         raise DataError(
             f"{root}: {len(entries)} images at {size} x {size} need {needed:,} bytes of memory, more than "
             f"max_bytes={max_bytes:,}; give a smaller size or raise max_bytes"
         )
-    return _decode(root, entries, classes, size, max_bad)
+    return replace(_decode(root, entries, classes, size, max_bad), name=name)
+
+
+def unwrapped(root: Path) -> Path:
+    """Return the folder that holds the layout: `root`, or what it wraps in folders that hold nothing else."""
+    while True:
+        folders, files = _directly(root)
+        if files or len(folders) != 1:
+            return root
+        inner = root / folders[0]
+        below, beside_them = _directly(inner)
+        if metadata_of(inner) is None and (not below or any(map(_is_image, beside_them))):
+            return root  # one class
+        root = inner
+
+
+def chosen_split(root: Path, split: str | None) -> Path:
+    """Return the folder of a split; `root` itself where it has none.
+
+    Raises:
+        ConfigError: there is no such split.
+    """
+    folders, files = _directly(root)
+    known = {kind: name for name in folders for kind, names in SPLITS.items() if name.lower() in names}
+    if not known or len(known) < len(folders) or any(map(_is_image, files)) or metadata_of(root) is not None:
+        if split is not None:
+            raise ConfigError(f"{root}: split={split!r}, but there are no folders train, val or test")
+        return root
+    wanted = next((kind for kind, names in SPLITS.items() if split in names), split)
+    if wanted is None:
+        wanted = "train" if "train" in known else next(iter(known))
+        if len(known) > 1:
+            logger.info("%s: of the splits %s, %s is read", root, ", ".join(known), wanted)
+    if wanted not in known:
+        raise ConfigError(unknown(f"split of {root}:", split or "", known))
+    return root / known[wanted]
+
+
+def read_entries(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
+    """Read class names and images with their captions, by whatever layout the folder has."""
+    _, files = walk(root)
+    classes: tuple[str, ...] = ()
+    if metadata_of(root) is not None:
+        entries = read_metadata(root)
+        used = {METADATA, TABLE}
+    else:
+        classes, entries = read_class_folders(root)
+        texts = {f.as_posix() for f in files if f.suffix.lower() == BESIDE}
+        used = {PurePath(e.file_name).with_suffix(BESIDE).as_posix() for e in entries} & texts
+        if used:
+            entries = [replace(e, caption=beside(root, e.file_name)) for e in entries]
+    _warn_of_unread(root, files, used | {entry.file_name for entry in entries})
+    return classes, entries
 
 
 def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
-    """Class names, and the images below each class folder. Hidden files and folders are left out."""
+    """Class names, and the images below each class folder; no classes where no image is in a folder.
+
+    Hidden files and folders are left out.
+    """
     folders, files = walk(root)
-    images = [f for f in files if f.suffix.lower() in SUFFIXES]
+    images = [f for f in files if _is_image(f)]
     if not images:
         raise DataError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}); {LAYOUTS}")
     loose = [f for f in images if len(f.parts) == 1]
+    if len(loose) == len(images):
+        return (), [Entry(f.as_posix(), "") for f in sorted(images)]
     if loose:
         raise DataError(
             f"{root} holds {len(loose)} images outside class folders, first {loose[0].name!r}; {LAYOUTS}"
@@ -82,46 +154,45 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     return tuple(index), entries
 
 
-def read_metadata(root: Path) -> list[Entry]:
-    """Read the lines of `metadata.jsonl`, in the `imagefolder` convention of Hugging Face datasets."""
-    path = root / METADATA
+def _is_image(name: str | PurePath) -> bool:
+    return PurePath(name).suffix.lower() in SUFFIXES
+
+
+def _with_captions(root: Path, entries: list[Entry]) -> list[Entry]:
+    kept = [entry for entry in entries if entry.caption.strip()]
+    if not kept:
+        raise DataError(f"{root}: none of {len(entries)} images has a caption, expected some for blank=drop")
+    if len(kept) < len(entries):
+        logger.warning(
+            "%s: %d of %d images have no caption and are left out",
+            root,
+            len(entries) - len(kept),
+            len(entries),
+        )
+    return kept
+
+
+def _warn_of_unread(root: Path, files: Sequence[PurePath], used: Collection[str]) -> None:
+    """Name in one warning the files that no reader uses."""
+    unread = sorted(name for f in files if (name := f.as_posix()) not in used)
+    if unread:
+        some = ", ".join(unread[:SHOWN]) + (" ..." if len(unread) > SHOWN else "")
+        logger.warning("%s: %d files are not read: %s", root, len(unread), some)
+
+
+def _directly(root: Path) -> tuple[list[str], list[str]]:
+    """List the folders and files directly in a folder, without hidden ones.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        with os.scandir(root) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    entries: list[Entry] = []
-    first_seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        entry = _parse_line(root, line, place)
-        first = first_seen.setdefault(entry.file_name, number)
-        if first != number:
-            raise DataError(f"{place}: {entry.file_name!r} again, first on line {first}")
-        entries.append(entry)
-    if not entries:
-        raise DataError(f"{path} lists no images; {LAYOUTS}")
-    return entries
-
-
-def _parse_line(root: Path, line: bytes, place: str) -> Entry:
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}): {line[:60]!r}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected a JSON object, found {type(row).__name__}: {line[:60]!r}")
-    for key in ("file_name", "text"):
-        if not isinstance(row.get(key), str):
-            found = f"{type(row[key]).__name__} {row[key]!r:.60}" if key in row else f"keys {sorted(row)}"
-            raise DataError(f"{place}: expected a string {key!r}, found {found}")
-    relative = PurePath(os.path.normpath(row["file_name"]))
-    if relative.is_absolute() or relative.parts[:1] == ("..",):
-        raise DataError(f"{place}: file_name {row['file_name']!r} leads out of the folder")
-    if not os.path.isfile(root / relative):
-        raise DataError(f"{place}: file_name {row['file_name']!r} does not exist in {root}")
-    return Entry(relative.as_posix(), row["text"])
+        raise DataError(f"cannot read folder {error.filename}: {error.strerror}") from error
+    folders = sorted(entry.name for entry in visible if entry.is_dir())
+    return folders, [entry.name for entry in visible if not entry.is_dir()]
 
 
 def walk(root: Path) -> tuple[list[str], list[PurePath]]:

@@ -56,13 +56,13 @@ class LatentSet:
 
     def batch(self, indices: Tensor, rng: Any) -> tuple[Tensor, Cond]:
         rows = {self.slots[name].field: _as_input(value[indices]) for name, value in self.held.items()}
-        return self.latents[indices].float(), Cond(**rows)
+        return self.latents[indices].float(), Cond(**rows)  # type: ignore[arg-type]
 
     @property
     def nothing(self) -> Cond:
         """One row of what stands in a dropped prompt's place; empty where the file does not say."""
         return Cond(
-            **{self.slots[n].field: _as_input(_one_row(v, self.slots[n])) for n, v in self.negative.items()}
+            **{self.slots[n].field: _as_input(_one_row(v, self.slots[n])) for n, v in self.negative.items()}  # type: ignore[arg-type]
         )
 
     @property

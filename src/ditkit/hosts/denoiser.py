@@ -155,7 +155,7 @@ class HostDenoiser(Host, Denoiser):
         """Put nothing in the place of the conditioning of samples that `cond.drop` marks."""
         if cond.drop is None:
             return cond
-        given, changed = _tensors(cond), dict[str, Tensor]()
+        given, changed = _tensors(cond), dict[str, Any]()
         for name, row in _tensors(self.nothing).items():
             drop = cond.drop.view(-1, *[1] * (given[name].ndim - 1))
             changed[name] = torch.where(drop, row.to(given[name]), given[name])

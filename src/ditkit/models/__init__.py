@@ -4,6 +4,7 @@ from ditkit.models.convlstm import ConvLSTM, ConvLSTMConfig
 from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
@@ -19,6 +20,8 @@ __all__ = [
     "DiMRConfig",
     "DiT",
     "DiTConfig",
+    "LaMamba",
+    "LaMambaConfig",
     "PredFormer",
     "PredFormerConfig",
     "Todyformer",

@@ -28,7 +28,7 @@ from ditkit.core.config import (
 from ditkit.core.convention import DDPM, Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
-from ditkit.core.model import Denoiser
+from ditkit.core.model import TIMESTEP, Denoiser
 from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
@@ -89,6 +89,7 @@ class DiT(Denoiser):
 
     Config = DiTConfig
     task = "image"
+    embeds_time = True
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
@@ -166,7 +167,7 @@ class DiT(Denoiser):
         if x.ndim != 4 or x.shape[1] != self.config.channels:
             raise ShapeError(f"DiT: input {list(x.shape)} should be [B, {self.config.channels}, H, W]")
         grid = Grid.of((x.shape[2], x.shape[3]), self.config.patch)
-        c_BD = run.site("time", self.condition, t, cond)
+        c_BD = run.site("time", partial(self.condition, run=run), t, cond)
         tokens: Tokens = run.site("tokens", self.tokenize, x)
         h_BLD = self.through(tokens.x, c_BD, t, run)
         return unpatchify(run.site("head", partial(self.head, run=run), h_BLD, c_BD), grid, self.config.patch)
@@ -180,10 +181,11 @@ class DiT(Denoiser):
         out: Tensor = run.site("blocks", Stack(self.blocks, run, checkpointing=self.recomputes), x_BLD, c_BD)
         return out
 
-    def condition(self, t: Tensor, cond: Cond) -> Tensor:
+    def condition(self, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Compute c = time embedding + label embedding, [B, D]."""
         label, rate = label_of(self.config, cond), self.config.label_dropout if self.training else 0.0
-        return self.time(t) + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
+        time: Tensor = run.site(TIMESTEP, self.time, t)
+        return time + self.label(drop_labels(label, cond.drop, self.config.classes, rate))
 
     def tokenize(self, x: Tensor) -> Tokens:
         """Patches of x embedded, with their positions added, [B, L, D]."""

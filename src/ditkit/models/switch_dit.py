@@ -136,8 +136,8 @@ class SwitchDiT(DiT):
         return SwitchBlock(c.width, c.heads, c.experts, c.active)
 
     def sites(self) -> tuple[Site, ...]:
-        time, tokens, *rest = super().sites()
-        return (time, tokens, Site("route", "route"), *rest)
+        time, alone, tokens, *rest = super().sites()
+        return (time, alone, tokens, Site("route", "route"), *rest)
 
     def through(self, x_BLD: Tensor, c_BD: Tensor, t: Tensor, run: Run) -> Tensor:
         routes = run.site("route", self.route, t)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from annotated_types import Gt
@@ -30,7 +30,7 @@ from ditkit.core.config import (
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment, patchify, unpatchify
-from ditkit.core.model import Denoiser
+from ditkit.core.model import TIMESTEP, Denoiser
 from ditkit.core.run import DIRECT, Run
 from ditkit.core.transform import Stacked
 from ditkit.nn.blocks import Block, Head, Stack
@@ -129,6 +129,7 @@ class VideoDiT(Denoiser):
 
     Config = VideoDiTConfig
     task = "video"
+    embeds_time = True
     completes = True
     config: VideoDiTConfig
 
@@ -172,9 +173,10 @@ class VideoDiT(Denoiser):
         """Null class, absent text, and all of the clip to be made."""
         fields = {"label": self.config.classes, "text": 0, "text_mask": True, "mask": 1}
         given = {name: getattr(cond, name) for name in fields}
-        return replace(
-            cond, **{name: torch.full_like(v, fields[name]) for name, v in given.items() if v is not None}
-        )
+        absent: dict[str, Any] = {
+            name: torch.full_like(v, fields[name]) for name, v in given.items() if v is not None
+        }
+        return replace(cond, **absent)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy clips; any length and size that the patch divides will do.
@@ -198,7 +200,7 @@ class VideoDiT(Denoiser):
             )
         grid = Grid.of(tuple(x.shape[2:]), self.config.sides)
         prepared = self.prepare_cond(cond, len(x))
-        c_BD = run.site("time", self.condition, t, prepared)
+        c_BD = run.site("time", partial(self.condition, run=run), t, prepared)
         tokens: RotaryTokens = run.site("tokens", self.tokenize, prepared.given(x), prepared)
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_BLD = run.site("blocks", stack.beside, tokens.x, c_BD, tokens.rotary)
@@ -221,9 +223,10 @@ class VideoDiT(Denoiser):
             valid = None if valid is None else valid | drop[:, None]
         return replace(cond, label=label, text=text, text_mask=valid)
 
-    def condition(self, t: Tensor, prepared: Cond) -> Tensor:
+    def condition(self, t: Tensor, prepared: Cond, run: Run = DIRECT) -> Tensor:
         """Compute c = time embedding + label embedding, [B, D]."""
-        return self.time(t) + self.label(prepared.label) if self.label else self.time(t)
+        time: Tensor = run.site(TIMESTEP, self.time, t)
+        return time + self.label(prepared.label) if self.label else time
 
     def tokenize(self, x: Tensor, prepared: Cond) -> RotaryTokens:
         """Text and patches of x embedded, [B, S + L, D], with their positions; a text row has none."""

@@ -20,6 +20,7 @@ from ditkit.core.run import DIRECT, AttentionKind, Run, Site
 from ditkit.nn.compiled import run_block
 from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 from ditkit.nn.rotary import Rotary, rotate
+from ditkit.nn.routes import Route, everything, into_groups, masked, out_of_groups
 
 PLAIN_KEYS = 1024
 """Up to so many keys two products are faster than torch's fused bf16 kernel on a CPU, forward and backward: 12 times
@@ -105,17 +106,29 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(
-        self, x_BLD: Tensor, run: Run, at: str, rotary: Rotary | None = None, mask: tuple[Tensor, ...] = ()
+        self,
+        x_BLD: Tensor,
+        run: Run,
+        at: str,
+        rotary: Rotary | None = None,
+        mask: tuple[Tensor, ...] = (),
+        route: Route | None = None,
     ) -> Tensor:
         """Positions that are not already in `x_BLD` come as a rotary table of its rows, which has its own mask."""
-        qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
+        if route is None:
+            qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
+        else:
+            qkv = into_groups(self.qkv, x_BLD, route, 3, self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, N, L, K]
         kv = run.site(at + ".kv", keep, KV(k, v, rotary))
         q, k = self.norm_q(q), self.norm_k(kv.k)
         if rotary is not None:
             q, k, mask = rotate(q, rotary), rotate(k, kv.position), kv.position.mask()
         o_BNLK = run.site(at + ".core", attention, q, k, kv.v, *mask)
-        return self.out(o_BNLK.transpose(1, 2).flatten(2))
+        if route is None:
+            return self.out(o_BNLK.transpose(1, 2).flatten(2))
+        o_BLNK = masked(o_BNLK.transpose(1, 2), route.group_mask)
+        return out_of_groups(self.out, o_BLNK.flatten(2), route, self.heads)
 
     def sites(
         self, at: str, stream: str = "image", stage: int = 0, attention: AttentionKind = "full"
@@ -126,20 +139,38 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU in its tanh form (DiT)."""
+    """Two layers with GELU in its tanh form (DiT).
+
+    GELU(0) = 0, so that a group of hidden channels that is multiplied by 0 before it is one that is not there.
+    """
 
     def __init__(self, width: int, ratio: float = 4.0) -> None:
         super().__init__()
         self.inner = nn.Linear(width, int(width * ratio))
         self.outer = nn.Linear(int(width * ratio), width)
 
-    def forward(self, x: Tensor, run: Run = DIRECT, at: str = "") -> Tensor:
+    def forward(self, x: Tensor, run: Run = DIRECT, at: str = "", route: Route | None = None) -> Tensor:
+        if route is not None:
+            return self._routed(x, run, at, route)
         out: Tensor = self.outer(run.site(at + ".inner", self.hidden, x))
         return out
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Compute the values between the two layers, row by row."""
-        return F.gelu(self.inner(x), approximate="tanh")
+    def _routed(self, x: Tensor, run: Run, at: str, route: Route) -> Tensor:
+        """Compute the rows of a route, and 0 for the others."""
+        some = x if route.rows is None else x.flatten(0, -2).index_select(0, route.rows)
+        h = run.site(at + ".inner", partial(self.hidden, route=route), some)
+        out = out_of_groups(self.outer, h, route, route.of)
+        if route.rows is not None:
+            out = out.new_zeros(x.numel() // x.shape[-1], out.shape[-1]).index_copy(0, route.rows, out)
+            out = out.view(*x.shape[:-1], -1)
+        return out if route.row_mask is None else out * route.row_mask.to(out.dtype)
+
+    def hidden(self, x: Tensor, route: Route | None = None) -> Tensor:
+        """Compute the values between the two layers, row by row; of the groups of a route."""
+        if route is None:
+            return F.gelu(self.inner(x), approximate="tanh")
+        groups = into_groups(self.inner, x, route, 1, route.of)
+        return F.gelu(masked(groups, route.group_mask), approximate="tanh").flatten(-3)
 
     def site(self, at: str, stream: str = "image", stage: int = 0) -> Site:
         """Its site in the branch `at`."""
@@ -170,12 +201,14 @@ class Block(nn.Module):
         self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
     ) -> Tensor:
         """Compute the attention branch before its gate."""
+        route = run.site(at + ".route", everything, x_BLD)
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
-        return self.attn(h_BLD, run, at, rotary)
+        return self.attn(h_BLD, run, at, rotary, route=route)
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
         """Compute the MLP branch before its gate, row by row."""
-        return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at)
+        route = run.site(at + ".route", everything, x_BLD)
+        return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at, route)
 
     def forward(
         self,
@@ -201,8 +234,10 @@ class Block(nn.Module):
             site(at, "block"),
             site(f"{at}.modulation", "modulation"),
             site(f"{at}.attn", "branch"),
+            site(f"{at}.attn.route", "choice", heads=self.attn.heads),
             *self.attn.sites(f"{at}.attn", stream, stage),
             site(f"{at}.mlp", "branch"),
+            site(f"{at}.mlp.route", "choice"),
             self.mlp.site(f"{at}.mlp", stream, stage),
         ]
 

@@ -1,13 +1,12 @@
 """adaLN-Zero (DiT, section 3.2): each branch's shift, scale and gate, projected from c where they are used.
 
-One layer makes six parts: shift, scale and gate of a block's attention, then of its MLP.
+One layer makes six parts: shift, scale and gate of a block's attention, then of its MLP. Blocks of another number of
+branches have three parts for each.
 
 B batch, L tokens, D width.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,38 +22,42 @@ def activated(c_BD: Tensor) -> Tensor:
     return F.silu(c_BD).unsqueeze(1)
 
 
-class Parts(NamedTuple):
-    """The function of a `modulation` site: a block's six parts, each projected where it is asked for.
+class Parts:
+    """The function of a `modulation` site: a block's parts, each projected where it is asked for.
 
     A branch that is forecast never asks for its shift and scale, whose weights are most of what its step would read.
 
     Args:
-        layer: [B, 1, D] to [B, 1, 6 D]. c: [B, 1, D].
+        layer: [B, 1, D] to [B, 1, 6 D], or 3 D for each branch of the block. c: [B, 1, D].
     """
 
-    layer: nn.Module
-    c: Tensor
+    __slots__ = ("_whole", "c", "layer")
+
+    def __init__(self, layer: nn.Module, c: Tensor) -> None:
+        self.layer, self.c = layer, c
+        self._whole: Tensor | None = None
 
     def whole(self) -> Tensor:
-        """All six side by side, [B, 1, 6 D]: what a handler of the site may return instead."""
-        projected: Tensor = self.layer(self.c)
-        return projected
+        """All side by side, [B, 1, 6 D], computed once: what a handler of the site may return instead."""
+        if self._whole is None:
+            self._whole = self.layer(self.c)
+        return self._whole
 
 
-def affine(parts: Parts | Tensor, branch: int) -> tuple[Tensor, ...]:
-    """Shift and scale of a block's branch 0 or 1, [B, 1, D] each."""
-    return _some(parts, 3 * branch, 3 * branch + 2).chunk(2, -1)
+def affine(parts: Parts | Tensor, branch: int, branches: int = 2) -> tuple[Tensor, ...]:
+    """Shift and scale of one of a block's branches, [B, 1, D] each."""
+    return _some(parts, 3 * branch, 3 * branch + 2, 3 * branches).chunk(2, -1)
 
 
-def gate(parts: Parts | Tensor, branch: int) -> Tensor:
-    """Return the gate of a block's branch 0 or 1, [B, 1, D]."""
-    return _some(parts, 3 * branch + 2, 3 * branch + 3)
+def gate(parts: Parts | Tensor, branch: int, branches: int = 2) -> Tensor:
+    """Return the gate of one of a block's branches, [B, 1, D]."""
+    return _some(parts, 3 * branch + 2, 3 * branch + 3, 3 * branches)
 
 
-def _some(parts: Parts | Tensor, start: int, stop: int) -> Tensor:
-    """Only these of the six, side by side; of a layer that is wrapped, quantised or hooked all are projected."""
+def _some(parts: Parts | Tensor, start: int, stop: int, count: int) -> Tensor:
+    """Only these of `count` parts, side by side; of a layer that is wrapped, quantised or hooked all are projected."""
     if isinstance(parts, Tensor):
-        width = parts.shape[-1] // 6
+        width = parts.shape[-1] // count
         return parts[..., start * width : stop * width]
     layer, width = parts.layer, parts.c.shape[-1]
     hooks = layer._forward_hooks or layer._forward_pre_hooks

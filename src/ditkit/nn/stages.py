@@ -36,6 +36,39 @@ class Upsample(nn.Module):
         return to_rows(F.pixel_shuffle(to_map(self.conv(x_BLD, grid), grid), 2))
 
 
+class MergePatches(nn.Module):
+    """Four neighbours side by side, normed, then one layer: [B, L, D] to [B, L / 4, out] (Swin, arXiv 2103.14030).
+
+    The order of the four is down before right: (0, 0), (1, 0), (0, 1), (1, 1).
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.outer = nn.Linear(4 * width, out, bias=False)
+
+    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        """Merge rows of `grid`, which has even sides."""
+        cells = x_BLD.unflatten(1, (grid.height // 2, 2, grid.width // 2, 2))
+        out: Tensor = self.outer(self.norm(cells.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)))
+        return out
+
+
+class ExpandPatches(nn.Module):
+    """One layer, then its channels spread over ratio x ratio pixels and normed: [B, L, D] to [B, ratio^2 L, out]."""
+
+    def __init__(self, width: int, out: int, ratio: int = 2) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.inner = nn.Linear(width, ratio**2 * out, bias=False)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        """Expand rows of `grid`."""
+        out: Tensor = self.norm(spread_channels(self.inner(x_BLD), grid, self.ratio))
+        return out
+
+
 def spread_channels(x_BLD: Tensor, grid: Grid, ratio: int) -> Tensor:
     """Cut rows [B, L, ratio^2 D] of `grid` into rows [B, ratio^2 L, D], channels fastest: not pixel-shuffle's order.
 

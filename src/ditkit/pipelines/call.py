@@ -244,6 +244,9 @@ class PipelineCall:
             self._close()
             for net in self.nets:  # some pipelines set processors in the call
                 refuse_closed(net.model, self._sites, self.policies)
+            times = [t / self.clock.scale for t in self.clock.times]
+            for policy in self.policies:
+                policy.check_schedule(times, type(self.scheduler).__name__)
             total = len(self.clock.times)
             self._trajectory = Trajectory(self._sites, self.policies, total, self.max_bytes, self._learned)
             self._age = self.clock.age

@@ -94,7 +94,7 @@ class Report:
     def heads(self) -> list[str]:
         """Return the head of each column, one for each seed that is shown."""
         frames, seeds = self._frames(), self.settings["seeds"]
-        labels = self.settings["labels"] or [""] * len(seeds)
+        labels = self.settings["labels"] or self.settings.get("prompts") or [""] * len(seeds)
         if frames and len(set(labels)) == 1:  # most models of clips have one class, which has no name
             labels = [""] * len(seeds)
         heads = [f"{seed} {label}".strip() for seed, label in zip(seeds, labels, strict=True)]

@@ -4,6 +4,7 @@ from ditkit.sample.forecast import forecast
 from ditkit.sample.guidance import Autoguidance, ClassifierFree, Guidance, PowerCosine, Unguided
 from ditkit.sample.inversion import DdimInversion, invert
 from ditkit.sample.multistep import DpmSolverPP, UniPc
+from ditkit.sample.nested import Nested
 from ditkit.sample.noise import SampleNoise, initial_noise
 from ditkit.sample.sampler import Sampler, Samples, Sampling, sample
 from ditkit.sample.scheduler import DiffusersScheduler
@@ -25,6 +26,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "MovingWindows",
+    "Nested",
     "PowerCosine",
     "SampleNoise",
     "Sampler",

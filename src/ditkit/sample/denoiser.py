@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ditkit.core.cond import Cond
-from ditkit.core.errors import ConfigError
+from ditkit.core.cond import Cond, check_cond
+from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Denoiser
 from ditkit.core.path import Path, Prediction
 from ditkit.core.policy import with_inherent
@@ -22,6 +22,8 @@ from ditkit.sample.guidance import Guidance
 Progress = Callable[[int, int], None]
 """`progress(done, total)`, in evaluations."""
 
+MAIN = "main"
+"""The sampled network, beside those of guidance."""
 LATEST = 1 - 1e-3
 """Time of evaluation in place of t = 1 for forms that are infinite at alpha = 0 (SiT's sample_eps)."""
 
@@ -63,7 +65,8 @@ class GuidedDenoiser:
 
     Args:
         trajectory: the policies at work on the model's sites.
-        batched: run conditional and unconditional rows as one call of 2B rows, in the lane "cond+uncond".
+        batched: run the branches of the model as one call of 2B or more rows, in a lane such as "cond+uncond", unless
+            a branch is given another number of things, or things of another shape, texts apart.
 
     Raises:
         ConfigError: a network is in train mode, or a guide's path or prediction differs from the model's.
@@ -86,9 +89,11 @@ class GuidedDenoiser:
         self.latest = _latest(self.path, self.kind)
         self.index = self.forwards = 0
         self.trajectory = trajectory
-        self.lanes = {"cond": GuidanceBranch("cond", "main", model, cond, self.trajectory)}
+        check_cond(type(model).__name__, model.conditions, cond, cond_rows(cond))
+        self.lanes = {"cond": GuidanceBranch("cond", MAIN, model, cond, self.trajectory)}
         for name, network in guidance.networks().items():
-            self.lanes[name] = GuidanceBranch("cond", name, network, cond, self._of_guide(network))
+            lane = GuidanceBranch("cond", name, network, cond, self._of_guide(network))
+            self.lanes[f"{name}:cond"] = lane
         for lane in self.lanes.values():
             _check(lane, model)
 
@@ -113,14 +118,37 @@ class GuidedDenoiser:
         return list(dict.fromkeys(lane.trajectory for lane in self.lanes.values()))
 
     def lane(self, name: str) -> GuidanceBranch:
-        """Return the lane of a branch; the unconditional ones are built on first use."""
+        """Return the lane of a branch, or of several joined by "+" in one batch; each is built on first use.
+
+        Raises:
+            ConfigError: the model has no such branch, or guidance no such network.
+            ShapeError: branches that are given things of several shapes, but for texts, cannot be joined.
+        """
         if name not in self.lanes:
-            given = self.lanes["cond"]
-            bare = self.model.unconditional(given.cond)
-            both = Cond.cat([given.cond, bare])
-            self.lanes["uncond"] = given._replace(name="uncond", cond=bare)
-            self.lanes["cond+uncond"] = given._replace(name="cond+uncond", cond=both, copies=2)
+            net, branch = self._place(name)
+            base = self.lanes.get(f"{net}:cond" if net else "cond")
+            if base is None:
+                raise ConfigError(
+                    "guidance: " + unknown("network", net, self.guidance.networks() or ("none",))
+                )
+            names = branch.split("+")
+            conds = [base.model.branch(base.cond, one) for one in names]
+            cond = conds[0] if len(conds) == 1 else Cond.cat(conds)
+            self.lanes[name] = base._replace(name=branch, cond=cond, copies=len(names))
         return self.lanes[name]
+
+    def joins(self, names: Sequence[str]) -> bool:
+        """Return whether branches run as one call: the model's own, given things of one shape but for texts."""
+        if not self.batched or len(names) < 2 or any(self._place(name)[0] for name in names):
+            return False
+        return "+".join(names) in self.lanes or Cond.joins([self.lane(name).cond for name in names])
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Split "NET:BRANCH"; a network's name alone is its "cond", unless the model has such a branch."""
+        if f"{name}:cond" in self.lanes and name not in self.model.branches:
+            return name, "cond"
+        net, _, branch = name.rpartition(":")
+        return net, branch
 
     def _of_guide(self, network: Denoiser) -> Trajectory:
         """Return the guide's trajectory.
@@ -153,10 +181,11 @@ class _Evaluation:
         self.fraction: Tensor | None = None
 
     def __call__(self, *names: str) -> tuple[Tensor, ...]:
-        if self.field.batched and names == ("cond", "uncond"):
-            value, fraction = self._forward(self.field.lane("cond+uncond"))
-            self.fraction = None if fraction is None else fraction.chunk(2)[0]
-            return value.chunk(2)
+        if self.field.joins(names):
+            value, fraction = self._forward(self.field.lane("+".join(names)))
+            if fraction is not None and "cond" in names:
+                self.fraction = fraction.chunk(len(names))[names.index("cond")]
+            return value.chunk(len(names))
         values = []
         for name in names:
             value, fraction = self._forward(self.field.lane(name))
@@ -182,6 +211,11 @@ class _Evaluation:
         field.forwards += 1
         value, fraction = convention.split(out.to(exact))
         return value, fraction
+
+
+def cond_rows(cond: Cond) -> int:
+    """Return how many samples a conditioning is of; 0 where nothing is given."""
+    return next((len(value) for _, value in cond.tensors()), 0)
 
 
 def placement(model: Denoiser) -> tuple[torch.device, torch.dtype]:

@@ -19,7 +19,8 @@ from ditkit.core.model import Denoiser
 Branches = Callable[..., tuple[Tensor, ...]]
 """`branches("cond", "uncond")` runs the named branches and returns their predictions, each [B, C, ...].
 
-"cond" and "uncond" are lanes of the sampled model; any other name is a network of `Guidance.networks`.
+A name is a branch of the sampled model (`Denoiser.branches`), or "NET:BRANCH" one of a network of `Guidance.networks`;
+the network's name alone stands for its "cond".
 """
 
 
@@ -34,7 +35,7 @@ class Guidance(Checked, ABC):
 
     @abstractmethod
     def networks(self) -> Mapping[str, Denoiser]:
-        """Networks beside the sampled one, by branch name."""
+        """Networks beside the sampled one, by name."""
 
 
 @final

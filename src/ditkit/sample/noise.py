@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,19 +20,24 @@ class SampleNoise:
     Args:
         seeds: one a sample, all different.
         shape: of one sample, without the batch axis.
+        weave: what a codec's side value makes of each draw [B, *shape]; None leaves it white.
 
     Raises:
         ConfigError: as `distinct` does.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+    def __init__(
+        self, seeds: Sequence[int], shape: Sequence[int], weave: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.weave = weave
         self.seeds = distinct(seeds)
         self.shape = tuple(shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def draw(self, device: torch.device | str = "cpu") -> Tensor:
         """Draw the next float32 noise of every sample, [B, *shape]."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
+        drawn = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(device)
+        return drawn if self.weave is None else self.weave(drawn)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:

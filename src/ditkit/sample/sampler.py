@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ditkit.core.codec import Codec, encode_given
-from ditkit.core.cond import Cond
+from ditkit.core.codec import IDENTITY, SIDE, Codec, Coded, check_side, encode_given
+from ditkit.core.cond import Cond, check_cond, listed
+from ditkit.core.condition import Condition
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError, unknown
 from ditkit.core.labels import class_names, resolve_labels
@@ -21,10 +24,15 @@ from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
 from ditkit.core.trajectory import Trajectory
+from ditkit.nn.text_encoder import text_encoder
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import ClassifierFree, Guidance, Unguided, guided
 from ditkit.sample.noise import SampleNoise, distinct
 from ditkit.sample.solvers import Solver, default_solver
+
+LOG = logging.getLogger(__name__)
+PICTURES = 4
+"""Axes of a batch of pictures."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,7 @@ class Samples:
         forwards: of the networks in one trajectory; a batched pair of branches is one.
         policy_bytes: the most that the policies held together in a batch.
         seconds: wall clock of drawing all of them.
+        prompts: the prompt of each sample; empty where there was none.
     """
 
     samples: Tensor
@@ -136,9 +145,16 @@ class Samples:
     policy_bytes: int
     seconds: float
     labels: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Samples], labels: tuple[str, ...], seconds: float) -> Self:
+    def joined(
+        cls,
+        parts: Sequence[Samples],
+        labels: tuple[str, ...],
+        seconds: float,
+        prompts: tuple[str, ...] = (),
+    ) -> Self:
         """Return the samples of several batches as one."""
         receipts = [receipt for part in parts for receipt in part.receipts]
         known = [receipt.as_dict() for receipt in receipts]
@@ -152,6 +168,7 @@ class Samples:
             policy_bytes=max(part.policy_bytes for part in parts),
             seconds=seconds,
             labels=labels,
+            prompts=prompts,
         )
 
 
@@ -189,11 +206,15 @@ def sample(
     began = time.perf_counter()
     sampling, solver = sampling.changed(**{"seeds": seeds, **changes}).on(model.config.convention.make_path())
     device, _ = placement(model)
-    noise = SampleNoise(sampling.seeds, model.sample_shape if shape is None else shape)
+    own = tuple(model.sample_shape if shape is None else shape)
     _check_rows(cond, len(sampling.seeds))
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
+    side = check_side(model.codec, cond, own)
+    noise = SampleNoise(sampling.seeds, own, side if side is None else partial(model.codec.weave, side=side))
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
-    solver.times(denoiser.path, sampling.steps)  # refuses a path before any work is done
+    steps = solver.times(denoiser.path, sampling.steps)[:-1]  # refuses a path before any work is done
+    for policy in trajectory.policies:
+        policy.check_schedule([denoiser.path.noise_time(t) for t in steps.tolist()], str(solver))
     start = noise.draw(device).to(state_dtype(device))
     samples = cond.given(solver.solve(denoiser, start, sampling.steps, noise).float())
     _check_finite(samples, sampling.seeds)
@@ -217,12 +238,14 @@ class Sampler:
     Args:
         cond: conditioning of each sample, in the order of the seeds.
         shape: of one sample as a signal, without the batch axis.
+        prompts: one a seed, as texts; none where there are none.
     """
 
     model: Denoiser
     cond: Cond
     shape: tuple[int, ...]
     sampling: Sampling
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -230,6 +253,7 @@ class Sampler:
         model: Denoiser,
         label: int | str | Sequence[int | str] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
         cond: Cond = Cond(),
         shape: Sequence[int] | None = None,
         sampling: Sampling = Sampling(),
@@ -240,6 +264,7 @@ class Sampler:
         Args:
             label: a class by name or index, or one a seed; by default those of `cond`, else the seeds are spread over
                 the classes.
+            prompt: a text, or one a seed, for the model's text encoder; without one, that of `cond`, if any.
             cond: further conditioning of each sample, in the order of the seeds, such as given frames and their mask.
             shape: of one sample; by default that of the given content, if any, else the model's own.
 
@@ -255,10 +280,13 @@ class Sampler:
         labels = resolve_labels(model, label, len(sampling.seeds))
         if labels is not None:
             cond = replace(cond, label=torch.tensor(labels))
+        cond = with_prompt(model, cond, prompt, len(sampling.seeds))
+        check_cond(type(model).__name__, _in_signal_space(model), cond, len(sampling.seeds))
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
         shape = tuple(own if shape is None else shape)
         check_given(model, cond, len(sampling.seeds), shape)
-        return cls(model, cond, shape, sampling)
+        check_side(model.codec, cond, model.codec.latent_shape(shape))
+        return cls(model, cond, shape, sampling, prompts_of(prompt, len(sampling.seeds)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -287,7 +315,7 @@ class Sampler:
             self._batch(start, sampling, _shifted(progress, i * each, len(starts) * each))
             for i, start in enumerate(starts)
         ]
-        return Samples.joined(parts, self.labels, time.perf_counter() - began)
+        return Samples.joined(parts, self.labels, time.perf_counter() - began, self.prompts)
 
     def steps_like(self, share: float) -> int:
         """Return how many exact steps make nearest to `share` of the evaluations of this sampler's steps."""
@@ -298,21 +326,62 @@ class Sampler:
         """Return the sampler of the first batch's seeds."""
         first = slice(self.sampling.batch_size)
         sampling = self.sampling.changed(seeds=self.sampling.seeds[first])
-        return replace(self, sampling=sampling, cond=self.cond.rows(first))
+        return replace(self, sampling=sampling, cond=self.cond.rows(first), prompts=self.prompts[first])
 
     def _batch(self, start: int, sampling: Sampling, progress: Progress | None) -> Samples:
         part = slice(start, start + sampling.batch_size)
         codec, cond = self.model.codec, self.cond.rows(part)
         drawn = sample(
             self.model,
-            encode_given(codec, cond),
+            encode_given(codec, cond, self.model.conditions),
             sampling.seeds[part],
             shape=codec.latent_shape(self.shape),
             sampling=sampling,
             progress=progress,
         )
-        signal = _decode(codec, drawn.samples)
+        signal = _decode(codec, Coded(drawn.samples, cond.streams.get(SIDE)))
         return replace(drawn, samples=cond.to(signal.device).given(signal))
+
+
+def prompts_of(prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return one text a sample, of one for all or one each; none where there is none.
+
+    Raises:
+        ConfigError: there are neither 1 nor `count`, or one is no text.
+    """
+    if prompt is None:
+        return ()
+    texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(f"prompt={text!r}, expected a text")
+    if len(texts) not in (1, count):
+        raise ConfigError(f"{len(texts)} prompts for {count} seeds; expected one, or one a seed")
+    return texts if len(texts) == count else texts * count
+
+
+def with_prompt(model: Denoiser, cond: Cond, prompt: str | Sequence[str] | None, count: int) -> Cond:
+    """`cond` with the tokens of one prompt for all samples, or of one each; as it is where there is none.
+
+    Raises:
+        ConfigError: the model takes no prompt, `cond` has a text already, or there are neither 1 nor `count`.
+        DataError: the encoder's weights are missing.
+    """
+    if prompt is None:
+        return cond
+    texts = prompts_of(prompt, count)
+    encoder = getattr(model.config, "text_encoder", None)
+    if encoder is None:
+        takes = listed(model.conditions)
+        raise ConfigError(f"prompt={texts[0]!r}: a {type(model).__name__} takes no prompt, expected {takes}")
+    if cond.text is not None:
+        raise ConfigError(f"prompt={texts[0]!r} with Cond.text, expected one of the two")
+    distinct_texts = list(dict.fromkeys(texts))
+    found = text_encoder(encoder).encode(distinct_texts, model.config.text_tokens)
+    if found.cut:
+        LOG.warning("%d prompts are longer than %d tokens and were cut", found.cut, model.config.text_tokens)
+    rows = torch.tensor([distinct_texts.index(text) for text in texts])
+    return replace(cond, text=found.tokens[rows], text_mask=found.mask[rows])
 
 
 def trajectory_of(model: Denoiser, sampling: Sampling) -> Trajectory:
@@ -396,16 +465,28 @@ def _check_mask(mask: Tensor) -> None:
 
 
 def _first(where: Tensor) -> str:
-    """Name the first true entry of [B, C, T, H, W]."""
+    """Name the first true entry of [B, C, T, H, W], or of a picture's [B, C, H, W]."""
     sample, _, frame = where.nonzero()[0, :3].tolist()
-    return f"sample {sample}, frame {frame}"
+    return f"sample {sample}, {'frame' if where.ndim > PICTURES else 'row'} {frame}"
+
+
+def _in_signal_space(model: Denoiser) -> dict[str, Condition]:
+    """List what the model can be given before its codec: the shape of a signal that is coded is known to that alone."""
+    found = dict(model.conditions)
+    if model.codec is IDENTITY:
+        return found
+    for name, condition in found.items():
+        if condition.coded:
+            found[name] = replace(condition, shape=None)
+    return found
 
 
 def _check_rows(cond: Cond, seeds: int) -> None:
-    for f in fields(cond):
-        value = getattr(cond, f.name)
-        if value is not None and len(value) != seeds:
-            raise ConfigError(f"Cond.{f.name} has {len(value)} rows for {seeds} seeds; expected one a seed")
+    for name, value in cond.tensors():
+        if len(value) != seeds and not name.startswith(
+            "streams."
+        ):  # those are checked against what is declared
+            raise ConfigError(f"Cond.{name} has {len(value)} rows for {seeds} seeds; expected one a seed")
 
 
 def _check_finite(samples: Tensor, seeds: Sequence[int]) -> None:
@@ -419,8 +500,9 @@ def _check_finite(samples: Tensor, seeds: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _decode(codec: Codec, latents: Tensor) -> Tensor:
-    return codec.decode(latents)
+def _decode(codec: Codec, coded: Coded) -> Tensor:
+    side = None if coded.side is None else coded.side.to(coded.z.device)
+    return codec.decode_coded(coded._replace(side=side))
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditkit.core.cond import Cond
+from ditkit.core.codec import check_side
+from ditkit.core.cond import Cond, check_cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
@@ -74,6 +75,24 @@ class NoisyBatch(Batch):
         return self.data if self.convention.prediction == "data" else self.noise
 
 
+def without_dropped(cond: Cond, model: Denoiser, draw: Tensor, rng: SampleRNG) -> Cond:
+    """`cond` that names the samples in which a condition counts as absent, each with the share of its own.
+
+    The label and the text of a sample share a draw [B], so that of equal shares they go together; each stream has a
+    draw of its own. What counts as absent already stays so.
+    """
+    device = next((value.device for _, value in cond.tensors()), draw.device)
+    shares = {name: condition.dropout for name, condition in model.conditions.items()}
+    absent = dict(cond.absent)
+    for name, share in shares.items():
+        if name != "label" and share:
+            own = draw if name == "text" else rng.of_term(f"absent {name}")[:, 0]
+            dropped = (own < share).to(device)
+            absent[name] = dropped | absent[name] if name in absent else dropped
+    label = shares.get("label", getattr(model.config, "label_dropout", 0.0))
+    return replace(cond, drop=(draw < label).to(device), absent=absent)
+
+
 def time_axis(t: Tensor) -> int | None:
     """Return the axis of samples [B, C, T, ...] along which times [B, T] run; None for times [B]."""
     return FRAMES if t.ndim > 1 else None
@@ -122,17 +141,20 @@ class Denoising(Objective):
     ) -> dict[str, Tensor]:
         noise, time, drop = rng.draws(tuple(data.shape[1:]))
         time, other = self.clock.uniforms(time, rng, data.shape)
-        dropped = drop < getattr(model.config, "label_dropout", 0.0)
-        path = model.config.convention.make_path()
+        assert isinstance(model, Denoiser)
+        check_cond(type(model).__name__, model.conditions, cond, len(data))
+        cond = without_dropped(cond, model, drop, rng)
+        path, noise = model.config.convention.make_path(), noise.to(data.device)
+        side = check_side(model.codec, cond, tuple(data.shape[1:]))
         return self.at(
             forward,
             model,
             path=path,
             data=data,
-            noise=noise.to(data.device),
+            noise=noise if side is None else model.codec.weave(noise, side),
             t=path.place(self.timesteps.quantile(time)).to(data.device),
             other=None if other is None else path.place(self.timesteps.quantile(other)).to(data.device),
-            cond=replace(cond, drop=dropped.to(data.device)),
+            cond=cond,
             rng=rng,
             held=held,
         )

@@ -279,8 +279,12 @@ class Training:
                     "the last saved state is intact; lower learning_rate or set clip"
                 )
         own = len(self.optimizers) - len(self.opponents)
+        skipped = 0 < settings.skip_above < losses["gradient_norm"]
         for optimizer in self.optimizers[:own]:
-            self.stride(optimizer)
+            if skipped:
+                optimizer.zero_grad()
+            else:
+                self.stride(optimizer)
         for (name, term), optimizer in zip(self.opponents.items(), self.optimizers[own:], strict=True):
             self.oppose(name, term, optimizer, opposed or [])
         self.done += 1

@@ -26,8 +26,9 @@ def train_only(model: Model, trained: str) -> None:
             what policies train of their own (CLEAR, arXiv 2412.16112).
 
     Raises:
-        ConfigError: a part is unknown, or the model has none of it.
+        ConfigError: a part is unknown, or the model has none of it, or its weights cannot be trained.
     """
+    _refuse_fixed(model, trained)
     if trained == "all":
         return
     chosen = {name for part in trained.split("+") for name in part_of(model, part)}
@@ -60,6 +61,18 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
     if not parts[part.lower()]:
         raise ConfigError(f"trained={part!r}: a {type(model).__name__} has none that can be told apart")
     return parts[part.lower()]
+
+
+def _refuse_fixed(model: Model, trained: str) -> None:
+    """Refuse to train layers of which a transform left whole numbers, as if they were trained."""
+    wanted = {"all", "attention"} & set(trained.lower().split("+"))
+    held = [(name, type(t).__name__) for t in model.transforms for name in t.fixed(model)]
+    if wanted and held:
+        name, by = held[0]
+        raise ConfigError(
+            f"training: trained={trained!r}: {name!r} and {len(held) - 1} other layers are whole numbers by {by}, "
+            "which are not trained; train adapters that were applied before it: trained='lora'"
+        )
 
 
 def _under(prefix: str, names: set[str]) -> set[str]:

@@ -57,6 +57,7 @@ class Settings:
         betas: of AdamW.
         weight_decay: of AdamW and Muon.
         clip: largest gradient norm; 0 for none.
+        skip_above: a step whose gradient norm, before it is clipped, is larger changes no weight; 0 for never.
         precision: of the forward pass.
         trained: parts whose weights are, joined by "+": "all"; "attention", its projections, and what policies train of
             their own; "norms"; "learned"; or the name of a transform or a policy, for what it trains.
@@ -81,6 +82,7 @@ class Settings:
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     clip: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
+    skip_above: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     precision: Precision = "float32"
     trained: str = "all"
     groups: tuple[Group, ...] = ()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditkit.core.errors import ConfigError, DataError
+from ditkit.core.errors import ConfigError, DataError, unknown
 from ditkit.data.images import ImageSet
 from ditkit.data.pinned import find, read_pinned
 
@@ -31,6 +32,7 @@ FILE_SHA256 = {
 }
 CELL_PX = 64
 PITCH_PX = CELL_PX + 2  # each cell of the sheet has a transparent border of one pixel
+SPLITS = ("all", "train", "test")
 SKIN_TONES = {
     "1F3FB": "light",
     "1F3FC": "medium-light",
@@ -40,19 +42,25 @@ SKIN_TONES = {
 }
 
 
-def load(size: int | None = None, skin_tones: bool = False) -> ImageSet:
+def load(size: int | None = None, skin_tones: bool = False, split: str = "all") -> ImageSet:
     """1,911 emoji (3,786 with skin tones) on white, RGB, 99 classes; `size` is 32 unless given, at most 64.
+
+    Args:
+        split: all of them, or those whose name is in "test", a twentieth, or in "train", the rest.
 
     Raises:
         DataError: the package is not found, or is not the pinned one.
-        ConfigError: a size above 64, which would only enlarge the pictures.
+        ConfigError: a size above 64, which would only enlarge the pictures; or an unknown split.
     """
     size = 32 if size is None else size
     if not 1 <= size <= CELL_PX:
         raise ConfigError(f"emoji: size={size} is outside 1..{CELL_PX}, the size of the pictures")
+    if split not in SPLITS:
+        raise ConfigError(unknown("split of emoji", split, SPLITS))
     read = _open_package()
     emoji = [e for e in json.loads(read(TABLE)) if e["has_img_google"]]
-    entries = [entry for e in emoji for entry in _entries(e, skin_tones)]
+    kept = [e for e in emoji if split == "all" or (split == "test") == _is_test(e["name"])]
+    entries = [entry for e in kept for entry in _entries(e, skin_tones)]
     classes = tuple(sorted({e["subcategory"] for e in emoji}))
     index = {name: i for i, name in enumerate(classes)}
     return ImageSet(
@@ -63,6 +71,11 @@ def load(size: int | None = None, skin_tones: bool = False) -> ImageSet:
         captions=tuple(e["caption"] for e in entries),
         ids=tuple(e["image"].removesuffix(".png") for e in entries),
     )
+
+
+def _is_test(name: str) -> bool:
+    """Return whether a name belongs to the test split, by its checksum."""
+    return zlib.crc32(name.lower().encode()) % 20 == 0
 
 
 def _open_package() -> Callable[[str], bytes]:

@@ -10,7 +10,15 @@ from ditkit.ops.block_sparse_attention.build import (
     with_valid,
 )
 from ditkit.ops.block_sparse_attention.chosen import chooser_handle
-from ditkit.ops.block_sparse_attention.dispatch import Choice, Kernel, attend, attend_chosen, choose, pays
+from ditkit.ops.block_sparse_attention.dispatch import (
+    Choice,
+    Kernel,
+    attend,
+    attend_chosen,
+    attend_mapped,
+    choose,
+    pays,
+)
 from ditkit.ops.block_sparse_attention.operation import for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference, merge
@@ -23,6 +31,7 @@ __all__ = [
     "Kernel",
     "attend",
     "attend_chosen",
+    "attend_mapped",
     "attend_reference",
     "block_map",
     "build_plan",

@@ -1,4 +1,6 @@
-"""Block-sparse attention on a processor: lists of equal length in chunks, their key blocks gathered, two products.
+"""Block-sparse attention on a processor: by the compiled kernel of `native`, where it can be had, or by torch.
+
+By torch lists of equal length come in chunks, their key blocks gathered for two products.
 
 A chunk's scores stay in the second-level cache, so gathering costs a few per cent, and dense blocks of them are what
 `torch.bmm` is fast at. All arithmetic is float32 (float64 for float64): bf16 is widened while it is gathered.
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.ops.block_sparse_attention import native
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 
 SCORES = 2**19
@@ -38,6 +41,8 @@ class Chunk(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, N, L, Kv] and log-sum-exp [B, N, L] of a plan."""
+    if native.is_there(q.dtype):
+        return native.forward(q, k, v, plan, scale)
     (bq, bk), wide = plan.block, torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk)
     out = q.new_zeros(len(queries), bq, v.shape[-1])
@@ -68,6 +73,8 @@ def backward(
 
     A score's is weight (d_out v^T - (d_out . out) + d_lse), so the output needs no second pass.
     """
+    if native.is_there(q.dtype):
+        return native.backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
     (bq, bk), wide = plan.block, lse.dtype
     queries, keys, values, d_outs = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk), _blocks(d_out, bq)
     shift = _blocks(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], bq)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ditkit.core.errors import ConfigError, ShapeError, unknown
 from ditkit.ops.block_sparse_attention.chosen import chooser_of, chosen_attention, chosen_plan, measures
+from ditkit.ops.block_sparse_attention.mapped import mapped_attention, mapped_plan
 from ditkit.ops.block_sparse_attention.operation import block_sparse_attention, for_valid
 from ditkit.ops.block_sparse_attention.plan import BlockPlan
 from ditkit.ops.block_sparse_attention.reference import Attended, attend_reference
@@ -137,6 +138,32 @@ def attend_chosen(
         return Attended(out, lse), measured
     narrow = chosen_plan(plan, chooser_of(chooser), image, q, k, valid)
     return attend(q, k, v, narrow, kernel=chosen), measures(narrow)
+
+
+def attend_mapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    kept: Tensor,
+    *,
+    valid: Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> Attended:
+    """Attention over those blocks of a plan that are `kept`, bool [B, N, query blocks, key blocks].
+
+    Args:
+        valid, kernel: as in `attend`.
+
+    Raises:
+        ShapeError, ConfigError: as `attend` does.
+    """
+    _check(q, k, v, plan, valid)
+    chosen = _kernel(q, plan, kernel)
+    if chosen in ("cpu", "triton"):
+        scale = q.shape[-1] ** -0.5
+        return Attended(*mapped_attention(q, k, v, kept, valid, plan.handle, scale, chosen))
+    return attend(q, k, v, mapped_plan(plan, kept, valid), kernel=chosen)
 
 
 def _kernel(q: Tensor, plan: BlockPlan, kernel: Kernel) -> Kernel:

@@ -23,8 +23,10 @@ from ditkit.data.images import ImageSet
 from ditkit.data.loading import load_images
 from ditkit.metrics.distribution import Distribution, distribution, nearest_neighbours
 from ditkit.metrics.features import HEAD_TAP, WEIGHTS_REQUIREMENT, extract, load_efficientnet_lite0
+from ditkit.metrics.retrieval import Retrieval, retrieval
 from ditkit.report.sheet import as_pictures, grid, png, sheet, write_png
 from ditkit.sample import Samples, Sampling
+from ditkit.tasks.image.captions import check_captions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +49,8 @@ class Nearest:
         return [
             {
                 "seed": seed,
-                "label": drawn.labels[i],
+                **({"label": drawn.labels[i]} if drawn.labels else {}),
+                **({"prompt": drawn.prompts[i]} if drawn.prompts else {}),
                 **{
                     space: {"id": real.ids[int(index[i])], "distance": float(distance[i])}
                     for space, (distance, index) in vars(self).items()
@@ -83,6 +86,7 @@ class ImageEvaluation(Evaluation):
     Args:
         macs_each: multiply-accumulates of drawing one picture.
         neighbours: pictures shown beside their nearest real ones.
+        retrieval: of pictures that are drawn by the captions of the real ones.
     """
 
     drawn: Samples
@@ -91,6 +95,7 @@ class ImageEvaluation(Evaluation):
     nearest: Nearest
     macs_each: int
     neighbours: int
+    retrieval: Retrieval | None = None
 
     @property
     def seconds_each(self) -> float:
@@ -100,6 +105,7 @@ class ImageEvaluation(Evaluation):
     def as_dict(self) -> dict[str, Any]:
         return {
             **asdict(self.result),
+            **({} if self.retrieval is None else {"retrieval": asdict(self.retrieval)}),
             "macs_each": self.macs_each,
             "seconds_each": self.seconds_each,
             "policy_bytes": self.drawn.policy_bytes,
@@ -115,7 +121,7 @@ class ImageEvaluation(Evaluation):
         return [["sheet.png", "neighbours.png"]]
 
     def table(self) -> Table:
-        return table(self.result, self.macs_each, self.seconds_each)
+        return table(self.result, self.macs_each, self.seconds_each, self.retrieval)
 
 
 def evaluate_pictures(
@@ -130,6 +136,8 @@ def evaluate_pictures(
     progress: Progress | None = None,
 ) -> ImageEvaluation:
     """Draw pictures with classes as often as in the data, and measure KID, FID, precision and recall.
+
+    Of a model that takes a prompt, pictures are drawn by captions of the data, and retrieval is measured too.
 
     Args:
         sampling: of the pictures, but for its seeds, which are 0 to `count` - 1.
@@ -146,21 +154,24 @@ def evaluate_pictures(
     real = load_images(data, model.signal_shape[-1], **options)
     check_real(model, real)
     real = real if real_count is None else thinned(real, real_count)
-    extractor, labels = load_efficientnet_lite0(), drawn_labels(real, count)
+    extractor, index = load_efficientnet_lite0(), drawn_index(real, count)
+    words = words_of(model, real, index)
 
     def stage(name: str) -> Any:
         return None if progress is None else partial(progress, name)
 
     sampling = sampling.changed(seeds=range(count))
-    macs = count_macs(lambda: generate(model, labels[0], sampling=sampling, seeds=(0,))).total
-    drawn = generate(model, labels, sampling=sampling, progress=stage("drawing"))
+    first = {word: values[0] for word, values in words.items()}
+    macs = count_macs(lambda: generate(model, **first, sampling=sampling, seeds=(0,))).total
+    drawn = generate(model, **words, sampling=sampling, progress=stage("drawing"))
     fake = extract(extractor, drawn.samples, progress=stage("features, drawn"))
     features = extract(extractor, real.images_float(), progress=stage("features, real"))
     if progress is not None:
         progress("distances", 0, 1)
     result = distribution(features, fake, extractor=WEIGHTS_REQUIREMENT)
     near = nearest(drawn, real, fake[HEAD_TAP], features[HEAD_TAP])
-    return ImageEvaluation(drawn, real, result, near, macs, neighbours)
+    found = retrieval(fake[HEAD_TAP], features[HEAD_TAP], index) if "prompt" in words else None
+    return ImageEvaluation(drawn, real, result, near, macs, neighbours, found)
 
 
 def nearest(drawn: Samples, real: ImageSet, fake_features: Tensor, real_features: Tensor) -> Nearest:
@@ -174,13 +185,17 @@ def nearest(drawn: Samples, real: ImageSet, fake_features: Tensor, real_features
 def check_real(model: Model, real: ImageSet) -> None:
     """Refuse data that is too little to measure, or whose classes or channels are not the model's.
 
-    Images with captions instead of classes fit any model of one class.
+    A model that takes a prompt needs captions instead. Images with captions instead of classes fit any model of one
+    class.
     """
     if len(real) < FEWEST:
         raise ConfigError(f"{real.name} has {len(real)} pictures, expected at least {FEWEST}")
     if model.signal_shape[0] != real.images.shape[1]:
         given, expected = real.images.shape[1], model.signal_shape[0]
         raise ConfigError(f"{real.name} has {given} channels, the model draws {expected}")
+    if hasattr(model.config, "text_encoder"):
+        check_captions(real, allowed=False)
+        return
     known = class_names(model)
     if len(known) != max(1, len(real.classes)):
         raise ConfigError(f"{real.name} has {len(real.classes)} classes, the model has {len(known)}")
@@ -196,14 +211,19 @@ def thinned(real: ImageSet, count: int) -> ImageSet:
     return real.subset([i * len(real) // count for i in range(count)])
 
 
-def drawn_labels(real: ImageSet, count: int) -> list[int]:
-    """Return `count` classes, each as likely as in the data."""
-    index = torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(0))
-    labels: list[int] = real.labels[index].tolist()
-    return labels
+def drawn_index(real: ImageSet, count: int) -> Tensor:
+    """Return `count` pictures of the data, each as likely as another, [count]: their classes or captions are drawn."""
+    return torch.randint(len(real), (count,), generator=torch.Generator().manual_seed(0))
 
 
-def table(result: Distribution, macs_each: int, seconds_each: float) -> Table:
+def words_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
+    """Return the words of `generate` that ask for the class, or the caption, of the chosen pictures."""
+    if hasattr(model.config, "text_encoder"):
+        return {"prompt": [real.captions[i] for i in index.tolist()]}
+    return {"label": real.labels[index].tolist()}
+
+
+def table(result: Distribution, macs_each: int, seconds_each: float, found: Retrieval | None = None) -> Table:
     """Return the figures with the features they are measured in."""
     from rich import box
     from rich.table import Table
@@ -219,6 +239,9 @@ def table(result: Distribution, macs_each: int, seconds_each: float) -> Table:
         ("GMACs a picture", f"{macs_each / 1e9:.1f}", ""),
         ("seconds a picture", f"{seconds_each:.3f}", ""),
     ]
+    if found is not None:
+        guessing = f"{many}; chance {found.chance1:.3f}, {found.chance5:.3f}"
+        rows.insert(5, ("retrieval, top 1, 5", f"{found.top1:.3f}, {found.top5:.3f}", guessing))
     n = f"n = {result.n_fake} drawn, {result.n_real} real; features of {result.extractor}"
     out = Table(box=box.SIMPLE_HEAD, caption=n, caption_justify="left", padding=(0, 1, 0, 0))
     out.add_column("measure")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,21 +22,17 @@ from ditkit.data.loading import load_clips
 from ditkit.report.sheet import png
 from ditkit.report.strips import strip
 from ditkit.sample.noise import distinct
-from ditkit.tasks.latent import coded, load_codec
-from ditkit.tasks.recipe import Prepared, Recipe
+from ditkit.tasks.denoiser import DenoiserRecipe
 from ditkit.tasks.video.masks import KINDS, MaskKind, MaskMixture
-from ditkit.train.denoising import Denoising
 from ditkit.train.loop import Sheet, TrainingSet
-from ditkit.train.objective import Objective
 from ditkit.train.randomness import SampleRNG
 
-FLOW_MATCHING = Denoising()
 EVERY_MASK = MaskMixture()
 SHEET_KINDS, SHEET_STEPS = ("predict", "backward", "interpolate", "region", "unconditional"), 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoRecipe(Recipe):
+class VideoRecipe(DenoiserRecipe):
     """A network that makes clips, or the missing part of them.
 
     Args:
@@ -47,16 +43,19 @@ class VideoRecipe(Recipe):
 
     sources: ClassVar[str] = "A named set of clips (moving-digits, vizdoom), or a folder of video files."
     task: ClassVar[str] = "video"
-    latent: ClassVar[bool] = True
-    objective: Objective = FLOW_MATCHING
     masks: MaskMixture = EVERY_MASK
 
-    def prepared(self) -> Prepared:
-        codec = load_codec(self.codec)
-        clips = load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
-        channels, _, *size = codec.latent_shape((clips.channels, clips.frames, *clips.size))
-        model = replace(self.model, channels=channels, size=(size[0], size[1]), **self._classes(clips))
-        return Prepared(replace(self, model=model), coded(MaskedClipDataset(clips, self.masks), codec), codec)
+    def read(self) -> ClipSet:
+        return load_clips(self.data, self.model.size, frames=self.model.frames, **self.loading)
+
+    def signal_shape(self, data: ClipSet) -> tuple[int, ...]:
+        return (data.channels, data.frames, *data.size)
+
+    def decided(self, data: ClipSet) -> Mapping[str, Any]:
+        return self._classes(data)
+
+    def dataset(self, data: ClipSet) -> TrainingSet:
+        return MaskedClipDataset(data, self.masks)
 
     def _classes(self, clips: ClipSet) -> dict[str, Any]:
         """Return the model's fields on classes, as clips with labels decide them.
@@ -76,10 +75,6 @@ class VideoRecipe(Recipe):
         assert isinstance(samples, MaskedClipDataset)
         clips, (height, width) = samples.clips, samples.clips.size
         return f"{len(clips)} clips [{clips.channels}, {clips.frames}, {height}, {width}] at {clips.fps:g} frames/s"
-
-    def example(self, model: Model) -> tuple[Any, ...]:
-        label = torch.zeros(1, dtype=torch.int64) if model.config.classes else None
-        return torch.empty(1, *model.sample_shape), torch.empty(1), Cond(label=label)
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, MaskedClipDataset)
