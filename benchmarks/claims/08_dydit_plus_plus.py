@@ -303,7 +303,7 @@ def main(steps: int = 48, rounds: int = 6) -> None:
     torch.set_num_threads(1)
     learned = fine_tuned(donor(), DyDiT(), steps)
     print("dydit", flush=True)
-    plain = fine_tuned(donor(), DyDiT(), steps // 2, plain=True)
+    plain = fine_tuned(donor(), DyDiT(), steps, plain=True)
     static = fine_tuned(sorted_donor(), DyDiT(routes="static", share=BUDGET), steps)
     share = tokens_for(BUDGET, learned)
     random = fine_tuned(donor(), DyDiT(routes="random", share=share), steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser
 from ditkit.core.policy import with_inherent
 from ditkit.core.run import Call, Run, Site, named
-from ditkit.sample.denoiser import Estimate, placement
+from ditkit.sample.denoiser import Estimate, latest_time, placement
 from ditkit.sample.guidance import ClassifierFree, Unguided, extrapolate
 from ditkit.sample.sampler import Sampling
 
@@ -107,7 +108,7 @@ class Drawn(NamedTuple):
 
     x: Tensor
     cond: Cond
-    times: tuple[float, ...]
+    stepper: Any
 
 
 class ModelProcess(Process):
@@ -135,6 +136,7 @@ class ModelProcess(Process):
         self.solver.begin(self.path, self.grid)  # one that draws noise refuses
         self.times = [self.path.noise_time(t) for t in self.grid[:-1].tolist()]
         self.sampler, self.sites = str(self.solver), model.sites()
+        self.latest = latest_time(self.path, model.config.convention.prediction)
 
     def start(self, number: int) -> Drawn:
         g = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
@@ -150,11 +152,11 @@ class ModelProcess(Process):
         cond = cond.to(device)
         if isinstance(self.guidance, ClassifierFree):
             x, cond = torch.cat([x, x]), Cond.cat([cond, self.model.unconditional(cond)])
-        return Drawn(x.double().to(device), cond, ())
+        return Drawn(x.double().to(device), cond, self.solver.begin(self.path, self.grid))
 
     def predict(self, state: Drawn, index: int, run: Callable[[Call], Run]) -> Tensor:
         x, convention = self._input(state.x), self.model.config.convention
-        t = torch.full((len(x),), self.grid[index].item(), dtype=x.dtype, device=x.device)
+        t = torch.full((len(x),), self._time(index), dtype=x.dtype, device=x.device)
         times = torch.full((len(x),), self.times[index], device=x.device)
         lane = "cond" if isinstance(self.guidance, Unguided) else "cond+uncond"
         layout = self.model.layout(tuple(x.shape[1:]))
@@ -173,13 +175,17 @@ class ModelProcess(Process):
     def step(self, state: Drawn, index: int, out: Tensor) -> Drawn:
         value, fraction = self.model.config.convention.split(out)
         kind = self.model.config.convention.prediction
-        stepper = self.solver.begin(self.path, self.grid[index : index + 2])
-        t = state.x.new_tensor([self.grid[index].item()])
+        stepper = copy(state.stepper)  # the teacher and the proxies go on from the same state
+        t = state.x.new_tensor([self._time(index)])
         estimate = Estimate(self.path, kind, value.to(state.x), state.x, t, fraction)
-        return state._replace(x=stepper.step(state.x, estimate))
+        return state._replace(x=stepper.step(state.x, estimate), stepper=stepper)
 
     def latents(self, state: Drawn) -> Tensor:
         return state.x
+
+    def _time(self, index: int) -> float:
+        """Return the time of an evaluation, as a sampler evaluates it."""
+        return min(self.grid[index].item(), self.latest)
 
     def _input(self, x: Tensor) -> Tensor:
         _, dtype = placement(self.model)

@@ -134,9 +134,10 @@ def harmonise_pixart(
         raise ConfigError(
             f"harmonise_pixart: got {type(pipe).__name__}, expected a PixArt pipeline of diffusers"
         )
-    if not len(prompts) or steps < 2:
+    count = len(prompts["prompt_embeds"]) if isinstance(prompts, Mapping) else len(prompts)
+    if not count or steps < 2:
         raise ConfigError(
-            f"harmonise_pixart: got {len(prompts)} prompts and steps={steps}, expected one or more, and two or more"
+            f"harmonise_pixart: got {count} prompts and steps={steps}, expected one or more, and two or more"
         )
     captions = prompts if isinstance(prompts, Mapping) else _embedded(pipe, prompts)
     viewed = not has_sites(model)

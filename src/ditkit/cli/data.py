@@ -20,7 +20,7 @@ SetName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 def data(name: SetName = "") -> None:
     """List the named data sets; or show one: its options, and whether it is on this machine.
 
-    Beside these every command takes a folder of pictures or videos, a .csv, .nc or .parquet file of one's own.
+    --data also takes your own: a folder of pictures or videos, or a .csv, .nc or .parquet file.
 
     Examples:
         ditkit data

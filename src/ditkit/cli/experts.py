@@ -15,7 +15,7 @@ from ditkit.report.expert_picture import expert_page
 
 
 def experts(model: ModelName, *, alpha: float = 4.0, out: Path = Path("outputs/experts.png")) -> None:
-    """Show which experts a model uses over noise-time, and draw how many two noise-times share (Switch-DiT).
+    """Show which experts a model uses at each noise-time, and draw how many two noise-times share (Switch-DiT).
 
     Examples:
         ditkit experts runs/switch-dit/model
@@ -23,7 +23,7 @@ def experts(model: ModelName, *, alpha: float = 4.0, out: Path = Path("outputs/e
 
     Args:
         model: A shipped model, a folder, or owner/name on the Hugging Face hub.
-        alpha: Of the prior that it is compared with: the higher, the later its windows move.
+        alpha: Parameter of the diffusion prior compared with: the higher, the later in noise-time its experts change.
         out: Picture to write.
     """
     if out.suffix != ".png":

@@ -48,7 +48,9 @@ def plan(
     sample: bool = False,
     out: Path = Path("outputs/plan.png"),
 ) -> None:
-    """Draw the keys that a query attends to under sparse attention patterns, and the share that they skip.
+    """Draw the keys that a query attends to under sparse attention patterns, and print the share computed.
+
+    A model runs only with --sample. Grids are counted in tokens, not in pixels.
 
     Examples:
         ditkit plan runs/video_dit/model --policy grouped:group=2+4+4,block=32

@@ -18,9 +18,9 @@ from ditkit.core.transform import Transform
 
 PolicyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
 GROUPS = {
-    "caching": "caches: computed once, used again",
+    "caching": "caches: reuse or forecast instead of computing",
     "attention": "sparse attention",
-    "adapt": "trained into a model",
+    "adapt": "adapters: trained into a model",
     "compress": "compression",
 }
 """The packages of policies and transforms, with their headings."""
@@ -29,6 +29,8 @@ FLAGS: dict[type[Any], str] = {Policy: "--policy", Transform: "--transform"}
 
 def policies(policy: PolicyName = "") -> None:
     """List the policies and transforms: caches, sparse attention, adapters, compression; or the fields of one.
+
+    A policy acts while a model samples and can be switched off; a transform changes its weights.
 
     Examples:
         ditkit policies
@@ -50,7 +52,10 @@ def policies(policy: PolicyName = "") -> None:
             table.add_row(kind.__name__.lower(), escape(sentence(kind)))
         if kinds:
             Console(highlight=False).print(table, "")
-    print("ditkit policies NAME shows the fields of one; --policy NAME:field=value,... uses it")
+    print(
+        "ditkit policies NAME shows the fields of one, and the flag that takes it: --policy for what acts while"
+    )
+    print("sampling, --transform for what changes the weights; both as NAME:field=value,...")
 
 
 def described(kind: type, flag: str) -> None:

@@ -26,7 +26,10 @@ def profile(
     scale: Scale = None,
     out: Path = Path("outputs/profile"),
 ) -> None:
-    """Say where the time of drawing goes: by part and operator class, with MACs, bytes and the machine's roofs.
+    """Measure where the time of sampling goes: by part and operator class, with MACs, bytes and a roofline.
+
+    The roofline is this machine's measured GMAC/s and memory bandwidth, which bound each operator class. In Python,
+    ditkit.profile also takes a pipeline of diffusers.
 
     Examples:
         ditkit profile emoji
@@ -36,14 +39,14 @@ def profile(
 
     Writes into the folder of --out:
         profile.json   every number
-        profile.png    shares of time and MACs; operator classes under the roofs
+        profile.png    shares of time and MACs; operator classes under the roofline
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
         seeds: Whole numbers, or ranges such as 0..3 with both ends; one sample a seed.
         label: Class to draw: one, or repeated, one a seed; default: spread over all classes.
-        scale: Instead: one forward pass for each value of a field of the model's config, with random weights, and
-            how time and MACs grow.
+        scale: Instead of a profile, show how time and MACs grow with a field of the model's config: one forward pass
+            for each value, with random weights.
         out: Folder to write to.
     """
     network = load_generator(model, "profile")

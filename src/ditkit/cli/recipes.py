@@ -12,7 +12,7 @@ from ditkit.cli.train import found
 
 
 def recipes() -> None:
-    """List the recipes of training: the network, the data and the settings that `ditkit train NAME` begins with.
+    """List the training recipes: a network, data and settings, which `ditkit train NAME` takes and flags change.
 
     Examples:
         ditkit recipes

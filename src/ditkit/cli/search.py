@@ -36,7 +36,7 @@ def search(
     flags: Flattened = SamplingFlags(steps=10, batch_size=4),
     out: Path = Path("outputs/heads.json"),
 ) -> None:
-    """Search the attention pattern of each head of a video model (Sparse-vDiT).
+    """Search an attention pattern for each head of a video model, and save the table (Sparse-vDiT).
 
     Examples:
         ditkit search digits-video-dit --block 32 --steps 4 --seeds 0..1 --out outputs/heads.json
@@ -46,12 +46,12 @@ def search(
     Args:
         model: A shipped model, a folder, or owner/name on the Hugging Face hub.
         block: Tokens of a block of attention.
-        sparsity: Of diagonal, multi-diagonal and striped heads: shares of blocks that they leave out.
+        sparsity: Shares of blocks that diagonal, multi-diagonal and striped heads leave out.
         stripes: Blocks that all queries see: top (of most attention), first (frame), even.
         epsilon: Greatest error + weight x cost of a pattern that is taken; else a head is dense.
-        weight: Of the cost, lambda in the paper.
+        weight: Weight of the cost, lambda in the paper.
         target: Share of blocks to leave out, in place of --epsilon.
-        error: Of a head's output: relative to its square, or raw.
+        error: Squared error of a head's output: relative to the output's square, or raw.
         cost: Measured on this machine, or 1 - sparsity.
         follow: The next layer sees what the chosen patterns give (sparse), or dense attention.
         seeds: Whole numbers, or ranges such as 0..3 with both ends; one clip a seed.

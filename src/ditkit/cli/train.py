@@ -129,15 +129,15 @@ def command_of(name: str, build: Build) -> Command:
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         codec: Folder of a codec that ditkit train image-vae made; its latents are learned instead of pixels.
         init: Go on from a trained model: a folder, a shipped model or an id of the hub; its sizes are taken.
-        policy: Train under a policy, as {recipe.then} --policy takes it, or under none: exact. Again for more than one.
+        policy: Train under a policy, as {recipe.then} --policy takes it, or under none: exact. Repeat it for several.
             Default: {" ".join(map(spec, recipe.policies)) or "exact"}.
-        transform: Change the network first, as ditkit compress does: kept:blocks=0+2+3. Again for more than one, which
-            are all then.
+        transform: Change the network first, as ditkit compress does: kept:blocks=0+2+3. Repeat it for several; these
+            replace the recipe's.
         inherit: Take the weights of --init for a network of another class or size: same, for tensors of the same name;
             skip=PATTERN, those that begin anew; OWN=OTHER, those taken from others, as blocks.1.*=blocks.3.*, where a
             star is one part of a name, at the end all the rest. Repeat it for several.
         group: A part of the weights with a learning rate or decay of its own: lora:rate=10, norms:rate=2,decay=0.
-            Repeat it for several, which are all then.
+            Repeat it for several; these replace the recipe's.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings, the parameters and the cost, and stop.
     """.replace("\n    ", "\n")

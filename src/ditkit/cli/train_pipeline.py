@@ -98,14 +98,14 @@ def command_of(source: str) -> Command | None:
         transform: Change the transformer first, as ditkit compress does: lora:rank=8, kept:blocks=0+2. Repeat it for
             several.
         policy: Train under a policy, such as taskrouting:path=linear. Repeat it for several.
-        term: A part of the loss, such as regression:weight=0.1 or maskeddistillation. Repeat it for several, which are
-            all then. Default: regression, and variationalbound of a network that learns its variance.
-        times: Distribution of the noise-times. Default: logit-normal, of discrete steps uniform.
-        shift: By how much these are moved to noise: 1 is not. Default: as the scheduler moves its steps.
-        dropout: Share of samples whose prompt or class is taken away. Default: 0.1, and 0 where the file does not say
-            what stands in its place.
-        guidance: Scale that a network distilled from guidance is told.
-        group: A part of the weights with a rate of its own, such as lora:rate=10. Repeat it for several.
+        term: A part of the loss, such as regression:weight=0.1 or maskeddistillation. Repeat it for several; these
+            replace the default: regression, and variationalbound for a network that learns its variance.
+        times: Distribution of the noise-times. Default: logit-normal for flow matching, uniform for DDPM.
+        shift: Shift of these times towards noise; 1 is none. Default: as the scheduler shifts its steps.
+        dropout: Share of samples whose prompt or class is replaced by the unconditional one. Default: 0.1, or 0 where
+            the file has no negative_prompt_embeds.
+        guidance: Guidance scale that a guidance-distilled network gets as its input.
+        group: A part of the weights with a learning rate of its own, such as lora:rate=10. Repeat it for several.
         resume: Go on where the run in --out was stopped.
         dry_run: Print the settings and the parameters, and stop.
     """.replace("\n    ", "\n")

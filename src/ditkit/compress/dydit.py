@@ -338,12 +338,13 @@ class Routing:
     def __init__(self, blocks: Sequence[Routed], modules: Any, sliced: bool) -> None:
         self.blocks, self.modules, self.sliced, self.work = blocks, modules, sliced, Work()
         self.e_BD: Tensor | None = None
+        self.dtype = next((p.dtype for p in modules.parameters()), None) if modules is not None else None
         self.chosen: dict[str, Tensor | None] = {}
 
     def note(self, fn: Handler, *args: Any) -> Tensor:
         """Keep e(t); of one time, choose the groups of all blocks at once."""
         out: Tensor = fn(*args)
-        self.e_BD = out.float() if out.dtype.itemsize < 4 else out
+        self.e_BD = out.to(self.dtype or out.dtype)
         if self.sliced:
             self.e_BD = self.e_BD[:1]
             with torch.no_grad():
@@ -361,7 +362,7 @@ class Routing:
     def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
         """Return the route of an MLP of x [B, L, D], before its norm."""
         with torch.autocast(x.device.type, enabled=False):
-            mask = self._of(block.mlp).rows(x.float() if x.dtype.itemsize < 4 else x)
+            mask = self._of(block.mlp).rows(x.to(self.dtype or x.dtype))
         route = self._groups(block, block.mlp)
         apart = route.first is not None and len(route.first.up) > 1
         if mask is not None and self.sliced and not apart:

@@ -182,8 +182,9 @@ class Quantised(Checked, Transform):
 
     def apply(self, model: Any, calibration: Any = None) -> tuple[Any, Report]:
         fitting = Fitting(self, model, vars(self).pop("_found", None), calibration)
-        if self.rounding == "learned":
+        if self.rounding == "learned" or vars(self).get("_selection") is not None:
             fitting.clock("time path", lambda: self.round_time_path(fitting))
+        if self.rounding == "learned":
             fitting.clock("blocks", fitting.reconstruct)
         fitting.restore()
         self.shape(model)
@@ -312,11 +313,9 @@ def _observe(running: Running, step: int, layer: Any, args: tuple[Tensor, ...]) 
 
 
 def _searched_first(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Cut the first calls so that the first batch has as many samples as a range is searched from."""
+    """Put before the calls the first samples, from which a range is searched; they run again with all others."""
     first, count = calls[0], len(calls[0][name_of(SAMPLES, calls[0])])
-    if count <= SEARCHED:
-        return list(calls)
-    return [some_rows(first, 0, SEARCHED), some_rows(first, SEARCHED, count), *calls[1:]]
+    return [some_rows(first, 0, min(SEARCHED, count)), *calls]
 
 
 def put(model: Any, name: str, layer: nn.Module) -> None:

@@ -32,8 +32,9 @@ class Rounded(nn.Module):
         super().__init__()
         self.linear, self.bits = linear, bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.range: Range = search(linear.weight.detach(), bits)
-        self.alpha = nn.Parameter(start(linear.weight.detach(), self.range))
+        weight = at_least_float32(linear.weight.detach())  # 16 bits would round the steps of alpha away
+        self.range: Range = search(weight, bits)
+        self.alpha = nn.Parameter(start(weight, self.range))
         self.mode = "full"
         """Or "nearest", "soft", "hard"."""
 
@@ -50,16 +51,21 @@ class Rounded(nn.Module):
         if mode == "full":
             return self.linear.weight
         scale, zero = (v[:, None] for v in self.range)
-        return dequantise(self.whole(mode), scale, zero)
+        return dequantise(self.whole(mode), scale, zero).to(self.linear.weight.dtype)
 
     def whole(self, mode: str) -> Tensor:
         """Return the whole numbers [N, K] of the weights: of soft ones, numbers between."""
         scale, zero = (v[:, None] for v in self.range)
-        weight = self.linear.weight.detach()
+        weight = at_least_float32(self.linear.weight.detach())
         if mode == "nearest":
             return quantise(weight, scale, zero, self.bits)
         up = soft(self.alpha) if mode == "soft" else (self.alpha >= 0).to(weight.dtype)
         return ((weight / scale).floor() + up + zero).clamp(0, 2**self.bits - 1)
+
+
+def at_least_float32(weight: Tensor) -> Tensor:
+    """Return the weight, one of 16 bits in float32."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def start(weight: Tensor, known: Range) -> Tensor:
@@ -130,6 +136,8 @@ def learn(
         loss: of the numbers of samples, int64 [batch]. samples: how many there are.
         watch: called with each iteration and its loss.
     """
+    if not layers:
+        return 0
     for layer in layers:
         layer.mode = "soft"
     optimizer = torch.optim.Adam([layer.alpha for layer in layers], settings.rate)

@@ -63,7 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention by two products, a few samples at a time: softmax itself works in float32."""
-    few = max(1, CACHED_SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
+    few = max(1, CACHED_SCORES // (max(1, q.shape[1]) * q.shape[2] * k.shape[2]))  # a route may leave no head
     if few < len(q):
         masks = repeat(None) if mask is None else mask.expand(len(q), -1, -1, -1).split(few)
         parts = zip(q.split(few), k.split(few), v.split(few), masks, strict=False)

@@ -40,11 +40,13 @@ class Schedule:
     def attach(self, network: nn.Module, bound: Callable[..., Mapping[str, Any]]) -> Any:
         """Let each call of `network` set the steps; `bound` names its arguments. Returns the handle of the hook."""
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.call = bound(args, kwargs)
-            self.steps = self.nearest(next(self.call[name] for name in TIMES if name in self.call))
+        self.bound = bound
+        # a method: a deep copy of the network has one of the copied schedule, which its layers share
+        return network.register_forward_pre_hook(self._before, with_kwargs=True)
 
-        return network.register_forward_pre_hook(before, with_kwargs=True)
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = self.bound(args, kwargs)
+        self.steps = self.nearest(next(self.call[name] for name in TIMES if name in self.call))
 
     def nearest(self, t: Any) -> Tensor:
         """Return the step whose time is nearest, of each row, [B] on the CPU.

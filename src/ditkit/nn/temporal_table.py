@@ -56,7 +56,7 @@ class TemporalTable(nn.Module):
         bits: of the values; 32 are floats.
     """
 
-    keeps: ClassVar[tuple[str, ...]] = (".table_scale", ".table_zero")
+    keeps: ClassVar[tuple[str, ...]] = (".table", ".table_scale", ".table_zero")
     table: Tensor
     table_scale: Any
     table_zero: Any

@@ -86,7 +86,7 @@ class GuidedDenoiser:
         self.batched, self.progress = batched, progress
         self.path = model.config.convention.make_path()
         self.kind: Prediction = model.config.convention.prediction
-        self.latest = _latest(self.path, self.kind)
+        self.latest = latest_time(self.path, self.kind)
         self.index = self.forwards = 0
         self.trajectory = trajectory
         check_cond(type(model).__name__, model.conditions, cond, cond_rows(cond))
@@ -226,7 +226,7 @@ def placement(model: Denoiser) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float64
 
 
-def _latest(path: Path, kind: Prediction) -> float:
+def latest_time(path: Path, kind: Prediction) -> float:
     """Return the latest time at which a prediction can be converted."""
     needs_data = kind in ("noise", "score")
     ends_at_zero = path.at(torch.ones(1, dtype=torch.float64)).alpha.item() < 1 - LATEST

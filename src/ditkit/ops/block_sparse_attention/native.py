@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         LOG.warning(
             "block-sparse attention: %s made no kernel, so torch's operations are used: %s", compiler, error
         )

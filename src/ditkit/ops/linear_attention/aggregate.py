@@ -47,8 +47,9 @@ def aggregate(bank: Tensor, taken: Tensor, how: Aggregation = "auto") -> Tensor:
         return _listed(bank, taken)
     if how == "segments":
         return _segmented(bank, taken)
-    rest = bank.sum(1, keepdim=True) - _listed(bank, ~taken)
-    return rest.masked_fill(~taken.any(2, keepdim=True), 0)
+    wide = bank.double()  # what is added is taken away again, and what is left may be far smaller
+    rest = wide.sum(1, keepdim=True) - _listed(wide, ~taken)
+    return rest.masked_fill(~taken.any(2, keepdim=True), 0).to(bank.dtype)
 
 
 def additions(taken: Tensor) -> dict[Aggregation, float]:

@@ -45,7 +45,9 @@ class Budget(Term):
         sites = model.sites()
         routes = set(named(sites, "choice"))
         owned = any(
-            routes & {n for n, how in p.claims(sites).items() if how == "own"} for p in model.policies
+            routes & {n for n, how in p.claims(sites).items() if how == "own"}
+            and p.modules(sites) is not None
+            for p in model.policies
         )
         return "" if routes and owned else "a policy that learns routes, such as DyDiT"
 
