@@ -198,7 +198,8 @@ def of_losses(steps: int) -> Iterator[Claim]:
     }
     judged = paired_loss(arms, Pictures("test"))  # type: ignore[arg-type]
     means = ", ".join(f"{name} {judged.mean(name):.4g}" for name in arms)
-    setting = f"one run an arm, {steps} steps of 8 at 32 pixels, {parameter_count(arms['hybrid']):,} parameters; losses: {means}"
+    size = f"{parameter_count(arms['hybrid']):,} parameters"
+    setting = f"one run an arm, {steps} steps of 8 at 32 pixels, {size}; losses: {means}"
     for claim, arm, rival, paper in (
         (
             "Weights of a trained DiT, all but attention's, lower the loss",
