@@ -18,7 +18,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ditkit.core.cond import Cond
+from ditkit.core.cond import UNDECLARED, Cond
 from ditkit.core.convention import Convention
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Segment
@@ -62,6 +62,7 @@ class Mixture(Model):
         self.points = points
         self.config = SimpleNamespace(convention=convention)
         self.path = convention.make_path()
+        self.conditions = UNDECLARED
         self.weight, self.mean, self.covariance = weight, mean, covariance
         self.eval()
 
