@@ -18,6 +18,8 @@ import ditkit
 from cli_support import Capture, complaint, exit_code, output, save_photos
 from ditkit.cli.train import found
 from ditkit.core.convention import Convention
+from ditkit.core.grid import Grid
+from ditkit.core.spec import spec
 from ditkit.data.clips import MemoryClips
 from ditkit.data.sets import moving_digits, vizdoom
 from ditkit.models.predformer import PredFormer, PredFormerConfig
@@ -82,16 +84,13 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(name: str, place: Path) -> list[object]:
     """Flags that make the recipe's clips 4 frames of 16 x 16, or a model of that size to go on from."""
     recipe = found()[name]()
-    if any(term.needs_teacher for term in recipe.objective.active):
+    if recipe.init or any(term.needs_teacher for term in recipe.objective.active):
         config = VideoDiTConfig(
             3, FRAMES, (SIDE, SIDE), (1, 4, 4), width=16, depth=1, heads=2, convention=Convention()
         )
-        return [
-            "--init",
-            VideoDiT(config).save(place),
-            "--policy",
-            "neighbourhood:radius=1,span=2,block=8,kernel=cpu",
-        ]
+        near = "neighbourhood:radius=1,span=2,block=8,kernel=cpu"
+        of_init = [spec(type(policy).small(Grid(FRAMES, 4, 4))) for policy in recipe.policies if recipe.init]
+        return ["--init", VideoDiT(config).save(place), "--policy", *(of_init or [near])]
     sides = (SIDE,) if isinstance(recipe, VideoRecipe) else (SIDE, SIDE)
     return ["--frames", FRAMES, "--size", *sides]
 
