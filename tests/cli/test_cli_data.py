@@ -163,7 +163,9 @@ def test_repairs_are_asked_for_in_training_and_in_a_forecast(
     shutil.copy(gap, other)
     assert "repair='sort'" in complaint(capsys, *forecast, other, "--out", out)
     assert not out.exists()
-    assert exit_code(*forecast, other, *mended[:2], "--out", out) == 0  # of more columns, those that it learned
+    assert (
+        exit_code(*forecast, other, *mended[:2], "--out", out) == 0
+    )  # of more columns, those that it learned
     assert exit_code(*forecast, other, *mended, "--out", out) == 0
     said = f"{gap} as the model was trained on it: --option repair=sort,interpolate --option columns=wind\n"
     assert said in output(capsys, *forecast, gap, "--out", out)

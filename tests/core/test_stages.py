@@ -19,7 +19,7 @@ from rig import call_at
 from two_stages import TwoStages, two_stages
 
 TOTAL = 9
-REFUSED = {"RAS", "ConfidentTaylor", "LearnedDepth"}
+REFUSED = {"RAS", "ConfidentTaylor", "DyDiT", "LearnedDepth"}
 ALL = Grouped(group=(4, 4), block=8, reach=9, kernel="cpu")
 
 

@@ -80,7 +80,9 @@ def test_inconsistent_sets_are_refused(changes, message):
 
 
 def test_names_are_the_files_of_the_folder():
-    assert names() == ("emoji", "fashion", "flights", "moving-digits", "rain", "school", "vizdoom", "winds")
+    assert names() == (
+        *("emoji", "fashion", "flights", "moving-digits", "openmoji", "rain", "school", "vizdoom", "winds"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,15 +92,15 @@ def test_names_are_the_files_of_the_folder():
             ("emojy",),
             {},
             DataError,
-            "unknown data set 'emojy'; did you mean 'emoji'.*no folder, .csv, .parquet or .nc file of that name",
+            "unknown data set 'emojy'; did you mean 'emoji'.*no folder, .csv, .tsv, .parquet or .nc file of that name",
         ),
         (("emoji", 0), {}, ConfigError, "size=0 is not a positive whole number"),
         (("emoji", 65), {}, ConfigError, "size=65 is outside 1..64"),
         (
             ("emoji",),
-            {"split": "test"},
+            {"level": "high"},
             ConfigError,
-            "unknown option of data set 'emoji': 'split'.*skin_tones",
+            "unknown option of data set 'emoji': 'level'.*skin_tones",
         ),
         (("fashion", 30), {}, ConfigError, r"size=30, expected 28 \(as is\) or 32"),
         (

@@ -278,7 +278,9 @@ def test_indices_of_a_shifted_discrete_path() -> None:
     for steps in (7, 50, 300):
         scheduler.set_timesteps(steps)
         assert Ddim("trailing").times(path, steps).tolist() == [*scheduler.timesteps.tolist(), -1]
-    with pytest.raises(ConfigError, match=r"steps=900: Shift\(a=3.0, end=0.0\) has \d+ different indices of 1000"):
+    with pytest.raises(
+        ConfigError, match=r"steps=900: Shift\(a=3.0, end=0.0\) has \d+ different indices of 1000"
+    ):
         Ddim(grid=Shift(3.0)).times(path, 900)
 
 

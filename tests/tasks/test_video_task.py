@@ -229,6 +229,7 @@ def test_held_out_clips_are_of_the_test_split(tmp_path: Path, monkeypatch: pytes
         return torch.full((10, 28, 28), 200, dtype=torch.uint8)
 
     monkeypatch.setattr(moving_digits, "read_digits", read)
+    (tmp_path / "film.mp4").touch()
     found = load_held_out("moving-digits", (16, 16), 5, length=7)
     assert asked == ["test"] and (len(found), found.frames, found.size) == (7, 5, (16, 16))
     assert (
