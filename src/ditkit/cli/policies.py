@@ -52,10 +52,8 @@ def policies(policy: PolicyName = "") -> None:
             table.add_row(kind.__name__.lower(), escape(sentence(kind)))
         if kinds:
             Console(highlight=False).print(table, "")
-    print(
-        "ditkit policies NAME shows the fields of one, and the flag that takes it: --policy for what acts while"
-    )
-    print("sampling, --transform for what changes the weights; both as NAME:field=value,...")
+    print("ditkit policies NAME shows the fields of one and the flag that takes it: --policy")
+    print("for what acts while sampling, --transform for what changes the weights.")
 
 
 def described(kind: type, flag: str) -> None:
