@@ -162,9 +162,9 @@ def test_features_depend_on_time_and_class_alone(arms):
     ("family", "depth", "shared", "features", "reads"),
     [
         ("dit", 2, 4, 3, ("timestep", "class_labels")),
-        ("pixart", 1, 2, 1, ("timestep",)),
+        ("pixart", 1, 1, 2, ("timestep",)),  # the last layer reads the time MLP itself, beside the modulation
         ("sd3.5", 2, 2, 5, ("timestep", "pooled_projections")),
-        ("wan", 1, 2, 1, ("timestep",)),
+        ("wan", 1, 1, 2, ("timestep",)),
     ],
 )
 def test_the_time_path_of_diffusers(family, depth, shared, features, reads):
