@@ -198,7 +198,9 @@ def _read(
     outs = {out: name for name, calls in met.items() for _, out in calls}
     above = {name: {before for x, _ in calls for before in _nearest(x, outs)} for name, calls in met.items()}
     read = set().union(*(above[name] for name in timed))
-    direct = set().union(*(above[name] for name in data))  # the last layer of PixArt and Wan reads the time MLP itself
+    direct = set().union(
+        *(above[name] for name in data)
+    )  # the last layer of PixArt and Wan reads the time MLP itself
     features = tuple(name for name in timed if name not in read or name in direct)
     shared = tuple(name for name in timed if name not in features)
     first = tuple(name for name in (*data, *timed) if not above[name])
