@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ditkit.core.checkpoint import read_json
 from ditkit.core.codec import CODEC_CONFIG, Codec
 from ditkit.core.errors import ConfigError
+from ditkit.core.files import is_file, kind_of
 from ditkit.core.loading import load, shipped
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
@@ -82,7 +83,7 @@ def load_trained(name: str) -> Any:
         CheckpointError, ConfigError: as `load` and `Codec.load` do.
     """
     config = Path(name).expanduser() / CODEC_CONFIG
-    is_codec = name not in shipped() and config.is_file() and CODEC in read_json(config)
+    is_codec = name not in shipped() and is_file(config) and CODEC in read_json(config)
     return Codec.load(config.parent) if is_codec and MODEL not in read_json(config) else load(name)
 
 
@@ -191,7 +192,7 @@ def writable(folder: Path) -> Iterator[None]:
     created: list[Path] = []
     try:
         try:
-            for place in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+            for place in reversed([p for p in (folder, *folder.parents) if not kind_of(p)]):
                 place.mkdir(exist_ok=True)
                 created.append(place)
             with tempfile.TemporaryFile(dir=folder):

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditkit.core.errors import CheckpointError, ConfigError, nearest
+from ditkit.core.files import check_regular, is_file
+from ditkit.core.unpickled import read_pickled, unwrapped, without_prefixes
 
 TIED = "tied"
 """Key of a file's metadata: further names of its tensors, as JSON of name to name."""
@@ -71,6 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, is not JSON, or is not an object.
     """
+    check_regular(path, CheckpointError)
     try:
         value = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
@@ -128,27 +131,24 @@ def digest(value: Any) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file, or of a `.pt`, `.pth` or `.bin` file that holds nothing but tensors.
+    """Tensors of a `.safetensors` file, or the weights of a `.pt`, `.pth` or `.bin` file, of which no code runs.
+
+    Of a training script's checkpoint the averaged weights are taken, else the model's; the prefixes that wrappers
+    put before all names are taken off.
 
     Raises:
         CheckpointError: missing, truncated, or a pickle that would run code.
     """
-    expected = (
-        "plain tensors (weights_only=True)" if path.suffix in PICKLED else "a complete safetensors file"
-    )
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"no weights at {path}")
-        state = (
-            torch.load(path, map_location="cpu", weights_only=True)
-            if path.suffix in PICKLED
-            else load_file(path)
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch.load and safetensors raise many kinds for a file that is not theirs
-        first = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise CheckpointError(f"{path} cannot be read as {expected}: {first}") from error
+    if not is_file(path, CheckpointError):
+        raise CheckpointError(f"no weights at {path}")
+    if path.suffix in PICKLED:
+        state = unwrapped(read_pickled(path), path)
+    else:
+        try:
+            state = load_file(path)
+        except Exception as error:  # safetensors raises many kinds for a file that is not its own
+            first = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {first}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{path} should hold tensors by name, nothing else")
     if path.suffix not in PICKLED:
@@ -156,7 +156,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"{path}: {name!r} should be a dense tensor; only tensors by name are read")
-    return state
+    return without_prefixes(state)
 
 
 def _tied(path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
+from ditkit.core.files import is_folder
 from ditkit.core.model import CONFIG, Model
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -28,7 +29,7 @@ def load(source: str | Path) -> Model:
     if text in shipped():
         return Model.load(_weights() / text)
     folder = Path(os.path.expanduser(text))
-    if folder.is_dir():
+    if is_folder(folder):
         return Model.load(folder)
     if isinstance(source, str) and HUB_ID.fullmatch(text):
         return _from_hub(text)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.data.decode import SUFFIXES, DamagedImage, read_square
+from ditkit.data.decode import DamagedImage, is_image, read_square
 from ditkit.data.images import ImageSet
 from ditkit.data.metadata import BESIDE, METADATA, TABLE, Entry, beside, metadata_of, read_metadata
 from ditkit.data.progress import tracked
@@ -42,7 +42,7 @@ def load(
     max_bad: int = 10,
     max_bytes: int = 4 * 2**30,
 ) -> ImageSet:
-    """Read a folder into memory as RGB, cropped as ADM does; damaged files are logged by name and skipped.
+    """Read a folder into memory as RGB, cropped as ADM does; damaged or missing files are logged by name and skipped.
 
     With a `metadata.jsonl` or `metadata.csv` the set has captions and no classes. Otherwise each folder below `root`
     is a class, numbered in alphabetical order, and its name is the caption; images outside of folders are a set
@@ -57,7 +57,7 @@ def load(
     Raises:
         ConfigError: no size given, a negative limit, or a split that is not there.
         DataError: unreadable or empty folder, another layout, a wrong metadata line, more than `max_bad`
-            damaged files, a class left without images, or more than `max_bytes` of pixels.
+            damaged or missing files, a class left without images, or more than `max_bytes` of pixels.
     """
     if size is None:
         raise ConfigError(f"{root}: a folder of images needs a size in pixels, for example size=64")
@@ -86,7 +86,7 @@ def unwrapped(root: Path) -> Path:
             return root
         inner = root / folders[0]
         below, beside_them = _directly(inner)
-        if metadata_of(inner) is None and (not below or any(map(_is_image, beside_them))):
+        if metadata_of(inner) is None and (not below or _holds_image(inner, beside_them)):
             return root  # one class
         root = inner
 
@@ -99,7 +99,7 @@ def chosen_split(root: Path, split: str | None) -> Path:
     """
     folders, files = _directly(root)
     known = {kind: name for name in folders for kind, names in SPLITS.items() if name.lower() in names}
-    if not known or len(known) < len(folders) or any(map(_is_image, files)) or metadata_of(root) is not None:
+    if not known or len(known) < len(folders) or _holds_image(root, files) or metadata_of(root) is not None:
         if split is not None:
             raise ConfigError(f"{root}: split={split!r}, but there are no folders train, val or test")
         return root
@@ -136,9 +136,9 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     Hidden files and folders are left out.
     """
     folders, files = walk(root)
-    images = [f for f in files if _is_image(f)]
+    images = [f for f in files if is_image(root / f)]
     if not images:
-        raise DataError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}); {LAYOUTS}")
+        raise DataError(f"{root} holds no images; {LAYOUTS}")
     loose = [f for f in images if len(f.parts) == 1]
     if len(loose) == len(images):
         return (), [Entry(f.as_posix(), "") for f in sorted(images)]
@@ -154,8 +154,8 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     return tuple(index), entries
 
 
-def _is_image(name: str | PurePath) -> bool:
-    return PurePath(name).suffix.lower() in SUFFIXES
+def _holds_image(folder: Path, names: Sequence[str]) -> bool:
+    return any(is_image(folder / name) for name in names)
 
 
 def _with_captions(root: Path, entries: list[Entry]) -> list[Entry]:
@@ -230,7 +230,7 @@ def _decode(root: Path, entries: list[Entry], classes: tuple[str, ...], size: in
             logger.warning("skipped damaged image %s: %s", root / entry.file_name, reason)
             if len(bad) > max_bad:
                 raise DataError(
-                    f"{root}: {len(bad)} damaged images, more than max_bad={max_bad}: {', '.join(bad)}"
+                    f"{root}: {len(bad)} damaged or missing images, more than max_bad={max_bad}: {', '.join(bad)}"
                 ) from reason
         else:
             kept.append(entry)

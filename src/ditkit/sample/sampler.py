@@ -23,7 +23,7 @@ from ditkit.core.path import Path
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
-from ditkit.core.trajectory import Trajectory
+from ditkit.core.trajectory import Trajectory, refuse_idle
 from ditkit.nn.text_encoder import text_encoder
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import ClassifierFree, Guidance, Unguided, guided
@@ -200,7 +200,7 @@ def sample(
     Raises:
         ConfigError: steps below 1, seeds that repeat or do not match `cond`, a model in train mode, or a
             solver, guidance or policy that does not fit the model.
-        NoEffectError: a policy touched nothing or saved nothing.
+        NoEffectError: a policy touched nothing or saved nothing; before anything is drawn, where its setting says so.
         DitkitError: a sample is not finite.
     """
     began = time.perf_counter()
@@ -211,6 +211,7 @@ def sample(
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
     side = check_side(model.codec, cond, own)
     noise = SampleNoise(sampling.seeds, own, side if side is None else partial(model.codec.weave, side=side))
+    refuse_idle(trajectory.policies, trajectory.total)
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
     steps = solver.times(denoiser.path, sampling.steps)[:-1]  # refuses a path before any work is done
     for policy in trajectory.policies:
