@@ -45,4 +45,6 @@ def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transf
     with writable(out):
         after.save(out)
     numbers = [sum(t.numel() for t in network.state_dict().values()) for network in (before, after)]
-    Console().print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before", highlight=False, soft_wrap=True)
+    Console().print(
+        f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before", highlight=False, markup=False, soft_wrap=True
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import logging
 import os
 import shlex
@@ -13,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ditkit.cli.parsing import Command, Group
-from ditkit.core.errors import DitkitError
+from ditkit.core.errors import ConfigError, DitkitError
 
 COMMANDS = (
     "generate",
@@ -41,25 +43,68 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (by default the process's arguments) ask for; the exit code."""
     words = sys.argv[1:] if words is None else words
     silence_libraries()
+    show_what_can_be_shown()
     try:
+        check_words(words)
         if list(words) == ["--version"]:
             import ditkit
 
             print(f"ditkit {ditkit.__version__}")
         else:
             ditkit_commands().resolve(words)()
+        sys.stdout.flush()  # or a reader that has gone, or a full disk, is met when nobody listens
     except DitkitError as error:
-        print("ditkit: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        return BAD_INPUT
+        return complain(str(error))
     except KeyboardInterrupt as stop:
         print("ditkit: interrupted" + resumable(stop, words), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
+    except OSError as error:
+        if error.filename is None:
+            drop_output()
+        place = "the output" if error.filename is None else os.fsdecode(error.filename)
+        return complain(f"cannot use {place}: {error.strerror or error}")
+    except MemoryError as error:
+        return complain(f"it needs more memory than there is{f': {error}' if str(error) else ''}")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def complain(message: str) -> int:
+    """Print one line on stderr; the exit code."""
+    print("ditkit: error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words whose bytes are no text: a report, which quotes them, could not be written at the end.
+
+    Raises:
+        ConfigError: there is one, or --out is given nothing.
+    """
+    for place, word in enumerate(words):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"got {word!a}, which is no text in UTF-8; expected another name") from None
+        if word == "--out=" or (word == "--out" and list(words[place + 1 : place + 2]) == [""]):
+            raise ConfigError("--out '', expected a place to write to; the current folder is .")
+
+
+def show_what_can_be_shown() -> None:
+    """Print with replacements what the terminal has no letters for, such as an accented class on an ASCII one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Lead what is still to be printed into nothing: nobody reads it, or there is no room for it."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def silence_libraries() -> None:

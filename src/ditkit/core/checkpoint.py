@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EISDIR
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from ditkit.core.errors import CheckpointError, ConfigError, nearest
 from ditkit.core.files import check_regular, is_file
 from ditkit.core.unpickled import read_pickled, unwrapped, without_prefixes
 
+STALE_SECONDS = 3600.0
+"""Age from which a draft is one that a killed process left."""
 TIED = "tied"
 """Key of a file's metadata: further names of its tensors, as JSON of name to name."""
 PICKLED = (".pt", ".pth", ".bin")
@@ -38,6 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _discard_drafts(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
     except OSError as error:
@@ -55,6 +60,14 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def _discard_drafts(path: Path) -> None:
+    """Remove what killed processes left of this file beside its place; a fresh draft may be another process's."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):
+            if draft.is_file() and time.time() - draft.stat().st_mtime > STALE_SECONDS:
+                draft.unlink()
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file's content would survive a loss of power."""
     with path.open("rb") as file:
@@ -64,7 +77,12 @@ def to_disk(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     with replacing(path) as draft:
-        draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")
+        draft.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as the bytes of an indented JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

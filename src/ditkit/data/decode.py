@@ -15,42 +15,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".avifs",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".icns",
-        ".ico",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpe",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-        ".jpx",
-        ".pbm",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".psd",
-        ".qoi",
-        ".sgi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".xbm",
-        ".xpm",
-    ]
-)
+    {
+        ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
+        ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd",
+        ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"
+    }
+)  # fmt: skip
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "QOI")
 """The kinds of pictures that are known by their first bytes, whatever their files are called."""
 # What the decoders of Pillow let through on damaged files
@@ -70,37 +40,12 @@ DAMAGE = (
 
 
 OTHERS = frozenset(
-    [
-        ".cfg",
-        ".csv",
-        ".db",
-        ".doc",
-        ".docx",
-        ".htm",
-        ".html",
-        ".ini",
-        ".json",
-        ".jsonl",
-        ".log",
-        ".md",
-        ".npy",
-        ".npz",
-        ".parquet",
-        ".pdf",
-        ".pkl",
-        ".pt",
-        ".py",
-        ".safetensors",
-        ".sh",
-        ".tar",
-        ".toml",
-        ".txt",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".zip",
-    ]
-)
+    {
+        ".cfg", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md",
+        ".npy", ".npz", ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".sh", ".tar", ".toml",
+        ".txt", ".xml", ".yaml", ".yml", ".zip"
+    }
+)  # fmt: skip
 """Endings of files that nobody takes for pictures, and that are not opened to find out."""
 
 

@@ -65,8 +65,9 @@ def load(
         raise ConfigError(f"max_bad={max_bad}, expected 0 or more damaged files to skip")
     if blank not in ("keep", "drop"):
         raise ConfigError(unknown("blank", blank, ("keep", "drop")))
-    name, root = root.resolve().name, chosen_split(unwrapped(root), split)
+    whole, name, root = root, root.resolve().name, chosen_split(unwrapped(root), split)
     classes, entries = read_entries(root)
+    warn_of_links(whole, [root / entry.file_name for entry in entries])
     if blank == "drop":
         entries = _with_captions(root, entries)
     needed = len(entries) * 3 * size * size
@@ -178,6 +179,22 @@ def _warn_of_unread(root: Path, files: Sequence[PurePath], used: Collection[str]
     if unread:
         some = ", ".join(unread[:SHOWN]) + (" ..." if len(unread) > SHOWN else "")
         logger.warning("%s: %d files are not read: %s", root, len(unread), some)
+
+
+def warn_of_links(root: Path, files: Sequence[Path]) -> None:
+    """Say in one warning that links lead out of a folder and are followed."""
+    home, real = root.resolve(), dict[Path, Path]()
+    leaving = []
+    for file in files:
+        parent = real.get(file.parent) or real.setdefault(file.parent, file.parent.resolve())
+        place = (parent / file.name).resolve() if file.is_symlink() else parent
+        if not place.is_relative_to(home):
+            leaving.append(file.relative_to(root).as_posix())
+    if leaving:
+        some = ", ".join(leaving[:SHOWN]) + (" ..." if len(leaving) > SHOWN else "")
+        logger.warning(
+            "%s: %d files lie elsewhere, where links lead, and are read: %s", root, len(leaving), some
+        )
 
 
 def _directly(root: Path) -> tuple[list[str], list[str]]:

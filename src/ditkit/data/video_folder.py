@@ -12,7 +12,7 @@ import torch
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.clips import MemoryClips, Windows, frame_size
-from ditkit.data.folder import walk
+from ditkit.data.folder import walk, warn_of_links
 from ditkit.data.progress import tracked
 from ditkit.data.video_decode import SUFFIXES, DamagedVideo, Film, read_film
 
@@ -87,6 +87,7 @@ def _sound_films(
     bad: list[str] = []
     last = DamagedVideo("")
     videos = find_videos(root)
+    warn_of_links(root, [root / file for file in videos])
     frames_left = max_bytes // (3 * size[0] * size[1])
     for file in tracked(videos, f"reading {root}"):
         try:

@@ -36,7 +36,7 @@ FREE = frozenset(
 
 
 def check_start(folder: Path) -> None:
-    """Refuse to start where a run has done a step.
+    """Refuse to start where a run has done a step, or a model stands that no run has left.
 
     Raises:
         ConfigError: quotes the folder.
@@ -44,6 +44,10 @@ def check_start(folder: Path) -> None:
     losses = folder / LOSSES
     if (folder / STATE).exists() or (losses.exists() and losses.stat().st_size):
         raise ConfigError(f"{folder} already holds a run; resume it, or choose another folder")
+    if (folder / "model").exists():
+        raise ConfigError(
+            f"{folder} already holds a model, which the run would replace; choose another folder"
+        )
 
 
 def check_resume(folder: Path, described: Mapping[str, Any]) -> None:
