@@ -300,6 +300,17 @@ def test_found_30_only_regular_files_are_opened(tmp_path, caplog):
         load(tmp_path, 4)
 
 
+def test_found_34_links_out_of_the_folder_are_followed_and_named(tmp_path, caplog):
+    picture(tmp_path / "elsewhere" / "b.png")
+    picture(tmp_path / "photos" / "cat" / "a.png")
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "cat" / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "photos" / "cat" / "d.png").symlink_to(tmp_path / "photos" / "cat" / "a.png")
+    with caplog.at_level(logging.WARNING):
+        assert len(load(tmp_path / "photos", 4)) == 4
+    assert "2 files lie elsewhere, where links lead, and are read: cat/c.png, dog/b.png" in caplog.text
+
+
 def test_found_18_a_missing_picture_of_the_metadata_is_skipped_like_a_damaged_one(tmp_path, caplog):
     picture(tmp_path / "a.png")
     rows = [{"file_name": f"{name}.png", "text": name} for name in "ab"]

@@ -18,7 +18,6 @@ from ditkit.cli.options import (
     Options,
     load_trained,
     options_of,
-    progress,
     with_training_options,
     words_of,
     writable,
@@ -26,6 +25,7 @@ from ditkit.cli.options import (
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.task import Evaluation, task_of
+from ditkit.core.terminal import progress
 
 FLAGS = SamplingFlags(batch_size=DEFAULT.batch_size)
 

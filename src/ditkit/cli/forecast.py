@@ -9,17 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit.cli.evaluate import save
-from ditkit.cli.options import (
-    Number,
-    Options,
-    load_of,
-    options_of,
-    progress,
-    with_training_options,
-    words_of,
-    writable,
-)
+from ditkit.cli.options import Number, Options, load_of, options_of, with_training_options, words_of, writable
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
 from ditkit.tasks.forecast.future import check_own
 from ditkit.tasks.forecast.future import forecast as go_on

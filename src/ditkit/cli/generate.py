@@ -20,7 +20,6 @@ from ditkit.cli.options import (
     Seeds,
     for_stage,
     load_generator,
-    progress,
     seeds_of,
     writable,
 )
@@ -30,6 +29,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.model import Model
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.sample import Samples
 
 LONGEST = 60

@@ -61,15 +61,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         drop_output()
         return 0
-    except OSError as error:
-        if error.filename is None:
-            drop_output()
-        place = "the output" if error.filename is None else os.fsdecode(error.filename)
-        return complain(f"cannot use {place}: {error.strerror or error}")
-    except MemoryError as error:
-        return complain(f"it needs more memory than there is{f': {error}' if str(error) else ''}")
+    except (OSError, MemoryError) as error:
+        return complain(refusal(error))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        gone = isinstance(stop.__context__, BrokenPipeError)  # rich leaves with 1 where a reader has gone
+        return stop.code if isinstance(stop.code, int) and not gone else 0
     return 0
 
 
@@ -77,6 +73,16 @@ def complain(message: str) -> int:
     """Print one line on stderr; the exit code."""
     print("ditkit: error: " + " ".join(message.splitlines()), file=sys.stderr)
     return BAD_INPUT
+
+
+def refusal(error: OSError | MemoryError) -> str:
+    """Say what the system refused, where no command said it better."""
+    if isinstance(error, MemoryError):
+        return " ".join(["more memory is needed than there is", str(error)]).strip()
+    if error.filename is None:
+        drop_output()
+    place = "the output" if error.filename is None else os.fsdecode(error.filename)
+    return f"cannot use {place}: {error.strerror or error}"
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -23,7 +23,6 @@ from ditkit.core.policy import Policy
 from ditkit.core.spec import as_text, components
 from ditkit.core.task import generating, task_named, task_of
 from ditkit.core.terminal import Advance
-from ditkit.core.terminal import progress as progress
 from ditkit.data.loading import accepts_option, dataset_name, read_options
 from ditkit.sample.noise import LAST_SEED, distinct
 

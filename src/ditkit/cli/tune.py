@@ -23,7 +23,6 @@ from ditkit.cli.options import (
     Seeds,
     load_generator,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
@@ -31,6 +30,7 @@ from ditkit.cli.options import (
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.tasks.video.masks import mask_kind
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]

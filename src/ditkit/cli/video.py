@@ -15,7 +15,6 @@ from ditkit.cli.options import (
     Options,
     load_of,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
@@ -23,6 +22,7 @@ from ditkit.cli.options import (
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.config import MOST_SAMPLES, integer
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
 from ditkit.sample import Sampling
 from ditkit.tasks.video.evaluation import default_masks, evaluate_clips

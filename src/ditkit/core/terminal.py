@@ -1,4 +1,4 @@
-"""Tables and bars for a terminal: what people called their files and classes is shown as it is, never read as markup."""
+"""Tables and bars for a terminal: the names of files and classes are shown as they are, never read as markup."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ WIDTH = 100
 class Table(table.Table):
     """rich's table, whose texts are plain, and whose `str` is the table."""
 
-    def __init__(self, *headers: Any, **options: Any) -> None:
+    def __init__(self, *headers: str, **options: Any) -> None:
         for name in ("title", "caption"):
             if options.get(name) is not None:
                 options[name] = plain(options[name])
-        super().__init__(*map(plain, headers), **options)
+        super().__init__(**options)
+        for header in headers:
+            self.add_column(header)
 
     def add_column(self, header: Any = "", *args: Any, **options: Any) -> None:
         super().add_column(plain(header), *args, **options)

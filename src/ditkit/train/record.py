@@ -44,7 +44,7 @@ def check_start(folder: Path) -> None:
     losses = folder / LOSSES
     if (folder / STATE).exists() or (losses.exists() and losses.stat().st_size):
         raise ConfigError(f"{folder} already holds a run; resume it, or choose another folder")
-    if (folder / "model").exists():
+    if (folder / "model" / "config.json").exists():
         raise ConfigError(
             f"{folder} already holds a model, which the run would replace; choose another folder"
         )
