@@ -1,4 +1,4 @@
-"""The command line on what people type and where they print (found.md, cases 9, 10, 31 to 34)."""
+"""The command line on what people type and where they print (found.md, cases 9, 10, 26, 28, 31 to 34)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from rich.markup import MarkupError
 
 import ditkit
 from cli_support import Capture, complaint, exit_code, output
+from ditkit.api.compare import shown
 from ditkit.caching.taylorseer import TaylorSeer
+from ditkit.cli.main import COMMANDS
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.terminal import Table, progress
 from ditkit.data.progress import tracked
 from ditkit.models.dit import DiT
 from ditkit.models.small_flux import SmallFlux, SmallFluxConfig
+from ditkit.report.report import Report
 from ditkit.train.ema import Constant, Power
 from ditkit.train.record import check_start
 from ditkit.train.settings import Settings
@@ -45,14 +48,68 @@ def test_found_9_a_table_prints_itself() -> None:
     assert "rows" in str(table) and "exact" in str(table) and "object at" not in str(table)
 
 
-def test_found_9_the_last_snippet_of_the_readme_prints_a_table() -> None:
-    policies = [TaylorSeer(interval=3, order=1)]
-    settings: dict[str, Any] = {"steps": 6, "guidance": 1.0, "policies": policies, "seeds": [0]}
-    report = ditkit.compare(
-        tiny_model().eval(), **settings, memory=False, control=False, rounds=1, converged_steps=7
-    )
+@pytest.fixture(scope="module")
+def compared() -> tuple[Report, str]:
+    """A comparison in Python, and what a terminal showed meanwhile."""
+    terminal = Terminal()
+    settings: dict[str, Any] = {"steps": 6, "guidance": 1.0, "seeds": [0], "memory": False, "control": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        report = ditkit.compare(
+            tiny_model().eval(),
+            policies=[TaylorSeer(interval=3, order=1)],
+            rounds=1,
+            converged_steps=7,
+            **settings,
+        )
+    return report, terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_found_9_the_last_snippet_of_the_readme_prints_a_table(compared: tuple[Report, str]) -> None:
+    report, _ = compared
     assert "exact" in str(report.table()) and "TaylorSeer" in str(report.table())
     assert str(report) == str(report.table())
+
+
+def test_found_26_a_comparison_in_python_shows_a_bar_on_a_terminal(compared: tuple[Report, str]) -> None:
+    assert "timing" in compared[1] or "counting" in compared[1]
+    with shown(False) as nobody:
+        assert nobody is None
+
+
+def test_found_26_the_list_of_commands_makes_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"the list imported {name}")
+
+    monkeypatch.setattr("ditkit.cli.main.import_module", refuse)
+    assert all(name in output(capsys, "--help") for name in COMMANDS)
+
+
+def test_found_34_a_report_is_replaced_whole_or_not_at_all(
+    compared: tuple[Report, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the last of its files."""
+    report, _ = compared
+    old = {path.name: path.read_bytes() for path in report.save(tmp_path)}
+    times = []
+
+    def full(path: Path) -> None:
+        times.append(path)
+        if len(times) == len(old):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ditkit.report.report.to_disk", full)
+    changed = replace(report, settings={**report.settings, "rounds": 99})
+    with pytest.raises(ConfigError, match="No space left on device"):
+        changed.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_found_10_the_record_of_what_was_drawn_is_whole(model: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -138,9 +195,13 @@ def test_found_33_markup_in_peoples_texts_is_no_markup() -> None:
         advance(MARKUP, 1, 2)
 
 
+def test_found_33_markup_among_the_words_of_a_command(model: Path, capsys: Capture) -> None:
+    for words in (["--steps", "[/x]"], ["--label", "[/x]"], ["[/x]"], ["--policy", "[/x]"]):
+        assert "[/x]" in complaint(capsys, "generate", model, *words)
+
+
 def test_found_33_bars_on_a_terminal_take_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with progress() as advance:
         advance(MARKUP, 1, 2)

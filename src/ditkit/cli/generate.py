@@ -83,7 +83,7 @@ def generate(
     if label and prompt:
         raise ConfigError(f"got --label {label[0]} with --prompt {prompt[0]!r}, expected one of the two")
     wanted: tuple[str | None, ...] = label or prompt or (None,)
-    fields = [{"class": type(policy).__name__, **asdict(policy)} for policy in sampling.policies]
+    fields = [{"class": type(policy).__name__, **asdict(policy)} for policy in sampling.policies]  # type: ignore[call-overload]
     settings = {"model": model, **flags.as_dict(sampling), "policy_fields": fields}
     drawn: list[Samples] = []
     with writable(out), progress() as advance:

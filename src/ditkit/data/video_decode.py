@@ -118,7 +118,7 @@ def _film_of(container: InputContainer) -> VideoStream:
     if not streams:
         raise DamagedVideo("it holds no video stream" + " but a picture" * bool(container.streams.video))
     best = container.streams.best("video")
-    return best if best in streams else streams[0]  # type: ignore[return-value]
+    return best if best in streams else streams[0]
 
 
 def nearest_in_time(frames: Iterable[tuple[T, float]], fps: float) -> Iterator[tuple[T, float]]:

@@ -49,8 +49,7 @@ def _separate(pipe: Any) -> Any:
 
 def separate_scheduler(scheduler: Any) -> Any:
     """Copy a scheduler that another thread may be stepping; it has the class and the settings of the original."""
-    kind = type(scheduler)
-    kind = getattr(kind, "ditkit_own", kind)
+    kind: Any = getattr(type(scheduler), "ditkit_own", type(scheduler))
     own = kind.__new__(kind)
     vars(own).update(deepcopy(dict(vars(scheduler))))
     return own
