@@ -278,9 +278,10 @@ def test_found_34_a_fresh_run_replaces_no_model(tmp_path: Path) -> None:
 def test_found_34_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
     from ditkit.core.checkpoint import write_json
 
-    old, fresh, own = (tmp_path / name for name in (".a.json.abcd_123", ".a.json.abcd_124", ".a.json.mine"))
-    for path in (old, fresh, own):
+    old, fresh, own = (tmp_path / f".a.json.{name}" for name in ("abcd_123", "abcd_124", "mybackup"))
+    for path, mode in ((old, 0o600), (fresh, 0o600), (own, 0o644)):
         path.touch()
+        path.chmod(mode)
     for path in (old, own):
         os.utime(path, (0, 0))
     write_json(tmp_path / "a.json", {})

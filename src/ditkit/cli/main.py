@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -37,6 +38,8 @@ COMMANDS = (
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""The errors of a stream that takes no more."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -79,10 +82,13 @@ def refusal(error: OSError | MemoryError) -> str:
     """Say what the system refused, where no command said it better."""
     if isinstance(error, MemoryError):
         return " ".join(["more memory is needed than there is", str(error)]).strip()
-    if error.filename is None:
-        drop_output()
-    place = "the output" if error.filename is None else os.fsdecode(error.filename)
-    return f"cannot use {place}: {error.strerror or error}"
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"cannot use {error.filename}: {reason}"
+    if error.errno not in FULL:
+        return f"the system refuses: {reason}"
+    drop_output()
+    return f"cannot use the output: {reason}"
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EISDIR
 from pathlib import Path
+from stat import S_IFREG
 from typing import Any
 
 import torch
@@ -61,10 +62,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _discard_drafts(path: Path) -> None:
-    """Remove what killed processes left of this file beside its place; a fresh draft may be another process's."""
+    """Remove what killed processes left of this file beside its place; a fresh draft may be another process's.
+
+    A draft is its owner's alone until it is whole; a file of a person's own that is called so seldom is.
+    """
     for draft in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):
-            if draft.is_file() and time.time() - draft.stat().st_mtime > STALE_SECONDS:
+            found = draft.lstat()
+            if found.st_mode == S_IFREG | 0o600 and time.time() - found.st_mtime > STALE_SECONDS:
                 draft.unlink()
 
 

@@ -63,8 +63,8 @@ def check_resume(folder: Path, described: Mapping[str, Any]) -> None:
     before = dict(_flat(read_json(path)))
     after = dict(_flat(json.loads(json.dumps(described))))
     for key, now in after.items():
-        told_apart = SPELLINGS.get(key, "")
-        if key in FREE or (before.get(told_apart) and after.get(told_apart)):
+        digest = SPELLINGS.get(key, "")
+        if key in FREE or (before.get(digest) and after.get(digest)):
             continue
         if key == CONTENT and before.get(key, now) != now:
             raise ConfigError(
