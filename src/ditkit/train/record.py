@@ -64,7 +64,7 @@ def check_resume(folder: Path, described: Mapping[str, Any]) -> None:
     after = dict(_flat(json.loads(json.dumps(described))))
     for key, now in after.items():
         digest = SPELLINGS.get(key, "")
-        if key in FREE or (before.get(digest) and after.get(digest)):
+        if key in FREE or (before.get(digest) and before[digest] == after.get(digest)):
             continue
         if key == CONTENT and before.get(key, now) != now:
             raise ConfigError(
