@@ -11,6 +11,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import ditkit
 from ditkit.core.errors import ConfigError, NoEffectError
+from ditkit.core.spec import brief
 from ditkit.pipelines.accelerate import DEFAULT
 from family_pipelines_support import dit
 from pipelines_support import IMAGE_TO_IMAGE, POLICY, asked, latents, pipeline
@@ -33,7 +34,7 @@ def test_found_16_the_default_computes_all_of_a_short_call_and_says_so(
     fast = ditkit.accelerate(pipe)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(latents(fast, asked(**told)), exact)
-    assert f"{left} evaluations are too few for {DEFAULT}: all are computed" in caplog.text
+    assert f"{left} evaluations are too few for {brief(DEFAULT)}: all are computed" in caplog.text
     latents(fast, asked(steps=8) if kind is FluxPipeline else asked(**{**LATE, "strength": 0.9}))
     assert fast.report().cost.receipts[0].policy == DEFAULT and fast.report().cost.receipts[0].saved
 

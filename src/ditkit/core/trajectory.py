@@ -190,7 +190,7 @@ def refuse_idle(policies: Sequence[Policy], evaluations: int) -> None:
     for policy in policies:
         if is_idle(policy, evaluations):
             raise NoEffectError(
-                f"{policy} would have saved nothing: all {evaluations} evaluations would be full; expected more of "
+                f"{brief(policy)} would have saved nothing: all {evaluations} evaluations would be full; expected more of "
                 "them, or another setting"
             )
 

@@ -19,7 +19,7 @@ from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import Call
-from ditkit.core.spec import spec
+from ditkit.core.spec import brief, spec
 from ditkit.core.trajectory import Trajectory, is_idle, refuse_idle
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import Family
@@ -280,7 +280,9 @@ class PipelineCall:
             idle = [] if self.evaluations else self._idle_from_here(total)
             if not self.named and idle:
                 LOG.warning(
-                    "%d evaluations are too few for %s: all are computed", total - self.clock.index, idle[0]
+                    "%d evaluations are too few for %s: all are computed",
+                    total - self.clock.index,
+                    brief(idle[0]),
                 )
                 self.policies = tuple(p.exact() if p in idle else p for p in self.policies)
             self._trajectory = Trajectory(self._sites, self.policies, total, self.max_bytes, self._learned)
