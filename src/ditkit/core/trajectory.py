@@ -190,8 +190,8 @@ def refuse_idle(policies: Sequence[Policy], evaluations: int) -> None:
     for policy in policies:
         if is_idle(policy, evaluations):
             raise NoEffectError(
-                f"{brief(policy)} would have saved nothing: all {evaluations} evaluations would be full; expected more of "
-                "them, or another setting"
+                f"{brief(policy)} would have saved nothing: all {evaluations} evaluations would be full; expected more "
+                "of them, or another setting"
             )
 
 
