@@ -10,6 +10,7 @@ import tyro
 
 from ditkit.cli.evaluate import save
 from ditkit.cli.options import Number, Options, load_of, options_of, with_training_options, words_of, writable
+from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
 from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
@@ -32,6 +33,7 @@ DEFAULTS = {"count": 64, "validation": 0.1, "test": 0.2, "show": 0}
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
 
+@on_device
 def forecast(
     models: Models,
     *,
