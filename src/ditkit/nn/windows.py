@@ -1,7 +1,7 @@
 """Attention in windows of a picture or a clip, shifted or not (Swin, arXiv 2103.14030).
 
-B batch, L rows of a grid, D width, n windows, M rows of a window, N heads. The sides of a window, and what it is shifted
-by, are tokens along frames, height and width; one number is the same along height and width, within a frame.
+B batch, L rows of a grid, D width, n windows, M rows of a window, N heads. The sides of a window, and what it is
+shifted by, are tokens along frames, height and width; one number is the same along height and width, within a frame.
 """
 
 from __future__ import annotations
