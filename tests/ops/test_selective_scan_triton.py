@@ -29,7 +29,7 @@ TILE = 8
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 def test_kernels_in_the_interpreter() -> None:
     # in a process of its own: what triton.jit makes is decided when it is imported
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

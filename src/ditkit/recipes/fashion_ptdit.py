@@ -12,7 +12,7 @@ from ditkit.train.terms.variational_bound import VariationalBound
 
 
 def fashion_ptdit() -> ClassImageRecipe:
-    """2.0 M parameters in 6 blocks, 256 tokens in windows of 2 x 2, noise prediction with learned variance, 32 x 32.
+    """2.2 M parameters in 6 blocks, 256 tokens in windows of 2 x 2, noise prediction with learned variance, 32 x 32.
 
     As the paper's ablations: 64 proxies, told a class; its rate is 1e-4 at batches of 256.
     """
