@@ -33,6 +33,8 @@ from ditkit.models.pt_dit import (
 )
 from ditkit.nn.windows import cut_windows, join_windows, seam_mask
 from ditkit.sample import ClassifierFree, Ddim, sample
+from ditkit.train.denoising import Denoising
+from ditkit.train.randomness import SampleRNG
 from models_support import perturbed
 
 PARAMETERS = {"S-Class": 32_245_664, "B": 153_833_632, "L": 637.7e6, "XL": 1_131_629_216, "H": 1890.7e6}
@@ -337,6 +339,22 @@ def test_a_prompt_is_read_its_padding_is_not_and_none_is_a_token_of_zeros() -> N
     assert not torch.allclose(nothing, out, atol=1e-3)
     for other in (model.unconditional(Cond(text=text)), Cond(text=text, drop=torch.ones(2).bool())):
         assert torch.allclose(model(x, t, other), nothing, atol=1e-12)
+
+
+def test_a_clip_of_which_a_half_is_given_is_learned_with_its_prompt() -> None:
+    torch.manual_seed(0)
+    model = perturbed(VideoPTDiT(VideoPTDiTConfig.tiny()), 0.1).train()
+    clips, mask = torch.randn(2, 3, 4, 8, 8), torch.ones(2, 1, 4, 8, 8)
+    mask[:, :, :2] = 0
+    cond = Cond(text=torch.randn(2, 5, 30), context=clips, mask=mask, drop=torch.zeros(2).bool())
+    Denoising()(model, model, clips, cond, SampleRNG(0, 0, range(2)))["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.eval()
+    t, other = torch.rand(2), torch.where(mask.bool(), clips, torch.randn_like(clips))
+    assert torch.equal(model(clips, t, cond), model(other, t, cond)), "what is given takes the place of noise"
+    assert not torch.equal(
+        model(clips, t, model.unconditional(cond)), model(other, t, model.unconditional(cond))
+    )
 
 
 # --- refusals ------------------------------------------------------------------------------------------------
