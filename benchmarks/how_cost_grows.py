@@ -37,6 +37,7 @@ from ditkit.report.theme import LIGHT
 SIDES = (16, 32, 64, 128)
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "how_cost_grows.png"
 MARKERS = "oPsD^v"
+LINES = ("-", "--", ":", "-.", (0, (4, 2)), (0, (12, 4)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def draw(rows: list[Row]) -> None:
     ):
         for i, row in enumerate(rows):
             amounts = [row[f"{key}_{side}"] for side in SIDES]
-            axes.loglog(SIDES, amounts, marker=MARKERS[i], color=LIGHT[f"c{i}"], label=row["network"])
+            look = {"marker": MARKERS[i], "linestyle": LINES[i], "color": LIGHT[f"c{i}"]}
+            axes.loglog(SIDES, amounts, label=row["network"], **look)
         axes.set_xticks(SIDES, [str(side) for side in SIDES])
         axes.minorticks_off()
         axes.set_xlabel("pixels a side")

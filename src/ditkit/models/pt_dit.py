@@ -178,7 +178,7 @@ class VideoPTDiTConfig(PTDiTConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        told: dict[str, Any] = {"text_encoder": "letters", "text_width": 30, "text_tokens": 6}
+        text: dict[str, Any] = {"text_encoder": "letters", "text_width": 30, "text_tokens": 6}
         return cls(
             frames=4,
             size=8,
@@ -188,7 +188,7 @@ class VideoPTDiTConfig(PTDiTConfig):
             heads=4,
             window=(2, 2, 2),
             convention=FLOW,
-            **told,
+            **text,
         )
 
     @property
@@ -218,7 +218,7 @@ def _divisors(n: int) -> list[int]:
 
 
 class Place(NamedTuple):
-    """Where the rows of a call lie, and what stands beside them: what each block is given.
+    """The place of a call's rows, and what stands beside them: given to each block.
 
     Args:
         seam: [n, M, M] bool, of shifted windows, false between rows that the roll brought together; None: none.
@@ -388,8 +388,8 @@ class PTDiTBlock(nn.Module):
         """Compute what tokens read from the proxies, after these attended to each other (GIIM)."""
         p_BRD = self.pooled(x_BLD, place)
         if "proxies" in self.modulated:
-            told = self.proxy_attn(self.normed(p_BRD, parts, "proxies"), run, at + ".among")
-            p_BRD = torch.addcmul(p_BRD, self.gate(parts, "proxies"), told)
+            branch = self.proxy_attn(self.normed(p_BRD, parts, "proxies"), run, at + ".among")
+            p_BRD = torch.addcmul(p_BRD, self.gate(parts, "proxies"), branch)
         else:
             p_BRD = p_BRD + self.proxy_attn(self.norm(p_BRD), run, at + ".among")
         return self.inject_out(self.inject(run, at + ".inject", self.norm(x_BLD), self.norm(p_BRD)))
@@ -404,13 +404,13 @@ class PTDiTBlock(nn.Module):
         """Compute attention inside of shifted windows, its gate and the layer that is zero at first."""
         where = (place.grid, place.window, place.shift)
         windows = cut_windows(self.normed(x_BLD, parts, "shifted_attn"), *where)
-        seen = (
+        mask = (
             ()
             if place.seam is None
             else (place.seam.expand(len(windows), -1, -1, -1).flatten(0, 1)[:, None],)
         )
         attend: Any = self.shifted_attn
-        o_BnMD = attend(windows.flatten(0, 1), run, at, mask=seen).unflatten(0, windows.shape[:2])
+        o_BnMD = attend(windows.flatten(0, 1), run, at, mask=mask).unflatten(0, windows.shape[:2])
         return self.shifted_out(self.gate(parts, "shifted_attn") * join_windows(o_BnMD, *where))
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
@@ -473,16 +473,16 @@ class PTDiT(Denoiser):
         if name not in SIZES:
             raise ConfigError(unknown(f"{cls.__name__} preset", name, SIZES))
         depth, width, heads = SIZES[name]
-        told: dict[str, Any] = {
+        given: dict[str, Any] = {
             "classes": 0,
             "text_width": T5_WIDTH,
             "time_scale": 1000.0,
             "convention": FLOW,
         }
         if name == "S-Class":
-            told = {"classes": 1000}
+            given = {"classes": 1000}
         sizes = {"depth": depth, "width": width, "heads": heads}
-        return cls(cls.Config(**{**sizes, **told, **changes}))
+        return cls(cls.Config(**{**sizes, **given, **changes}))
 
     @classmethod
     def from_original(cls, source: str | Path | Mapping[str, Tensor], config: PTDiTConfig) -> Self:
@@ -522,15 +522,15 @@ class PTDiT(Denoiser):
 
     def unconditional(self, cond: Cond) -> Cond:
         """Null class, no prompt, and all of a clip to be made."""
-        told: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         if self.label is not None:
-            told["label"] = torch.full_like(label_of(self.config, cond), self.config.classes)
+            given["label"] = torch.full_like(label_of(self.config, cond), self.config.classes)
         if cond.text is not None:
             null = torch.zeros_like(cond.text[:, :1])
-            told |= {"text": null, "text_mask": torch.ones_like(null[..., 0], dtype=torch.bool)}
+            given |= {"text": null, "text_mask": torch.ones_like(null[..., 0], dtype=torch.bool)}
         if cond.mask is not None:
-            told["mask"] = torch.ones_like(cond.mask)
-        return replace(cond, **told)
+            given["mask"] = torch.ones_like(cond.mask)
+        return replace(cond, **given)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy samples of any size that the patch and the windows divide.
@@ -581,8 +581,8 @@ class PTDiT(Denoiser):
         if c.text_width:
             null = self.embed.weight.new_zeros(c.text_width)
             dropout = c.label_dropout if self.training else 0.0
-            told = read_prompt(type(self).__name__, cond, null, len(t), dropout)
-            prompt = Prompt(self.text(told.tokens), told.mask)
+            words = read_prompt(type(self).__name__, cond, null, len(t), dropout)
+            prompt = Prompt(self.text(words.tokens), words.mask)
         return place._replace(seam=seam, salt=salt, prompt=prompt)
 
     def condition(self, t: Tensor, cond: Cond, run: Run = DIRECT) -> tuple[Tensor, Tensor]:
