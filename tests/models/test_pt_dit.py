@@ -31,7 +31,7 @@ from ditkit.models.pt_dit import (
     members,
     renamed,
 )
-from ditkit.nn.windows import cut_windows, join_windows, seam_mask
+from ditkit.nn.window_cuts import cut_windows, join_windows, seam_mask
 from ditkit.sample import ClassifierFree, Ddim, sample
 from ditkit.train.denoising import Denoising
 from ditkit.train.randomness import SampleRNG

@@ -30,9 +30,8 @@ TILE = 4
 def test_kernels_in_the_interpreter() -> None:
     # in a process of its own: what triton.jit makes is decided when it is imported
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "." * (len(CASES) + 1) in done.stdout, done.stdout[-3000:] + done.stderr
 
 

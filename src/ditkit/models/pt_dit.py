@@ -46,7 +46,7 @@ from ditkit.nn.init import adaln_zero_
 from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 from ditkit.nn.prompt import Prompt, read_prompt
 from ditkit.nn.temporal import CrossAttention
-from ditkit.nn.windows import cut_windows, join_windows, seam_mask, sides_of, window_counts
+from ditkit.nn.window_cuts import cut_windows, join_windows, seam_mask, sides_of, window_counts
 
 WINDOWS = 64
 """Windows of a frame whose sizes are chosen by its grid: as many at every resolution (section 4.1)."""
