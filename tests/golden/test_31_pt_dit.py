@@ -12,7 +12,8 @@ import formula
 from ditkit.core.cond import Cond
 from ditkit.core.grid import Grid
 from ditkit.core.model import parameter_count
-from ditkit.models.pt_dit import FLOW, PTDiT, PTDiTConfig, members, positions
+from ditkit.models.pt_dit import FLOW, PTDiT, PTDiTConfig, positions
+from ditkit.nn.proxies import members
 from ditkit.nn.window_cuts import cut_windows, join_windows, seam_mask
 from golden_support import assert_golden, float64, read
 from test_14_dico import exact_sinusoid

@@ -26,11 +26,9 @@ from ditkit.models.pt_dit import (
     PTDiTConfig,
     VideoPTDiT,
     VideoPTDiTConfig,
-    drawn,
-    fitting_window,
-    members,
     renamed,
 )
+from ditkit.nn.proxies import drawn, fitting_window, members
 from ditkit.nn.window_cuts import cut_windows, join_windows, seam_mask
 from ditkit.sample import ClassifierFree, Ddim, sample
 from ditkit.train.denoising import Denoising

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import gcd, isqrt
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -40,17 +39,16 @@ from ditkit.core.grid import Grid, Segment, Tokens, patchify, unpatchify
 from ditkit.core.model import TIMESTEP, Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
+from ditkit.nn.added_modulation import AddedHead, AddedModulation
 from ditkit.nn.blocks import Attention, Head, Mlp, Stack
 from ditkit.nn.embeddings import TimeEmbedding, drop_labels, sincos_axis
 from ditkit.nn.init import adaln_zero_
 from ditkit.nn.modulation import Parts, activated, affine, gate, modulate
 from ditkit.nn.prompt import Prompt, read_prompt
+from ditkit.nn.proxies import drawn, fitting_window, members
 from ditkit.nn.temporal import CrossAttention
 from ditkit.nn.window_cuts import cut_windows, join_windows, seam_mask, sides_of, window_counts
 
-WINDOWS = 64
-"""Windows of a frame whose sizes are chosen by its grid: as many at every resolution (section 4.1)."""
-WINDOW_FRAMES = 4
 FLOW = Convention("linear", "velocity", "noise", "unused")
 SIZES = {
     "S-Class": (10, 288, 6),
@@ -196,27 +194,6 @@ class VideoPTDiTConfig(PTDiTConfig):
         return (self.frames, *((self.size, self.size) if isinstance(self.size, int) else self.size))
 
 
-def fitting_window(grid: Grid) -> tuple[int, int, int]:
-    """Return windows of which a frame has about 64, as square as they can be, of up to four frames."""
-
-    def distance(window: tuple[int, int]) -> tuple[float, int]:
-        height, width = window
-        count = (grid.height // height) * (grid.width // width)
-        return (_ratio(count, WINDOWS) * _ratio(height, width), height)
-
-    every = [(h, w) for h in _divisors(grid.height) for w in _divisors(grid.width)]
-    return (gcd(grid.frames, WINDOW_FRAMES), *min(every, key=distance))
-
-
-def _ratio(a: int, b: int) -> float:
-    return max(a, b) / min(a, b)
-
-
-def _divisors(n: int) -> list[int]:
-    low = [i for i in range(1, isqrt(n) + 1) if n % i == 0]
-    return sorted({*low, *(n // i for i in low)})
-
-
 class Place(NamedTuple):
     """The place of a call's rows, and what stands beside them: given to each block.
 
@@ -236,68 +213,6 @@ class Place(NamedTuple):
     def shift(self) -> tuple[int, int, int]:
         """By how much windows are shifted: by a half, rounded down."""
         return self.window[0] // 2, self.window[1] // 2, self.window[2] // 2
-
-
-def members(x_BnMD: Tensor, window: tuple[int, int, int], proxies: tuple[int, int]) -> Tensor:
-    """Rows of windows by the proxy they belong to, [B, n, S, Q, D]: Q proxies of S rows each.
-
-    Of several proxies of a window each has the rows and columns with one remainder (the code), not a cell of its own.
-    """
-    frames, height, width = window
-    rows, columns = proxies
-    cut = x_BnMD.unflatten(2, (frames, height // rows, rows, width // columns, columns))
-    return cut.transpose(4, 5).flatten(5, 6).flatten(2, 4)
-
-
-def drawn(salt_B: Tensor, block: int, windows: int, proxies: int, rows: int) -> Tensor:
-    """Draw one of `rows` rows for each proxy, [B, n, 1, Q], by a hash of the sample's salt, the block and the place."""
-    place = torch.arange(windows * proxies, device=salt_B.device) + (block << 24)
-    hashed = _hashed(_hashed(salt_B)[:, None] ^ _hashed(place))
-    return (hashed % rows).view(-1, windows, 1, proxies)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    """Mix the low 32 bits of whole numbers; no product reaches 2^63."""
-    x = x & 0xFFFFFFFF
-    for _ in range(2):
-        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
-    return (x >> 16) ^ x
-
-
-class AddedModulation(nn.Module):
-    """adaLN-single (PixArt-alpha): parts that all blocks have in common, and a table of the block's own.
-
-    The common six are an attention's and the MLP's; every attention takes the former.
-    """
-
-    def __init__(self, width: int, branches: int) -> None:
-        super().__init__()
-        self.attentions = branches - 1
-        self.table = nn.Parameter(torch.empty(3 * branches, width))
-
-    def forward(self, common_B1E: Tensor) -> Tensor:
-        """[B, 1, 6 D] to [B, 1, 3 D] for each branch."""
-        attention, mlp = common_B1E.chunk(2, -1)
-        return torch.cat([*[attention] * self.attentions, mlp], -1) + self.table.flatten()
-
-
-class AddedHead(nn.Module):
-    """Final layer of adaLN-single: layer norm, shift and scale of a table and the time's embedding, then one layer."""
-
-    def __init__(self, width: int, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.table = nn.Parameter(torch.empty(2, width))
-        self.out = nn.Linear(width, channels)
-
-    def forward(self, x_BLD: Tensor, c_BD: Tensor, run: Run = DIRECT, at: str = "head") -> Tensor:
-        shift, scale = (self.table + c_BD[:, None]).chunk(2, 1)
-        out: Tensor = self.out(modulate(self.norm(x_BLD), shift, scale))
-        return out
-
-    def sites(self, at: str = "head", stage: int = 0) -> list[Site]:
-        """Its sites in the order of the call."""
-        return [Site(at, "head", "image", self.norm.normalized_shape[0], 0, stage)]
 
 
 class PTDiTBlock(nn.Module):
@@ -473,14 +388,8 @@ class PTDiT(Denoiser):
         if name not in SIZES:
             raise ConfigError(unknown(f"{cls.__name__} preset", name, SIZES))
         depth, width, heads = SIZES[name]
-        given: dict[str, Any] = {
-            "classes": 0,
-            "text_width": T5_WIDTH,
-            "time_scale": 1000.0,
-            "convention": FLOW,
-        }
-        if name == "S-Class":
-            given = {"classes": 1000}
+        text = {"classes": 0, "text_width": T5_WIDTH, "time_scale": 1000.0, "convention": FLOW}
+        given: dict[str, Any] = {"classes": 1000} if name == "S-Class" else text
         sizes = {"depth": depth, "width": width, "heads": heads}
         return cls(cls.Config(**{**sizes, **given, **changes}))
 
