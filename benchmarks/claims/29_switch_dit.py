@@ -153,7 +153,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 80, seeds: int = 5, more: bool = False, alone: bool = False) -> None:
+def main(steps: int = 60, seeds: int = 5, more: bool = False, alone: bool = False) -> None:
     """Try the claims.
 
     Args:

@@ -387,7 +387,7 @@ def test_the_budget_is_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.Mo
     data = torch.zeros(2, 1)
     half = Batch(data=data, prediction=data, taps={}, pool=lambda mean: mean + 1)
     values = torch.tensor([0.2, 0.4], requires_grad=True)
-    half.mean(values).square().backward()
+    half.pooled(values).square().backward()
     assert values.grad is not None and torch.allclose(values.grad, torch.full((2,), 2 * 1.3 / 2))
 
 

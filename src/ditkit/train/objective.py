@@ -55,7 +55,7 @@ class Batch:
     layout: Sequence[Segment] = ()
     pool: Callable[[Tensor], Tensor] | None = None
 
-    def mean(self, values: Tensor) -> Tensor:
+    def pooled(self, values: Tensor) -> Tensor:
         """Return the mean over the whole batch of values [B] of these samples, whose gradient is that of their own.
 
         The mean over parts of a function of it has then the value and the gradient that the whole batch would give,
@@ -121,7 +121,7 @@ class Term(Checked, ABC):
         return None
 
     pools: ClassVar[bool] = False
-    """True if its loss is a function of a mean over the whole batch, `Batch.mean`."""
+    """True if its loss is a function of a mean over the whole batch, `Batch.pooled`."""
 
     def check(self, model: Model) -> str:
         """Name what the term needs and the model does not give; empty for nothing."""

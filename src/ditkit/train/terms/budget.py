@@ -59,7 +59,7 @@ class Budget(Term):
         return 1.0 + (self.target - 1.0) * min(step / self.warmup, 1.0)
 
     def loss(self, batch: Batch) -> Tensor:
-        share = batch.mean(work_share(batch))
+        share = batch.pooled(work_share(batch))
         return (share - self.target_at(batch.step)).square().expand(len(batch.data))
 
 
