@@ -213,8 +213,8 @@ def of_evenness(rows: Sequence[str], first: Sequence[str], setting: str) -> Clai
         claimed=(1.0, None),
         unit="times",
         against=f"{setting}; chance is each branch's evaluations but the first in any order, its 95 % gives the "
-        f"interval; computed {counts}; of attentions {kinds[0]}, of MLPs {kinds[1]}; before the training {before[0]:.2f} "
-        f"({before[1]:.2f} to {before[2]:.2f})",
+        f"interval; computed {counts}; of attentions {kinds[0]}, of MLPs {kinds[1]}; before the training "
+        f"{before[0]:.2f} ({before[1]:.2f} to {before[2]:.2f})",
     )
 
 

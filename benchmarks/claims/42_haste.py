@@ -177,7 +177,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 300, rounds: int = 15) -> None:
+def main(steps: int = 150, rounds: int = 8) -> None:
     """Try the claims.
 
     Args:
