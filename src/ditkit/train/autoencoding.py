@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.train.objective import NOTHING, Batch, Objective
 from ditkit.train.randomness import SampleRNG
-from ditkit.train.teacher import Held
+from ditkit.train.teacher import Answer, Held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class CodedBatch(Batch):
 @dataclass(frozen=True)
 class Autoencoding(Objective):
     """A codec sees data, draws latents and decodes them (arXiv 2112.10752, section 3.1)."""
+
+    supports_teacher: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         for term in self.active:
@@ -58,12 +60,15 @@ class Autoencoding(Objective):
                 rng=rng,
             ),
             held,
+            judges(held),
         )
 
 
 @dataclass(frozen=True)
 class Decoding(Objective):
     """A decoder sees noisy latents of a frozen encoder and gives the signal back (RAE, arXiv 2510.11690, section 3)."""
+
+    supports_teacher: ClassVar[bool] = True
 
     def check(self, model: Any) -> None:
         for term in self.active:
@@ -86,4 +91,10 @@ class Decoding(Objective):
         noise, _, _ = rng.draws(model.latent_shape(tuple(data.shape[1:])))
         u = rng.of_term("Decoding")[:, 0].to(data.device, data.dtype)
         prediction = forward(data, noise.to(data.device), u)
-        return self.weigh(Batch(data=data, prediction=prediction.float(), taps={}, rng=rng), held)
+        batch = Batch(data=data, prediction=prediction.float(), taps={}, rng=rng)
+        return self.weigh(batch, held, judges(held))
+
+
+def judges(held: Held) -> dict[str, Answer | None]:
+    """Give each term its frozen network itself, as the answer: it is asked with gradients of what was decoded."""
+    return {name: Answer(network, {}) for name, network in held.teachers.items()}
