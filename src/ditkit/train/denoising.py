@@ -293,8 +293,7 @@ def _answer(network: Callable[..., Any], model: nn.Module, batch: NoisyBatch, as
     t, cond = batch.t if ask.t is None else ask.t, batch.cond if ask.cond is None else ask.cond
     assert cond is not None
     if ask.student:
-        policies = tuple(policy.whole() for policy in model.policies) if ask.whole else ask.policies
-        out, tapped = _predicted(network, model, ask.taps, x, t, cond, policies=policies, step=batch.step)
+        out, tapped = _predicted(network, model, ask.taps, x, t, cond, policies=ask.policies, step=batch.step)
     else:
         cards = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cards):

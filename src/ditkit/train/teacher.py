@@ -187,8 +187,7 @@ class Ask:
         taps: sites whose outputs, or inputs, are kept.
         stop: the site after which nothing more is computed; of a teacher only.
         student: ask the network in training once more, with gradients, instead of the teacher.
-        policies: in the place of those that it is under. whole: those that it is under, at settings that leave nothing
-            out.
+        policies: in the place of those that it is under; `ditkit.train.taps.WHOLE` is those, leaving nothing out.
         grid, maps: of an encoder of pictures, the rows and columns of its tokens, and of how many last blocks it gives
             the attention.
     """
@@ -200,7 +199,6 @@ class Ask:
     stop: str = ""
     student: bool = False
     policies: tuple[Policy, ...] | None = None
-    whole: bool = False
     grid: tuple[int, int] = (0, 0)
     maps: int = 0
 

@@ -10,6 +10,7 @@ from ditkit.core.model import Model
 from ditkit.train.denoising import NoisyBatch
 from ditkit.train.objective import Term
 from ditkit.train.schedules import Weight
+from ditkit.train.taps import WHOLE
 from ditkit.train.teacher import Ask
 from ditkit.train.terms.regression import Regression
 from ditkit.train.terms.variational_bound import VariationalBound
@@ -26,7 +27,7 @@ class CompleteModel(Term):
     weight: Weight = 1.0
 
     def asks(self, batch: NoisyBatch) -> Ask:
-        return Ask(student=True, whole=True)
+        return Ask(student=True, policies=WHOLE)
 
     def check_trained(self, model: Model) -> str:
         weights = {name.partition(".")[0] for name, w in model.named_parameters() if w.requires_grad}
