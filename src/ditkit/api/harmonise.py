@@ -128,7 +128,7 @@ class ModelProcess(Process):
         self, model: Denoiser, sampling: Sampling, seed: int = 0, prompts: Sequence[str] = ()
     ) -> None:
         self.model, self.seed = model, seed
-        self.asked = _asked(model, prompts)
+        self.prompted = _prompted(model, prompts)
         self.path = model.config.convention.make_path()
         sampling, self.solver = sampling.on(self.path)
         if sampling.evaluations != sampling.steps or not isinstance(
@@ -151,10 +151,10 @@ class ModelProcess(Process):
         x = torch.randn(shape, generator=g)
         classes = len(class_names(self.model))
         label = torch.randint(classes, (self.batch,), generator=g) if classes else None
-        if self.asked.text is None:
+        if self.prompted.text is None:
             return self.begin(x, Cond(label=label))
-        turn = (number * self.batch + torch.arange(self.batch)) % len(self.asked.text)
-        return self.begin(x, replace(self.asked.rows(turn), label=label))
+        turn = (number * self.batch + torch.arange(self.batch)) % len(self.prompted.text)
+        return self.begin(x, replace(self.prompted.rows(turn), label=label))
 
     def begin(self, x: Tensor, cond: Cond) -> Drawn:
         """Begin from this noise [B, ...], of this conditioning."""
@@ -205,7 +205,7 @@ class ModelProcess(Process):
         return x.to(dtype)
 
 
-def _asked(model: Denoiser, prompts: Sequence[str]) -> Cond:
+def _prompted(model: Denoiser, prompts: Sequence[str]) -> Cond:
     """Return the tokens of prompts, for a model that is drawn by them; else nothing.
 
     Raises:

@@ -116,10 +116,16 @@ class Term(Checked, ABC):
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
         return None
 
+    def balance(self, rest: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+        """Return the factor of its loss `own` beside that of the `rest`, by their gradients on a weight."""
+        return torch.ones_like(own)
+
     def opposed(self, batch: Any) -> Tensor | None:
         """Return an adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
         return None
 
+    balanced: ClassVar[bool] = False
+    """True if an objective scales it by its `balance` with the other terms."""
     pools: ClassVar[bool] = False
     """True if its loss is a function of a mean over the whole batch, `Batch.pooled`."""
 
