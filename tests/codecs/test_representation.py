@@ -152,14 +152,14 @@ def test_a_decoder_learns_from_what_a_network_sees(
     network = efficientnet.EfficientNetLite0().eval().requires_grad_(False)
     monkeypatch.setattr(perceptual, "load_efficientnet_lite0", lambda _: network)
     term = Perceptual(network="efficientnet-lite0")
-    x, ref = torch.rand(2, 2, 1, 8, 8).mul(2).sub(1)
+    x, ref = torch.rand(2, 1, 1, 8, 8).mul(2).sub(1)
     measured = perceptual.FeatureDistance()
     assert torch.allclose(measured(x, ref), feature_distance(network, x, ref), rtol=1e-4)
     assert measured(x, x).abs().max() < 1e-9
     x.requires_grad_()
     measured(x, ref).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
-    given = settings(steps=2, warmup=1, save_every=0, batch=4)
+    given = settings(steps=1, warmup=1, save_every=0, batch=2)
     own: Any = RepresentationCodec(config(source))
     trained = train(own, Pictures(), Decoding((AbsoluteError(), term)), given, tmp_path / "run")
     lines = losses(tmp_path / "run")
