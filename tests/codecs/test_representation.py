@@ -118,7 +118,7 @@ def test_noise_in_training_makes_a_decoder_that_stands_noise(source: str, tmp_pa
     found = {}
     for tau in (0.0, 0.8):
         torch.manual_seed(0)
-        given = settings(steps=150, warmup=10, learning_rate=3e-3, save_every=0)
+        given = settings(steps=80, warmup=5, learning_rate=3e-3, save_every=0)
         own = train(
             RepresentationCodec(config(source, noise=tau)), Pictures(), DECODING, given, tmp_path / str(tau)
         )  # type: ignore[arg-type]
