@@ -23,16 +23,17 @@ from ditkit.cli.options import (
     Seeds,
     load_generator,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.sample import Sampling
 from ditkit.tasks.video.masks import KINDS, mask_kind
 
@@ -53,6 +54,7 @@ NARROW = 80
 PICTURES = 4  # axes of a batch of them
 
 
+@on_device
 def compare(
     model: ModelName,
     *,

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from ditkit.api.compress import as_transforms
 from ditkit.api.compress import compress as compressed
 from ditkit.cli.options import ModelName, writable
+from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 
@@ -19,6 +19,7 @@ Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 More = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 
 
+@on_device
 def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transform: More = ()) -> None:
     """Apply transforms to a model, in order, and save the result: prune, quantise or merge LoRA.
 
@@ -45,4 +46,4 @@ def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transf
     with writable(out):
         after.save(out)
     numbers = [sum(t.numel() for t in network.state_dict().values()) for network in (before, after)]
-    Console().print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before", highlight=False, soft_wrap=True)
+    print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before")

@@ -23,14 +23,15 @@ from ditkit.cli.options import (
     Seeds,
     load_generator,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.tasks.video.masks import mask_kind
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]
@@ -38,6 +39,7 @@ Share = Annotated[float | None, tyro.conf.arg(metavar="SHARE")]
 DECIBELS = re.compile(r"(\d+(?:\.\d+)?)(?:dB)?", re.ASCII | re.IGNORECASE)
 
 
+@on_device
 def tune(
     model: ModelName,
     *,
