@@ -264,6 +264,18 @@ class UniTS(Denoiser):
         """Nothing of the series: every date is hidden, without radar, dates or place; the paper does not guide."""
         return replace(cond, streams={}, absent={})
 
+    branches: ClassVar[tuple[str, ...]] = ("cond",)
+
+    def branch(self, cond: Cond, name: str) -> Cond:
+        """Return the conditioning of the one branch that there is.
+
+        Raises:
+            ConfigError: another is asked for, as guidance does.
+        """
+        if name != "cond":
+            raise ConfigError(f"UniTS: guidance by its branch {name!r}, which it has not; expected guidance=1")
+        return cond
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
         """Predict from noisy series; any number of dates and any size that the patch divides will do.
 
