@@ -29,6 +29,7 @@ COMMANDS = (
     "experts",
     "video",
     "forecast",
+    "satellite",
     "policies",
     "recipes",
     "data",

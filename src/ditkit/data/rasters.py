@@ -84,16 +84,17 @@ class Place:
 
     Args:
         optical: float32 [T, C, H, W] in [-1, 1], 0 where hidden. hidden: [T, H, W] bool.
+        files: of the dates. first: the earliest raster, whose grid all have. unit: the number of a reflectance of 1.
         radar: float32 [T, R, H, W] of the nearest date, or None. classes: int64 [T, H, W], or None.
-        first: the earliest raster, whose grid all have.
     """
 
     name: str
     optical: Tensor
     hidden: Tensor
     dates: Dates
-    files: tuple[str, ...]
+    files: tuple[Path, ...]
     first: Raster
+    unit: float
     radar: Tensor | None = None
     classes: Tensor | None = None
 
@@ -288,8 +289,9 @@ def read_place(folder: Path, scale: float | None = None) -> Place:
         optical=optical.float(),
         hidden=torch.from_numpy(hidden),
         dates=dates,
-        files=tuple(path.name for path in dated.values()),
+        files=tuple(dated.values()),
         first=first,
+        unit=unit,
         radar=radar,
         classes=_classes(folder / "classes", dates, first),
     )
@@ -305,7 +307,7 @@ def _second_sensor(folder: Path, dates: Dates, first: Raster) -> Tensor | None:
     read = {i: _on_grid(read_raster(paths[i]), first) for i in {int(abs(days - day).argmin()) for day in dates}}
     shapes = {raster.values.shape for raster in read.values()}
     if len(shapes) > 1:
-        raise DataError(f"{folder}: files of {sorted(len_ for len_, *_ in shapes)} bands, expected one number")
+        raise DataError(f"{folder}: files of {sorted(count for count, *_ in shapes)} bands, expected one number")
     values = np.stack([read[int(abs(days - day).argmin())].values for day in dates]).astype(np.float32)
     valid = np.stack([read[int(abs(days - day).argmin())].valid for day in dates])[:, None] & np.isfinite(values)
     mean = np.nanmean(np.where(valid, values, np.nan), axis=(0, 2, 3), keepdims=True)
@@ -397,9 +399,9 @@ def date_in(text: str) -> np.datetime64 | None:
     return None
 
 
-def corners(length: int, size: int) -> list[int]:
-    """Return where crops begin along a side: after one another, the last one at the end."""
-    starts = list(range(0, length - size + 1, size))
+def corners(length: int, size: int, step: int = 0) -> list[int]:
+    """Return where crops begin along a side: `step` after one another, `size` unless given, the last one at the end."""
+    starts = list(range(0, length - size + 1, step or size))
     return starts if starts[-1] + size == length else [*starts, length - size]
 
 

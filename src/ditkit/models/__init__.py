@@ -8,6 +8,7 @@ from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from ditkit.models.units import UniTS, UniTSConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -29,6 +30,8 @@ __all__ = [
     "PredFormerConfig",
     "Todyformer",
     "TodyformerConfig",
+    "UniTS",
+    "UniTSConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",

@@ -88,7 +88,10 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LineBias) -> Tensor:
 
 
 def flex_biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LineBias) -> Tensor:
-    """Compute the same by torch's flex_attention, which generates the bias inside of its kernel where it is compiled."""
+    """Compute the same by torch's flex_attention, which generates the bias inside of its kernel where it is compiled.
+
+    On a CPU torch has no backward of it.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(q, k, v, score_mod=bias.score)  # type: ignore[return-value]

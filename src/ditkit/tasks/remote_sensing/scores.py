@@ -91,9 +91,9 @@ class SeriesEvaluation(Evaluation):
         table.add_column("from", no_wrap=True)
         for head, _ in columns.values():
             table.add_column(head, justify="right", no_wrap=True)
-        parts: Mapping[str, Mapping[str, Any]] = (
-            {"all": self.change} if self.change else {"all": self.scores, self._part: self.hidden}
-        )
+        parts: dict[str, Mapping[str, Any]] = {"all": self.change or self.scores, self._part: self.hidden}
+        if self.job == "forecasting":
+            del parts["all"]  # the past is given
         for part, methods in parts.items():
             for i, (name, one) in enumerate(methods.items()):
                 cells = (f"{getattr(one, field):.{digits}f}" for field, (_, digits) in columns.items())
