@@ -35,8 +35,8 @@ def awake(kind: type[Model]) -> Model:
 
 def inputs(model: Model, size: int = BATCH) -> tuple[Any, ...]:
     """Arguments of a forward pass, a row a sample. Every sample of a denoiser is told its class, its prompt if the
-    model takes one, the streams that it declares, and, of a clip, its first half; in training the second one counts as untold, so that no test
-    depends on a draw."""
+    model takes one, the streams that it declares, and, of a clip, its first half; in training the second one counts as
+    untold, so that no test depends on a draw."""
     x = torch.randn(size, *model.sample_shape)
     if not isinstance(model, Denoiser):
         return (x,)

@@ -27,18 +27,28 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landsat, "read_scene", scene)
 
 
-def write(path: Path, values: Any, crs: str | None = "EPSG:31985", transform: Any = GRID, **tags: str) -> Path:
+def write(
+    path: Path, values: Any, crs: str | None = "EPSG:31985", transform: Any = GRID, **tags: str
+) -> Path:
     values = np.asarray(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = values.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": values.dtype.name}
+    profile = {
+        "driver": "GTiff",
+        "count": count,
+        "height": height,
+        "width": width,
+        "dtype": values.dtype.name,
+    }
     with rasterio.open(path, "w", **profile, crs=crs, transform=transform) as file:
         file.write(values)
         file.update_tags(**tags)
     return path
 
 
-def farm(folder: Path, dates: tuple[str, ...] = ("20240105", "20240121", "20240206", "20240222"), side: int = 16) -> Path:
+def farm(
+    folder: Path, dates: tuple[str, ...] = ("20240105", "20240121", "20240206", "20240222"), side: int = 16
+) -> Path:
     """A place of four dates, 16-bit, with masks, radar and classes."""
     draw = np.random.default_rng(0)
     for i, day in enumerate(dates):
@@ -60,7 +70,13 @@ def test_a_window_is_the_same_in_any_batch_and_splits_share_no_pixel(simulated):
     for name, value in first._asdict().items():
         other = getattr(both, name)[1:]
         assert np.array_equal(value, other) if name == "dates" else torch.equal(value, other)
-    assert first.image.shape == first.observed.shape == (1, 6, 5, 16, 16) and first.radar.shape == (1, 2, 5, 16, 16)
+    assert first.image.shape == first.observed.shape == (1, 6, 5, 16, 16) and first.radar.shape == (
+        1,
+        2,
+        5,
+        16,
+        16,
+    )
     assert first.image.abs().max() <= 1 and first.known.all() and first.present.all()
     test = landsat.load(size=16, frames=5, split="test")
     assert test.rows[1] == data.rows[0] == SIDE // 4 and (test.rows[0], data.rows[1]) == (0, SIDE)
@@ -104,7 +120,10 @@ def test_clouds_cover_the_share_that_is_asked_for_and_shadows_fall_beside_them(l
 
 
 def test_speckle_keeps_the_mean_power_and_radar_has_its_scaling():
-    kinds = [landsat.LandsatSeries(ground(), (0, SIDE), 4, (32, 32), "train", 8, 0, Weather(), s) for s in (True, False)]
+    kinds = [
+        landsat.LandsatSeries(ground(), (0, SIDE), 4, (32, 32), "train", 8, 0, Weather(), s)
+        for s in (True, False)
+    ]
     rough, smooth = (10 ** (kind.scenes(torch.arange(8)).radar / 10) for kind in kinds)
     assert (rough.mean() / smooth.mean()).item() == pytest.approx(1, abs=0.03)
     contrast = ((rough / smooth).std() / (rough / smooth).mean()).item()
@@ -180,13 +199,19 @@ def test_a_folder_is_read_with_masks_radar_classes_and_its_place(tmp_path):
     torch.testing.assert_close(seen, expected[:, :8, :8].masked_fill(masked[:8, :8], 0))
     assert (scenes.hidden & ~scenes.known).sum() == (~scenes.known).sum()
     assert scenes.hidden.float().mean() > 0.25 and scenes.radar.shape == (4, 2, 4, 8, 8)
-    assert scenes.labels.max() == 2 and data.classes == ("0", "1", "2") and scenes.days[0].tolist() == [0, 16, 32, 48]
+    assert (
+        scenes.labels.max() == 2
+        and data.classes == ("0", "1", "2")
+        and scenes.days[0].tolist() == [0, 16, 32, 48]
+    )
     longitude, latitude = scenes.place[0].tolist()
     assert -35 < longitude < -34.8 and -8.1 < latitude < -7.9
     places = tmp_path / "farms"
     for name in ("a", "b"):
         farm(places / name)
-    assert [path.name for path in sorted(places.iterdir())] == ["a", "b"] and len(load(places, 16, frames=3)) == 4
+    assert [path.name for path in sorted(places.iterdir())] == ["a", "b"] and len(
+        load(places, 16, frames=3)
+    ) == 4
 
 
 def test_short_series_are_filled_up_and_every_fifth_crop_is_held_out(tmp_path):
@@ -198,7 +223,11 @@ def test_short_series_are_filled_up_and_every_fifth_crop_is_held_out(tmp_path):
     wide = farm(tmp_path / "wide", side=24)
     parts = {split: load_satellite(wide, 8, frames=4, split=split) for split in ("all", "train", "test")}
     names = {split: {part.id(i) for i in range(len(part))} for split, part in parts.items()}
-    assert names["train"] | names["test"] == names["all"] and not names["train"] & names["test"] and names["test"]
+    assert (
+        names["train"] | names["test"] == names["all"]
+        and not names["train"] & names["test"]
+        and names["test"]
+    )
     assert corners(20, 8) == [0, 8, 12] and corners(16, 8, 4) == [0, 4, 8]
 
 
@@ -226,21 +255,55 @@ def test_no_data_and_what_is_not_finite_are_hidden(tmp_path):
 
 
 def shifted(root: Path) -> None:
-    write(root / "20240301.tif", np.ones((3, 16, 16), np.uint16), transform=rasterio.transform.from_origin(288_030, 9_120_000, 30, 30))
+    write(
+        root / "20240301.tif",
+        np.ones((3, 16, 16), np.uint16),
+        transform=rasterio.transform.from_origin(288_030, 9_120_000, 30, 30),
+    )
 
 
 BROKEN = {
-    "shifted": (shifted, r"20240301.tif lies on another grid than S2_20240105.tif: 16 x 16 pixels of 30 x 30 from \(288030"),
-    "smaller": (lambda r: write(r / "20240301.tif", np.ones((3, 8, 16), np.uint16)), "another grid.*8 x 16 pixels"),
-    "other system": (lambda r: write(r / "20240301.tif", np.ones((3, 16, 16), np.uint16), crs="EPSG:32722"), "another grid.*EPSG:32722"),
-    "radar elsewhere": (lambda r: write(r / "radar" / "20240222.tif", np.ones((2, 8, 8), np.float32)), "radar/20240222.tif lies on another grid"),
-    "mask elsewhere": (lambda r: write(r / "clouds" / "mask_20240222.tif", np.ones((1, 8, 8), np.uint8)), "mask_20240222.tif lies on another grid"),
-    "other bands": (lambda r: write(r / "20240301.tif", np.ones((4, 16, 16), np.uint16)), "has 4 bands, S2_20240105.tif has 3"),
-    "no date": (lambda r: write(r / "field.tif", np.ones((3, 16, 16), np.uint16)), "field.tif has no date, expected one in its name .*TIFFTAG_DATETIME"),
-    "twice": (lambda r: write(r / "again-2024-01-05.tif", np.ones((3, 16, 16), np.uint16)), "are both of 2024-01-05, expected one file a date"),
-    "mask of nothing": (lambda r: write(r / "clouds" / "20250101.tif", np.ones((1, 16, 16), np.uint8)), "is a mask of 2025-01-01, of which farm has no image"),
+    "shifted": (
+        shifted,
+        r"20240301.tif lies on another grid than S2_20240105.tif: 16 x 16 pixels of 30 x 30 from \(288030",
+    ),
+    "smaller": (
+        lambda r: write(r / "20240301.tif", np.ones((3, 8, 16), np.uint16)),
+        "another grid.*8 x 16 pixels",
+    ),
+    "other system": (
+        lambda r: write(r / "20240301.tif", np.ones((3, 16, 16), np.uint16), crs="EPSG:32722"),
+        "another grid.*EPSG:32722",
+    ),
+    "radar elsewhere": (
+        lambda r: write(r / "radar" / "20240222.tif", np.ones((2, 8, 8), np.float32)),
+        "radar/20240222.tif lies on another grid",
+    ),
+    "mask elsewhere": (
+        lambda r: write(r / "clouds" / "mask_20240222.tif", np.ones((1, 8, 8), np.uint8)),
+        "mask_20240222.tif lies on another grid",
+    ),
+    "other bands": (
+        lambda r: write(r / "20240301.tif", np.ones((4, 16, 16), np.uint16)),
+        "has 4 bands, S2_20240105.tif has 3",
+    ),
+    "no date": (
+        lambda r: write(r / "field.tif", np.ones((3, 16, 16), np.uint16)),
+        "field.tif has no date, expected one in its name .*TIFFTAG_DATETIME",
+    ),
+    "twice": (
+        lambda r: write(r / "again-2024-01-05.tif", np.ones((3, 16, 16), np.uint16)),
+        "are both of 2024-01-05, expected one file a date",
+    ),
+    "mask of nothing": (
+        lambda r: write(r / "clouds" / "20250101.tif", np.ones((1, 16, 16), np.uint8)),
+        "is a mask of 2025-01-01, of which farm has no image",
+    ),
     "damaged": (lambda r: (r / "20240301.tif").write_bytes(b"II*\0broken"), "cannot read .*20240301.tif"),
-    "complex": (lambda r: write(r / "20240301.tif", np.ones((3, 16, 16), np.complex64)), "holds complex64, expected whole or real numbers"),
+    "complex": (
+        lambda r: write(r / "20240301.tif", np.ones((3, 16, 16), np.complex64)),
+        "holds complex64, expected whole or real numbers",
+    ),
 }
 
 

@@ -19,10 +19,15 @@ def test_the_angle_of_a_scaled_spectrum_is_0_and_of_others_by_definition():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
     assert spectral_angle_deg(a.view(1, 2, 1), b.view(1, 2, 1)).item() == pytest.approx(45)
     black = torch.zeros(1, 2, 1)
-    assert spectral_angle_deg(black, black).item() == 0 and spectral_angle_deg(black, b.view(1, 2, 1)).item() == 90
+    assert (
+        spectral_angle_deg(black, black).item() == 0
+        and spectral_angle_deg(black, b.view(1, 2, 1)).item() == 90
+    )
     other = torch.rand_like(x)
     cosine = (x * other).sum(1) / x.norm(dim=1) / other.norm(dim=1)
-    torch.testing.assert_close(spectral_angle_deg(x, other), cosine.arccos() * 180 / math.pi, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        spectral_angle_deg(x, other), cosine.arccos() * 180 / math.pi, atol=1e-5, rtol=0
+    )
     with pytest.raises(ShapeError):
         spectral_angle_deg(x, x[:, :1])
 
@@ -35,7 +40,9 @@ def test_psnr_and_rmse_agree_and_count_only_what_is_asked():
     rmse = (reflectances[0] - reflectances[1]).double().square().flatten(1).mean(1).sqrt()
     torch.testing.assert_close(by_series["rmse"], rmse)
     torch.testing.assert_close(by_series["psnr_db"], -20 * rmse.log10())
-    torch.testing.assert_close(by_series["mae"], (reflectances[0] - reflectances[1]).double().abs().flatten(1).mean(1))
+    torch.testing.assert_close(
+        by_series["mae"], (reflectances[0] - reflectances[1]).double().abs().flatten(1).mean(1)
+    )
     counted = torch.zeros(3, 1, 2, 8, 8, dtype=torch.bool)
     counted[:, :, :, :2] = True
     elsewhere = torch.where(counted, found, -found)

@@ -68,8 +68,8 @@ def names_of(kind: str) -> tuple[str, ...]:
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
     """Load a named set, or a folder or file of a user's own.
 
-    A folder holds images, videos or dated GeoTIFFs; a file is a CSV of series, a netCDF of fields, or an event list in CSV (columns
-    `source` and `destination`) or Parquet.
+    A folder holds images, videos or dated GeoTIFFs; a file is a CSV of series, a netCDF of fields, or an event list in
+    CSV (columns `source` and `destination`) or Parquet.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.

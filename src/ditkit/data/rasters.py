@@ -66,7 +66,7 @@ class Raster(NamedTuple):
         return near and self.crs == other.crs and self.values.shape[-2:] == other.values.shape[-2:]
 
     def corners(self) -> NDArray[np.float64]:
-        """Return longitude and latitude of the corners, [2, 2, 2]: north and south, west and east; NaN without a crs."""
+        """Return longitude and latitude of the corners, [2, 2, 2]: north, south; west, east. NaN without a crs."""
         height, width = self.values.shape[-2:]
         if not self.crs:
             return np.full((2, 2, 2), np.nan)
@@ -109,7 +109,13 @@ class RasterSeries(SatelliteSet):
     """
 
     def __init__(
-        self, name: str, places: Sequence[Place], frames: int, size: tuple[int, int], weather: Weather, seed: int
+        self,
+        name: str,
+        places: Sequence[Place],
+        frames: int,
+        size: tuple[int, int],
+        weather: Weather,
+        seed: int,
     ) -> None:
         self.name, self.places, self.frames, self.size = name, tuple(places), frames, size
         self.weather, self.seed = weather, seed
@@ -159,11 +165,18 @@ class RasterSeries(SatelliteSet):
         count = min(self.frames, len(place) - start)
         frames = torch.arange(start, start + count)
         cut = slice(top, top + height), slice(left, left + width)
-        draw = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0]))
+        draw = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+        )
         image = self._filled_up(place.optical[frames][:, :, *cut].transpose(0, 1), 0.0)
         missing = self._filled_up(place.hidden[frames][:, *cut][None], True)
         sky = self.weather.draw(self.frames, self.size, draw)
-        dates = np.concatenate([place.dates[start : start + count], np.repeat(place.dates[start + count - 1], self.frames - count)])
+        dates = np.concatenate(
+            [
+                place.dates[start : start + count],
+                np.repeat(place.dates[start + count - 1], self.frames - count),
+            ]
+        )
         days, day_of_year = calendar_of(dates)
         radar, classes = place.radar, place.classes
         return Scenes(
@@ -252,7 +265,7 @@ def places_of(root: Path) -> list[Path]:
         return [root]
     if not found:
         raise DataError(
-            f"{root} holds no GeoTIFFs, expected dated files ({NAMES}) in it, in optical/, or in a folder for each place"
+            f"{root} holds no GeoTIFFs, expected dated files ({NAMES}) in it, in optical/, or in a folder a place"
         )
     return found
 
@@ -283,7 +296,9 @@ def read_place(folder: Path, scale: float | None = None) -> Place:
     optical = torch.from_numpy(np.where(hidden[:, None], 0.5, values).clip(0, 1)) * 2 - 1
     radar = _second_sensor(folder / "radar", dates, first)
     if hidden.all() and radar is None:
-        raise DataError(f"{folder}: every pixel of all {len(dates)} dates is hidden, expected some that are clear")
+        raise DataError(
+            f"{folder}: every pixel of all {len(dates)} dates is hidden, expected some that are clear"
+        )
     return Place(
         name=folder.resolve().name,
         optical=optical.float(),
@@ -304,12 +319,18 @@ def _second_sensor(folder: Path, dates: Dates, first: Raster) -> Tensor | None:
         return None
     days = np.array(list(dated), dtype="M8[D]")
     paths = list(dated.values())
-    read = {i: _on_grid(read_raster(paths[i]), first) for i in {int(abs(days - day).argmin()) for day in dates}}
+    read = {
+        i: _on_grid(read_raster(paths[i]), first) for i in {int(abs(days - day).argmin()) for day in dates}
+    }
     shapes = {raster.values.shape for raster in read.values()}
     if len(shapes) > 1:
-        raise DataError(f"{folder}: files of {sorted(count for count, *_ in shapes)} bands, expected one number")
+        raise DataError(
+            f"{folder}: files of {sorted(count for count, *_ in shapes)} bands, expected one number"
+        )
     values = np.stack([read[int(abs(days - day).argmin())].values for day in dates]).astype(np.float32)
-    valid = np.stack([read[int(abs(days - day).argmin())].valid for day in dates])[:, None] & np.isfinite(values)
+    valid = np.stack([read[int(abs(days - day).argmin())].valid for day in dates])[:, None] & np.isfinite(
+        values
+    )
     mean = np.nanmean(np.where(valid, values, np.nan), axis=(0, 2, 3), keepdims=True)
     return torch.from_numpy(np.where(valid, values, np.nan_to_num(mean)).astype(np.float32))
 
@@ -337,7 +358,10 @@ def read_raster(path: Path, content: bytes | None = None) -> Raster:
     """
     rasterio = _rasterio()
     try:
-        with rasterio.MemoryFile(path.read_bytes() if content is None else content) as memory, memory.open() as file:
+        with (
+            rasterio.MemoryFile(path.read_bytes() if content is None else content) as memory,
+            memory.open() as file,
+        ):
             values, valid = file.read(), file.dataset_mask() > 0
             crs = "" if file.crs is None else file.crs.to_string()
             named = tuple(name or f"band {i + 1}" for i, name in enumerate(file.descriptions))
@@ -358,7 +382,13 @@ def write_raster(path: Path, values: NDArray[Any], like: Raster, bands: Sequence
     """
     rasterio = _rasterio()
     count, height, width = values.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": values.dtype.name}
+    profile = {
+        "driver": "GTiff",
+        "count": count,
+        "height": height,
+        "width": width,
+        "dtype": values.dtype.name,
+    }
     placed = {"crs": like.crs or None, "transform": rasterio.Affine(*like.transform)}
     with rasterio.MemoryFile() as memory:
         with memory.open(**profile, **placed, compress="deflate") as file:
@@ -381,7 +411,9 @@ def date_of(path: Path, tags: Callable[[], Mapping[str, str]] | None = None) -> 
         known = read_raster(path).tags if tags is None else tags()
         found = next((day for tag in TAGS if tag in known and (day := date_in(known[tag])) is not None), None)
     if found is None:
-        raise DataError(f"{path} has no date, expected one in its name ({NAMES}) or in a tag ({', '.join(TAGS[:3])} ...)")
+        raise DataError(
+            f"{path} has no date, expected one in its name ({NAMES}) or in a tag ({', '.join(TAGS[:3])} ...)"
+        )
     return found
 
 
@@ -433,7 +465,9 @@ def _check_grid(raster: Raster, first: Raster, bands: bool = False) -> None:
         )
     if bands and len(raster.values) != len(first.values):
         count, expected = len(raster.values), len(first.values)
-        raise DataError(f"{raster.path} has {count} bands, {first.path.name} has {expected}, expected one number")
+        raise DataError(
+            f"{raster.path} has {count} bands, {first.path.name} has {expected}, expected one number"
+        )
 
 
 def _on_grid(raster: Raster, first: Raster) -> Raster:

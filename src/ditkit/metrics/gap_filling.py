@@ -52,7 +52,7 @@ FILLINGS: Mapping[str, Filling] = {"last": last, "closest": closest, "linear": l
 
 
 def _neighbours(image: Tensor, hidden: Tensor, days: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the last clear date up to each, -1 for none, and of the first from each on, T for none: [n, 1, T, H, W]."""
+    """Find the last clear date up to each, -1 for none, and the first from each on, T for none: [n, 1, T, H, W]."""
     n, _, frames = image.shape[:3]
     if hidden.shape != (n, 1, *image.shape[2:]) or days.shape != (n, frames):
         shapes = f"{list(image.shape)}, {list(hidden.shape)} and {list(days.shape)}"

@@ -1,5 +1,4 @@
-"""Distances between satellite images band by band, over all pixels or some: angle of spectra, PSNR, RMSE, MAE; and of
-maps of land cover that change.
+"""Distances between satellite images, over all pixels or some, and between maps of land cover that changes.
 
 n series, C bands, T dates, H W pixels. Images are reflectances in [0, 1] as [-1, 1], as in `metrics`.
 """

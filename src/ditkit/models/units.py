@@ -36,7 +36,7 @@ from ditkit.core.model import Denoiser
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked
 from ditkit.nn.axes import ALONG, Clip
-from ditkit.nn.blocks import KV, Head, Mlp, Stack, keep
+from ditkit.nn.blocks import KV, Head, Mlp, Stack, attention, keep
 from ditkit.nn.embeddings import TimeEmbedding, dtype_of, sincos_table, sinusoid
 from ditkit.nn.init import adaln_zero_
 from ditkit.nn.injector import ConditionInjector
@@ -273,7 +273,9 @@ class UniTS(Denoiser):
             ConfigError: another is asked for, as guidance does.
         """
         if name != "cond":
-            raise ConfigError(f"UniTS: guidance by its branch {name!r}, which it has not; expected guidance=1")
+            raise ConfigError(
+                f"UniTS: guidance by its branch {name!r}, which it has not; expected guidance=1"
+            )
         return cond
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, run: Run = DIRECT) -> Tensor:
@@ -304,9 +306,7 @@ class UniTS(Denoiser):
         h_BLD = self.embed(patchify(x, config.patch))
         setting = self.setting(x, cond, grid)
         if config.injector == "concat":  # the sum is a linear map of both, side by side on channels
-            assert setting.space is not None and setting.time is not None
-            h_BLD = h_BLD + setting.space + setting.time - self._condition(x, cond)[0]
-            setting = setting._replace(space=None, time=None)
+            h_BLD, setting = h_BLD + setting.space, setting._replace(space=None, time=None)
         return SettingTokens(h_BLD, setting)
 
     def setting(self, x: Tensor, cond: Cond, grid: Grid) -> Setting:
@@ -318,15 +318,24 @@ class UniTS(Denoiser):
         space, time, dtype = z_BLD, z_BLD, z_BLD.dtype
         if self.place is not None and "place" in streams:
             space = space + self.place(streams["place"])[:, None]
-        if self.date is not None and "day_of_year" in streams:
-            dates = self.date(streams["day_of_year"].flatten()).unflatten(0, (B, frames))
-            time = time + dates.repeat_interleave(grid.height * grid.width, 1)
+        if self.config.injector == "concat":
+            time = space = space + self._dates(streams, grid)
+        else:
+            time = time + self._dates(streams, grid)
         if present is not None:
             time = time * present.repeat_interleave(grid.height * grid.width, 1)[..., None].to(dtype)
         places = sincos_table(Grid(1, grid.height, grid.width), self.config.width, x.device)[None]
         return Setting(
             grid, space, time, places.to(dtype), self._moments(days, dtype), days, auxiliary, present
         )
+
+    def _dates(self, streams: Mapping[str, Tensor], grid: Grid) -> Any:
+        """Embed the day of the year of every token, [B, L, D]; 0 where it is not known."""
+        if self.date is None or "day_of_year" not in streams:
+            return 0
+        of_year = streams["day_of_year"]
+        dates = self.date(of_year.flatten()).unflatten(0, of_year.shape)
+        return dates.repeat_interleave(grid.height * grid.width, 1)
 
     def _moments(self, days: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Return sinusoids of the days since a series' first, or of the numbers of its frames, [B, T, D]."""
@@ -338,7 +347,7 @@ class UniTS(Denoiser):
         return sinusoid(since.flatten(), self.config.width).unflatten(0, days.shape).to(dtype)
 
     def _condition(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Embed the condition images of each date as one, [B, L, D]; and the auxiliary image's patch means [B, L, E]."""
+        """Embed all condition images of a date as one, [B, L, D]; average the auxiliary one by patch, [B, L, E]."""
         config, dtype = self.config, dtype_of(self.condition_embed)
         optical, hidden = self.filled(x, cond)
         radar, keep_B = self.radar(cond)
@@ -411,7 +420,10 @@ class UniTSBlock(nn.Module):
     def sites(self, at: str, stream: str = "image", stage: int = 0) -> list[Site]:
         """Its sites in the order of the call."""
         width = self.space.mlp.outer.out_features
-        halves = [*self.space.sites(f"{at}.space", stream, stage), *self.time.sites(f"{at}.time", stream, stage)]
+        halves = [
+            *self.space.sites(f"{at}.space", stream, stage),
+            *self.time.sites(f"{at}.time", stream, stage),
+        ]
         return [Site(at, "block", stream, width, stage=stage), *halves]
 
 
@@ -425,7 +437,7 @@ class Half(nn.Module):
         super().__init__()
         width = config.width
         self.axis, self.heads = axis, config.heads
-        self.core = biased_attention if config.attention == "rows" else flex_biased_attention
+        self.biased = biased_attention if config.attention == "rows" else flex_biased_attention
         acor = config.injector == "acor"
         self.injector = ConditionInjector(axis, width, config.kernel, config.groups) if acor else None
         self.modulator = Modulator(config.heads) if config.modulator else None
@@ -435,9 +447,7 @@ class Half(nn.Module):
         self.mlp = Mlp(width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def attend(
-        self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, setting: Setting
-    ) -> Tensor:
+    def attend(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, setting: Setting) -> Tensor:
         """Compute the attention branch before its gate: it mixes the tokens of a line, and none of two lines."""
         clip, valid = setting.clip, setting.valid(self.axis)
         if self.injector is not None:
@@ -448,17 +458,12 @@ class Half(nn.Module):
         qkv = self.qkv(clip.fold(h_BLD, self.axis)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [G, N, L / lines, K]
         kv = run.site(at + ".kv", keep, KV(k, v))
-        bias = self._bias(setting)
-        o = run.site(at + ".core", self.core, q, kv.k, kv.v, bias)
+        if self.modulator is None:
+            mask = () if valid is None else (valid[:, None, None],)
+            o = run.site(at + ".core", attention, q, kv.k, kv.v, *mask)
+        else:
+            o = run.site(at + ".core", self.biased, q, kv.k, kv.v, setting.bias(self.axis, self.modulator))
         return clip.unfold(self.out(o.transpose(1, 2).flatten(2)), self.axis)
-
-    def _bias(self, setting: Setting) -> LineBias:
-        """Return the modulator's bias; without one, zero but for padding."""
-        if self.modulator is not None:
-            return setting.bias(self.axis, self.modulator)
-        weight = setting.auxiliary.new_zeros(2)
-        plain = setting.bias(self.axis, lambda *args: LineBias(*args[:2], weight, weight.new_zeros(self.heads), args[2]))  # type: ignore[arg-type]
-        return plain
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
         """Compute the MLP branch before its gate, row by row."""

@@ -44,10 +44,8 @@ class ConditionInjector(nn.Module):
         """Compute gamma and beta of each token from condition tokens, [B, L, 2 D]; they know no noise and no time."""
         clip = Clip(grid.frames, grid.height * grid.width)
         lines = clip.fold(q_BLD, self.axis)
-        if self.axis == "S":
-            found = self.conv(lines, Grid(1, grid.height, grid.width))
-        else:
-            found = self.conv(lines.mT).mT
+        frame = Grid(1, grid.height, grid.width)
+        found = self.conv(lines, frame) if self.axis == "S" else self.conv(lines.mT).mT
         return clip.unfold(found, self.axis)
 
     def forward(self, h_BLD: Tensor, q_BLD: Tensor, grid: Grid, valid_GL: Tensor | None = None) -> Tensor:

@@ -93,9 +93,7 @@ def series_strip(
         if series is not None:
             rows[name] = at_size(stretch(series[:, shown]), cell)
             captions[name] = [name, *titles.get(name, ())]
-    heads = [
-        f"{dates[t]}\n{float(hidden[0, t].float().mean()):.0%} hidden" for t in shown
-    ]
+    heads = [f"{dates[t]}\n{float(hidden[0, t].float().mean()):.0%} hidden" for t in shown]
     if truth is None:
         return sheet(rows, captions, heads, cell)
     error = (filled - truth)[:, shown].abs().mean(0) / 2
@@ -106,8 +104,14 @@ def series_strip(
 
 
 def class_strip(
-    *, images: Tensor, maps: Tensor, dates: Dates, classes: Sequence[str], truth: Tensor | None = None,
-    bands: Sequence[str] = (), titles: Mapping[str, Sequence[str]] | None = None,
+    *,
+    images: Tensor,
+    maps: Tensor,
+    dates: Dates,
+    classes: Sequence[str],
+    truth: Tensor | None = None,
+    bands: Sequence[str] = (),
+    titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """Draw a row each for the images [C, T, H, W], the true classes and the predicted ones [T, H, W], under dates."""
     titles = titles or {}
@@ -151,7 +155,10 @@ def _with_classes(page: Image.Image, classes: Sequence[str]) -> Image.Image:
 def plain_strip(series: Mapping[str, Tensor]) -> Image.Image:
     """Draw series [C, T, H, W], a row each, all of the range of the first."""
     first = next(iter(series.values()))
-    stretch, cell = Stretch.of(first, torch.ones_like(first[:1], dtype=torch.bool)), fitting(*first.shape[-2:])
+    stretch, cell = (
+        Stretch.of(first, torch.ones_like(first[:1], dtype=torch.bool)),
+        fitting(*first.shape[-2:]),
+    )
     shown = chosen(first.shape[1], columns(cell[0]))
     rows = {name: at_size(stretch(one[:, shown]), cell) for name, one in series.items()}
     return sheet(rows, {name: [name] for name in rows}, [f"date {t}" for t in shown], cell)
@@ -173,7 +180,12 @@ def write_sheet(folder: Path, data: SatelliteSet, model: Model, step: int) -> No
 
 
 def page_of(
-    model: UniTS, data: SatelliteSet, scenes: object, made: Tensor, i: int, titles: Mapping[str, Sequence[str]] | None = None
+    model: UniTS,
+    data: SatelliteSet,
+    scenes: object,
+    made: Tensor,
+    i: int,
+    titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """Draw number `i` of windows, and what a model made of them [n, C, T, H, W]."""
     from ditkit.data.satellite import Scenes
@@ -185,12 +197,22 @@ def page_of(
     if config.job == "change-detection":
         labels = scenes.labels
         return class_strip(
-            images=scenes.image[i], maps=made[i].cpu().argmax(0), dates=dates, classes=config.classes,
-            truth=None if labels is None else labels[i], bands=data.bands, titles=titles,
+            images=scenes.image[i],
+            maps=made[i].cpu().argmax(0),
+            dates=dates,
+            classes=config.classes,
+            truth=None if labels is None else labels[i],
+            bands=data.bands,
+            titles=titles,
         )
     streams = given(config, scenes).streams
     optical = torch.where(streams["clouds"][i] > 0.5, 1.0, streams["optical"][i])
     return series_strip(
-        observed=optical, filled=made[i].cpu().clamp(-1, 1), hidden=hidden_of(config, scenes)[i], dates=dates,
-        truth=scenes.image[i], bands=data.bands, titles=about,
+        observed=optical,
+        filled=made[i].cpu().clamp(-1, 1),
+        hidden=hidden_of(config, scenes)[i],
+        dates=dates,
+        truth=scenes.image[i],
+        bands=data.bands,
+        titles=about,
     )

@@ -103,7 +103,9 @@ class Processed:
         bands = self.place.first.bands
         if self._classes:
             maps = made.argmax(0)
-            return class_strip(images=observed, maps=maps, dates=dates, classes=self.model.config.classes, bands=bands)
+            return class_strip(
+                images=observed, maps=maps, dates=dates, classes=self.model.config.classes, bands=bands
+            )
         if self.model.config.job == "reconstruction":
             made = torch.where(hidden, made, observed)
         white = torch.where(hidden, 1.0, observed)
@@ -153,7 +155,10 @@ def process(
     cond = given(config, series.scenes(torch.arange(len(series))))
     first = sampling.seeds[0]
     drawn = generate(
-        model, cond=cond, shape=model.sample_shape, progress=progress,
+        model,
+        cond=cond,
+        shape=model.sample_shape,
+        progress=progress,
         sampling=sampling.changed(seeds=range(first, first + len(series))),
     )
     return Processed(model, place, _blended(drawn.samples, series, place))
@@ -212,4 +217,3 @@ def _day(text: str) -> np.datetime64:
         return np.datetime64(text, "D")
     except ValueError as error:
         raise ConfigError(f"--dates {text}, expected a day such as 2024-05-31") from error
-

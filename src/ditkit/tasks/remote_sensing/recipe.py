@@ -1,4 +1,4 @@
-"""Recipes of satellite series: clouds filled or removed, later dates, or maps of land cover, by one class of network."""
+"""Recipes of satellite series: clouds filled or removed, later dates, maps of land cover; one class of network."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class SatelliteRecipe(DenoiserRecipe):
         radar = f" and {len(data.radar_bands)} of radar" if data.radar_bands else ""
         about = f"; simulated: {data.simulated}" if data.simulated else ""
         height, width = data.size
-        return (
-            f"{len(data)} windows of {data.frames} dates, {len(data.bands)} bands{radar}, {height} x {width} pixels{about}"
-        )
+        return f"{len(data)} windows of {data.frames} dates, {len(data.bands)} bands{radar}, {height} x {width} pixels{about}"
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, SatelliteDataset)

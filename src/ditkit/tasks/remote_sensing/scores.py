@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 COUNT, SHOWN = 16, 2
 MODEL, MAJORITY = "UniTS", "most frequent class"
-COLUMNS = {"psnr_db": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "rmse": ("RMSE", 4), "mae": ("MAE", 4), "sam_deg": ("SAM, °", 2)}
+COLUMNS = {
+    "psnr_db": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 3),
+    "rmse": ("RMSE", 4),
+    "mae": ("MAE", 4),
+    "sam_deg": ("SAM, °", 2),
+}
 CHANGE_COLUMNS = {"miou": ("mIoU", 3), "bc": ("BC", 3), "sc": ("SC", 3), "scs": ("SCS", 3)}
 
 
@@ -145,13 +151,18 @@ def evaluate_series(
     """
     count = COUNT if count is None else integer("--count", count, least=1)
     own = sampling.seeds == Sampling().seeds
-    whole, has_split, scenes = held_out(model, data, count if own else len(sampling.seeds), options, fewer=own)
+    whole, has_split, scenes = held_out(
+        model, data, count if own else len(sampling.seeds), options, fewer=own
+    )
     seeds = range(len(scenes.image)) if own else sampling.seeds
     check_judged(model.config, scenes, whole.name)
     stage = None if progress is None else partial(progress, "making series")
     drawn = generate(
-        model, cond=given(model.config, scenes), shape=target(model.config, scenes)[0].shape[1:],
-        sampling=sampling.changed(seeds=seeds), progress=stage,
+        model,
+        cond=given(model.config, scenes),
+        shape=target(model.config, scenes)[0].shape[1:],
+        sampling=sampling.changed(seeds=seeds),
+        progress=stage,
     )
     judged = judge(model.config, scenes, {MODEL: drawn.samples})
     return SeriesEvaluation(model, whole, scenes, drawn, *judged, has_split)

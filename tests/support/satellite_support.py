@@ -17,7 +17,15 @@ from models_support import perturbed
 
 SIDE = 96
 TINY = UniTSConfig(
-    channels=3, optical_channels=3, radar_channels=2, frames=4, size=(8, 12), width=32, depth=2, heads=4, groups=8
+    channels=3,
+    optical_channels=3,
+    radar_channels=2,
+    frames=4,
+    size=(8, 12),
+    width=32,
+    depth=2,
+    heads=4,
+    groups=8,
 )
 
 
@@ -57,7 +65,16 @@ def scene() -> Raster:
     """A scene of six bands in the way of the real one: water, fields and bare ground in smooth patches."""
     draw = np.random.default_rng(0)
     coarse = draw.random((SIDE // 8, SIDE // 8)).repeat(8, 0).repeat(8, 1)
-    bands = np.stack([60 + 40 * coarse, 60 + 30 * coarse, 40 + 60 * (1 - coarse), 40 + 90 * coarse, 90 - 40 * coarse, 70 - 40 * coarse])
+    bands = np.stack(
+        [
+            60 + 40 * coarse,
+            60 + 30 * coarse,
+            40 + 60 * (1 - coarse),
+            40 + 90 * coarse,
+            90 - 40 * coarse,
+            70 - 40 * coarse,
+        ]
+    )
     bands[4:, :, : SIDE // 8] = 5  # water
     values = (bands + draw.normal(0, 4, bands.shape)).clip(0, 255).astype(np.uint8)
     transform = (28.5, 0.0, 288_776.25, 0.0, -28.5, 9_120_760.75)
