@@ -3,10 +3,10 @@
 python benchmarks/claims/06_units.py      writes benchmarks/results/claims/06-units.json and fills the page
 
 The scene is real; its seasons, clouds and radar are simulated (ditkit.data.sets.landsat). Four networks are trained
-from the same weights on the same windows, noise and times: the whole one, one whose conditions are added to the first tokens
-alone, one without the modulator, and one without the second sensor. They fill the same held-out windows, from a part
-of the scene that none has met, beside filling without learning. Intervals resample held-out windows, or draws, of one
-training; they say nothing of another run of it.
+from the same weights on the same windows, noise and times: the whole one, one whose conditions are added to the first
+tokens alone, one without the modulator, and one without the second sensor. They fill the same held-out windows, from
+a part of the scene that none has met, beside filling without learning. Intervals resample held-out windows, or draws,
+of one training; they say nothing of another run of it.
 """
 
 from __future__ import annotations

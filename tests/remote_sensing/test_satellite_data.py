@@ -135,7 +135,7 @@ def test_speckle_keeps_the_mean_power_and_radar_has_its_scaling():
 def test_the_missing_package_and_scene_are_named(nothing_installed, monkeypatch, tmp_path):
     landsat.read_scene.cache_clear()
     monkeypatch.setattr(landsat, "DEBIAN_FILE", tmp_path / "absent.tif")
-    with pytest.raises(DataError, match="apt-get download r-cran-stars.*DITKIT_DATA"):
+    with pytest.raises(DataError, match=r"apt-get download r-cran-stars.*DITKIT_DATA"):
         landsat.load()
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'ditkit[satellite]'")):
@@ -335,7 +335,7 @@ def test_all_clouds_an_empty_folder_and_crops_too_large_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no GeoTIFFs, expected dated files"):
         load_satellite(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="farm holds satellite series, expected clips|holds no videos"):
+    with pytest.raises(ConfigError, match=r"farm holds satellite series, expected clips|holds no videos"):
         from ditkit.data.loading import load_clips
 
         load_clips(root)

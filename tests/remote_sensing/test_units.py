@@ -56,7 +56,7 @@ def test_presets_have_the_papers_parameters_within_two_percent(name, millions):
 
 
 def test_unknown_presets_and_sizes_are_refused():
-    with pytest.raises(ConfigError, match="unknown UniTS preset 's1'.*S1"):
+    with pytest.raises(ConfigError, match=r"unknown UniTS preset 's1'.*S1"):
         UniTS.preset("s1")
     for change, message in (
         ({"kernel": 2}, "kernel=2 should be odd"),
@@ -500,7 +500,7 @@ def test_methods_that_move_rows_or_replace_the_mask_are_refused_by_name(policy):
 
 
 def test_guidance_is_refused_by_name():
-    with pytest.raises(ConfigError, match="UniTS: guidance by its branch 'uncond'.*guidance=1"):
+    with pytest.raises(ConfigError, match=r"UniTS: guidance by its branch 'uncond'.*guidance=1"):
         sample(units(), Cond(streams=told(TINY)), [0, 1], steps=2, guidance=2.0)
 
 

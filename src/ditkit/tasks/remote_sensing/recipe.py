@@ -74,7 +74,8 @@ class SatelliteRecipe(DenoiserRecipe):
         radar = f" and {len(data.radar_bands)} of radar" if data.radar_bands else ""
         about = f"; simulated: {data.simulated}" if data.simulated else ""
         height, width = data.size
-        return f"{len(data)} windows of {data.frames} dates, {len(data.bands)} bands{radar}, {height} x {width} pixels{about}"
+        windows = f"{len(data)} windows of {data.frames} dates, {height} x {width} pixels"
+        return f"{windows}, {len(data.bands)} bands{radar}{about}"
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
         assert isinstance(samples, SatelliteDataset)

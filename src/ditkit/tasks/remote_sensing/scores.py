@@ -108,7 +108,8 @@ class SeriesEvaluation(Evaluation):
 
     def remarks(self) -> Iterator[str]:
         """Say what is simulated, and what is not held out."""
-        yield f"{len(self.drawn.seeds)} windows in {self.drawn.seconds:.1f} s, {self.drawn.evaluations} evaluations each"
+        count, seconds = len(self.drawn.seeds), self.drawn.seconds
+        yield f"{count} windows in {seconds:.1f} s, {self.drawn.evaluations} evaluations each"
         if self.data.simulated:
             yield f"{self.data.name}: {self.data.simulated} are simulated from one real scene"
         if not self.has_split:
