@@ -18,7 +18,6 @@ from ditkit.api.evaluate import evaluate
 from ditkit.cli.train import found as recipes
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.core.task import task_of, tasks
-from ditkit.data.rasters import Place
 from ditkit.data.satellite import Scenes, Weather
 from ditkit.data.sets import landsat
 from ditkit.metrics.gap_filling import linear
@@ -54,7 +53,7 @@ def scenes_of(count: int = 3, size: int = 8) -> Scenes:
 def config(job: str, **changes: Any) -> UniTSConfig:
     channels = 4 if job == "change-detection" else 6
     own = {**SMALL, "optical_channels": 6, "channels": channels, "job": job, **changes}
-    return UniTSConfig(**own, classes=landsat.CLASSES if channels == 4 else ())
+    return UniTSConfig(**own, land_cover=landsat.CLASSES if channels == 4 else ())
 
 
 def trained(job: str, **changes: Any) -> UniTS:
@@ -85,7 +84,9 @@ def test_each_job_is_given_what_it_should_be_and_no_truth():
     maps = target(config("change-detection"), scenes)[0]
     assert torch.equal(maps.argmax(1), scenes.labels) and maps.sum(1).unique().tolist() == [-2]
     plain = given(config("change-detection", radar_channels=0, dates=False, places=False), scenes).streams
-    assert set(plain) == {"optical", "clouds", "days", "present"}
+    assert set(plain) == {"optical", "clouds", "days"}
+    short = scenes._replace(present=torch.tensor([True, True, True, False]).expand(3, -1))
+    assert not given(config("reconstruction"), short).streams["present"][:, 3].any()
 
 
 def test_a_place_without_coordinates_is_refused_where_they_are_embedded():
@@ -183,7 +184,7 @@ def test_comparison_draws_the_series_that_data_give():
     model = trained("reconstruction")
     task = tasks()["remote_sensing"]
     _, cond = task.reference(model, "landsat", None, [0, 1], length=4)
-    assert set(cond.streams) == set(model.conditions)
+    assert set(cond.streams) == set(model.conditions) - {"present"}
     with pytest.raises(ConfigError, match="expected --data"):
         task.reference(model, None, None, [0])
     report = ditkit.compare(
@@ -219,6 +220,10 @@ def test_a_strip_shows_given_truth_filled_and_error_under_dates(tmp_path):
         )
     )
     assert page.shape == other.shape and (page != other).any()
+    unknown = series_strip(
+        observed=white, filled=-image, hidden=hidden, dates=dates, truth=image, known=torch.zeros_like(hidden)
+    )
+    assert not np.array_equal(np.array(unknown), other)
     without = series_strip(observed=white, filled=image, hidden=hidden, dates=dates)
     assert without.height < page.shape[0]
     assert shown_bands(landsat.BANDS, 6) == (2, 1, 0) and shown_bands(("B2", "B3", "B4"), 3) == (2, 1, 0)
@@ -336,8 +341,11 @@ def test_folders_that_a_network_cannot_work_on_are_refused_and_nothing_is_left(t
     assert "0 dates to forecast, expected 1 to 2" in refused(of=forecast)
     assert "expected days after 2024-05-10" in refused("--dates", "2024-05-01", of=forecast)
     assert "expected a day such as 2024-05-31" in refused("--dates", "soon", of=forecast)
-    assert "2 dates, the network forecasts from 2" not in refused("--guidance", "3")
     assert "is not guided" in refused("--guidance", "3")
+    short = place(tmp_path / "short", dates=1)
+    assert "short has 1 dates, the network forecasts from 2" in refused(
+        "--dates", "2024-06-01", data=short, of=forecast
+    )
     bare = place(tmp_path / "bare", crs=None)
     assert "no longitude and latitude" in refused(data=bare)
     for path in (root / "clouds").iterdir():
@@ -345,7 +353,6 @@ def test_folders_that_a_network_cannot_work_on_are_refused_and_nothing_is_left(t
     assert "every pixel of all 5 dates is hidden" in refused()
     line = complaint(capsys, "satellite", model, "--data", root, "--out", root)
     assert "is the folder of the data, expected another" in line
-    assert isinstance(Place.__dataclass_fields__, dict)
 
 
 def test_crops_of_a_larger_scene_are_blended_without_gaps(tmp_path):

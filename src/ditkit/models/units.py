@@ -79,7 +79,7 @@ class UniTSConfig(ModelConfig):
         radar_dropout: share of training samples in which the second sensor counts as absent.
         attention: the bias is generated for some rows of queries at a time, or inside torch's flex_attention.
         radar_mean: of each band of the second sensor in its unit, usually decibels. radar_std: its deviation.
-        bands: names of the optical bands. classes: names of the classes, where those are made.
+        bands: names of the optical bands. land_cover: names of the classes, where those are made.
     """
 
     task: ClassVar[str] = "remote_sensing"
@@ -106,7 +106,7 @@ class UniTSConfig(ModelConfig):
     radar_mean: tuple[Finite, ...] = field(default=(), metadata=FROM_DATA)
     radar_std: tuple[Finite, ...] = field(default=(), metadata=FROM_DATA)
     bands: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
-    classes: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
+    land_cover: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
     convention: Convention = VELOCITY
 
     def __post_init__(self) -> None:

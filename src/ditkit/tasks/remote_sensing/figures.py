@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ditkit.core.checkpoint import replacing
 from ditkit.core.model import Model
-from ditkit.data.satellite import Dates, SatelliteSet
+from ditkit.data.satellite import Dates, SatelliteSet, Scenes
 from ditkit.models.units import UniTS
-from ditkit.report.legend import difference, with_legend
-from ditkit.report.sheet import png, sheet
+from ditkit.report.legend import BOX_PX, HEIGHT_PX, below_each_other, difference, with_legend
+from ditkit.report.sheet import LABEL_WIDTH, LINE, MARGIN, PALE, PAPER, font, png, sheet
 from ditkit.report.strips import at_size, chosen, columns, fitting
+from ditkit.sample import sample
+from ditkit.tasks.remote_sensing.jobs import given, hidden_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +29,8 @@ NUMBERED = ("B4", "B3", "B2")
 CUT = (0.01, 0.995)
 """Quantiles of what is clear that are black and white."""
 SHEET_STEPS = 10
-CLASS_COLOURS = "tab20"
+CLASS_COLOURS = {10: "tab10", 20: "tab20"}
+"""Colour maps of classes, by the most of them."""
 
 
 class Stretch(NamedTuple):
@@ -73,6 +76,7 @@ def series_strip(
     hidden: Tensor,
     dates: Dates,
     truth: Tensor | None = None,
+    known: Tensor | None = None,
     bands: Sequence[str] = (),
     titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
@@ -80,11 +84,13 @@ def series_strip(
 
     Args:
         observed, filled, truth: [C, T, H, W] in [-1, 1]; without truth there is no error.
-        hidden: [1, T, H, W] bool, white where it is given as a hole.
+        hidden: [1, T, H, W] bool, of the shares in the heads.
+        known: [1, T, H, W] bool, where the truth is known; there is no error elsewhere.
         titles: lines of text under "given", "truth" and "filled".
     """
     titles = titles or {}
-    stretch = Stretch.of(filled if truth is None else truth, torch.ones_like(hidden), bands)
+    clear = torch.ones_like(hidden) if known is None else known
+    stretch = Stretch.of(filled if truth is None else truth, clear, bands)
     cell = fitting(*observed.shape[-2:])
     shown = chosen(observed.shape[1], columns(cell[0]))
     rows: dict[str, Tensor] = {}
@@ -96,7 +102,7 @@ def series_strip(
     heads = [f"{dates[t]}\n{float(hidden[0, t].float().mean()):.0%} hidden" for t in shown]
     if truth is None:
         return sheet(rows, captions, heads, cell)
-    error = (filled - truth)[:, shown].abs().mean(0) / 2
+    error = ((filled - truth).abs().mean(0) / 2 * clear[0])[shown]
     scale = difference(float(error.max()), "reflectance, mean of bands")
     rows["error"] = at_size(scale.paint(error), cell)
     captions["error"] = ["error", *titles.get("error", ("|filled - truth|",))]
@@ -130,7 +136,8 @@ def class_colours(maps: Tensor, classes: int) -> Tensor:
     """Colour class maps [T, H, W] as uint8 [T, 3, H, W]; unknown, -1, is white."""
     from matplotlib import colormaps
 
-    table = torch.from_numpy(colormaps[CLASS_COLOURS](range(classes), bytes=True)[:, :3].copy())
+    colours = next((name for most, name in CLASS_COLOURS.items() if classes <= most), "tab20")
+    table = torch.from_numpy(colormaps[colours](range(classes), bytes=True)[:, :3].copy())
     table = torch.cat([table, torch.full((1, 3), 255, dtype=torch.uint8)])
     return table[maps].permute(0, 3, 1, 2)
 
@@ -138,9 +145,6 @@ def class_colours(maps: Tensor, classes: int) -> Tensor:
 def _with_classes(page: Image.Image, classes: Sequence[str]) -> Image.Image:
     """Add a legend of the classes' colours below a page."""
     from PIL import Image, ImageDraw
-
-    from ditkit.report.legend import BOX_PX, HEIGHT_PX, below_each_other
-    from ditkit.report.sheet import LABEL_WIDTH, LINE, MARGIN, PALE, PAPER, font
 
     line = Image.new("RGB", (page.width, LINE + HEIGHT_PX), PAPER)
     draw, x = ImageDraw.Draw(line), MARGIN + LABEL_WIDTH
@@ -167,9 +171,6 @@ def plain_strip(series: Mapping[str, Tensor]) -> Image.Image:
 @torch.no_grad()
 def write_sheet(folder: Path, data: SatelliteSet, model: Model, step: int) -> None:
     """Write the first window as the model makes it, as `folder`/STEP.png."""
-    from ditkit.sample import sample
-    from ditkit.tasks.remote_sensing.jobs import given
-
     assert isinstance(model, UniTS)
     scenes = data.scenes(torch.tensor([0]))
     drawn = sample(model, given(model.config, scenes), [0], steps=SHEET_STEPS, policies=model.policies)
@@ -182,25 +183,21 @@ def write_sheet(folder: Path, data: SatelliteSet, model: Model, step: int) -> No
 def page_of(
     model: UniTS,
     data: SatelliteSet,
-    scenes: object,
+    scenes: Scenes,
     made: Tensor,
     i: int,
     titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """Draw number `i` of windows, and what a model made of them [n, C, T, H, W]."""
-    from ditkit.data.satellite import Scenes
-    from ditkit.tasks.remote_sensing.jobs import given, hidden_of
-
-    assert isinstance(scenes, Scenes)
     config, dates = model.config, np.datetime_as_string(scenes.dates[i], "D")
-    about = {"given": [f"{data.name} {data.id(i)}" if i < len(data) else data.name], **(titles or {})}
+    about = {"given": [data.name], **(titles or {})}
     if config.job == "change-detection":
         labels = scenes.labels
         return class_strip(
             images=scenes.image[i],
             maps=made[i].cpu().argmax(0),
             dates=dates,
-            classes=config.classes,
+            classes=config.land_cover,
             truth=None if labels is None else labels[i],
             bands=data.bands,
             titles=titles,
@@ -212,7 +209,8 @@ def page_of(
         filled=made[i].cpu().clamp(-1, 1),
         hidden=hidden_of(config, scenes)[i],
         dates=dates,
-        truth=scenes.image[i],
+        truth=torch.where(scenes.known[i], scenes.image[i], 1.0),
+        known=scenes.known[i],
         bands=data.bands,
         titles=about,
     )

@@ -43,8 +43,9 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
         "optical": torch.where(hidden, 0.0, scenes.observed if removal else scenes.image),
         "clouds": hidden.float(),
         "days": scenes.days,
-        "present": scenes.present.float(),
     }
+    if not scenes.present.all():
+        streams["present"] = scenes.present.float()
     if config.radar_channels and scenes.radar is not None:
         streams["radar"] = scenes.radar
     if config.dates:

@@ -76,7 +76,7 @@ class Processed:
             "grid": self.place.first.grid,
             "dates": [str(day) for day in self.place.dates[self.shown]],
             "hidden_share": hidden.float().mean((1, 2)).tolist(),
-            "classes": list(self.model.config.classes),
+            "classes": list(self.model.config.land_cover),
         }
 
     @property
@@ -104,7 +104,7 @@ class Processed:
         if self._classes:
             maps = made.argmax(0)
             return class_strip(
-                images=observed, maps=maps, dates=dates, classes=self.model.config.classes, bands=bands
+                images=observed, maps=maps, dates=dates, classes=self.model.config.land_cover, bands=bands
             )
         if self.model.config.job == "reconstruction":
             made = torch.where(hidden, made, observed)

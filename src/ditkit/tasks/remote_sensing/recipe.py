@@ -61,7 +61,7 @@ class SatelliteRecipe(DenoiserRecipe):
             "radar_mean": mean if self.model.radar_channels else (),
             "radar_std": std if self.model.radar_channels else (),
             "bands": data.bands,
-            "classes": data.classes if self.model.job == "change-detection" else (),
+            "land_cover": data.classes if self.model.job == "change-detection" else (),
         }
 
     def dataset(self, data: SatelliteSet) -> TrainingSet:
