@@ -43,8 +43,8 @@ def linear(image: Tensor, hidden: Tensor, days: Tensor) -> Tensor:
     left, right = torch.where(before < 0, after, before), torch.where(after == frames, before, after)
     to_left, to_right = (_days_to(days, source, frames) for source in (left, right))
     share = (to_left / (to_left + to_right).clamp_min(1e-9)).to(image.dtype)
-    ends = [_taken(image, hidden, source) for source in (left, right)]
-    return torch.lerp(*ends, share.expand_as(image))
+    first, second = (_taken(image, hidden, source) for source in (left, right))
+    return torch.lerp(first, second, share.expand_as(image))
 
 
 FILLINGS: Mapping[str, Filling] = {"last": last, "closest": closest, "linear": linear}

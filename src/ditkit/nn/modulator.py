@@ -94,7 +94,7 @@ def flex_biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: LineBias) -> Te
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(q, k, v, score_mod=bias.score)  # type: ignore[return-value]
+    return flex_attention(q, k, v, score_mod=bias.score)
 
 
 def _some_rows(q: Tensor, k: Tensor, v: Tensor, bias: LineBias, start: int, stop: int) -> Tensor:
