@@ -207,7 +207,7 @@ def test_comparison_draws_the_series_that_data_give():
 def test_a_strip_shows_given_truth_filled_and_error_under_dates(tmp_path):
     scenes = scenes_of(1, 32)
     hidden, image = scenes.hidden[0], scenes.image[0]
-    dates = np.datetime_as_string(scenes.dates[0], "D")
+    dates = [str(day) for day in scenes.dates[0]]
     white = torch.where(hidden, 1.0, image)
     page = np.array(
         series_strip(

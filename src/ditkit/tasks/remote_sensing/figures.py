@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ditkit.core.checkpoint import replacing
 from ditkit.core.model import Model
-from ditkit.data.satellite import Dates, SatelliteSet, Scenes
+from ditkit.data.satellite import SatelliteSet, Scenes
 from ditkit.models.units import UniTS
 from ditkit.report.legend import BOX_PX, HEIGHT_PX, below_each_other, difference, with_legend
 from ditkit.report.sheet import LABEL_WIDTH, LINE, MARGIN, PALE, PAPER, font, png, sheet
@@ -74,7 +73,7 @@ def series_strip(
     observed: Tensor,
     filled: Tensor,
     hidden: Tensor,
-    dates: Dates,
+    dates: Sequence[str],
     truth: Tensor | None = None,
     known: Tensor | None = None,
     bands: Sequence[str] = (),
@@ -113,7 +112,7 @@ def class_strip(
     *,
     images: Tensor,
     maps: Tensor,
-    dates: Dates,
+    dates: Sequence[str],
     classes: Sequence[str],
     truth: Tensor | None = None,
     bands: Sequence[str] = (),
@@ -189,7 +188,7 @@ def page_of(
     titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
     """Draw number `i` of windows, and what a model made of them [n, C, T, H, W]."""
-    config, dates = model.config, np.datetime_as_string(scenes.dates[i], "D")
+    config, dates = model.config, [str(day) for day in scenes.dates[i]]
     about = {"given": [data.name], **(titles or {})}
     if config.job == "change-detection":
         labels = scenes.labels

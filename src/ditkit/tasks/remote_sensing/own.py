@@ -99,7 +99,7 @@ class Processed:
         """Draw the north-west of the scene at each date."""
         cut = slice(None), slice(None), slice(STRIP_PX), slice(STRIP_PX)
         observed, made = (x.transpose(0, 1)[cut] for x in (self.place.optical, self.made))
-        hidden, dates = self.place.hidden[None][cut], np.datetime_as_string(self.place.dates, "D")
+        hidden, dates = self.place.hidden[None][cut], [str(day) for day in self.place.dates]
         bands = self.place.first.bands
         if self._classes:
             maps = made.argmax(0)
