@@ -143,19 +143,20 @@ def test_every_job_trains_and_is_measured(job, tmp_path):
     assert found.table() is not None and any("simulated" in line for line in found.remarks())
 
 
-def test_unknown_pixels_are_not_learned_from():
+def test_unknown_pixels_are_neither_read_nor_learned_from():
     scenes = scenes_of(2)
-    half = scenes._replace(known=torch.arange(8).view(1, 1, 1, 1, 8).expand_as(scenes.known) < 4)
+    known = torch.arange(8).view(1, 1, 1, 1, 8).expand_as(scenes.known) < 4
+    scenes = scenes._replace(known=known, hidden=scenes.hidden | ~known)
     model = trained("reconstruction")
     losses = []
-    for image in (half.image, torch.where(half.known, half.image, 9.0)):
-        made, counted = target(model.config, half._replace(image=image))
-        cond = replace(given(model.config, half._replace(image=image)), mask=counted.float())
-        data = torch.where(counted, made, 0.0) if not losses else made
-        rng = SampleRNG(0, 0, range(2))
-        residual = Denoising()(model, model, torch.where(counted, data, 0.0), cond, rng)
-        losses.append(residual["loss"])
-    assert torch.equal(*losses)
+    for below in (0.3, float("nan")):
+        other = scenes._replace(image=scenes.image.masked_fill(~known, below))
+        made, counted = target(model.config, other)
+        cond = replace(given(model.config, other), mask=counted.float())
+        losses.append(Denoising()(model, model, made, cond, SampleRNG(0, 0, range(2))))
+    assert torch.equal(losses[0]["loss"], losses[1]["loss"]) and losses[0]["loss"].isfinite()
+    whole = replace(cond, mask=torch.ones_like(cond.mask))
+    assert Denoising()(model, model, made, whole, SampleRNG(0, 0, range(2)))["loss"] > losses[0]["loss"]
 
 
 def test_data_of_another_kind_are_refused_in_one_line(tmp_path):

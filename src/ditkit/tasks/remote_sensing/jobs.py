@@ -62,7 +62,7 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
 def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     """Return what is to be made, [n, C, T, H, W] in [-1, 1], and where it is learned from, [n, 1, T, H, W].
 
-    Of a forecast only the future is learned from. A class is 1 in its own channel, and -1 in the others.
+    It is mid-grey where it is not known. Of a forecast only the future is learned from. A class is 1 in its own channel, and -1 in the others.
     """
     present = scenes.present[:, None, :, None, None]
     if config.job == "change-detection":
@@ -72,7 +72,7 @@ def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     counted = scenes.known & present
     if config.job == "forecasting":
         counted = counted & (torch.arange(config.frames) >= past_of(config.frames)).view(1, 1, -1, 1, 1)
-    return scenes.image, counted
+    return torch.where(scenes.known, scenes.image, 0.0), counted
 
 
 def check_data(config: UniTSConfig, data: SatelliteSet) -> None:
