@@ -62,7 +62,7 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
 def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     """Return what is to be made, [n, C, T, H, W] in [-1, 1], and where it is learned from, [n, 1, T, H, W].
 
-    It is mid-grey where it is not known. Of a forecast only the future is learned from. A class is 1 in its own channel,
+    It is mid-grey where it is not known. Of a forecast only the future is learned from. A class is 1 in its channel,
     and -1 in the others.
     """
     present = scenes.present[:, None, :, None, None]
