@@ -507,7 +507,7 @@ def test_guidance_is_refused_by_name():
 def test_macs_are_all_counted_and_the_modulation_of_a_half_is_one_layer():
     model, streams = units(), told(TINY)
     count = count_macs(model, torch.randn(2, *model.sample_shape), torch.rand(2), Cond(streams=streams))
-    assert count.uncounted == () and count.by_kind["attention"] > 0 and count.by_kind["convolution"] > 0
+    assert count.uncounted == () and count.by_kind["matmul"] > 0 and count.by_kind["convolution"] > 0
     half = model.blocks[0].space
     assert Parts(half.modulation, activated(torch.randn(2, TINY.width))).whole().shape == (
         2,

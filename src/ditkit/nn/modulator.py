@@ -9,7 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -102,9 +101,8 @@ def _some_rows(q: Tensor, k: Tensor, v: Tensor, bias: LineBias, start: int, stop
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    if q.dtype in (torch.float32, torch.float64):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5 + bias
+    # two products, as torch's fused kernels give a bias no gradient, and other bits without one
+    scores = (q @ k.mT).to(bias.dtype) * q.shape[-1] ** -0.5 + bias
     return scores.softmax(-1).to(v.dtype) @ v
 
 
