@@ -338,6 +338,10 @@ def test_all_clouds_an_empty_folder_and_crops_too_large_are_refused(tmp_path):
         from ditkit.data.loading import load_clips
 
         load_clips(root)
+    with pytest.raises(
+        DataError, match=r"4 dates of 3 bands .*: 12,288 bytes, expected at most max_bytes=10,000"
+    ):
+        load_satellite(root, 8, frames=4, max_bytes=10_000)
     with pytest.raises(ConfigError, match="scale=0, expected a positive number"):
         load_satellite(root, 8, scale=0)
 

@@ -25,6 +25,7 @@ from ditkit.metrics.spectral import image_scores
 from ditkit.models.units import UniTS, UniTSConfig
 from ditkit.sample import Sampling, sample
 from ditkit.tasks.recipe import describe, train_recipe
+from ditkit.tasks.remote_sensing import own
 from ditkit.tasks.remote_sensing.figures import composite, series_strip, shown_bands
 from ditkit.tasks.remote_sensing.jobs import given, hidden_of, past_of, target
 from ditkit.tasks.remote_sensing.own import process
@@ -356,10 +357,17 @@ def test_folders_that_a_network_cannot_work_on_are_refused_and_nothing_is_left(t
     assert "is the folder of the data, expected another" in line
 
 
-def test_crops_of_a_larger_scene_are_blended_without_gaps(tmp_path):
+def test_crops_of_a_larger_scene_are_blended_without_gaps(tmp_path, monkeypatch):
     model = trained("cloud-removal", radar_channels=0)
     made = process(model, place(tmp_path / "farm", dates=3), sampling=FAST)
     assert made.made.shape == (3, 6, 12, 16) and made.made.isfinite().all()
+    monkeypatch.setattr(own, "AT_ONCE", 4)
+    done: list[tuple[int, int]] = []
+    again = process(
+        model, place(tmp_path / "farm", dates=3), sampling=FAST, progress=lambda *two: done.append(two)
+    )
+    torch.testing.assert_close(again.made, made.made, atol=1e-5, rtol=0)
+    assert done == sorted(done) and done[-1][0] == done[-1][1]
     whole = process(model, place(tmp_path / "more", dates=5), sampling=FAST).made
     assert whole.shape == (5, 6, 12, 16) and whole.isfinite().all()
     alone = sample(model, given(model.config, scenes_of(1)), [0], steps=2).samples

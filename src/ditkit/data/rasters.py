@@ -33,6 +33,7 @@ NAMES = "2024-05-31, 20240531 or 2024152 (year and day of the year)"
 HELD_OUT = 5
 """Every fifth crop of a folder is its test split, where there are so many."""
 SPLITS = ("all", "train", "test")
+MAX_BYTES = 4 * 2**30
 Split = Literal["all", "train", "test"]
 
 
@@ -210,6 +211,7 @@ def load(
     least_cloud: float = 0.5,
     most_cloud: float = 0.85,
     seed: int = 0,
+    max_bytes: int = MAX_BYTES,
 ) -> RasterSeries:
     """Load a folder of GeoTIFFs: one place, or a folder for each of several.
 
@@ -224,9 +226,11 @@ def load(
         scale: the number that stands for a reflectance of 1; by the files' type unless given: 10,000 of 16-bit
             integers, 255 of bytes, 1 of other numbers. What is above is cut.
         least_cloud, most_cloud: share of each date over which clouds are simulated, to learn from.
+        max_bytes: of the images of a place in memory.
 
     Raises:
-        DataError: no images, no date, other grids or bands, all hidden, or smaller than a crop; names the file.
+        DataError: no images, no date, other grids or bands, all hidden, smaller than a crop, or too large; names the
+            file.
         ConfigError: a number out of range, or the package rasterio is not installed.
     """
     own = frame_size(64 if size is None else size)
@@ -237,7 +241,7 @@ def load(
         raise ConfigError(f"scale={scale}, expected a positive number, such as 10000")
     weather = Weather(least_cloud, most_cloud)
     root = Path(folder)
-    places = [read_place(path, scale) for path in places_of(root)]
+    places = [read_place(path, scale, max_bytes) for path in places_of(root)]
     first = places[0]
     for place in places:
         _check_alike(first, place)
@@ -270,15 +274,22 @@ def places_of(root: Path) -> list[Path]:
     return found
 
 
-def read_place(folder: Path, scale: float | None = None) -> Place:
+def read_place(folder: Path, scale: float | None = None, max_bytes: int = MAX_BYTES) -> Place:
     """Read all dates of one place.
 
     Raises:
         DataError: as `load` says.
     """
     dated = _dated(_optical(folder))
-    rasters = [read_raster(path) for path in dated.values()]
-    first = rasters[0]
+    earliest, *others = dated.values()
+    first = read_raster(earliest)
+    need = 4 * len(dated) * first.values.size
+    if need > max_bytes:
+        raise DataError(
+            f"{folder} has {len(dated)} dates of {len(first.values)} bands and {first.grid}: {need:,} bytes, expected at "
+            f"most max_bytes={max_bytes:,}; cut the scene into places, or raise it"
+        )
+    rasters = [first, *map(read_raster, others)]
     for raster in rasters[1:]:
         _check_grid(raster, first, bands=True)
     dates = np.array(list(dated), dtype="M8[D]")

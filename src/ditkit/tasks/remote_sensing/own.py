@@ -25,6 +25,8 @@ from ditkit.tasks.remote_sensing.jobs import check_data, given, past_of
 
 CLEAR = Weather(0.0, 0.0)
 """No cloud but those that are there."""
+AT_ONCE = 64
+"""Crops that are held at once."""
 STRIP_PX = 256
 """The longest side of a strip's cut of the scene."""
 Progress = Callable[[int, int], None]
@@ -152,16 +154,23 @@ def process(
         for top in corners(own[0], height, height // 2 or 1)
         for left in corners(own[1], width, width // 2 or 1)
     ]
-    cond = given(config, series.scenes(torch.arange(len(series))))
-    first = sampling.seeds[0]
-    drawn = generate(
-        model,
-        cond=cond,
-        shape=model.sample_shape,
-        progress=progress,
-        sampling=sampling.changed(seeds=range(first, first + len(series))),
-    )
-    return Processed(model, place, _blended(drawn.samples, series, place))
+    first, parts = sampling.seeds[0], []
+    for some in torch.arange(len(series)).split(AT_ONCE):
+        start, count = int(some[0]), len(series)
+        drawn = generate(
+            model,
+            cond=given(config, series.scenes(some)),
+            shape=model.sample_shape,
+            sampling=sampling.changed(seeds=(first + some).tolist()),
+            progress=None if progress is None else _shifted(progress, start, len(some), count),
+        )
+        parts.append(drawn.samples)
+    return Processed(model, place, _blended(torch.cat(parts), series, place))
+
+
+def _shifted(progress: Progress, start: int, some: int, count: int) -> Progress:
+    """Report what is done of some crops, after `start` others, as a share of all."""
+    return lambda done, total: progress(start * total // some + done, count * total // some)
 
 
 def _blended(samples: Tensor, series: RasterSeries, place: Place) -> Tensor:
