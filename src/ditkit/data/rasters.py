@@ -286,8 +286,8 @@ def read_place(folder: Path, scale: float | None = None, max_bytes: int = MAX_BY
     need = 4 * len(dated) * first.values.size
     if need > max_bytes:
         raise DataError(
-            f"{folder} has {len(dated)} dates of {len(first.values)} bands and {first.grid}: {need:,} bytes, expected at "
-            f"most max_bytes={max_bytes:,}; cut the scene into places, or raise it"
+            f"{folder} has {len(dated)} dates of {len(first.values)} bands and {first.grid}: {need:,} bytes, expected "
+            f"at most max_bytes={max_bytes:,}; cut the scene into places, or raise it"
         )
     rasters = [first, *map(read_raster, others)]
     for raster in rasters[1:]:
