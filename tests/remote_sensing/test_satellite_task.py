@@ -298,7 +298,7 @@ def test_a_folder_is_filled_in_its_own_type_and_grid_and_clear_pixels_stay(tmp_p
 
 def test_what_is_under_a_cloud_changes_nothing_of_a_filled_folder(tmp_path):
     model = trained("reconstruction")
-    found = [process(model, place(tmp_path / "a"), sampling=FAST).made]
+    found = [process(model, place(tmp_path / "a"), sampling=FAST).predicted]
     other = place(tmp_path / "b")
     for i in range(5):
         path = other / f"2024-0{i + 1}-10.tif"
@@ -306,7 +306,7 @@ def test_what_is_under_a_cloud_changes_nothing_of_a_filled_folder(tmp_path):
             values = file.read()
         values[:, :, 3 * i : 3 * i + 3] = 9999
         write(path, values)
-    found.append(process(model, other, sampling=FAST).made)
+    found.append(process(model, other, sampling=FAST).predicted)
     assert torch.equal(*found)
 
 
@@ -367,15 +367,15 @@ def test_folders_that_a_network_cannot_work_on_are_refused_and_nothing_is_left(t
 def test_crops_of_a_larger_scene_are_blended_without_gaps(tmp_path, monkeypatch):
     model = trained("cloud-removal", radar_channels=0)
     made = process(model, place(tmp_path / "farm", dates=3), sampling=FAST)
-    assert made.made.shape == (3, 6, 12, 16) and made.made.isfinite().all()
+    assert made.predicted.shape == (3, 6, 12, 16) and made.predicted.isfinite().all()
     monkeypatch.setattr(own, "AT_ONCE", 4)
     done: list[tuple[int, int]] = []
     again = process(
         model, place(tmp_path / "farm", dates=3), sampling=FAST, progress=lambda *two: done.append(two)
     )
-    torch.testing.assert_close(again.made, made.made, atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.predicted, made.predicted, atol=1e-5, rtol=0)
     assert done == sorted(done) and done[-1][0] == done[-1][1]
-    whole = process(model, place(tmp_path / "more", dates=5), sampling=FAST).made
+    whole = process(model, place(tmp_path / "more", dates=5), sampling=FAST).predicted
     assert whole.shape == (5, 6, 12, 16) and whole.isfinite().all()
     alone = sample(model, given(model.config, scenes_of(1)), [0], steps=2).samples
     assert alone.shape == (1, 6, 4, 8, 8)

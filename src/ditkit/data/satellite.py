@@ -139,7 +139,7 @@ class Sky(NamedTuple):
 
     @property
     def hidden(self) -> Tensor:
-        """Where anything is between the sensor and the ground, or between it and the sun: [T, H, W] bool."""
+        """The pixels with anything between the sensor and the ground, or the ground and the sun: [T, H, W] bool."""
         return (self.cloud > 0) | (self.shadow > 0)
 
     def over(self, image: Tensor) -> Tensor:

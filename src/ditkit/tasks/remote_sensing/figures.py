@@ -183,18 +183,18 @@ def page_of(
     model: UniTS,
     data: SatelliteSet,
     scenes: Scenes,
-    made: Tensor,
+    predicted: Tensor,
     i: int,
     titles: Mapping[str, Sequence[str]] | None = None,
 ) -> Image.Image:
-    """Draw number `i` of windows, and what a model made of them [n, C, T, H, W]."""
+    """Draw number `i` of windows, and what a model predicted of them [n, C, T, H, W]."""
     config, dates = model.config, [str(day) for day in scenes.dates[i]]
     about = {"given": [data.name], **(titles or {})}
     if config.job == "change-detection":
         labels = scenes.labels
         return class_strip(
             images=scenes.image[i],
-            maps=made[i].cpu().argmax(0),
+            maps=predicted[i].cpu().argmax(0),
             dates=dates,
             classes=config.land_cover,
             truth=None if labels is None else labels[i],
@@ -205,7 +205,7 @@ def page_of(
     optical = torch.where(streams["clouds"][i] > 0.5, 1.0, streams["optical"][i])
     return series_strip(
         observed=optical,
-        filled=made[i].cpu().clamp(-1, 1),
+        filled=predicted[i].cpu().clamp(-1, 1),
         hidden=hidden_of(config, scenes)[i],
         dates=dates,
         truth=torch.where(scenes.known[i], scenes.image[i], 1.0),

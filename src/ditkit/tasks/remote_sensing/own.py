@@ -34,15 +34,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Processed:
-    """A place, and what a network made of all of it.
+    """A place, and what a network predicted of all of it.
 
     Args:
-        place: with the dates to come, if it is forecast. made: [T, C, H, W], images in [-1, 1] or scores of classes.
+        place: with the dates to come, if it is forecast.
+        predicted: [T, C, H, W], images in [-1, 1] or scores of classes.
     """
 
     model: UniTS
     place: Place
-    made: Tensor
+    predicted: Tensor
 
     @property
     def shown(self) -> slice:
@@ -88,9 +89,9 @@ class Processed:
     def _values(self, t: int) -> NDArray[Any]:
         """Return what is written of a date: as the file's own type and unit, its clear pixels untouched; or classes."""
         if self._classes:
-            return self.made[t].argmax(0, keepdim=True).to(torch.uint8).numpy()
+            return self.predicted[t].argmax(0, keepdim=True).to(torch.uint8).numpy()
         kind = self.place.first.values.dtype
-        values = (self.made[t].clamp(-1, 1).numpy().astype(np.float64) + 1) / 2 * self.place.unit
+        values = (self.predicted[t].clamp(-1, 1).numpy().astype(np.float64) + 1) / 2 * self.place.unit
         values = (np.rint(values) if kind.kind in "iu" else values).astype(kind)
         if self.model.config.job == "reconstruction":
             own = read_raster(self.place.files[t]).values
@@ -100,18 +101,18 @@ class Processed:
     def _strip(self) -> Any:
         """Draw the north-west of the scene at each date."""
         cut = slice(None), slice(None), slice(STRIP_PX), slice(STRIP_PX)
-        observed, made = (x.transpose(0, 1)[cut] for x in (self.place.optical, self.made))
+        observed, predicted = (x.transpose(0, 1)[cut] for x in (self.place.optical, self.predicted))
         hidden, dates = self.place.hidden[None][cut], [str(day) for day in self.place.dates]
         bands = self.place.first.bands
         if self._classes:
-            maps = made.argmax(0)
+            maps = predicted.argmax(0)
             return class_strip(
                 images=observed, maps=maps, dates=dates, classes=self.model.config.land_cover, bands=bands
             )
         if self.model.config.job == "reconstruction":
-            made = torch.where(hidden, made, observed)
+            predicted = torch.where(hidden, predicted, observed)
         white = torch.where(hidden, 1.0, observed)
-        return series_strip(observed=white, filled=made, hidden=hidden, dates=dates, bands=bands)
+        return series_strip(observed=white, filled=predicted, hidden=hidden, dates=dates, bands=bands)
 
 
 def process(

@@ -93,6 +93,6 @@ class SatelliteDataset:
 
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
         scenes = self.data.scenes(indices)
-        made, counted = target(self.config, scenes)
+        signal, counted = target(self.config, scenes)
         cond = given(self.config, scenes)
-        return made, cond if counted.all() else replace(cond, mask=counted.to(torch.float32))
+        return signal, cond if counted.all() else replace(cond, mask=counted.to(torch.float32))

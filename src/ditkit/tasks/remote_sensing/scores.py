@@ -208,21 +208,21 @@ def check_judged(config: UniTSConfig, scenes: Scenes, name: str) -> None:
 
 
 def judge(
-    config: UniTSConfig, scenes: Scenes, made: Mapping[str, Tensor]
+    config: UniTSConfig, scenes: Scenes, predicted: Mapping[str, Tensor]
 ) -> tuple[dict[str, ImageScores], dict[str, ImageScores], dict[str, ChangeScores]]:
-    """Score what methods made, [n, C, T, H, W] each, beside the baselines: on all pixels, and on the hidden ones."""
+    """Score what methods predicted, [n, C, T, H, W] each, beside the baselines: on all pixels and on hidden ones."""
     truth, known = target(config, scenes)
     if config.job == "change-detection":
         assert scenes.labels is not None
         labels = scenes.labels
         frequent = labels[labels >= 0].mode().values
-        maps = {name: one.argmax(1) for name, one in made.items()} | {
+        maps = {name: one.argmax(1) for name, one in predicted.items()} | {
             MAJORITY: torch.full_like(labels, int(frequent))
         }
         return {}, {}, {name: change_scores(one, labels, config.channels) for name, one in maps.items()}
     hidden = hidden_of(config, scenes)
     source = scenes.observed if config.job == "cloud-removal" else scenes.image
-    methods = {name: one.float() for name, one in made.items()}
+    methods = {name: one.float() for name, one in predicted.items()}
     methods |= {name: fill(source, hidden, scenes.days) for name, fill in FILLINGS.items()}
     everywhere = known | (scenes.known & (config.job != "forecasting"))
     whole = {name: image_scores(one, truth, everywhere) for name, one in methods.items()}
