@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit.cli.options import ModelName, for_stage, load_of, progress, words_of, writable
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.tasks.remote_sensing.own import process
@@ -19,6 +20,7 @@ Days = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[DAY ...]")]
 Scale = Annotated[float | None, tyro.conf.arg(metavar="NUMBER")]
 
 
+@on_device
 def satellite(
     model: ModelName,
     *,
