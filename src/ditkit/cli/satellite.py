@@ -44,8 +44,8 @@ def satellite(
     second sensor in decibels, if the network takes one. Dates stand in the files' names or tags; all lie on one grid.
 
     Writes into the folder of --out:
-        DAY.tif           each date on the same grid, of the files' own type; filled pixels
-                          only where the mask says so, all others as they were
+        DAY.tif           each date on the same grid, of the files' own type;
+                          of a reconstruction only the masked pixels are new
         strip.png         given, filled, and dates
         satellite.json    settings, grid, and shares of cloud
 
