@@ -222,12 +222,102 @@ def test_short_series_are_filled_up_and_every_fifth_crop_is_held_out(tmp_path):
     wide = farm(tmp_path / "wide", side=24)
     parts = {split: load_satellite(wide, 8, frames=4, split=split) for split in ("all", "train", "test")}
     names = {split: {part.id(i) for i in range(len(part))} for split, part in parts.items()}
+    assert parts["train"].has_split and not parts["all"].has_split
     assert (
         names["train"] | names["test"] == names["all"]
         and not names["train"] & names["test"]
         and names["test"]
     )
     assert corners(20, 8) == [0, 8, 12] and corners(16, 8, 4) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("side", [20, 16])
+def test_no_pixel_of_the_test_crops_is_trained_on_and_too_few_crops_are_not_split(side, tmp_path):
+    root = farm(tmp_path / "farm", side=side)
+    parts = [load_satellite(root, 8, frames=4, split=split) for split in ("train", "test")]
+    counts = []
+    for part in parts:
+        met = np.zeros((side, side), bool)
+        for _, _, top, left in part.windows:
+            met[top : top + 8, left : left + 8] = True
+        counts.append(met)
+    if side == 20:
+        assert not (counts[0] & counts[1]).any() and counts[0].any() and counts[1].sum() == 64
+    else:
+        assert parts[0].windows == parts[1].windows
+    assert {part.has_split for part in parts} == {side == 20}
+
+
+def test_radar_statistics_are_of_what_was_measured(tmp_path):
+    root = farm(tmp_path / "farm")
+    own = load_satellite(root, 16, frames=4)
+    padded = load_satellite(root, 16, frames=8)
+    assert padded.scenes(torch.tensor([0])).radar[:, :, 4:].isnan().all()
+    assert padded.radar_scaling() == own.radar_scaling()
+    values = np.full((2, 16, 16), -15, np.float32)
+    values[0, :4] = np.nan
+    values[:, 4] = -9999
+    write(root / "radar" / "20240105.tif", values)
+    with rasterio.open(root / "radar" / "20240105.tif", "r+") as file:
+        file.nodata = -9999.0
+    radar = read_place(root).radar
+    assert radar[0, :, :5].isnan().all() and (radar[0, :, 5:] == -15).all() and radar[1:].isfinite().all()
+    holes = load_satellite(root, 16, frames=4).radar_scaling()
+    assert all(np.isfinite(holes).flatten())
+    for path in (root / "radar").iterdir():
+        write(path, np.full((2, 16, 16), np.nan, np.float32))
+    with pytest.raises(DataError, match="a radar band has no values"):
+        load_satellite(root, 16, frames=4).radar_scaling()
+
+
+def test_no_data_in_one_band_hides_a_pixel(tmp_path):
+    values = np.full((3, 8, 8), 1000, np.uint16)
+    values[1, 2, 3] = 0
+    values[:, 5, 5] = 0
+    write(tmp_path / "2024-01-01.tif", values)
+    with rasterio.open(tmp_path / "2024-01-01.tif", "r+") as file:
+        file.nodata = 0
+    write(tmp_path / "2024-01-05.tif", values)
+    place = read_place(tmp_path)
+    assert place.hidden[0].nonzero().tolist() == [[2, 3], [5, 5]] and not place.hidden[1].any()
+
+
+def test_files_of_another_type_are_refused_unless_a_scale_is_given(tmp_path):
+    write(tmp_path / "a" / "2024-01-01.tif", np.full((3, 8, 8), 1000, np.uint16))
+    odd = write(tmp_path / "a" / "2024-01-05.tif", np.full((3, 8, 8), 0.1, np.float32))
+    with pytest.raises(DataError, match=r"2024-01-05.tif holds float32, 2024-01-01.tif holds uint16.*scale="):
+        read_place(tmp_path / "a")
+    assert read_place(tmp_path / "a", 10_000).unit == 10_000
+    odd.rename(tmp_path / "2024-01-05.tif")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "2024-01-05.tif").rename(tmp_path / "b" / "2024-01-05.tif")
+    with pytest.raises(
+        DataError, match=r"b holds float32 \(1 is .*a holds uint16 \(10000 is .*expected one unit"
+    ):
+        load_satellite(tmp_path, 8, frames=2)
+    assert len(load_satellite(tmp_path, 8, frames=2, scale=10_000)) == 2
+
+
+@pytest.mark.parametrize("with_classes", ["a", "b"])
+def test_places_with_classes_may_lie_beside_others(with_classes, tmp_path):
+    for name in ("a", "b"):
+        root = farm(tmp_path / name)
+        if name != with_classes:
+            for path in (root / "classes").iterdir():
+                path.unlink()
+    data = load_satellite(tmp_path, 16, frames=4)
+    labels = data.scenes(torch.arange(2)).labels
+    bare = 1 if with_classes == "a" else 0
+    assert (labels[bare] == -1).all() and (labels[1 - bare] >= 0).all() and labels.dtype == torch.int64
+
+
+def test_splits_of_the_real_scene_share_no_parcel():
+    assert landsat.row_of(0.25, 352) == 84 and 84 % landsat.PARCEL_PX == 0
+    assert (landsat.row_of(0.0, 352), landsat.row_of(1.0, 352)) == (0, 352)
+    data = landsat.LandsatSeries(ground(), (24, SIDE), 2, (8, 8), "train", 9, 0, Weather())
+    top, left = data.corner(5)
+    near = torch.lerp(*torch.lerp(*data.ground.place, (top + 4) / SIDE), (left + 4) / SIDE)
+    torch.testing.assert_close(data.scenes(torch.tensor([5])).place[0], near)
 
 
 def test_dates_come_from_tags_where_names_have_none(tmp_path):

@@ -18,6 +18,7 @@ from ditkit.api.evaluate import evaluate
 from ditkit.cli.train import found as recipes
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.core.task import task_of, tasks
+from ditkit.data.loading import load_satellite
 from ditkit.data.satellite import Scenes, Weather
 from ditkit.data.sets import landsat
 from ditkit.metrics.gap_filling import linear
@@ -29,6 +30,7 @@ from ditkit.tasks.remote_sensing import own
 from ditkit.tasks.remote_sensing.figures import composite, series_strip, shown_bands
 from ditkit.tasks.remote_sensing.jobs import given, hidden_of, past_of, target
 from ditkit.tasks.remote_sensing.own import process
+from ditkit.tasks.remote_sensing.recipe import SatelliteDataset
 from ditkit.tasks.remote_sensing.scores import MODEL, judge
 from ditkit.train.denoising import Denoising
 from ditkit.train.randomness import SampleRNG
@@ -81,13 +83,71 @@ def test_each_job_is_given_what_it_should_be_and_no_truth():
     past = past_of(4)
     forecast = given(config("forecasting"), scenes).streams
     assert forecast["clouds"][:, :, past:].all() and not forecast["clouds"][:, :, :past].any()
-    assert not target(config("forecasting"), scenes)[1][:, :, :past].any()
+    assert "radar" not in forecast and "radar" in removal
+    assert target(config("forecasting"), scenes)[1].all(), "the past is made of noise, too"
     maps = target(config("change-detection"), scenes)[0]
     assert torch.equal(maps.argmax(1), scenes.labels) and maps.sum(1).unique().tolist() == [-2]
     plain = given(config("change-detection", radar_channels=0, dates=False, places=False), scenes).streams
     assert set(plain) == {"optical", "clouds", "days"}
     short = scenes._replace(present=torch.tensor([True, True, True, False]).expand(3, -1))
     assert not given(config("reconstruction"), short).streams["present"][:, 3].any()
+
+
+def test_a_forecast_is_not_shown_the_future_by_the_second_sensor():
+    scenes = scenes_of()
+    later = scenes._replace(radar=scenes.radar.clone())
+    later.radar[:, :, past_of(4) :] += 5
+    later.image[:, :, past_of(4) :].neg_()
+    for c in (recipes()["units-forecast"]().model, config("forecasting")):
+        c = replace(c, **SMALL)
+        first, second = given(c, scenes).streams, given(c, later).streams
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert recipes()["units-forecast"]().model.radar_channels == 0
+
+
+def test_a_forecast_learns_all_that_it_draws_and_is_judged_by_the_future_alone():
+    scenes = scenes_of(2)
+    c = config("forecasting")
+    truth, learned = target(c, scenes)
+    assert learned.all() and torch.equal(truth, scenes.image)
+    wrong = truth.clone()
+    wrong[:, :, : past_of(4)].neg_()
+    whole, ahead, _ = judge(c, scenes, {MODEL: wrong})
+    assert whole[MODEL].rmse == ahead[MODEL].rmse == 0
+    missing = torch.arange(4).view(1, 1, 4, 1, 1) >= past_of(4) + 1
+    gaps = scenes._replace(known=~missing.expand_as(scenes.known))
+    truth, learned = target(c, gaps)
+    assert torch.equal(learned, gaps.known)
+    assert torch.equal(truth[:, :, 3], scenes.image[:, :, 2]), (
+        "no grey is mixed with noise where truth is missing"
+    )
+    labels = scenes.labels.clone()
+    labels[:, 1:] = -1
+    maps, learned = target(config("change-detection"), scenes._replace(labels=labels))
+    assert torch.equal(maps.argmax(1)[:, 3], labels[:, 0]) and not learned[:, :, 1:].any()
+
+
+def test_what_the_second_sensor_has_not_measured_is_its_mean():
+    scenes = scenes_of()
+    scenes.radar[:, :, 1] = torch.nan
+    c = config("reconstruction", radar_mean=(-12.0, -19.0), radar_std=(2.0, 3.0))
+    radar = given(c, scenes).streams["radar"]
+    assert radar[:, 0, 1].unique().tolist() == [-12] and radar[:, 1, 1].unique().tolist() == [-19]
+    assert torch.equal(radar[:, :, 2:], scenes.radar[:, :, 2:])
+
+
+def test_clouds_are_others_at_every_visit_of_a_window_and_the_same_again(tmp_path):
+    c = config("reconstruction", radar_channels=0)
+    for data in (load_satellite(place(tmp_path / "farm"), 8, frames=4), landsat.load(8, 4, length=9)):
+        samples = SatelliteDataset(data, c)
+        index = torch.tensor([1, 1])
+        first, again, later = (
+            samples.batch(index, SampleRNG(0, step, range(2)))[1].streams for step in (0, 0, 1)
+        )
+        assert torch.equal(first["clouds"], again["clouds"])
+        assert not torch.equal(first["clouds"], later["clouds"])
+        assert not torch.equal(first["clouds"][0], first["clouds"][1])
+        assert torch.equal(first["days"], later["days"])
 
 
 def test_a_place_without_coordinates_is_refused_where_they_are_embedded():
@@ -133,7 +193,7 @@ def test_every_job_is_learned_and_measured(job, tmp_path):
         model = ready.network().eval()
         data, cond = samples.batch(torch.arange(2), SampleRNG(0, 0, range(2)))
         assert Denoising()(model, model, data, cond, SampleRNG(0, 0, range(2)))["loss"].isfinite()
-        assert (cond.mask is not None) == (job == "forecasting")
+        assert cond.mask is None
     assert model.config.job == job and task_of(model).name == "remote_sensing"
     assert (model.config.optical_channels, model.config.bands) == (6, landsat.BANDS)
     found = evaluate(model, "landsat", options={"length": 5}, sampling=FAST, count=3)
@@ -145,7 +205,7 @@ def test_every_job_is_learned_and_measured(job, tmp_path):
     else:
         part = "in_the_future" if job == "forecasting" else "under_the_clouds"
         assert figures[part].keys() == {MODEL, "last", "closest", "linear"}
-        assert len(model.config.radar_mean) == 2
+        assert len(model.config.radar_mean) == (0 if job == "forecasting" else 2)
     (tmp_path / "out").mkdir()
     assert found.save(tmp_path / "out") == [["series-0.png", "series-1.png"]]
     assert found.table() is not None and any("simulated" in line for line in found.remarks())
@@ -362,6 +422,25 @@ def test_folders_that_a_network_cannot_work_on_are_refused_and_nothing_is_left(t
     assert "every pixel of all 5 dates is hidden" in refused()
     line = complaint(capsys, "satellite", model, "--data", root, "--out", root)
     assert "is the folder of the data, expected another" in line
+    fine = place(tmp_path / "fine")
+    before = {path: path.read_bytes() for path in fine.rglob("*.tif")}
+    for part in ("clouds", "classes"):
+        line = complaint(capsys, "satellite", model, "--data", fine, "--steps", 2, "--out", fine / part)
+        assert f"{part}/2024-01-10.tif was read, and is not replaced" in line
+    assert {path: path.read_bytes() for path in fine.rglob("*.tif")} == before
+
+
+@pytest.mark.parametrize(("size", "split"), [(8, True), (12, False)])
+def test_scores_say_whether_a_folder_was_really_split(size, split, tmp_path):
+    model = trained("reconstruction", radar_channels=0, size=size)
+    data = str(place(tmp_path / "farm"))
+    if split:  # 5 crops or more
+        for i in range(5):
+            write(tmp_path / "wide" / f"2024-0{i + 1}-10.tif", np.full((6, 8, 44), 900 + i, np.uint16))
+        data = str(tmp_path / "wide")
+    found = evaluate(model, data, sampling=FAST, count=1)
+    assert found.has_split == split
+    assert any("no test split" in line for line in found.remarks()) != split
 
 
 def test_crops_of_a_larger_scene_are_blended_without_gaps(tmp_path, monkeypatch):

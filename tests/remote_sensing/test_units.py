@@ -43,12 +43,23 @@ def run_of(model: UniTS, streams: dict[str, Tensor], count: int = 2, **changes: 
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("S2", 54.72), ("S1+S2", 54.75), ("forecast", 54.73), ("change", 54.21)]
+    ("name", "count", "millions"),
+    [
+        ("S2", 54_530_872, 54.72),
+        ("S1+S2", 54_543_544, 54.75),
+        ("forecast", 54_530_872, 54.73),
+        ("change", 53_951_736, 54.21),
+    ],
 )
-def test_presets_have_the_papers_parameters_within_two_percent(name, millions):
+def test_presets_have_our_count_and_the_papers_parameters_within_half_a_percent(name, count, millions):
     with torch.device("meta"):
         model = UniTS.preset(name)
-    assert parameter_count(model) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert parameter_count(model) == count and count / 1e6 == pytest.approx(millions, rel=0.005)
+    if name != "change":
+        dates_and_places = parameter_count(model.date) + parameter_count(model.place)
+        with torch.device("meta"):
+            without = UniTS.preset(name, dates=False, places=False)
+        assert count - parameter_count(without) == dates_and_places == 493_056
     injectors = sum(
         parameter_count(half.injector) for block in model.blocks for half in (block.space, block.time)
     )
@@ -280,6 +291,35 @@ def test_dense_rows_and_scores_on_the_fly_agree_forward_and_backward(valid, monk
         found.append((out.detach(), given.grad, own.weight.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_that_half_precision_cannot_hold_are_not_rounded_before_the_bias(autocast):
+    k = torch.stack([torch.full((8,), 16.0), torch.arange(8.0)], -1)[
+        None, None
+    ]  # 256 + j: bfloat16 has even ones
+    q = torch.tensor([16.0, 1.0]).expand(1, 1, 8, 2)
+    v = torch.eye(8)[None, None]
+    bias = bias_of_zeros(8)
+    expected = ((q.double() @ k.double().mT) * 2**-0.5).softmax(-1)
+    kind = torch.float32 if autocast else torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = biased_attention(q.to(kind), k.to(kind), v.to(kind), bias)
+    torch.testing.assert_close(found.double(), expected, atol=4e-3, rtol=0)
+
+
+def bias_of_zeros(length: int) -> LineBias:
+    nothing = torch.zeros(1, length, 1)
+    return LineBias(nothing, nothing, torch.zeros(2), -torch.ones(1))
+
+
+def test_a_network_runs_under_autocast():
+    model, streams = units(), told(TINY)
+    exact = run_of(model, streams)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_of(model, streams)
+    assert found.isfinite().all() and not torch.equal(found.float(), exact)
+    assert (found.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_half_precision_adds_the_bias_in_float32():

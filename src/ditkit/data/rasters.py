@@ -35,10 +35,12 @@ HELD_OUT = 5
 SPLITS = ("all", "train", "test")
 MAX_BYTES = 4 * 2**30
 Split = Literal["all", "train", "test"]
+Crop = tuple[int, int, int]
+"""Number of the place, first row and first column."""
 
 
 class Raster(NamedTuple):
-    """A GeoTIFF: values [C, H, W] as they stand, where they are data [H, W], and the grid that they lie on.
+    """A GeoTIFF: values [C, H, W] as they stand, where they are data in every band [H, W], and the grid that they lie on.
 
     Args:
         crs: of the grid, as text; "" for none. transform: its six numbers, from columns and rows to the crs.
@@ -85,8 +87,9 @@ class Place:
 
     Args:
         optical: float32 [T, C, H, W] in [-1, 1], 0 where hidden. hidden: [T, H, W] bool.
-        files: of the dates. first: the earliest raster, whose grid all have. unit: the number of a reflectance of 1.
-        radar: float32 [T, R, H, W] of the nearest date, or None. classes: int64 [T, H, W], or None.
+        files: of the dates. sources: all that belong to the place. first: the earliest raster, whose grid all have. unit: the number of a reflectance of 1.
+        radar: float32 [T, R, H, W] of the nearest date, NaN where it has no value; or None.
+        classes: int64 [T, H, W], or None.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Place:
     unit: float
     radar: Tensor | None = None
     classes: Tensor | None = None
+    sources: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dates)
@@ -119,7 +123,7 @@ class RasterSeries(SatelliteSet):
         seed: int,
     ) -> None:
         self.name, self.places, self.frames, self.size = name, tuple(places), frames, size
-        self.weather, self.seed = weather, seed
+        self.weather, self.seed, self.has_split = weather, seed, False
         first = places[0].first
         self.bands = first.bands
         if (radar := places[0].radar) is not None:
@@ -136,12 +140,26 @@ class RasterSeries(SatelliteSet):
         ]
 
     def part(self, split: Split) -> RasterSeries:
-        """Keep the windows of a split: every fifth crop is for the test, where there are so many."""
+        """Keep the windows of a split: every fifth crop is for the test, where there are so many.
+
+        The last crops of a side overlap others: those that share a pixel with the test belong to neither split.
+        """
         crops = list(dict.fromkeys((p, top, left) for p, _, top, left in self.windows))
-        if split != "all" and len(crops) >= HELD_OUT:
-            test = set(crops[HELD_OUT - 1 :: HELD_OUT])
-            self.windows = [w for w in self.windows if ((w[0], *w[2:]) in test) == (split == "test")]
+        if self.has_split or split == "all" or len(crops) < HELD_OUT:
+            return self
+        test = crops[HELD_OUT - 1 :: HELD_OUT]
+        kept = set(test) if split == "test" else set(crops) - self._touched(crops, test)
+        self.windows = [w for w in self.windows if (w[0], *w[2:]) in kept]
+        self.has_split = True
         return self
+
+    def _touched(self, crops: Sequence[Crop], test: Sequence[Crop]) -> set[Crop]:
+        """Return all corners of crops that share a pixel with one of the test."""
+        near = []
+        for axis, length in enumerate(self.size, start=1):
+            starts = {crop[axis] for crop in crops}
+            near.append({a: [b for b in starts if abs(a - b) < length] for a in starts})
+        return {(p, row, column) for p, top, left in test for row in near[0][top] for column in near[1][left]}
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -151,8 +169,9 @@ class RasterSeries(SatelliteSet):
         p, start, top, left = self.windows[index]
         return f"{self.places[p].name}@{self.places[p].dates[start]}+{top}+{left}"
 
-    def scenes(self, indices: Tensor) -> Scenes:
-        parts = [self._one(i) for i in indices.tolist()]
+    def scenes(self, indices: Tensor, skies: Iterable[torch.Generator] | None = None) -> Scenes:
+        drawn = [None] * len(indices) if skies is None else skies
+        parts = [self._one(i, draw) for i, draw in zip(indices.tolist(), drawn, strict=True)]
         joined: dict[str, Any] = {}
         for name in Scenes._fields:
             values = [getattr(part, name) for part in parts]
@@ -160,15 +179,15 @@ class RasterSeries(SatelliteSet):
                 joined[name] = None if values[0] is None else torch.stack(values)
         return Scenes(dates=np.stack([part.dates for part in parts]), **joined)
 
-    def _one(self, index: int) -> Scenes:
+    def _one(self, index: int, draw: torch.Generator | None = None) -> Scenes:
         p, start, top, left = self.windows[index]
         place, (height, width) = self.places[p], self.size
         count = min(self.frames, len(place) - start)
         frames = torch.arange(start, start + count)
         cut = slice(top, top + height), slice(left, left + width)
-        draw = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
-        )
+        if draw is None:
+            own = np.random.SeedSequence((self.seed, index)).generate_state(1)[0]
+            draw = torch.Generator().manual_seed(int(own))
         image = self._filled_up(place.optical[frames][:, :, *cut].transpose(0, 1), 0.0)
         missing = self._filled_up(place.hidden[frames][:, *cut][None], True)
         sky = self.weather.draw(self.frames, self.size, draw)
@@ -180,6 +199,8 @@ class RasterSeries(SatelliteSet):
         )
         days, day_of_year = calendar_of(dates)
         radar, classes = place.radar, place.classes
+        if classes is None and self.classes:  # other places have some
+            classes = torch.full_like(place.hidden, -1, dtype=torch.int64)
         return Scenes(
             image=image,
             known=~missing,
@@ -190,7 +211,9 @@ class RasterSeries(SatelliteSet):
             place=centre(place.first, top + height / 2, left + width / 2),
             present=torch.arange(self.frames) < count,
             dates=dates,
-            radar=None if radar is None else self._filled_up(radar[frames][:, :, *cut].transpose(0, 1), 0.0),
+            radar=None
+            if radar is None
+            else self._filled_up(radar[frames][:, :, *cut].transpose(0, 1), torch.nan),
             labels=None if classes is None else self._filled_up(classes[frames][:, *cut][None], -1)[0],
         )
 
@@ -292,6 +315,11 @@ def read_place(folder: Path, scale: float | None = None, max_bytes: int = MAX_BY
     rasters = [first, *map(read_raster, others)]
     for raster in rasters[1:]:
         _check_grid(raster, first, bands=True)
+        if scale is None and raster.values.dtype != first.values.dtype:
+            raise DataError(
+                f"{raster.path} holds {raster.values.dtype}, {earliest.name} holds {first.values.dtype}, expected one "
+                "type, or scale=NUMBER for all"
+            )
     dates = np.array(list(dated), dtype="M8[D]")
     unit = SCALES.get(first.values.dtype.name, 1.0) if scale is None else scale
     values = np.stack([raster.values for raster in rasters]).astype(np.float32) / unit
@@ -320,11 +348,12 @@ def read_place(folder: Path, scale: float | None = None, max_bytes: int = MAX_BY
         unit=unit,
         radar=radar,
         classes=_classes(folder / "classes", dates, first),
+        sources=(*_optical(folder), *(file for part in PARTS[1:] for file in _tiffs(folder / part))),
     )
 
 
 def _second_sensor(folder: Path, dates: Dates, first: Raster) -> Tensor | None:
-    """Read the second sensor at the date nearest to each, [T, R, H, W]; what is no data there is the band's mean."""
+    """Read the second sensor at the date nearest to each, [T, R, H, W]; NaN where it is no data."""
     dated = _dated(_tiffs(folder)) if folder.is_dir() else {}
     if not dated:
         return None
@@ -342,8 +371,7 @@ def _second_sensor(folder: Path, dates: Dates, first: Raster) -> Tensor | None:
     valid = np.stack([read[int(abs(days - day).argmin())].valid for day in dates])[:, None] & np.isfinite(
         values
     )
-    mean = np.nanmean(np.where(valid, values, np.nan), axis=(0, 2, 3), keepdims=True)
-    return torch.from_numpy(np.where(valid, values, np.nan_to_num(mean)).astype(np.float32))
+    return torch.from_numpy(np.where(valid, values, np.float32(np.nan)))
 
 
 def _classes(folder: Path, dates: Dates, first: Raster) -> Tensor | None:
@@ -373,7 +401,7 @@ def read_raster(path: Path, content: bytes | None = None) -> Raster:
             rasterio.MemoryFile(path.read_bytes() if content is None else content) as memory,
             memory.open() as file,
         ):
-            values, valid = file.read(), file.dataset_mask() > 0
+            values, valid = file.read(), file.read_masks().all(0)
             crs = "" if file.crs is None else file.crs.to_string()
             named = tuple(name or f"band {i + 1}" for i, name in enumerate(file.descriptions))
             tags = dict(file.tags())
@@ -493,6 +521,12 @@ def _check_alike(first: Place, place: Place) -> None:
     ):
         if own != other:
             raise DataError(f"{place.name} has {own} {what}, {first.name} has {other}, expected one number")
+    if place.unit != first.unit:
+        kinds = [
+            f"{p.name} holds {p.first.values.dtype} ({p.unit:g} is a reflectance of 1)"
+            for p in (place, first)
+        ]
+        raise DataError(f"{', '.join(kinds)}, expected one unit, or scale=NUMBER for all")
 
 
 def _optical(folder: Path) -> list[Path]:

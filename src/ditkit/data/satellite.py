@@ -7,6 +7,7 @@ T dates, C bands, R bands of the second sensor, H rows and W columns of pixels. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditkit.core.config import Checked, Fraction
-from ditkit.core.errors import ConfigError
+from ditkit.core.errors import ConfigError, DataError
 
 Dates = NDArray[np.datetime64]
 CLOUD_WHITE = 0.8
@@ -40,7 +41,7 @@ class Scenes(NamedTuple):
         place: [n, 2] longitude and latitude in degrees; NaN where files say none.
         present: [n, T] bool, false at dates that fill a short series up.
         dates: [n, T] days.
-        radar: [n, R, T, H, W], or None.
+        radar: [n, R, T, H, W], NaN where it has no value; or None.
         labels: int64 [n, T, H, W], the class of each pixel, -1 where it is unknown; or None.
     """
 
@@ -66,6 +67,8 @@ class SatelliteSet(ABC):
     size: tuple[int, int]
     radar_bands: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    has_split: bool = True
+    """Whether its training and its test split share no pixel."""
     simulated: ClassVar[str] = ""
     """The parts of the data that are simulated, for a person; empty if all was measured."""
 
@@ -73,22 +76,32 @@ class SatelliteSet(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def scenes(self, indices: Tensor) -> Scenes:
-        """Return the chosen windows."""
+    def scenes(self, indices: Tensor, skies: Iterable[torch.Generator] | None = None) -> Scenes:
+        """Return the chosen windows.
+
+        Args:
+            skies: the generator of each window's simulated clouds, which otherwise belong to its index.
+        """
 
     @abstractmethod
     def id(self, index: int) -> str:
         """Name the window, uniquely within the set."""
 
     def radar_scaling(self, most: int = 64) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation of each radar band, over windows from all over the set; empty without radar."""
+        """Return mean and deviation of each radar band, over windows from all over the set; empty without radar.
+
+        Raises:
+            DataError: a band has no values.
+        """
         if not self.radar_bands:
             return (), ()
         count = min(most, len(self))
         radar = self.scenes(torch.arange(count) * len(self) // count).radar
         assert radar is not None
-        values = radar.transpose(0, 1).flatten(1).double()
-        return tuple(values.mean(1).tolist()), tuple(values.std(1).clamp_min(1e-6).tolist())
+        measured = [band[~band.isnan()] for band in radar.double().unbind(1)]
+        if any(len(band) < 2 for band in measured):
+            raise DataError(f"{self.name}: a radar band has no values in the windows that are looked at")
+        return tuple(b.mean().item() for b in measured), tuple(max(b.std().item(), 1e-6) for b in measured)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ def _some_rows(q: Tensor, k: Tensor, v: Tensor, bias: LineBias, start: int, stop
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     # two products, as torch's fused kernels give a bias no gradient, and other bits without one
-    scores = (q @ k.mT).to(bias.dtype) * q.shape[-1] ** -0.5 + bias
+    with torch.autocast(
+        q.device.type, enabled=False
+    ):  # which would round the logits before the bias is added
+        scores = q.to(bias.dtype) @ k.to(bias.dtype).mT * q.shape[-1] ** -0.5 + bias
     return scores.softmax(-1).to(v.dtype) @ v
 
 

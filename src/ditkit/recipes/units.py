@@ -27,8 +27,9 @@ def units_cloud_removal() -> SatelliteRecipe:
 
 
 def units_forecast() -> SatelliteRecipe:
-    """Make the later half of a series' dates from the first half."""
-    return _recipe("forecasting")
+    """Make the later half of a series' dates from the first half of its optical images alone."""
+    recipe = _recipe("forecasting")
+    return replace(recipe, model=replace(recipe.model, radar_channels=0))
 
 
 def units_change() -> SatelliteRecipe:

@@ -6,7 +6,7 @@ height of the sun, noise), clouds and their shadows, the speckled second sensor,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -32,7 +32,7 @@ BANDS = ("blue", "green", "red", "near infrared", "short-wave infrared 1", "shor
 RADAR_BANDS = ("VV, dB", "VH, dB")
 CLASSES = ("water", "built or bare", "dormant vegetation", "green vegetation")
 SPLITS: Mapping[str, tuple[float, float]] = {"train": (0.25, 1.0), "test": (0.0, 0.25)}
-"""Shares of the scene's rows, from the north; no pixel is in both."""
+"""Shares of the scene's rows, from the north, to the nearest parcel; no pixel is in both."""
 SIZE, FRAMES, LENGTH = 64, 8, 10_000
 YEAR = np.datetime64("2001-01-01", "D")
 REVISIT_DAYS = 8  # of two satellites of 16 days each
@@ -88,13 +88,18 @@ def load(
     ground = ground_of(read_scene())
     low, high = SPLITS[split]
     rows = ground.green.shape[0]
-    first, last = round(low * rows), round(high * rows)
+    first, last = (row_of(share, rows) for share in (low, high))
     if own[0] > last - first or own[1] > ground.green.shape[1]:
         raise ConfigError(
             f"landsat: size={own[0]} x {own[1]} does not fit into the {last - first} x {ground.green.shape[1]} pixels "
             f"of split={split}"
         )
     return LandsatSeries(ground, (first, last), frames, own, split, length, seed, weather, speckle)
+
+
+def row_of(share: float, rows: int) -> int:
+    """Return the row at a share of the scene, between two parcels, so that splits share no season either."""
+    return rows if share == 1 else PARCEL_PX * round(share * rows / PARCEL_PX)
 
 
 @lru_cache(maxsize=1)
@@ -153,8 +158,9 @@ class LandsatSeries(SatelliteSet):
         """Split, seed and number: `train-0-000042`."""
         return f"{self.split}-{self.seed}-{index:06d}"
 
-    def scenes(self, indices: Tensor) -> Scenes:
-        parts = [self._one(integer("window", i, least=0, most=self.length - 1)) for i in indices.tolist()]
+    def scenes(self, indices: Tensor, skies: Iterable[torch.Generator] | None = None) -> Scenes:
+        drawn = [None] * len(indices) if skies is None else skies
+        parts = [self._one(self._checked(i), sky) for i, sky in zip(indices.tolist(), drawn, strict=True)]
         joined = {
             name: torch.stack([getattr(part, name) for part in parts])
             for name in Scenes._fields
@@ -162,13 +168,26 @@ class LandsatSeries(SatelliteSet):
         }
         return Scenes(dates=np.stack([part.dates for part in parts]), **joined)
 
-    def _one(self, index: int) -> Scenes:
-        """Simulate window `index`, without the axis n."""
+    def corner(self, index: int) -> tuple[int, int]:
+        """Return the first row and column of window `index` in the scene."""
+        return self._corner(self._draw(self._checked(index)))
+
+    def _checked(self, index: int) -> int:
+        return integer("window", index, least=0, most=self.length - 1)
+
+    def _draw(self, index: int) -> torch.Generator:
         seed = np.random.SeedSequence((self.seed, sorted(SPLITS).index(self.split), index))
-        draw = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        return torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+
+    def _corner(self, draw: torch.Generator) -> tuple[int, int]:
         (height, width), (first, last) = self.size, self.rows
         top = first + int(torch.randint(last - first - height + 1, (), generator=draw))
-        left = int(torch.randint(self.ground.green.shape[1] - width + 1, (), generator=draw))
+        return top, int(torch.randint(self.ground.green.shape[1] - width + 1, (), generator=draw))
+
+    def _one(self, index: int, sky_draw: torch.Generator | None = None) -> Scenes:
+        """Simulate window `index`, without the axis n."""
+        (height, width), draw = self.size, self._draw(index)
+        top, left = self._corner(draw)
         cut = slice(top, top + height), slice(left, left + width)
         gaps = REVISIT_DAYS * torch.randint(1, 5, (self.frames,), generator=draw).numpy()
         start = int(torch.randint(365, (), generator=draw))
@@ -176,7 +195,7 @@ class LandsatSeries(SatelliteSet):
         days, day_of_year = calendar_of(dates)
         season = self._season(day_of_year, (top, left), draw)
         image = self._image(cut, season, day_of_year, draw)
-        sky = self.weather.draw(self.frames, self.size, draw)
+        sky = self.weather.draw(self.frames, self.size, draw if sky_draw is None else sky_draw)
         green, water = self.ground.green[cut], self.ground.water[cut]
         labels = torch.where(green > 0.4, 2 + (season > 0.5).long(), torch.where(water, 0, 1))
         return Scenes(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.data.satellite import SatelliteSet, Scenes
-from ditkit.models.units import UniTSConfig
+from ditkit.models.units import UniTSConfig, last_clear
 
 
 def past_of(frames: int) -> int:
@@ -34,7 +34,8 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
     """Return the conditions of a network of `config` for these windows.
 
     Reconstruction has images with holes, cloud removal has them with the clouds' own light, and no mask but of missing
-    data; change detection has clear images, and a forecast has the first half of the dates.
+    data; change detection has clear images, and a forecast has the first half of the dates, and never the second
+    sensor, which would show the dates to come. Where that sensor has no value it is given its mean in training.
     """
     removal = config.job == "cloud-removal"
     missing = ~scenes.present[:, None, :, None, None].expand_as(scenes.known)
@@ -46,8 +47,9 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
     }
     if not scenes.present.all():
         streams["present"] = scenes.present.float()
-    if config.radar_channels and scenes.radar is not None:
-        streams["radar"] = scenes.radar
+    if config.radar_channels and scenes.radar is not None and config.job != "forecasting":
+        mean = scenes.radar.new_tensor(config.radar_mean or (0.0,)).view(-1, 1, 1, 1)
+        streams["radar"] = torch.where(scenes.radar.isnan(), mean, scenes.radar)
     if config.dates:
         streams["day_of_year"] = scenes.day_of_year
     if config.places:
@@ -62,18 +64,18 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
 def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     """Return what is to be made, [n, C, T, H, W] in [-1, 1], and where it is learned from, [n, 1, T, H, W].
 
-    It is mid-grey where it is not known. Of a forecast only the future is learned from. A class is 1 in its channel,
-    and -1 in the others.
+    A forecast's past is learned, too, since it is made of noise with the rest. Where a value is not known it is the last
+    one that is, so that what is mixed with noise there looks as it does in a series that is being made. A class is 1 in
+    its channel, and -1 in the others.
     """
     present = scenes.present[:, None, :, None, None]
     if config.job == "change-detection":
         assert scenes.labels is not None
         one_hot = F.one_hot(scenes.labels.clamp_min(0), config.channels).permute(0, 4, 1, 2, 3)
-        return one_hot.float() * 2 - 1, (scenes.labels >= 0)[:, None] & present
-    counted = scenes.known & present
-    if config.job == "forecasting":
-        counted = counted & (torch.arange(config.frames) >= past_of(config.frames)).view(1, 1, -1, 1, 1)
-    return torch.where(scenes.known, scenes.image, 0.0), counted
+        made, known = one_hot.float() * 2 - 1, (scenes.labels >= 0)[:, None]
+    else:
+        made, known = scenes.image, scenes.known
+    return torch.where(known, made, last_clear(made, ~known)), known & present
 
 
 def check_data(config: UniTSConfig, data: SatelliteSet) -> None:

@@ -59,7 +59,7 @@ class Processed:
         """
         dates = list(range(len(self.place)))[self.shown]
         names = [f"{self.place.dates[t]}.tif" for t in dates]
-        read = {path.resolve() for path in self.place.files}
+        read = {path.resolve() for path in self.place.sources}
         if taken := [name for name in names if (folder / name).resolve() in read]:
             raise ConfigError(f"{folder / taken[0]} was read, and is not replaced; expected another --out")
         for t, name in zip(dates, names, strict=True):

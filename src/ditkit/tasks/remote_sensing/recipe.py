@@ -54,12 +54,12 @@ class SatelliteRecipe(DenoiserRecipe):
             raise ConfigError(
                 f"{self.data}: {len(data.classes)} classes of land cover, expected two or more: maps in classes/"
             )
-        mean, std = data.radar_scaling()
+        mean, std = data.radar_scaling() if self.model.radar_channels else ((), ())
         return {
             "optical_channels": len(data.bands),
             "radar_channels": len(data.radar_bands) if self.model.radar_channels else 0,
-            "radar_mean": mean if self.model.radar_channels else (),
-            "radar_std": std if self.model.radar_channels else (),
+            "radar_mean": mean,
+            "radar_std": std,
             "bands": data.bands,
             "land_cover": data.classes if self.model.job == "change-detection" else (),
         }
@@ -83,7 +83,10 @@ class SatelliteRecipe(DenoiserRecipe):
 
 
 class SatelliteDataset:
-    """Windows as training samples: what is made of them and what is told; unknown pixels are not learned from."""
+    """Windows as training samples: what is made of them and what is told, under other clouds at every visit.
+
+    Pixels that are not known are not learned from.
+    """
 
     def __init__(self, data: SatelliteSet, config: UniTSConfig) -> None:
         self.data, self.config = data, config
@@ -92,7 +95,7 @@ class SatelliteDataset:
         return len(self.data)
 
     def batch(self, indices: Tensor, rng: SampleRNG) -> tuple[Tensor, Cond]:
-        scenes = self.data.scenes(indices)
+        scenes = self.data.scenes(indices, rng.of_data())
         signal, counted = target(self.config, scenes)
         cond = given(self.config, scenes)
         return signal, cond if counted.all() else replace(cond, mask=counted.to(torch.float32))

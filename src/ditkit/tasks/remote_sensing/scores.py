@@ -172,7 +172,7 @@ def evaluate_series(
 def held_out(
     model: UniTS, data: str, count: int, options: Mapping[str, Any], fewer: bool = False
 ) -> tuple[SatelliteSet, bool, Scenes]:
-    """Load windows from all over the test split, of the model's size; say whether there is one.
+    """Load windows from all over the test split, of the model's size; say whether it shares no pixel with training.
 
     Args:
         fewer: take what there is, if that is less.
@@ -180,14 +180,13 @@ def held_out(
     Raises:
         ConfigError: data that do not fit the model, or hold fewer windows. DataError: those of the loader.
     """
-    splits = accepts_option(data, "split")
-    chosen = {"split": "test", **options} if splits else dict(options)
+    chosen = {"split": "test", **options} if accepts_option(data, "split") else dict(options)
     whole = load_satellite(data, model.config.shape[1:], frames=model.config.frames, **chosen)
     check_data(model.config, whole)
     if len(whole) < count and not fewer:
         raise ConfigError(f"{data} has {len(whole)} windows for {count} seeds, try: --count {len(whole)}")
     count = min(count, len(whole))
-    return whole, splits, whole.scenes(torch.arange(count) * len(whole) // count)
+    return whole, whole.has_split, whole.scenes(torch.arange(count) * len(whole) // count)
 
 
 def check_judged(config: UniTSConfig, scenes: Scenes, name: str) -> None:
@@ -224,6 +223,6 @@ def judge(
     source = scenes.observed if config.job == "cloud-removal" else scenes.image
     methods = {name: one.float() for name, one in predicted.items()}
     methods |= {name: fill(source, hidden, scenes.days) for name, fill in FILLINGS.items()}
-    everywhere = known | (scenes.known & (config.job != "forecasting"))
+    everywhere = known & hidden if config.job == "forecasting" else known  # the past is given
     whole = {name: image_scores(one, truth, everywhere) for name, one in methods.items()}
     return whole, {name: image_scores(one, truth, known & hidden) for name, one in methods.items()}, {}
