@@ -9,6 +9,7 @@ from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.pt_dit import PTDiT, PTDiTConfig, VideoPTDiT, VideoPTDiTConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from ditkit.models.units import UniTS, UniTSConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -32,6 +33,8 @@ __all__ = [
     "PredFormerConfig",
     "Todyformer",
     "TodyformerConfig",
+    "UniTS",
+    "UniTSConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",
