@@ -28,9 +28,9 @@ Kind = Literal[
     "route",
     "head",
 ]
-AttentionKind = Literal["full", "axial", "scaled"]
-"""Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
-1 / sqrt(K)."""
+AttentionKind = Literal["full", "axial", "scaled", "causal"]
+"""Over all rows of its sequence; along one axis at a time; with another scale of the image's scores than 1 / sqrt(K); or
+over the rows up to its own."""
 Axis = Literal["", "time", "space"]
 Handler = Callable[..., Any]
 """`handler(fn, *args)` returns what `fn(*args)` returns; it may run `fn` or not."""
@@ -76,7 +76,10 @@ def attended(sites: Iterable[Site]) -> dict[str, str]:
     return {
         site.name: site.stream
         for site in sites
-        if site.kind == "core" and site.stream in SEQUENCES and site.attention != "axial" and not site.over
+        if site.kind == "core"
+        and site.stream in SEQUENCES
+        and site.attention not in ("axial", "causal")
+        and not site.over
     }
 
 

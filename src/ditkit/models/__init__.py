@@ -5,8 +5,10 @@ from ditkit.models.ddt import DiTDH, DiTDHConfig
 from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.dlinear import DLinear, DLinearConfig
 from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.tempo import Tempo, TempoConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
@@ -23,10 +25,14 @@ __all__ = [
     "DiTConfig",
     "DiTDH",
     "DiTDHConfig",
+    "DLinear",
+    "DLinearConfig",
     "LaMamba",
     "LaMambaConfig",
     "PredFormer",
     "PredFormerConfig",
+    "Tempo",
+    "TempoConfig",
     "Todyformer",
     "TodyformerConfig",
     "VDTConfig",
