@@ -21,6 +21,7 @@ from ditkit.cli.options import (
 )
 from ditkit.core.errors import ConfigError
 from ditkit.data.loading import names_of
+from ditkit.sample.forecast import horizon_of
 from ditkit.tasks.forecast.future import check_own
 from ditkit.tasks.forecast.future import forecast as go_on
 from ditkit.tasks.forecast.scores import called, evaluate_forecasts
@@ -114,7 +115,7 @@ def forecast(
         return
     first = next(iter(named.values()))
     settings: dict[str, Any] = {
-        "horizon": first.config.frames if horizon is None else horizon,
+        "horizon": horizon_of(first) if horizon is None else horizon,
         "count": count,
     }
     settings |= {"validation": validation, "test": test, "show": show}

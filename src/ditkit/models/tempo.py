@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.adapt.lora import LoRA
+from ditkit.core.checkpoint import read_state
 from ditkit.core.config import FROM_DATA, Count, Depth, ModelConfig, Natural, Share, divides_into_heads
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError, unknown
 from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked, Transform
+from ditkit.data.language_body import LanguageBody, of_gpt2, turned
 from ditkit.nn.blocks import Stack, sites_of
 from ditkit.nn.causal import CausalBlock, Shape, line_rotary, norm_of
 from ditkit.nn.decomposition import Components, Decomposition
@@ -39,8 +41,9 @@ WHOLE = ("whole",)
 BODY = ("words", "positions", "blocks", "norm")
 """Modules of the language model."""
 PROMPTS = tuple((0, 1, 2, 3, 4, 5, 1, last) for last in (6, 7, 8))
-"""The words of the paper's sentences, numbered as they occur: "Predict the future time step given the trend", "...
-season", "... residual". A tokenizer's own numbers take their place with the weights of its body."""
+"""The words of `SENTENCES`, numbered as they occur; a tokenizer's own numbers take their place with its body."""
+SENTENCES = tuple(f"Predict the future time step given the {name}" for name in COMPONENTS)
+"""The paper's prompts."""
 LEAST_SCALE, LEAST_NU, LEAST_COUNT = 1e-6, 2.0, 1e-4
 """Least scale and degrees of freedom of Student's t, least mean and dispersion of a negative binomial (published)."""
 
@@ -204,6 +207,22 @@ class Tempo(Model):
                 if isinstance(part, nn.Linear) and part.bias is not None:
                     nn.init.zeros_(part.bias)
 
+    def take_body(self, body: LanguageBody) -> None:
+        """Put the weights of a language model in the place of the body's.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over or of another shape, as where transforms changed the body.
+        """
+        own = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in BODY}
+        for name in {**own, **body.state}:
+            given, wanted = body.state.get(name), own.get(name)
+            if given is None or wanted is None or given.shape != wanted.shape:
+                shapes = [None if x is None else list(x.shape) for x in (given, wanted)]
+                raise CheckpointError(f"language body: {name!r} is {shapes[0]}, Tempo needs {shapes[1]}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(body.state[name])
+
     @classmethod
     def preset(cls, name: str) -> Self:
         """Return a published size, "gpt2-6", with random weights; or "smollm2-N", N blocks of SmolLM2-135M's shape.
@@ -222,8 +241,6 @@ class Tempo(Model):
         Raises:
             CheckpointError: a tensor is missing, left over, of another shape or not finite.
         """
-        from ditkit.core.checkpoint import read_state
-
         state = source if isinstance(source, Mapping) else read_state(Path(source))
         named = source if isinstance(source, str | Path) else "state dict"
         ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
@@ -281,20 +298,57 @@ class Tempo(Model):
             )
         return type(found)(*(self._back(part, x) for part in found))
 
+    def components(self, x: Tensor) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Split what is observed, and the forecast, into trend, season and residual; each sums to the whole.
+
+        Of a distribution, those of its location.
+
+        Returns:
+            By name, [B, C, L, H, W] and [B, C, H', H, W], in the unit of x; nothing of a network that does not split.
+        """
+        if not self.config.decomposed:
+            return {}
+        z, scale = self.revin.normalise(self._series(x))
+        learned = self._split(z)
+        sentence = self.tokenize(learned)
+        h_NLD = Stack(self.blocks, DIRECT)(sentence.x, sentence.rotary)
+        later, spread = self.shares(self.norm(h_NLD)), self.revin.spread(scale)
+        mix = self.law["mu"] if "mu" in self.law else None
+        own_units = mix is not None and self.config.distribution == "student-t" and not self.config.equivariant
+
+        def of(part: Tensor, first: bool) -> Tensor:
+            return self.revin.restore(part, scale) if first else part * spread
+
+        def mixed(part: Tensor, first: bool) -> Tensor:
+            return part if mix is None else F.linear(part, mix.weight, mix.bias if first else None)
+
+        found = {}
+        for i, name in enumerate(COMPONENTS):
+            first = not i
+            ahead = mixed(of(later[i], first), first) if own_units else of(mixed(later[i], first), first)
+            found[name] = (self._back(of(learned[i], first), x), self._back(ahead, x))
+        return found
+
     def forecast(self, x: Tensor, run: Run = DIRECT) -> Tensor | Law:
         """Forecast [N, H'], or its distribution: N is B C H W, in the order of x's axes without its steps."""
-        if x.ndim != 5 or x.shape[2] != self.config.frames:
-            raise ShapeError(
-                f"Tempo: input {list(x.shape)} should be [B, C, {self.config.frames}, H, W]; see as_window"
-            )
-        series = x.movedim(2, -1).flatten(0, -2)
-        z, scale = self.revin.normalise(series)
-        components = Components(z, z, z)[:1] if self.decomposition is None else self.decomposition(z)
-        sentence: Sentence = run.site("tokens", self.tokenize, components)
+        z, scale = self.revin.normalise(self._series(x))
+        sentence: Sentence = run.site("tokens", self.tokenize, self._split(z))
         stack = Stack(self.blocks, run, checkpointing=self.recomputes)
         h_NLD = run.site("blocks", stack, sentence.x, sentence.rotary)
         found: Tensor | Law = run.site("head", self.head, h_NLD, scale, x.dtype)
         return found
+
+    def _series(self, x: Tensor) -> Tensor:
+        """[B, C, L, H, W] as windows [N, L]."""
+        if x.ndim != 5 or x.shape[2] != self.config.frames:
+            raise ShapeError(
+                f"Tempo: input {list(x.shape)} should be [B, C, {self.config.frames}, H, W]; see as_window"
+            )
+        return x.movedim(2, -1).flatten(0, -2)
+
+    def _split(self, z_NL: Tensor) -> tuple[Tensor, ...]:
+        """Return what the body reads of normalised windows, a component after the other."""
+        return (z_NL,) if self.decomposition is None else self.decomposition(z_NL)
 
     def tokenize(self, components: tuple[Tensor, ...]) -> Sentence:
         """Embed the patches of each component after its prompt, one component after the other."""
@@ -322,16 +376,20 @@ class Tempo(Model):
 
     def head(self, h_NLD: Tensor, scale: WindowScale, dtype: torch.dtype) -> Tensor | Law:
         """Sum the linear heads of the components' tokens, bring it back to the windows' units, and spread it out."""
-        c, start = self.config, 0
-        h_NLD, total = self.norm(h_NLD), h_NLD.new_zeros(())
+        total = torch.stack(self.shares(self.norm(h_NLD))).sum(0)
+        if self.config.distribution == "none":
+            return self.revin.restore(total, scale, dtype)
+        return self._law(total, scale, dtype)
+
+    def shares(self, h_NLD: Tensor) -> list[Tensor]:
+        """Return each component's part of the normalised forecast, [N, H']."""
+        c, start, found = self.config, 0, []
         for i, name in enumerate(c.parts):
             stop = start + c.prompt_length(i) + c.patches
             first = start if c.prompt_read else stop - c.patches
-            total = total + self.out[name](h_NLD[:, first:stop].flatten(1))
+            found.append(self.out[name](h_NLD[:, first:stop].flatten(1)))
             start = stop
-        if c.distribution == "none":
-            return self.revin.restore(total, scale, dtype)
-        return self._law(total, scale, dtype)
+        return found
 
     def _law(self, total: Tensor, scale: WindowScale, dtype: torch.dtype) -> Law:
         fine = torch.promote_types(total.dtype, torch.float32)
@@ -382,7 +440,7 @@ PRESETS: Mapping[str, TempoConfig] = {
         for depth in range(1, 31)
     },
 }  # fmt: skip
-"""GPT-2's first six blocks, and SmolLM2-135M's first N (shape read from its file: nn/language_body.py), of which the
+"""GPT-2's first six blocks, and SmolLM2-135M's first N (shape read from its file: data/language_body.py), of which the
 table of words holds those of the prompts."""
 TRAINED = "norms+positions+lora+own"
 """What is trained beside a frozen GPT-2; a llama has no table of positions: "norms+lora+own"."""
@@ -427,27 +485,14 @@ RENAMED: Mapping[str, str] = {
     "out_layer_": "out.",
     "summary_map.": "pool.query.",
     "gpt2_trend.base_model.model.": "",
-    "wte.": "words.",
-    "wpe.": "positions.",
-    "ln_f.": "norm.",
     "mu.": "law.mu.",
     "sigma.": "law.sigma.",
     "nu.": "law.nu.",
     "alpha.": "law.alpha.",
 }
 """Published beginnings of names, and ours; one after another."""
-INSIDE: Mapping[str, str] = {
-    ".ln_1.": ".attn_norm.",
-    ".ln_2.": ".mlp_norm.",
-    ".attn.c_attn.": ".attn.qkv.",
-    ".attn.c_proj.": ".attn.out.",
-    ".mlp.c_fc.": ".mlp.inner.",
-    ".mlp.c_proj.": ".mlp.out.",
-}
 UNUSED = ("map_resid.", "mul_season.", "rev_in_season.", "rev_in_noise.", "gpt2_")
 """Beginnings of published tensors that no forecast reads; `gpt2_` apart from the body's own."""
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Ends of tensors that older transformers save of GPT-2, and compute."""
 KEY, VALUE = "prompt_key_dict.prompt_key_", "prompt_value_dict.prompt_value_"
 
 
@@ -461,22 +506,12 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if name.startswith(UNUSED) and not name.startswith("gpt2_trend."):
             continue
-        own = of_gpt2(_begun(name))
-        if own.endswith(MASKS):
-            continue
-        found[own] = value.mT if _is_turned(own, value) else value
+        if own := of_gpt2(_begun(name)):
+            found[own] = turned(own, value)
     for kind, own in ((KEY, "pool.keys"), (VALUE, "pool.values")):
         if pooled[kind]:
             found[own] = torch.stack([pooled[kind][i] for i in sorted(pooled[kind])])
     return found
-
-
-def of_gpt2(name: str) -> str:
-    """Return our name of a tensor of GPT-2."""
-    name = "blocks." + name.removeprefix("h.") if name.startswith("h.") else name
-    for theirs, ours in INSIDE.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 def _begun(name: str) -> str:
@@ -486,24 +521,3 @@ def _begun(name: str) -> str:
             if ours in ("embed.", "prompt.", "out."):
                 name = name.replace(".noise.", ".residual.")
     return name
-
-
-def _is_turned(name: str, value: Tensor) -> bool:
-    return name.startswith("blocks.") and value.ndim == 2 and "lora_" not in name
-
-
-def body_state(model: Tempo, state: Mapping[str, Any]) -> None:
-    """Put the weights of a language body, under our names, into a model that has no transforms yet.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
-    """
-    own = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in BODY}
-    for name in {**own, **state}:
-        given, wanted = state.get(name), own.get(name)
-        if given is None or wanted is None or given.shape != wanted.shape:
-            shapes = [None if x is None else list(x.shape) for x in (given, wanted)]
-            raise CheckpointError(f"language body: {name!r} is {shapes[0]}, the network needs {shapes[1]}")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(state[name])
