@@ -15,6 +15,7 @@ from ditkit.models.tempo import Tempo, TempoConfig
 from ditkit.nn.decomposition import moving_average
 from ditkit.nn.prompt_pool import PromptPool
 from ditkit.nn.revin import RevIN
+from ditkit.recipes.tempo import PUBLISHED_LORA
 from ditkit.train.objective import Batch
 from ditkit.train.taps import run_with_taps
 from ditkit.train.terms.decomposition import TARGETS, DecompositionLoss
@@ -83,7 +84,7 @@ def published(c: dict[str, Any]) -> dict[str, Tensor]:
 def loaded(case: Case) -> Tempo:
     c = case["constructor"]
     with float64():
-        return Tempo.from_original(published(c), config(c))
+        return Tempo.from_original(published(c), config(c), [PUBLISHED_LORA])
 
 
 def clip(x: Tensor) -> Tensor:
@@ -113,7 +114,12 @@ def test_forecast_and_decomposition(case: Case) -> None:
     shape = [2, 48, 1]
     x = series("ts3", shape, 2, 0.05, 1)
     known = torch.stack(
-        [series("ts3.trend", shape), series("ts3.season", shape, 2, 0, 1), series("ts3.noise", shape, 3, 0, 2)], 1
+        [
+            series("ts3.trend", shape),
+            series("ts3.season", shape, 2, 0, 1),
+            series("ts3.noise", shape, 3, 0, 2),
+        ],
+        1,
     )
     term = DecompositionLoss()
     taps = term.taps(model.sites())
@@ -168,9 +174,11 @@ def test_prompt_pool_with_the_query_that_mixes_places_and_channels() -> None:
     chosen = pool(summary)
     assert_golden(chosen.prompts, results["prompts"])
     assert chosen.similarity.mean().item() == pytest.approx(results["mean_similarity"], rel=1e-9)
-    assert [sorted(row) for row in chosen.index.tolist()] == results["selected"]
+    assert [sorted(row) for row in chosen.places.tolist()] == results["selected"]
     pool.mixed = False
     assert not torch.equal(pool(summary).similarity, chosen.similarity)
     twin = pool.query(summary.transpose(1, 2))[..., 0]
-    expected = torch.nn.functional.cosine_similarity(twin[:, None], pool.keys[None], dim=-1).topk(3).values.sum(1)
+    expected = (
+        torch.nn.functional.cosine_similarity(twin[:, None], pool.keys[None], dim=-1).topk(3).values.sum(1)
+    )
     torch.testing.assert_close(pool(summary).similarity, expected)

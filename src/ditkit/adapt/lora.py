@@ -113,7 +113,11 @@ class LoRA(Transform):
         return name.replace(BASE, "")
 
     def trains(self, model: Any) -> list[str]:
-        biases = [f"{name}{BASE}.bias" for name, m in model.named_modules() if _is_layer(m) and m.base_layer.bias is not None]
+        biases = [
+            f"{name}{BASE}.bias"
+            for name, m in model.named_modules()
+            if _is_layer(m) and m.base_layer.bias is not None
+        ]
         return [*_own(model), *(biases if self.bias else ())]
 
     def ready(self, model: Any) -> None:

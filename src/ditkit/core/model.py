@@ -168,7 +168,7 @@ class Model(nn.Module, ModelHubMixin, ABC):
         return {}
 
     def parts(self) -> Mapping[str, set[str]]:
-        """Names of the weights of parts of its own that training may choose (`Settings.trained`), by the part's name."""
+        """Name the weights of parts of its own that training may choose (`Settings.trained`), by the part."""
         return {}
 
     def origin(self, name: str) -> str:

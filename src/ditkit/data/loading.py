@@ -152,7 +152,7 @@ def load_fields(name_or_path: Any, **options: Any) -> FieldSet:
 
 
 def joined(name_or_path: Any) -> tuple[str, ...]:
-    """Return the parts of several sets joined by a plus, such as electricity+traffic; of anything else, itself alone."""
+    """Return the parts of sets joined by a plus, such as electricity+traffic; of anything else, itself alone."""
     if not isinstance(name_or_path, str) or os.path.exists(name_or_path):
         return (name_or_path,)
     return tuple(name_or_path.split("+"))

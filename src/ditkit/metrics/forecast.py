@@ -133,7 +133,9 @@ def seasonal_naive(observed: Tensor, horizon: int, period: int) -> Tensor:
     """
     frames = observed.shape[2]
     integer("period", period, least=1, most=frames)
-    places = frames - period + torch.arange(integer("horizon", horizon, least=1), device=observed.device) % period
+    places = (
+        frames - period + torch.arange(integer("horizon", horizon, least=1), device=observed.device) % period
+    )
     return observed[:, :, places]
 
 

@@ -6,17 +6,16 @@ N windows, L steps observed, H steps forecast, P patches, m tokens of a prompt, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.adapt.lora import LoRA
 from ditkit.core.checkpoint import read_state
 from ditkit.core.config import FROM_DATA, Count, Depth, ModelConfig, Natural, Share, divides_into_heads
 from ditkit.core.errors import CheckpointError, ConfigError, ShapeError, unknown
@@ -24,10 +23,10 @@ from ditkit.core.grid import Grid, Segment
 from ditkit.core.model import Model
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Stacked, Transform
-from ditkit.data.language_body import LanguageBody, of_gpt2, turned
 from ditkit.nn.blocks import Stack, sites_of
 from ditkit.nn.causal import CausalBlock, Shape, line_rotary, norm_of
 from ditkit.nn.decomposition import Components, Decomposition
+from ditkit.nn.language_body import LanguageBody, of_gpt2, turned
 from ditkit.nn.laws import Law, NegativeBinomial, StudentT
 from ditkit.nn.prompt_pool import PromptPool
 from ditkit.nn.revin import RevIN, WindowScale
@@ -235,19 +234,23 @@ class Tempo(Model):
         return cls(PRESETS[name])
 
     @classmethod
-    def from_original(cls, source: str | Path | Mapping[str, Tensor], config: TempoConfig) -> Self:
-        """Weights in the naming of the published code, with their LoRA.
+    def from_original(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        config: TempoConfig,
+        transforms: Sequence[Transform] = (),
+    ) -> Self:
+        """Weights in the naming of the published code.
+
+        Args:
+            transforms: that the weights were trained under: `ditkit.recipes.tempo.published_lora()`.
 
         Raises:
             CheckpointError: a tensor is missing, left over, of another shape or not finite.
         """
         state = source if isinstance(source, Mapping) else read_state(Path(source))
         named = source if isinstance(source, str | Path) else "state dict"
-        ranks = {len(v) for k, v in state.items() if k.endswith("lora_A.default.weight")}
-        if len(ranks) > 1:
-            raise CheckpointError(f"{named}: LoRA of ranks {sorted(ranks)}, expected one")
-        lora = [published_lora(rank) for rank in ranks]
-        return cls.holding(config, renamed(state), named, transforms=lora)
+        return cls.holding(config, renamed(state), named, transforms=transforms)
 
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
@@ -313,8 +316,10 @@ class Tempo(Model):
         sentence = self.tokenize(learned)
         h_NLD = Stack(self.blocks, DIRECT)(sentence.x, sentence.rotary)
         later, spread = self.shares(self.norm(h_NLD)), self.revin.spread(scale)
-        mix = self.law["mu"] if "mu" in self.law else None
-        own_units = mix is not None and self.config.distribution == "student-t" and not self.config.equivariant
+        mix: Any = self.law["mu"] if "mu" in self.law else None
+        own_units = (
+            mix is not None and self.config.distribution == "student-t" and not self.config.equivariant
+        )
 
         def of(part: Tensor, first: bool) -> Tensor:
             return self.revin.restore(part, scale) if first else part * spread
@@ -352,7 +357,9 @@ class Tempo(Model):
 
     def tokenize(self, components: tuple[Tensor, ...]) -> Sentence:
         """Embed the patches of each component after its prompt, one component after the other."""
-        c, rows, likeness = self.config, list[Tensor](), list[Tensor]()
+        c = self.config
+        rows: list[Tensor] = []
+        likeness: list[Tensor] = []
         for i, (name, part) in enumerate(zip(c.parts, components, strict=True)):
             x_NPD = self.embed[name](self.patches(part))
             if c.prompt == "semi-soft":
@@ -397,7 +404,9 @@ class Tempo(Model):
         if self.config.distribution == "negative-binomial":
             mean = self.revin.restore(self.law["mu"](total), scale, fine)
             alpha = F.softplus(self.law["alpha"](total).to(fine))
-            return NegativeBinomial(*(x.to(dtype) for x in (F.softplus(mean) + LEAST_COUNT, alpha + LEAST_COUNT)))
+            return NegativeBinomial(
+                *(x.to(dtype) for x in (F.softplus(mean) + LEAST_COUNT, alpha + LEAST_COUNT))
+            )
         given = total if self.config.equivariant else restored.to(total.dtype)
         mu, sigma, nu = (self.law[name](given).to(fine) for name in LAWS["student-t"])
         sigma, nu = F.softplus(sigma) + LEAST_SCALE, F.softplus(nu) + LEAST_NU
@@ -444,11 +453,6 @@ PRESETS: Mapping[str, TempoConfig] = {
 table of words holds those of the prompts."""
 TRAINED = "norms+positions+lora+own"
 """What is trained beside a frozen GPT-2; a llama has no table of positions: "norms+lora+own"."""
-
-
-def published_lora(rank: int = 16) -> Transform:
-    """Return the paper's low-rank update: of queries, keys and values, alpha 16, dropout 0.1, their biases trained."""
-    return LoRA(rank=rank, alpha=16.0, layers="qkv", dropout=0.1, bias=True)
 
 
 def as_window(x: Tensor, frames: int) -> Tensor:

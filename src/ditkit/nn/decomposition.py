@@ -35,9 +35,7 @@ class Decomposition(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.trend = nn.Linear(length, length)
-        self.season = nn.Sequential(
-            nn.Linear(length, 4 * length), nn.ReLU(), nn.Linear(4 * length, length)
-        )
+        self.season = nn.Sequential(nn.Linear(length, 4 * length), nn.ReLU(), nn.Linear(4 * length, length))
 
     def forward(self, x: Tensor) -> Components:
         trend = self.trend(moving_average(x, self.kernel))

@@ -43,9 +43,7 @@ class NegativeBinomial(NamedTuple):
     @property
     def law(self) -> Distribution:
         """Return it as a distribution of torch."""
-        return TorchNegativeBinomial(
-            1 / self.alpha, logits=(self.alpha * self.mu).log(), validate_args=False
-        )
+        return TorchNegativeBinomial(1 / self.alpha, logits=(self.alpha * self.mu).log(), validate_args=False)
 
 
 Law = StudentT | NegativeBinomial

@@ -19,12 +19,12 @@ class Chosen(NamedTuple):
     """Prompts of samples.
 
     Args:
-        prompts: [N, chosen x length, D]. similarity: [N], summed over the chosen keys. index: [N, chosen].
+        prompts: [N, chosen x length, D]. similarity: [N], summed over the chosen keys. places: [N, chosen].
     """
 
     prompts: Tensor
     similarity: Tensor
-    index: Tensor
+    places: Tensor
 
 
 class PromptPool(nn.Module):

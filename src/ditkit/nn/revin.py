@@ -52,7 +52,7 @@ class RevIN(nn.Module):
         return found.to(y.dtype if dtype is None else dtype)
 
     def spread(self, scale: WindowScale) -> Tensor:
-        """A difference of 1 in normalised values, in the unit of each window: [N, 1]."""
+        """Return what a difference of 1 in normalised values is in the unit of each window: [N, 1]."""
         return scale.std / (self.weight.to(scale.std.dtype) + self.eps**2)
 
     def _fine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

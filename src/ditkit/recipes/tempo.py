@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ditkit.core.transform import Transform
+from ditkit.adapt.lora import LoRA
 from ditkit.models.dlinear import DLinearConfig
-from ditkit.models.tempo import PRESETS, published_lora
+from ditkit.models.tempo import PRESETS
 from ditkit.tasks.forecast.series import SeriesForecastRecipe
 from ditkit.train.ema import Constant
 from ditkit.train.forecasting import Forecasting
@@ -17,6 +17,8 @@ SETS = "electricity+traffic+beijing"
 WEEK, DAY = 168, 24
 FROZEN = "norms+lora+own"
 """What is trained beside the language body's own weights; SmolLM2 has no table of positions."""
+PUBLISHED_LORA = LoRA(rank=16, alpha=16.0, layers="qkv", dropout=0.1, bias=True)
+"""The paper's low-rank update: of queries, keys and values, whose biases are trained, too."""
 
 
 def tempo() -> SeriesForecastRecipe:
@@ -29,7 +31,7 @@ def tempo() -> SeriesForecastRecipe:
         data=SETS,
         model=replace(PRESETS["smollm2-4"], frames=WEEK, horizon=DAY),
         body="smollm2",
-        transforms=(published_lora(),),
+        transforms=(PUBLISHED_LORA,),
         settings=replace(_settings(2000, 64), trained=FROZEN),
     )
 
@@ -39,11 +41,8 @@ def tempo_small() -> SeriesForecastRecipe:
 
     For series of your own, a day's worth of cycles: --data FILE.csv.
     """
-    none: tuple[Transform, ...] = ()
-    model = replace(
-        PRESETS["smollm2-2"], frames=WEEK, horizon=DAY, width=64, heads=4, kv_heads=4, hidden=128
-    )
-    return SeriesForecastRecipe(data=SETS, model=model, transforms=none, settings=_settings(2000, 64))
+    model = replace(PRESETS["smollm2-2"], frames=WEEK, horizon=DAY, width=64, heads=4, kv_heads=4, hidden=128)
+    return SeriesForecastRecipe(data=SETS, model=model, settings=_settings(2000, 64))
 
 
 def dlinear() -> SeriesForecastRecipe:

@@ -23,7 +23,7 @@ def train_only(model: Model, trained: str) -> None:
 
     Args:
         trained: "attention" is the projections to queries, keys and values and that of the output, without norms, and
-            what policies train of their own (CLEAR, arXiv 2412.16112). A network names parts of its own (`Model.parts`).
+            what policies train of their own (CLEAR, arXiv 2412.16112). A network has parts of its own (`Model.parts`).
 
     Raises:
         ConfigError: a part is unknown, or the model has none of it, or its weights cannot be trained.

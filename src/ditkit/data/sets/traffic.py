@@ -9,7 +9,11 @@ FILE = "hourly_traffic_volume.csv"
 SHA256 = "749c90d720360a4215bb15345526073c079ba4cc95e3fa558796d083f85fce9e"
 SINCE = "2015-06-12"
 """The day after a gap of ten months, which would be a straight line."""
-COLUMNS = {"traffic_volume": ("volume", "vehicles/h"), "temp": ("temperature", "K"), "clouds_all": ("clouds", "%")}
+COLUMNS = {
+    "traffic_volume": ("volume", "vehicles/h"),
+    "temp": ("temperature", "K"),
+    "clouds_all": ("clouds", "%"),
+}
 
 
 def load() -> FieldSet:

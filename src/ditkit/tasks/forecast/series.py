@@ -16,9 +16,10 @@ from ditkit.core.errors import ConfigError, DataError
 from ditkit.core.model import Model
 from ditkit.data.components import period_of, stl
 from ditkit.data.fields import FieldSet
-from ditkit.data.language_body import LanguageBody, language_body
+from ditkit.data.language_body import language_body
 from ditkit.data.loading import joined, load_several_fields
 from ditkit.models.tempo import SENTENCES, Tempo, TempoConfig
+from ditkit.nn.language_body import LanguageBody
 from ditkit.tasks.forecast.figures import field_examples, write_sheet
 from ditkit.tasks.forecast.recipe import ForecastRecipe
 from ditkit.tasks.recipe import Prepared
@@ -30,6 +31,7 @@ from ditkit.train.terms.decomposition import TARGETS, DecompositionLoss
 from ditkit.train.terms.likelihood import Likelihood
 from ditkit.train.terms.regression import Regression
 
+PUBLISHED_LOSS = Forecasting(terms=(Regression(), DecompositionLoss()))
 Smoothed = Literal["training", "window"]
 """What STL sees where it makes the targets of the components: all of the training part, or each window alone."""
 UNSCALED = "negative-binomial"
@@ -52,7 +54,7 @@ class SeriesForecastRecipe(ForecastRecipe):
     sources: ClassVar[str] = (
         "Sets of series joined by a plus: named ones (electricity, traffic, beijing, solar), CSV or netCDF files."
     )
-    objective: Objective = Forecasting(terms=(Regression(), DecompositionLoss()))
+    objective: Objective = PUBLISHED_LOSS
     validation: float = 0.1
     test: float = 0.2
     body: str = ""
@@ -99,7 +101,8 @@ class SeriesForecastRecipe(ForecastRecipe):
     def facts(self, samples: TrainingSet) -> str:
         assert isinstance(samples, Mixed)
         return f"{len(samples)} windows, {samples.each} of each of {len(samples.parts)}: " + "; ".join(
-            f"{part.fields.name}, {len(part.fields)} steps of {part.count_series} series" for part in samples.parts
+            f"{part.fields.name}, {len(part.fields)} steps of {part.count_series} series"
+            for part in samples.parts
         )
 
     def sheet(self, folder: Path, samples: TrainingSet) -> Sheet:
