@@ -114,9 +114,7 @@ def arms(samples: Mixed, steps: int, batch: int) -> dict[str, Model]:
     found: dict[str, Model] = {
         "full": trained(network(FULL, True), samples, steps, batch, FROZEN, both),
         "random body": trained(network(FULL, False), samples, steps, batch, FROZEN, both),
-        "no decomposition, no prompt": trained(
-            network(bare, True), samples, steps, batch, FROZEN, both[:1]
-        ),
+        "no decomposition, no prompt": trained(network(bare, True), samples, steps, batch, FROZEN, both[:1]),
     }
     torch.manual_seed(0)
     line = DLinear(DLinearConfig(frames=WEEK, horizon=DAY))
@@ -142,7 +140,9 @@ def theta(observed: Tensor) -> Tensor:
     return out.unflatten(0, (*observed.shape[:2], *observed.shape[3:])).movedim(-1, 2)
 
 
-def versus(words: str, paper: str, better: Tensor, worse: Tensor, data: Held, names: tuple[str, str]) -> Claim:
+def versus(
+    words: str, paper: str, better: Tensor, worse: Tensor, data: Held, names: tuple[str, str]
+) -> Claim:
     """Return a claim that one forecaster's error is below another's on the same windows."""
     difference = in_blocks(better - worse, data.hours)
     return Claim.tried(
@@ -173,7 +173,10 @@ RIVALS: Mapping[str, tuple[str, str]] = {
     ),
     "seasonal naive": ("Zero-shot, it is better than the same hour of the day before", "not compared"),
     "persistence": ("Zero-shot, it is better than the last value", "not compared"),
-    "Theta": ("Zero-shot, it is better than statsmodels' Theta method, fitted to each window", "not compared"),
+    "Theta": (
+        "Zero-shot, it is better than statsmodels' Theta method, fitted to each window",
+        "not compared",
+    ),
 }
 
 

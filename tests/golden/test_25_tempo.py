@@ -21,6 +21,7 @@ from ditkit.train.taps import run_with_taps
 from ditkit.train.terms.decomposition import TARGETS, DecompositionLoss
 from golden_support import Case, assert_golden, cases, float64, read
 
+pytest.importorskip("peft")  # slow to import: here, not in the first test that needs it
 SYSTEM = "25-tempo"
 IDS = ((7, 3, 21), (7, 3, 40), (7, 5, 33))
 WORDS, POSITIONS, HEADS, RANK = 60, 96, 4, 16

@@ -41,6 +41,7 @@ from ditkit.train.parts import train_only
 from golden_support import float64
 from models_support import perturbed
 
+pytest.importorskip("peft")  # slow to import: here, not in the first test that needs it
 TINY = TempoConfig.tiny()
 PAPER_BODY, PAPER_LORA = 81_912_576, 294_912
 

@@ -316,7 +316,7 @@ class Tempo(Model):
         sentence = self.tokenize(learned)
         h_NLD = Stack(self.blocks, DIRECT)(sentence.x, sentence.rotary)
         later, spread = self.shares(self.norm(h_NLD)), self.revin.spread(scale)
-        mix: Any = self.law["mu"] if "mu" in self.law else None
+        mix: Any = dict(self.law.items()).get("mu")
         own_units = (
             mix is not None and self.config.distribution == "student-t" and not self.config.equivariant
         )
@@ -458,8 +458,8 @@ TRAINED = "norms+positions+lora+own"
 def as_window(x: Tensor, frames: int) -> Tensor:
     """Bring observed [B, C, T, ...] to `frames` steps as the published code does, with a warning.
 
-    Longer ones are cut to their last steps. Those of at least half the length are repeated, and the repetition is cut at
-    its end; shorter ones follow their mean, which is 0 of the normalised values that the published code lengthens.
+    Longer ones are cut to their last steps. Those of at least half the length are repeated, and this is cut at its end;
+    shorter ones follow their mean, which is 0 of the normalised values that the published code lengthens.
 
     Raises:
         ShapeError: there are no steps.
