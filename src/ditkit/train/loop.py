@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ditkit.core.checkpoint import write_json
 from ditkit.core.cond import Cond
+from ditkit.core.devices import WANTED
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
@@ -245,9 +246,9 @@ class Training:
                     late = self.is_late(self.settings.save_every)
                     remembered = self.remembered() if late else {}
                     if log is not None:
-                        log.step(self.done, losses)
+                        rate = log.step(self.done, losses)
                         with writing(self.folder):
-                            self.accelerator.log(losses, step=self.done)
+                            self.accelerator.log(self.scalars(losses, rate), step=self.done)
                         self.keep(sheet)
                     if late:
                         self.save(remembered)
@@ -382,6 +383,25 @@ class Training:
                 write_snapshot(self.folder / "snapshots", self.done, average)
         if sheet is not None and self.due(settings.sheet_every):
             sheet(self.averaged(), self.done)
+            self.show()
+
+    def scalars(self, losses: Mapping[str, float], rate: float) -> dict[str, float]:
+        """Return what TensorBoard is given of a step: each loss once, the learning rate and samples a second."""
+        repeated = {name for name, loss in losses.items() if name != "loss" and loss == losses["loss"]}
+        shown = {name: loss for name, loss in losses.items() if name not in repeated}
+        return {**shown, "learning_rate": self.settings.rate(self.done - 1), "samples_per_second": rate}
+
+    def show(self) -> None:
+        """Give TensorBoard the sheets of this step."""
+        import numpy as np
+        from PIL import Image
+
+        for tracker in self.accelerator.trackers:
+            for path in sorted((self.folder / "samples").glob(f"*{self.done:06d}*.png")):
+                name = path.stem.replace(f"{self.done:06d}", "").strip("-_") or "samples"
+                with Image.open(path) as picture, writing(self.folder):
+                    pixels = np.asarray(picture.convert("RGB"))[None]
+                    tracker.log_images({name: pixels}, step=self.done, dataformats="NHWC")
 
     def remembered(self) -> dict[str, Tensor]:
         """Gather what the objective remembers, of all processes; all of them take part."""
@@ -453,10 +473,16 @@ def _accelerator(folder: Path) -> Accelerator:
     """
     tracked = importlib.util.find_spec("tensorboard") is not None
     options: dict[str, Any] = {"log_with": "tensorboard", "project_dir": str(folder)} if tracked else {}
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), **options)
+    accelerator = Accelerator(mixed_precision="no", cpu=_on_cpu(), **options)
     if accelerator.distributed_type not in SUPPORTED:
         names = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(
             f"training: {accelerator.distributed_type.value} is not supported (choose from: {names})"
         )
     return accelerator
+
+
+def _on_cpu() -> bool:
+    """Return whether to train on the CPU: asked for, or for want of a GPU."""
+    wanted = WANTED.get().device
+    return not torch.cuda.is_available() if wanted is None else wanted.type == "cpu"
