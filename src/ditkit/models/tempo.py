@@ -452,7 +452,7 @@ PRESETS: Mapping[str, TempoConfig] = {
 """GPT-2's first six blocks, and SmolLM2-135M's first N (shape read from its file: data/language_body.py), of which the
 table of words holds those of the prompts."""
 TRAINED = "norms+positions+lora+own"
-"""What is trained beside a frozen GPT-2; a llama has no table of positions: "norms+lora+own"."""
+"""The parts trained beside a frozen GPT-2; a llama has no table of positions: "norms+lora+own"."""
 
 
 def as_window(x: Tensor, frames: int) -> Tensor:

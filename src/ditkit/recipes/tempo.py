@@ -16,7 +16,7 @@ from ditkit.train.terms.regression import Regression
 SETS = "electricity+traffic+beijing"
 WEEK, DAY = 168, 24
 FROZEN = "norms+lora+own"
-"""What is trained beside the language body's own weights; SmolLM2 has no table of positions."""
+"""The parts trained beside the language body's own weights; SmolLM2 has no table of positions."""
 PUBLISHED_LORA = LoRA(rank=16, alpha=16.0, layers="qkv", dropout=0.1, bias=True)
 """The paper's low-rank update: of queries, keys and values, whose biases are trained, too."""
 

@@ -1,4 +1,4 @@
-"""How far learned components of a series are from those of a known decomposition (TEMPO, arXiv 2310.04948)."""
+"""Distance of learned components of a series from those of a known decomposition (TEMPO, arXiv 2310.04948)."""
 
 from __future__ import annotations
 

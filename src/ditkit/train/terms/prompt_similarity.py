@@ -1,4 +1,4 @@
-"""How like its pool's keys a forecaster's queries are (TEMPO, arXiv 2310.04948)."""
+"""Likeness of a forecaster's queries to its pool's keys (TEMPO, arXiv 2310.04948)."""
 
 from __future__ import annotations
 
