@@ -33,7 +33,7 @@ from ditkit.train.terms.regression import Regression
 
 PUBLISHED_LOSS = Forecasting(terms=(Regression(), DecompositionLoss()))
 Smoothed = Literal["training", "window"]
-"""The steps that STL sees where it makes the targets of the components: all of the training part, or each window alone."""
+"""The steps that STL sees for the targets of the components: all of the training part, or each window alone."""
 UNSCALED = "negative-binomial"
 """The distribution of counts, which are not standardised."""
 
