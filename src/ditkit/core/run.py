@@ -28,9 +28,9 @@ Kind = Literal[
     "route",
     "head",
 ]
-AttentionKind = Literal["full", "axial", "windowed", "scaled"]
-"""Over all rows of its sequence; along one axis at a time; inside of windows; or with another scale of the image's
-scores than 1 / sqrt(K)."""
+AttentionKind = Literal["full", "axial", "windowed", "scaled", "causal"]
+"""Over all rows of its sequence; along one axis at a time; inside of windows; with another scale of the image's scores
+than 1 / sqrt(K); or over the rows up to its own."""
 PARTIAL = ("axial", "windowed")
 """Attention whose keys are some of the rows of its sequence, folded into the batch."""
 Axis = Literal["", "time", "space"]
@@ -80,7 +80,7 @@ def attended(sites: Iterable[Site]) -> dict[str, str]:
         for site in sites
         if site.kind == "core"
         and site.stream in SEQUENCES
-        and site.attention not in PARTIAL
+        and site.attention not in (*PARTIAL, "causal")
         and not site.over
     }
 

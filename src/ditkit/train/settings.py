@@ -63,7 +63,8 @@ class Settings:
         skip_above: a step whose gradient norm, before it is clipped, is larger changes no weight; 0 for never.
         precision: of the forward pass.
         trained: parts whose weights are, joined by "+": "all"; "attention", its projections, and what policies train of
-            their own; "norms"; "learned"; or the name of a transform or a policy, for what it trains.
+            their own; "norms"; "learned"; a part that the network names; or the name of a transform or a policy, for
+            what it trains.
         groups: parts with a learning rate of their own; the first that fits owns a weight.
         averages: of the weights; the first is what is sampled and saved.
         gradient_checkpointing: recompute blocks in the backward pass.
