@@ -34,6 +34,7 @@ from ditkit.hosts.blocks import (
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
+from ditkit.nn.narrow import TwoStreams
 
 STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
@@ -106,8 +107,15 @@ def attend(
 
 
 @stands_for(host.QwenImageTransformerBlock)
-class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
+class QwenImageTransformerBlock(host.QwenImageTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention."""
+
+    mlps = {"image": ("img_mod.1", "img_norm2", "img_mlp"), "text": ("txt_mod.1", "txt_norm2", "txt_mlp")}
+    of_text = ("txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
+
+    def normed_text(self, text: Tensor) -> Tensor:
+        normed: Tensor = self.txt_norm1(text)
+        return normed
 
     def forward(
         self,
@@ -121,22 +129,28 @@ class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
         run: Run = DIRECT,
         at: str = "",
     ) -> tuple[Tensor, Tensor]:
-        image, text, known = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
+        image, known = hidden_states, encoder_hidden_states_mask
+        text, rows = self.split_text(encoder_hidden_states)
         side = image_rotary_emb and Side(Phases(image_rotary_emb[0]), image_rotary_emb[1], modulate_index)
         parts, clean = _halves(self.img_mod(temb), self.zero_cond_t and modulate_index is not None)
-        text_parts, _ = _halves(self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb), False)
+        text_parts = self._text_modulation(temb) if self.owns_text else ()
         branch = partial(self._attend, run, at + ".attn", joint_attention_kwargs or {})
         by = parts[:2], clean[:2], text_parts[:2]
-        a_image, a_text = run.site(at + ".attn", branch, Streams(image, text), side, known, *by)
+        a_image, a_text = run.site(at + ".attn", branch, Streams(image, rows), side, known, *by)
         mark = _marked(side)
         image = image + chosen(mark, parts[2], clean[2:3]) * a_image
-        text = text + text_parts[2] * a_text
         feed = partial(_feed, self.img_norm2, self.img_mlp)
         m_image = run.site(at + ".mlp", feed, image, side, parts[3:5], clean[3:5])
         image = image + chosen(mark, parts[5], clean[5:]) * m_image
+        if not self.owns_text:
+            return clip_half(self.pass_text(run, at, encoder_hidden_states)), clip_half(image)
+        text = text + text_parts[2] * a_text
         feed = partial(_feed, self.txt_norm2, self.txt_mlp)
         text = text + text_parts[5] * run.site(at + ".text.mlp", feed, text, None, text_parts[3:5], ())
-        return clip_half(text), clip_half(image)
+        return clip_half(self.hand_text(text, rows, *text_parts[:2])), clip_half(image)
+
+    def _text_modulation(self, temb: Tensor) -> tuple[Tensor, ...]:
+        return _halves(self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb), False)[0]
 
     def _attend(
         self,
@@ -153,7 +167,7 @@ class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
         """Image and text before their gates."""
         return self.attn(
             hidden_states=modulated(self.img_norm1, x.image, _marked(side), by, clean),
-            encoder_hidden_states=modulated(self.txt_norm1, x.text, None, text_by, ()),
+            encoder_hidden_states=run.site(at + ".text", self.text_rows, x.text, *text_by),
             encoder_hidden_states_mask=known,
             image_rotary_emb=side and (side.phases.table, side.text),
             run=run,
@@ -267,8 +281,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
+        named.append(Site(f"{at}.attn.text", "modulated", "text"))
         named += attention_sites(f"{at}.attn", block.attn, core="joint")
-        named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
+        named += [Site(f"{at}.mlp", "branch"), *block.text_sites(at)]
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

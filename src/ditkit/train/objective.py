@@ -6,7 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.policy import detached
-from ditkit.core.run import Site
+from ditkit.core.run import Handler, Site
 from ditkit.train.randomness import TERMS, SampleRNG, seed_of
 from ditkit.train.schedules import Schedule, Weight, never, weight_at
 from ditkit.train.taps import check_policies, site_of
@@ -66,6 +66,19 @@ class Batch:
         return error if self.mask is None else error * self.mask
 
 
+class Feed(NamedTuple):
+    """What the network in training is given in the place of its own states, for a term that stands alone.
+
+    Args:
+        handlers: by site, around what policies do there. taps: sites whose outputs the loss reads.
+        kept: further outputs by name, which the handlers fill in.
+    """
+
+    handlers: Mapping[str, Handler]
+    taps: tuple[str, ...]
+    kept: Mapping[str, Any]
+
+
 class Term(Checked, ABC):
     """One part of the loss. At a step where its weight is 0 nothing of it is computed: no tap, no teacher, no data.
 
@@ -83,6 +96,8 @@ class Term(Checked, ABC):
     """True if it looks at the signal under latents, which data give only at steps where it has a weight."""
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
+    alone: ClassVar[bool] = False
+    """True if the network is run in pieces for it, by `feed`, after its teacher: no other term can share the pass."""
     strata: int = 0
     """Equal parts of noise-time of which every batch has to hold as many samples; 0 if it may hold any."""
     weight: Weight
@@ -99,6 +114,10 @@ class Term(Checked, ABC):
     def asks(self, batch: Any) -> Ask | None:
         """Something else than what the student was given and tapped, of its teacher or of the student."""
         return None
+
+    def feed(self, batch: Any) -> Feed:
+        """Return what the network is given in this step, of a term that is `alone`; `batch.taught` is the teacher's."""
+        raise NotImplementedError
 
     def modules(self, model: Model) -> nn.Module | None:
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
@@ -194,6 +213,12 @@ class Objective(ABC):
             if term.teacher is not None:
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
+        names = [type(term).__name__ for term in self.active]
+        if lonely := [type(term).__name__ for term in self.active if term.alone and len(names) > 1]:
+            raise ConfigError(
+                f"{lonely[0]} runs the network in pieces, which no other term can read; got {', '.join(names)}, expected "
+                "it alone"
+            )
 
     def check_batch(self, batch: int) -> None:  # noqa: B027
         """Refuse a number of samples a step, over all processes, that it cannot be computed on.
