@@ -7,7 +7,7 @@ what is left. B batch, S text rows, D width.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -188,6 +188,10 @@ class Contiguous(Checked, Transform):
         taken = self.students or "_pruned" in vars(self)
         needed = self.remove or self.mlps or ((self.text or self.linear) and not taken)
         return Draws(self.steps, self.samples, self.seed) if needed else None
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.remove or self.mlps)
 
     def resolved(self, model: Any, calibration: Any = None) -> Self:
         if "_pruned" in vars(self):
@@ -498,13 +502,14 @@ def renumbered(state: Mapping[str, Tensor], transform: Contiguous, path: str) ->
     return found
 
 
+def numbers_of(names: Iterable[str], path: str) -> list[int]:
+    """Return the numbers of the blocks that tensors are of, ascending."""
+    pattern = re.compile(re.escape(path) + r"\.(\d+)\.")
+    return sorted({int(match[1]) for match in map(pattern.match, names) if match})
+
+
 def without_gaps(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return tensors whose blocks are numbered from 0 on: a public export keeps the old numbers, with gaps."""
-    pattern = re.compile(re.escape(path) + r"\.(\d+)(\..*)")
-    matches = {name: pattern.fullmatch(name) for name in state}
-    numbers = sorted({int(match[1]) for match in matches.values() if match})
-    place = {n: j for j, n in enumerate(numbers)}
-    return {
-        f"{path}.{place[int(match[1])]}{match[2]}" if (match := matches[name]) else name: value
-        for name, value in state.items()
-    }
+    """Return tensors whose blocks are numbered from 0 on: one public export keeps the old numbers, with gaps."""
+    place = {n: j for j, n in enumerate(numbers_of(state, path))}
+    pattern = re.compile("^" + re.escape(path) + r"\.(\d+)\.")
+    return {pattern.sub(lambda match: f"{path}.{place[int(match[1])]}.", name): v for name, v in state.items()}

@@ -92,6 +92,11 @@ class Transform(ABC):
         """Return which trajectories a verb should draw as calibration where none is given; None if it needs none."""
         return None
 
+    @property
+    def is_open(self) -> bool:
+        """True if `resolved` decides more than values, so that a run which must be resumed has to name it."""
+        return self.draws() is not None
+
     def resolved(self, model: Any, calibration: Any = None) -> Self:
         """Return the setting with what it leaves open decided for this model, before anything is changed.
 

@@ -258,7 +258,7 @@ class Denoising(Objective):
         feed = term.feed(batch)
         _, tapped = _predicted(forward, model, feed.taps, x, t, cond, step=held.step, fed=feed.handlers)
         loss = term.loss(replace(batch, taps={**tapped, **feed.kept})).mean()
-        return {name: loss, "loss": weight_at(term.weight, held.step) * loss}
+        return {name: loss, **term.followed(batch), "loss": weight_at(term.weight, held.step) * loss}
 
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held

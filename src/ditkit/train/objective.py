@@ -119,6 +119,10 @@ class Term(Checked, ABC):
         """Return what the network is given in this step, of a term that is `alone`; `batch.taught` is the teacher's."""
         raise NotImplementedError
 
+    def followed(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return numbers for the log beside the loss, of a term that is `alone`."""
+        return {}
+
     def modules(self, model: Model) -> nn.Module | None:
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
         return None

@@ -5,7 +5,7 @@ B batch, L tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ditkit.core.model import Model
 from ditkit.core.run import Handler, Site
 from ditkit.core.transform import Fed
 from ditkit.nn.direction import absolute_distance, squared_distance
+from ditkit.nn.feeding import before, given, needed, nothing, passed, stream_of
 from ditkit.train.denoising import NoisyBatch
 from ditkit.train.objective import Feed, Term
 from ditkit.train.schedules import Weight
@@ -88,6 +88,9 @@ class SpanDistillation(Term):
         assert batch.taught is not None
         losses = [self.of_pair(pair, batch, batch.taught.taps) for pair in batch.own.pairs]
         return torch.stack(losses).sum(0)
+
+    def followed(self, batch: NoisyBatch) -> Mapping[str, Tensor]:
+        return {f"length {name}": batch.own.ratio[i] for name, i in batch.own.places.items()}
 
     def of_pair(self, pair: Compared, batch: NoisyBatch, taught: Mapping[str, Any]) -> Tensor:
         """Compute the loss of one stream of one span, or of a projection, [B]; and note how long its tokens are."""
@@ -172,9 +175,7 @@ def asked(blocks: Sequence[Fed], pairs: Sequence[Compared]) -> Ask:
     """Return the question to the teacher: states before and after spans, up to the last of them."""
     names = [pair.taught for pair in pairs]
     for one in blocks:
-        names.append(one.first + ":in")
-        if one.reads_text:
-            names += [one.group[0], one.group[0] + ".attn.text"]
+        names += needed(one)
     last = max((pair.taught for pair in pairs), key=_place)
     stop = ".".join(last.split(".")[:2])
     return Ask(taps=tuple(dict.fromkeys(names)), stop=stop)
@@ -192,15 +193,6 @@ def fed(blocks: Sequence[Fed], taps: Sequence[str], taught: Mapping[str, Any], s
             if one is not None and one.reads_text and not (one.is_student or one.linear):
                 handlers |= only_text(one.block, sites, kept)
     return Feed(handlers, tuple(tap for tap in taps if tap not in handlers or tap in learns), kept)
-
-
-def before(one: Fed, taught: Mapping[str, Any]) -> Any:
-    """Return the teacher's state that a block is given; with a text that it only reads, state and rows side by side."""
-    state = taught[one.first + ":in"]
-    if not one.reads_text:
-        return state
-    handed, rows = taught[one.group[0]].text, taught[one.group[0] + ".attn.text"]
-    return state._replace(text=torch.cat([handed, rows], -1))
 
 
 def only_text(block: str, sites: Sequence[Site], kept: dict[str, Any]) -> dict[str, Handler]:
@@ -226,27 +218,6 @@ def until(fn: Handler, x: Any, *args: Any) -> Any:
     with suppress(Enough):
         fn(x, *args)
     return nothing(fn, x)
-
-
-def nothing(fn: Handler, x: Any, *args: Any) -> Any:
-    """Stand for a branch that adds nothing."""
-    return tree_map(torch.zeros_like, x)
-
-
-def passed(fn: Handler, x: Any, *args: Any) -> Any:
-    """Stand for a block that is not computed."""
-    return x
-
-
-def given(state: Any, fn: Callable[..., Any], x: Any, *args: Any) -> Any:
-    """Compute a block of another state than the one that came."""
-    return fn(state, *args)
-
-
-def stream_of(state: Any, stream: str) -> Tensor:
-    """Return the features of a stream."""
-    found: Tensor = state if isinstance(state, Tensor) else getattr(state, stream)
-    return found
 
 
 def _place(tap: str) -> tuple[int, int]:
