@@ -85,7 +85,9 @@ class NormalEquations:
         pull = self.ridge * self.gram.diagonal()[:-1].sum() / D
         wanted = self.cross[-1] / self.rows
         cross = self.cross[:-1] - self.rows * mean[:, None] * wanted
-        weight = torch.linalg.solve(centred + pull * torch.eye(D, dtype=torch.float64, device=mean.device), cross)
+        weight = torch.linalg.solve(
+            centred + pull * torch.eye(D, dtype=torch.float64, device=mean.device), cross
+        )
         return Affine(weight.mT.contiguous(), wanted - mean @ weight)
 
 
@@ -97,6 +99,6 @@ def check_rows(rows: int, width: int) -> None:
     """
     if rows <= width:
         raise ConfigError(
-            f"calibration has {rows} tokens, expected more than the {width} channels that are fitted to them; give more "
-            "samples"
+            f"calibration has {rows} tokens, expected more than the {width} channels that are fitted to them; give "
+            "more samples"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -97,11 +98,13 @@ class Contiguous(Checked, Transform):
         for given, instead in (("spans", "remove"), ("linear", "mlps")):
             if getattr(self, given) and getattr(self, instead):
                 raise ConfigError(
-                    f"Contiguous: {given}={getattr(self, given)} and {instead}={getattr(self, instead)}, expected one of "
-                    "the two"
+                    f"Contiguous: {given}={getattr(self, given)} and {instead}={getattr(self, instead)}, expected one "
+                    "of the two"
                 )
         if self.students and (self.remove or self.mlps):
-            raise ConfigError("Contiguous: students are of spans that are named, expected neither remove nor mlps")
+            raise ConfigError(
+                "Contiguous: students are of spans that are named, expected neither remove nor mlps"
+            )
 
     @property
     def cut(self) -> tuple[Span, ...]:
@@ -132,7 +135,9 @@ class Contiguous(Checked, Transform):
         blocks = self.left(depth)
         found: dict[int, Width] = {}
         for first, last in ranges("text", self.text):
-            if cut := [b for b in blocks if b.is_student and (b.first <= first <= b.last or b.first <= last < b.last)]:
+            if cut := [
+                b for b in blocks if b.is_student and (b.first <= first <= b.last or b.first <= last < b.last)
+            ]:
                 raise ConfigError(
                     f"Contiguous: text={first}-{last} begins or ends inside the span {cut[0].first}-{cut[0].last}, "
                     "expected groups that begin at a block that stays and end at one, or at the end of a span"
@@ -156,7 +161,9 @@ class Contiguous(Checked, Transform):
         stack = stacks[self.stack]
         blocks: Any = model.get_submodule(stack.path)
         depth, fixed = len(blocks), {n % len(blocks) for n in stack.shared}
-        named = [(f"{kind}={a}-{b}", b) for kind in ("spans", "text") for a, b in ranges(kind, getattr(self, kind))]
+        named = [
+            (f"{kind}={a}-{b}", b) for kind in ("spans", "text") for a, b in ranges(kind, getattr(self, kind))
+        ]
         for what, n in (*named, *((f"linear={n}", n) for n in self.linear)):
             if n >= depth:
                 raise ConfigError(
@@ -202,7 +209,9 @@ class Contiguous(Checked, Transform):
             return _carrying(self, pruned=pruned)
         if self.draws() is None:
             return self
-        calibration = checked("Contiguous", calibration, "spans and projections are fitted", tuple(model.sample_shape))
+        calibration = checked(
+            "Contiguous", calibration, "spans and projections are fitted", tuple(model.sample_shape)
+        )
         depth = self.depth(model)
         found, notes = self, dict[str, Any]()
         if self.remove:
@@ -212,12 +221,16 @@ class Contiguous(Checked, Transform):
             chosen = choose(spans, self.remove)
             found = replace(found, spans=tuple(map(written, chosen)), remove=0)
             notes["found"] = [list(span) for span in spans]
-            notes["cka"] = {written(s): [probes.cka(*s), probes.final_cka(model, calibration, s)] for s in chosen}
+            notes["cka"] = {
+                written(s): [probes.cka(*s), probes.final_cka(model, calibration, s)] for s in chosen
+            }
             found.check(model)
         if self.mlps:
             errors = candidates(model, calibration, found, depth)
             if len(errors) < self.mlps:
-                raise ConfigError(f"Contiguous: mlps={self.mlps}, expected at most the {len(errors)} blocks that are left")
+                raise ConfigError(
+                    f"Contiguous: mlps={self.mlps}, expected at most the {len(errors)} blocks that are left"
+                )
             best = sorted(errors, key=lambda n: errors[n])[: self.mlps]
             found = replace(found, linear=tuple(sorted(best)), mlps=0)
             notes["mlps"] = {str(n): error for n, error in errors.items()}
@@ -283,7 +296,8 @@ class Contiguous(Checked, Transform):
                 linear=j in widths and widths[j].linear,
             )
             for j, block in enumerate(self.left(depth))
-            if block.is_student or (j in widths and (widths[j].linear or widths[j].role in ("read", "resumed")))
+            if block.is_student
+            or (j in widths and (widths[j].linear or widths[j].role in ("read", "resumed")))
         ]
 
     def trains(self, model: Any) -> list[str]:
@@ -334,7 +348,9 @@ def ranges(name: str, texts: Sequence[str]) -> tuple[Span, ...]:
     for text in texts:
         match = re.fullmatch(r"(\d+)-(\d+)", text)
         if not match or int(match[1]) >= int(match[2]):
-            raise ConfigError(f"Contiguous: {name}={text!r}, expected the first and the last block of several, as 3-5")
+            raise ConfigError(
+                f"Contiguous: {name}={text!r}, expected the first and the last block of several, as 3-5"
+            )
         found.append((int(match[1]), int(match[2])))
     return tuple(found)
 
@@ -345,7 +361,7 @@ def written(span: Span) -> str:
 
 
 def _check_ranges(name: str, found: Sequence[Span]) -> None:
-    for (first, last), (after, end) in zip(found, found[1:], strict=False):
+    for (first, last), (after, end) in pairwise(found):
         if after <= last:
             raise ConfigError(
                 f"Contiguous: {name}={first}-{last} and {after}-{end} overlap or are not in order, expected ascending "
@@ -356,7 +372,9 @@ def _check_ranges(name: str, found: Sequence[Span]) -> None:
 def projections(block: Any) -> list[str]:
     """Return the names of the weights of a narrower block that are fitted and trained."""
     layers: list[Any] = [getattr(block, name, None) for name in ("text_proj", "text_resume")]
-    if not isinstance(block, TwoStreams) or isinstance(block.get_submodule(block.mlps["image"][2]), nn.Linear):
+    if not isinstance(block, TwoStreams) or isinstance(
+        block.get_submodule(block.mlps["image"][2]), nn.Linear
+    ):
         layers += linear_mlps(block).values()
     own = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
     return [name for name, weight in block.named_parameters() if id(weight) in own]
@@ -364,7 +382,9 @@ def projections(block: Any) -> list[str]:
 
 def pruned_by(model: Any, stack: str) -> Contiguous | None:
     """Return the last `Contiguous` that was applied to a stack."""
-    return next((t for t in reversed(model.transforms) if isinstance(t, Contiguous) and t.stack == stack), None)
+    return next(
+        (t for t in reversed(model.transforms) if isinstance(t, Contiguous) and t.stack == stack), None
+    )
 
 
 def plug(
@@ -384,7 +404,9 @@ def plug(
     """
     own = pruned_by(pruned, stack)
     if own is None:
-        raise ConfigError(f"plug: this {type(pruned).__name__} has no Contiguous on {stack!r}, expected a pruned model")
+        raise ConfigError(
+            f"plug: this {type(pruned).__name__} has no Contiguous on {stack!r}, expected a pruned model"
+        )
     given = {"spans": spans, "text": text, "linear": linear}
     chosen = replace(own, **{name: tuple(value) for name, value in given.items() if value is not None})
     copy = original.with_weights(original.state_dict(), "copy")
@@ -406,14 +428,16 @@ def check_students(transform: Contiguous, original: Any, pruned: Any) -> None:
     if own is None or len(known) != len(pruned.transforms) or type(pruned) is not type(original):
         listed = ", ".join(type(t).__name__ for t in pruned.transforms) or "nothing"
         raise ConfigError(
-            f"Contiguous: students of a {type(pruned).__name__} under {listed}, expected a {type(original).__name__} under "
-            f"one Contiguous on {transform.stack!r}; finish other transforms first (LoRA: Merged())"
+            f"Contiguous: students of a {type(pruned).__name__} under {listed}, expected a {type(original).__name__} "
+            f"under one Contiguous on {transform.stack!r}; finish other transforms first (LoRA: Merged())"
         )
     for name in ("spans", "text", "linear"):
         for one in getattr(transform, name):
             if one not in getattr(own, name):
                 known_ones = [str(other) for other in getattr(own, name)]
-                raise ConfigError("Contiguous: " + unknown(f"one of the {name} of the pruned model", str(one), known_ones))
+                raise ConfigError(
+                    "Contiguous: " + unknown(f"one of the {name} of the pruned model", str(one), known_ones)
+                )
     depth = transform.depth(original)
     if own.depth(pruned) + own.gone != depth:
         raise CheckpointError(
@@ -423,8 +447,8 @@ def check_students(transform: Contiguous, original: Any, pruned: Any) -> None:
         held, taken = original.state_dict().get(ours), pruned.state_dict().get(theirs)
         if held is None or taken is None or held.shape != taken.shape or not _same(held, taken):
             raise CheckpointError(
-                f"Contiguous: {theirs!r} of the pruned model is not {ours!r} of this one: it was made of another model, or "
-                "trained as a whole since; expected the model that it was made of"
+                f"Contiguous: {theirs!r} of the pruned model is not {ours!r} of this one: it was made of another model, "
+                "or trained as a whole since; expected the model that it was made of"
             )
 
 
@@ -465,8 +489,8 @@ def take_students(transform: Contiguous, model: Any, pruned: Any, depth: int) ->
         theirs = pruned.get_submodule(f"{path}.{place[block.first, block.last]}").state_dict()
         if lost := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
             raise ConfigError(
-                f"Contiguous: {lost[0]!r} of the student of {block.first}-{block.last} is not in the pruned model, where it "
-                "is narrower; put the span back too, or take its text and linear layers"
+                f"Contiguous: {lost[0]!r} of the student of {block.first}-{block.last} is not in the pruned model, where "
+                "it is narrower; put the span back too, or take its text and linear layers"
             )
         for name, value in ours.items():
             value.copy_(theirs[name])
@@ -512,4 +536,6 @@ def without_gaps(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """Return tensors whose blocks are numbered from 0 on: one public export keeps the old numbers, with gaps."""
     place = {n: j for j, n in enumerate(numbers_of(state, path))}
     pattern = re.compile("^" + re.escape(path) + r"\.(\d+)\.")
-    return {pattern.sub(lambda match: f"{path}.{place[int(match[1])]}.", name): v for name, v in state.items()}
+    return {
+        pattern.sub(lambda match: f"{path}.{place[int(match[1])]}.", name): v for name, v in state.items()
+    }

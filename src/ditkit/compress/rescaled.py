@@ -47,18 +47,26 @@ class Rescaled(Checked, Transform):
         for name in ("image", "text"):
             given_ = getattr(self, name)
             if given_ and len(given_) != len(self.blocks):
-                raise ConfigError(f"Rescaled: {name}={given_}, expected as many as blocks={self.blocks}, or none")
+                raise ConfigError(
+                    f"Rescaled: {name}={given_}, expected as many as blocks={self.blocks}, or none"
+                )
         if self.original and self.blocks:
-            raise ConfigError(f"Rescaled: original={self.original!r} and blocks={self.blocks}, expected one of the two")
+            raise ConfigError(
+                f"Rescaled: original={self.original!r} and blocks={self.blocks}, expected one of the two"
+            )
 
     def check(self, model: Any) -> None:
         if self.stack not in model.stacks():
             raise ConfigError("Rescaled: " + unknown("stack", self.stack, model.stacks()))
         count = len(model.get_submodule(model.stacks()[self.stack].path))
         if beyond := [n for n in self.blocks if n >= count]:
-            raise ConfigError(f"Rescaled: blocks={self.blocks} name block {beyond[0]}, expected 0 to {count - 1}")
+            raise ConfigError(
+                f"Rescaled: blocks={self.blocks} name block {beyond[0]}, expected 0 to {count - 1}"
+            )
         if self.original and not students(model, self.stack):
-            raise ConfigError(f"Rescaled: the model has no student on {self.stack!r}, expected one that Contiguous pruned")
+            raise ConfigError(
+                f"Rescaled: the model has no student on {self.stack!r}, expected one that Contiguous pruned"
+            )
 
     def draws(self) -> Draws | None:
         return Draws(self.steps, self.samples, self.seed) if self.original else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,11 @@ class Found(NamedTuple):
 
 
 def find_spans(
-    cka: Callable[[int, int], float], depth: int, floor: float = 0.9, fixed: Collection[int] = (), tie: float = TIE
+    cka: Callable[[int, int], float],
+    depth: int,
+    floor: float = 0.9,
+    fixed: Collection[int] = (),
+    tie: float = TIE,
 ) -> list[Found]:
     """Find spans by the first difference of CKA, D(u, k) = cka(u, k - 1) - cka(u, k), with cka(u, u) = 1.
 
@@ -123,12 +128,12 @@ class Probes:
         whole = [{stream: torch.cat(parts) for stream, parts in one.items()} for one in rows]
         maps = [
             {stream: fit_affine(x, after[stream] - x) for stream, x in before.items()}
-            for before, after in zip(whole, whole[1:], strict=False)
+            for before, after in pairwise(whole)
         ]
         return cls(stack, maps, states)
 
     def cka(self, u: int, k: int) -> float:
-        """Compute CKA after block k of the network with probes in the place of blocks u + 1 to k, the mean over times."""
+        """Compute CKA after block k with probes in the place of blocks u + 1 to k, the mean over times."""
         if u == k:
             return 1.0
         if (u, k) not in self.known:
@@ -152,7 +157,10 @@ class Probes:
 
     def _stand_in(self, block: int, _: Handler, x: Any, *args: Any) -> Any:
         streams = streams_in(x)
-        new = {name: v + self.maps[block][name](v.to(self.maps[block][name].weight)).to(v) for name, v in streams.items()}
+        new = {
+            name: v + self.maps[block][name](v.to(self.maps[block][name].weight)).to(v)
+            for name, v in streams.items()
+        }
         return new["image"] if isinstance(x, Tensor) else x._replace(**new)
 
     def _chain(self, u: int, k: int) -> list[Tensor]:

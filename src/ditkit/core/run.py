@@ -43,7 +43,8 @@ class Site(NamedTuple):
     Its stream is that of its tokens: "image", "text" or "joint"; of a branch, of what it returns; of a core, of its
     queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the two
     layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around it
-    joins with the rest of c. A `modulated` site gives a text's rows as an attention of two streams reads them. A `choice` site, asked with a branch's tokens before its norm, gives what of the branch is
+    joins with the rest of c. A `modulated` site gives a text's rows as an attention of two
+    streams reads them. A `choice` site, asked with a branch's tokens before its norm, gives what of the branch is
     computed; None is all.
     """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,7 +106,12 @@ class FluxAttention(host.FluxAttention):
 class FluxTransformerBlock(host.FluxTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention."""
 
-    mlps = {"image": ("norm1.linear", "norm2", "ff"), "text": ("norm1_context.linear", "norm2_context", "ff_context")}
+    mlps = MappingProxyType(
+        {
+            "image": ("norm1.linear", "norm2", "ff"),
+            "text": ("norm1_context.linear", "norm2_context", "ff_context"),
+        }
+    )
     of_text = ("norm1_context", "norm2_context", "ff_context")
 
     def normed_text(self, text: Tensor) -> Tensor:

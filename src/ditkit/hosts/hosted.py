@@ -313,7 +313,9 @@ def _with_gaps(folder: Path, content: Mapping[str, Any], kind: Any) -> Any:
         arguments = {k: v for k, v in content.items() if not k.startswith("_")}
         stacks = family(kind.from_config(arguments)).stacks
     gaps = {stack: numbers_of(names, stack.path) for stack in stacks.values()}
-    gaps = {stack: numbers for stack, numbers in gaps.items() if numbers and numbers != list(range(len(numbers)))}
+    gaps = {
+        stack: numbers for stack, numbers in gaps.items() if numbers and numbers != list(range(len(numbers)))
+    }
     if not gaps:
         return None
     state = {name: value for file in files for name, value in read_state(file).items()}
@@ -322,7 +324,11 @@ def _with_gaps(folder: Path, content: Mapping[str, Any], kind: Any) -> Any:
         arguments[stack.field] = len(numbers)
         for name in stack.indexed:
             arguments[name] = tuple(numbers.index(n) for n in arguments.get(name) or () if n in numbers)
-    model = Host.holding(HostConfig(kind.__name__, json.dumps(arguments)), {f"transformer.{k}": v for k, v in state.items()}, folder)
+    model = Host.holding(
+        HostConfig(kind.__name__, json.dumps(arguments)),
+        {f"transformer.{k}": v for k, v in state.items()},
+        folder,
+    )
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,9 @@ def attend(
 class QwenImageTransformerBlock(host.QwenImageTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention."""
 
-    mlps = {"image": ("img_mod.1", "img_norm2", "img_mlp"), "text": ("txt_mod.1", "txt_norm2", "txt_mlp")}
+    mlps = MappingProxyType(
+        {"image": ("img_mod.1", "img_norm2", "img_mlp"), "text": ("txt_mod.1", "txt_norm2", "txt_mlp")}
+    )
     of_text = ("txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
 
     def normed_text(self, text: Tensor) -> Tensor:

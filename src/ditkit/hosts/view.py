@@ -91,7 +91,7 @@ def view(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Take the sites away again, in place; but from blocks without a text of their own, which plain diffusers cannot run.
+    """Take the sites away again, in place; but from blocks without a text of their own, which diffusers cannot run.
 
     Raises:
         ConflictError: a forward was replaced since, and cannot be rebound.

@@ -24,7 +24,7 @@ Role = Literal["own", "handed", "read", "resumed"]
 
 
 class Halved(nn.Module):
-    """A modulation without the parts of the MLP, in whose place stand those that change nothing: shift 0, scale 0, gate 1.
+    """A modulation without the MLP's parts, in whose place are those that change nothing: shift 0, scale 0, gate 1.
 
     Args:
         wide: the modulation that it replaces, D to 6 D or, where the image attends to itself again, to 9 D.
@@ -45,7 +45,9 @@ class Halved(nn.Module):
         parts = self.linear(c)
         D = self.linear.in_features
         nothing = parts.new_zeros(*parts.shape[:-1], 2 * D)
-        return torch.cat([parts[..., : 3 * D], nothing, torch.ones_like(nothing[..., :D]), parts[..., 3 * D :]], -1)
+        return torch.cat(
+            [parts[..., : 3 * D], nothing, torch.ones_like(nothing[..., :D]), parts[..., 3 * D :]], -1
+        )
 
 
 class LinearBlock(nn.Module):
@@ -70,7 +72,9 @@ class LinearBlock(nn.Module):
             own.data.copy_(other.data[: len(own)])
         return new
 
-    def attend(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None) -> Tensor:
+    def attend(
+        self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
+    ) -> Tensor:
         """Compute the attention branch before its gate."""
         route = run.site(at + ".route", everything, x_BLD)
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0, 1))
@@ -210,8 +214,8 @@ def check_linear(block: nn.Module, name: str) -> None:
         raise ConfigError(f"{name} has a linear layer in the place of its MLP already")
     if type(block) is not Block and not isinstance(block, TwoStreams):
         raise ConfigError(
-            f"{name} is a {type(block).__name__}, expected a block whose MLP follows its attention: DiT's, or one of two "
-            "streams of diffusers"
+            f"{name} is a {type(block).__name__}, expected a block whose MLP follows its attention: DiT's, or one of "
+            "two streams of diffusers"
         )
 
 
@@ -223,7 +227,11 @@ def with_linear_mlps(block: Any) -> Any:
         wide: Any = block.get_submodule(modulation)
         half = Halved(wide)
         half.take(wide)
-        for name, part in ((modulation, half), (norm, nn.Identity()), (mlp, linear_like(wide, wide.in_features))):
+        for name, part in (
+            (modulation, half),
+            (norm, nn.Identity()),
+            (mlp, linear_like(wide, wide.in_features)),
+        ):
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, part)
     return block

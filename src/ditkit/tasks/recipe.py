@@ -207,8 +207,8 @@ def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
         for transform in recipe.transforms:
             if transform.is_open:
                 raise ConfigError(
-                    f"{type(transform).__name__}: a run cannot be resumed from what is still to be found from samples; apply "
-                    "it by ditkit compress, which writes what it found into config.json, and name that"
+                    f"{type(transform).__name__}: a run cannot be resumed from what is still to be found from samples; "
+                    "apply it by ditkit compress, which writes what it found into config.json, and name that"
                 )
             model.transform(transform, drawn_for(model, transform))
     return model.adopt(policies)

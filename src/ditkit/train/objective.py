@@ -220,8 +220,8 @@ class Objective(ABC):
         names = [type(term).__name__ for term in self.active]
         if lonely := [type(term).__name__ for term in self.active if term.alone and len(names) > 1]:
             raise ConfigError(
-                f"{lonely[0]} runs the network in pieces, which no other term can read; got {', '.join(names)}, expected "
-                "it alone"
+                f"{lonely[0]} runs the network in pieces, which no other term can read; got {', '.join(names)}, "
+                "expected it alone"
             )
 
     def check_batch(self, batch: int) -> None:  # noqa: B027
