@@ -447,8 +447,8 @@ def check_students(transform: Contiguous, original: Any, pruned: Any) -> None:
         held, taken = original.state_dict().get(ours), pruned.state_dict().get(theirs)
         if held is None or taken is None or held.shape != taken.shape or not _same(held, taken):
             raise CheckpointError(
-                f"Contiguous: {theirs!r} of the pruned model is not {ours!r} of this one: it was made of another model, "
-                "or trained as a whole since; expected the model that it was made of"
+                f"Contiguous: {theirs!r} of the pruned model is not {ours!r} of this one: it was made of another "
+                "model, or trained as a whole since; expected the model that it was made of"
             )
 
 
@@ -489,8 +489,8 @@ def take_students(transform: Contiguous, model: Any, pruned: Any, depth: int) ->
         theirs = pruned.get_submodule(f"{path}.{place[block.first, block.last]}").state_dict()
         if lost := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
             raise ConfigError(
-                f"Contiguous: {lost[0]!r} of the student of {block.first}-{block.last} is not in the pruned model, where "
-                "it is narrower; put the span back too, or take its text and linear layers"
+                f"Contiguous: {lost[0]!r} of the student of {block.first}-{block.last} is not in the pruned model, "
+                "where it is narrower; put the span back too, or take its text and linear layers"
             )
         for name, value in ours.items():
             value.copy_(theirs[name])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditkit.compress.calibration import Calibration
+from ditkit.compress.calibration import Calibration, some_rows
 from ditkit.compress.cka import Affine, fit_affine, linear_cka
 from ditkit.compress.states import evaluating, record, rows_of, some, streams_in
 from ditkit.core.errors import ConfigError
@@ -25,6 +25,8 @@ TIE = 1e-5
 """By how much a difference may rise and count as equal: what rounding does to CKA."""
 TOKENS = 4096
 """Of each time, from which CKA is taken."""
+FEW = 4
+"""Samples of each call, from which CKA of the network's output is taken."""
 
 
 class Found(NamedTuple):
@@ -147,7 +149,8 @@ class Probes:
         handlers = {f"{self.stack}.{i}": partial(self._stand_in, i) for i in range(span[0] + 1, span[1] + 1)}
         values = []
         with evaluating(model), torch.no_grad():
-            for call in calibration.calls:
+            for whole in calibration.calls:
+                call = some_rows(whole, 0, FEW)
                 head = next(site.name for site in model.sites() if site.kind == "head")
                 full = record(model, call, [head])[head]
                 kept: list[Tensor] = []

@@ -19,8 +19,11 @@ from diffusers.models.transformers import transformer_qwenimage as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, dispatched, flip
 from ditkit.hosts.blocks import (
@@ -32,6 +35,7 @@ from ditkit.hosts.blocks import (
     modulated,
     warn_of_unknown,
 )
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
@@ -306,6 +310,40 @@ def layout(
     streams = ["image", *["context"] * (len(grids) - 1)]
     parts = [Segment(stream, grid, grid.length) for stream, grid in zip(streams, grids, strict=True)]
     return Segment("text", Grid(text), text, valid), *parts
+
+
+class QwenImageInputs(Inputs):
+    """Qwen-Image: rows of its language model, and their mask."""
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        if model.zero_cond_t or model.config.use_layer3d_rope or model.config.use_additional_t_cond:
+            raise ConfigError(
+                "QwenImageTransformer2DModel: it edits pictures or makes layers, expected one of text alone"
+            )
+        return model.config.in_channels // 4, (2, 2)
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {
+            "prompt_embeds": Slot("text", ("S", model.config.joint_attention_dim)),
+            "prompt_embeds_mask": Slot("text_mask", ("S",), optional=True),
+        }
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        shape = (1, x.shape[2] // 2, x.shape[3] // 2)
+        return {
+            "hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT,
+            "encoder_hidden_states": cond.text,
+            "encoder_hidden_states_mask": cond.text_mask,
+            "timestep": t,
+            "img_shapes": [[shape]] * len(x),
+            **({"guidance": torch.full_like(t, guidance)} if model.config.guidance_embeds else {}),
+        }
+
+    def prediction(self, model: Any, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return F.pixel_shuffle(out.mT.unflatten(2, (shape[-2] // 2, shape[-1] // 2)), 2)
+
+
+INPUTS = QwenImageInputs()
 
 
 def _halves(modulation: Tensor, two: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -50,10 +50,11 @@ class Compared(NamedTuple):
 class SpanDistillation(Term):
     """sum over spans and streams of mean |s^ - t^|_2^2, and over projections of mean |s^ - t^|_1.
 
-    s^ and t^ are the directions of a token of the student and of the teacher. A student is given the teacher's state before its span, and learns that after it; a projection, the teacher's text
-    or the state after its attention. The student network is never run from end to end: what stays of it is not
-    computed, so no student hears of another's errors, and the others' losses do not change with it. The loss knows
-    directions only; `Magnitudes` follows |s| / |t|, which `Rescaled` can set right.
+    s^ and t^ are the directions of a token of the student and of the teacher. A student is given the teacher's state
+    before its span, and learns that after it; a projection, the teacher's text or the state after its attention. The
+    student network is never run from end to end: what stays of it is not computed, so no student hears of another's
+    errors, and the others' losses do not change with it. The loss knows directions only; `Magnitudes` follows
+    |s| / |t|, which `Rescaled` can set right.
 
     Args:
         masked: leave padded text out of the loss, which the published code takes in.
