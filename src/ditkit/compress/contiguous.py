@@ -6,6 +6,7 @@ what is left. B batch, S text rows, D width.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from ditkit.compress.kept import Kept
 from ditkit.compress.spans import Probes, Span, choose, find_spans
 from ditkit.compress.states import checked
 from ditkit.compress.widths import Fits, candidates
@@ -86,7 +88,7 @@ class Contiguous(Checked, Transform):
     floor: Fraction = 0.9
     ridge: Annotated[float, Ge(0)] = 0.0
     steps: Count = 10
-    samples: Count = 32
+    samples: Count = 8
     seed: Natural = 0
 
     def __post_init__(self) -> None:
@@ -284,7 +286,14 @@ class Contiguous(Checked, Transform):
             old += last - first
         return old
 
+    def is_last(self, model: Any) -> bool:
+        """Return whether no later transform changed the stack: only then does any of it learn."""
+        own = [t for t in model.transforms if isinstance(t, Contiguous | Kept) and t.stack == self.stack]
+        return not own or own[-1] == self
+
     def fed(self, model: Any) -> list[Fed]:
+        if not self.is_last(model):
+            return []
         depth, at = self.depth(model) + self.gone, f"{self.stack}.{{}}".format
         widths = self.widths(depth)
         return [
@@ -301,6 +310,8 @@ class Contiguous(Checked, Transform):
         ]
 
     def trains(self, model: Any) -> list[str]:
+        if not self.is_last(model):
+            return []
         path, depth = model.stacks()[self.stack].path, self.depth(model) + self.gone
         names: list[str] = []
         widths = self.widths(depth)
@@ -315,14 +326,13 @@ class Contiguous(Checked, Transform):
     def plain(self, model: Any) -> Mapping[str, Any] | None:
         if self.text or self.linear:
             return None
-        stacked = model.stacks()[self.stack]
-        config = getattr(getattr(model, "transformer", None), "config", {})
-        depth = self.depth(model) + self.gone
-        sources = [block.source for block in self.left(depth)]
+        stacked, given = model.stacks()[self.stack], json.loads(getattr(model.config, "arguments", "{}"))
+        names = [model.origin(f"{self.stack}.{j}") for j in range(self.depth(model))]
+        sources = [int(name.rpartition(".")[2]) for name in names]
         renumbered = {
-            name: tuple(sources.index(n) for n in config[name] if n in sources)
+            name: tuple(j for j, n in enumerate(sources) if n in given[name])
             for name in stacked.indexed
-            if config.get(name)
+            if given.get(name)
         }
         return {stacked.field: len(sources), **renumbered}
 

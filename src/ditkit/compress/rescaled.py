@@ -39,7 +39,7 @@ class Rescaled(Checked, Transform):
     stack: str = "blocks"
     original: str = ""
     steps: Count = 10
-    samples: Count = 32
+    samples: Count = 8
     seed: Natural = 0
 
     def __post_init__(self) -> None:
