@@ -25,7 +25,7 @@ def ppcl() -> ClassImageRecipe:
     return replace(
         fashion_dit(),
         init="fashion-dit",
-        transforms=(Contiguous(spans=("2-4", "8-10")),),
+        transforms=(Contiguous(spans=("4-5", "6-7", "8-9", "10-11")),),
         settings=Settings(
             steps=STEPS,
             batch=64,
