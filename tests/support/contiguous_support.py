@@ -48,7 +48,7 @@ def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def on_host(name: str, *transforms: Any, calls: int = 14, depth: int = 4) -> tuple[Any, dict[str, Any]]:
+def on_host(name: str, *transforms: Any, calls: int = 6, depth: int = 4) -> tuple[Any, dict[str, Any]]:
     """A transformer under transforms that are fitted to calls of its own, and the inputs of one."""
     family = hosts.FAMILIES[name]
     transformer, inputs = family.transformer(num_layers=depth), family.inputs()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -534,18 +534,3 @@ def renumbered(state: Mapping[str, Tensor], transform: Contiguous, path: str) ->
             new = old - sum(last - first for first, last in transform.cut if last < old)
             found[f"{match[1]}{path}.{new}.{match[3]}"] = value
     return found
-
-
-def numbers_of(names: Iterable[str], path: str) -> list[int]:
-    """Return the numbers of the blocks that tensors are of, ascending."""
-    pattern = re.compile(re.escape(path) + r"\.(\d+)\.")
-    return sorted({int(match[1]) for match in map(pattern.match, names) if match})
-
-
-def without_gaps(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Return tensors whose blocks are numbered from 0 on: one public export keeps the old numbers, with gaps."""
-    place = {n: j for j, n in enumerate(numbers_of(state, path))}
-    pattern = re.compile("^" + re.escape(path) + r"\.(\d+)\.")
-    return {
-        pattern.sub(lambda match: f"{path}.{place[int(match[1])]}.", name): v for name, v in state.items()
-    }

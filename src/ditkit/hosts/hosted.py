@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ditkit.compress.contiguous import numbers_of, without_gaps
 from ditkit.core.checkpoint import fill, read_json, read_state, to_disk
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
@@ -23,6 +22,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Report, Stacked, Transform, described, transforms_of
 from ditkit.hosts.family import families, family, has_sites, transformers
+from ditkit.hosts.numbering import numbers_of, without_gaps
 from ditkit.hosts.view import View, is_running, restore, running, view
 
 KEY = "_ditkit"
