@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_flux*.py", "test_hosts_*.py", "test_accelerate*.py")
+TESTS = ("hosts/test_*.py", "pipelines/test_*.py")
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,19 @@ def run(version: str, select: str) -> dict[str, object]:
         paths = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
         beside = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         start = time.perf_counter()
-        files = sorted(str(path) for pattern in TESTS for path in (ROOT / "tests").glob(pattern))
+        files = test_files()
         options = ("-m", "not slow", "-k", select, "-p", "no:cacheprovider", f"--junitxml={report}")
         python("pytest", *options, *files, environment=beside)
         seconds = time.perf_counter() - start
         return {"diffusers": release(packages), **counts(report), "seconds": round(seconds)}
+
+
+def test_files() -> list[str]:
+    files = {pattern: sorted(map(str, (ROOT / "tests").glob(pattern))) for pattern in TESTS}
+    for pattern, found in files.items():
+        if not found:  # pytest would run everything in their place
+            sys.exit(f"no file of tests/ is called {pattern}")
+    return [path for found in files.values() for path in found]
 
 
 def python(*module: str, environment: Mapping[str, str] | None = None, check: bool = False) -> None:

@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, NoEffectError
 from ditkit.core.labels import resolve_labels
 from ditkit.metrics.features import EfficientNetLite0
-from ditkit.report.plots import Box, place, ticks
+from ditkit.report.plots import Box, look_of, place, ticks
 from ditkit.report.report import Report
 from ditkit.sample import ClassifierFree, Euler, Heun, Unguided, sample
 from rig import TINY, tiny_dit
@@ -177,9 +179,19 @@ def test_report_html_is_one_file_that_fetches_nothing(report, tmp_path):
     assert len(images) == (len(report.rows) + 1) * len(SEEDS)
     assert all(src.startswith("data:image/png;base64,") for src in images)
     assert all(row.name in text for row in report.rows)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    plots = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    keys = [attrs for tag, attrs in page.tags if tag == "svg" and "aria-hidden" in attrs]  # of the legend
+    assert len(plots) == 2 and len(plots) + len(keys) == sum(tag == "svg" for tag, _ in page.tags)
     # neutral has no finite error to exact; exact has one to the converged run
-    assert sum(tag == "circle" for tag, _ in page.tags) == 3 + len(report.rows)
+    markers = [(tag, attrs.get("points")) for tag, attrs in page.tags if tag in ("circle", "polygon")]
+    assert len(markers) == 3 + len(report.rows) + len(keys)
+
+
+def test_series_differ_by_shape_and_dash_as_well_as_by_colour():
+    rows: list[Any] = [SimpleNamespace(kind="policy", series=f"series {index}") for index in range(12)]
+    looks = [look_of(row, rows) for row in rows]
+    assert len({(look.colour, look.shape) for look in looks}) == 12
+    assert all(len({look[place] for look in looks[:6]}) == 6 for place in range(3))
 
 
 def test_saving_replaces_whole_files_and_leaves_no_others(report, tmp_path):

@@ -313,6 +313,16 @@ TILES = [(1, 1, 1), (1, 2, 4), (2, 2, 2)]
 MODELS = [(name, tile, text) for name in ("paper", "sla1", "main") for tile in TILES for text in (0, 7)]
 
 
+def test_autocast_leaves_sums_of_states_and_scores_in_float32() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 8).bfloat16() for _ in range(3))
+    q, k = q.abs(), k.abs()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attend_linear(q, k, v), block_scores(q, k, 8, None)[0]
+    plain = attend_linear(q, k, v), block_scores(q, k, 8, None)[0]
+    for a, b in zip(cast, plain, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("variant", "tile", "text"), [*MODELS, ("elu", TILES[0], 7), ("relu", TILES[0], 7)])
 def test_a_model_under_it_is_one_token_by_token(variant: str, tile: tuple[int, int, int], text: int) -> None:
     """In raster order or tiles, beyond a grid of 2 x 5 x 6, with prompts of 7 and 3 rows and random maps."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ditkit
+import hosts_support as hosts
 from ditkit.adapt.lora import LoRA
 from ditkit.caching import TaylorSeer
 from ditkit.compress import Calibration, Kept, TemporalFeatures, recording
@@ -17,8 +21,9 @@ from ditkit.compress.features import cosines, temporal_features
 from ditkit.compress.temporal_cache import Selection
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ConflictError
+from ditkit.hosts.hosted import Host
 from ditkit.models.dit import DiT, DiTConfig
-from ditkit.nn.quantised import QuantisedLinear
+from ditkit.nn.quantised import QuantisedLinear, Schedule
 from ditkit.nn.temporal_table import Absent, TemporalTable
 from rig import TINY, noise, tiny_dit
 
@@ -131,7 +136,7 @@ def test_a_layer_that_is_exact_is_maintained_and_a_table_that_is_exact_is_looked
 def test_what_is_no_longer_read_is_gone(arms, tmp_path):
     gone = {"time.inner", "time.outer", *FEATURES}
     for kind in ("cache", "floats"):
-        names = [name for name, _ in arms[kind].named_parameters()]
+        names = [name for name, held in arms[kind].named_parameters() if held.numel()]
         assert not any(name.startswith(tuple(gone)) for name in names)
         assert isinstance(arms[kind].time.inner, Absent) and arms[kind].blocks[0].modulation.layer is None
     for name, model in arms.items():
@@ -223,3 +228,58 @@ def test_a_table_of_four_bits_is_two_values_a_byte(calibration):
     model = network()
     model.transform(replace(QUICK, strategies=("cache",), cache_bits=4), calibration)
     assert model.head.modulation.table.shape == (3, 5, 32) and isinstance(model.head.modulation, nn.Module)
+
+
+@torch.no_grad()
+def test_the_features_of_wan_are_looked_up_and_its_time_layers_are_gone(tmp_path):
+    """Its time embedder asks the first parameter of its first layer for the type to work in."""
+    family = hosts.of_wan(hosts.wan_inputs())
+    transformer, inputs = family.transformer(num_layers=1), family.inputs()
+    wide = {
+        name: value[:1].repeat(16, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+    calls_of = [{**wide, "timestep": torch.full((16,), t)} for t in (900, 500)]
+    expected = [transformer(**call, return_dict=False)[0] for call in calls_of]
+    with recording(transformer) as calls:
+        for call in calls_of:
+            transformer(**call)
+    assert isinstance(transformer, diffusers.WanTransformer3DModel)
+    setting = TemporalFeatures(rounding="nearest", interval=1, strategies=("cache",), cache_bits=32)
+    ditkit.compress(transformer, setting, calibration=Calibration(tuple(calls)))
+    assert any(isinstance(module, Absent) for module in transformer.modules())
+    loaded: Any = ditkit.load(Host.around(transformer).save(tmp_path / "host"))
+    for call, exact in zip(calls_of, expected, strict=True):
+        found = transformer(**call, return_dict=False)[0]
+        assert 0 < (found - exact).norm() < 0.05 * exact.norm()
+        assert torch.equal(loaded(**call, return_dict=False)[0], found)
+    with pytest.raises(ConfigError, match="sample by the schedule"):
+        transformer(**{**wide, "timestep": torch.full((16,), 700)})
+
+
+@pytest.mark.parametrize("ranges", ["steps", "one", "rows"])
+def test_the_choice_is_made_of_the_ranges_that_the_layers_will_have(calibration, ranges):
+    """The maintained features by which D chooses are those that the compressed network computes."""
+    setting = replace(QUICK, ranges=ranges, strategies=("tib",))
+    found = setting.resolved(network(), calibration)
+    selection: Selection = vars(found)["_selection"]
+    model = network()
+    model.transform(setting, calibration)
+    own = temporal_features(model, FEATURES, [arguments(t) for t in TIMES])
+    steps = torch.tensor(selection.steps)
+    for name, chosen in zip(FEATURES, selection.chosen, strict=True):
+        for step in range(len(TIMES)):
+            expected = chosen[steps == step]
+            distance = torch.cdist(own[name][16 * step : 16 * step + 16].float(), expected.float()).amin(1)
+            assert (distance <= 1e-4 * expected.norm(dim=1).max()).all(), (name, step)
+
+
+def test_each_thread_has_the_steps_of_its_own_call():
+    schedule = Schedule(TIMES)
+    schedule.steps = torch.tensor([2])
+    met: list[Tensor] = []
+    thread = threading.Thread(target=lambda: met.append(schedule.steps))
+    thread.start()
+    thread.join()
+    assert met[0].tolist() == [0] and schedule.steps.tolist() == [2]
+    assert deepcopy(schedule).steps.tolist() == [0] and deepcopy(schedule).times == TIMES

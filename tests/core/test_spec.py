@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from ditkit.caching.taylorseer import Axis, Basis, TaylorSeer
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
-from ditkit.core.spec import component, read_value, spec
+from ditkit.core.spec import brief, component, read_value, spec
+from ditkit.core.time_grid import Shift
 from ditkit.models import DiT, DiTConfig
-from ditkit.sample import Autoguidance, ClassifierFree, EulerMaruyama, Guidance, Heun, Solver
+from ditkit.sample import Autoguidance, ClassifierFree, Euler, EulerMaruyama, Guidance, Heun, Solver
 
 
 def policy(text: str) -> Policy:
@@ -163,3 +164,9 @@ def test_every_kind_of_field_is_written(value: Odd, text: str) -> None:
 def test_what_would_not_read_back_is_not_written() -> None:
     with pytest.raises(ConfigError):
         spec(Odd(name="a,b"))
+
+
+def test_a_reader_sees_what_was_chosen() -> None:
+    assert brief(Euler()) == "Euler" and brief(Euler(Shift(2.0))) == "Euler(grid=Shift(a=2.0))"
+    assert brief(ClassifierFree(2.0)) == "ClassifierFree(scale=2.0)"
+    assert brief(Autoguidance(2.0, DiT(DiTConfig.tiny()))) == "Autoguidance(scale=2.0)"

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 Usage = namedtuple("Usage", "total used free")
 
 
-def check_machine() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_machine", ROOT / "tools" / "check_machine.py")
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a dataclass looks its module up
     spec.loader.exec_module(module)
     return module
 
@@ -71,13 +72,13 @@ def test_an_older_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         SystemExit, match=r"^ditkit needs Python 3.11 or newer, this is 3.9; try make PYTHON="
     ):
-        check_machine().main()
+        tool("check_machine").main()
 
 
 def test_too_little_space_is_one_line_before_anything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 10**9, 10**9))
     with pytest.raises(SystemExit, match=r"^ditkit needs about 4 GB of disk here, and 1.0 GB are free$"):
-        check_machine().main()
+        tool("check_machine").main()
 
 
 def test_an_environment_begins_with_the_check(clone: Path) -> None:
@@ -87,3 +88,13 @@ def test_an_environment_begins_with_the_check(clone: Path) -> None:
     stopped = make(clone, "demo", f"PYTHON={sys.executable}")
     assert stopped.returncode != 0 and stopped.stderr.splitlines()[0] == "too little"
     assert not (clone / ".venv").exists() and not (clone / ".make-lock").exists()
+
+
+def test_parity_runs_the_tests_of_hosts_and_pipelines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern that fits no file would have pytest run the whole suite."""
+    parity = tool("parity")
+    found = {Path(path).relative_to(ROOT / "tests").parts[0] for path in parity.test_files()}
+    assert found == {"hosts", "pipelines"}
+    monkeypatch.setattr(parity, "TESTS", ("test_flux*.py",))
+    with pytest.raises(SystemExit, match=r"no file of tests/ is called test_flux\*.py"):
+        parity.test_files()

@@ -118,3 +118,25 @@ def test_a_compiler_that_fails_is_said_and_leaves_nothing(
     finally:
         native.library.cache_clear()
     assert list((tmp_path / "cache" / "ditkit" / "kernels").iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("call", ["forward", "backward"])
+def test_memory_that_is_not_there_is_an_error_and_not_the_end_of_the_process(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, plan = given(CASES[0])
+    found = native.forward(*inputs, plan, 1.0)
+    honest = native._arguments
+
+    def vast(*parts: object) -> native.Arguments:
+        arguments = honest(*parts)  # type: ignore[arg-type]
+        arguments.columns = 2**50  # what is packed would take petabytes
+        return arguments
+
+    monkeypatch.setattr(native, "_arguments", vast)
+    with pytest.raises(MemoryError, match="no memory for the packed blocks"):
+        if call == "forward":
+            native.forward(*inputs, plan, 1.0)
+        else:
+            native.backward(torch.ones_like(found[0]), torch.zeros_like(found[1]), *inputs, *found, plan, 1.0)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from itertools import pairwise
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from ditkit.core.cond import UNDECLARED, Cond
 from ditkit.core.convention import Convention
-from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.path import Path
@@ -28,7 +26,6 @@ from ditkit.core.run import DIRECT, Run, Site
 from ditkit.sample import (
     Ancestral,
     Ddim,
-    DiffusersScheduler,
     Euler,
     EulerMaruyama,
     Heun,
@@ -64,6 +61,7 @@ class Mixture(Model):
         self.path = convention.make_path()
         self.conditions = UNDECLARED
         self.weight, self.mean, self.covariance = weight, mean, covariance
+        self.variance, self.axes = torch.linalg.eigh(covariance)  # [K, D], [K, D, D]
         self.eval()
 
     def sites(self) -> tuple[Site, ...]:
@@ -82,10 +80,10 @@ class Mixture(Model):
     def posterior(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """E[data | x_t = x], E[noise | x_t = x] and log p_t(x) [..., n], at x [..., D, n] and one t [1]."""
         c = self.path.at(t)
-        covariance = c.alpha**2 * self.covariance + c.sigma**2 * torch.eye(x.shape[-2], dtype=x.dtype)
+        variance = c.alpha**2 * self.variance + c.sigma**2
         off = x.unsqueeze(-3) - c.alpha * self.mean.unsqueeze(-1)  # [..., K, D, n]
-        whitened = torch.linalg.inv(covariance) @ off
-        scale = self.weight.log() - 0.5 * torch.logdet(2 * math.pi * covariance)
+        whitened = (self.axes / variance.unsqueeze(-2)) @ (self.axes.mT @ off)
+        scale = self.weight.log() - 0.5 * (2 * math.pi * variance).log().sum(-1)
         log_joint = scale.unsqueeze(-1) - 0.5 * (off * whitened).sum(-2)
         share = log_joint.softmax(-2).unsqueeze(-2)
         data = self.mean.unsqueeze(-1) + c.alpha * self.covariance @ whitened
@@ -100,9 +98,9 @@ class Mixture(Model):
         convention = self.config.convention
         towards_data = convention.time == "data"
         t = 1 - t[:1] if towards_data else t[:1]
-        data, noise, _ = self.posterior(x, t)
         if convention.prediction == "velocity":
             return -self.velocity(x, t) if towards_data else self.velocity(x, t)
+        data, noise, _ = self.posterior(x, t)
         return {"data": data, "noise": noise, "score": -noise / self.path.at(t).sigma}[convention.prediction]
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -170,8 +168,11 @@ def test_ode_reproduces_the_moments(path: str, solver: Solver) -> None:
     assert_same_moments(model, draw(model, solver, steps=100))
 
 
-@pytest.mark.parametrize("path", CONTINUOUS)
-@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+@pytest.mark.parametrize(
+    ("path", "diffusion"),
+    [("linear", d) for d in DIFFUSIONS]
+    + [(path, d) for path in ("cosine", "vp") for d in ("sigma", "sbdm")],  # what reads the path itself
+)
 def test_sde_reproduces_the_moments_with_every_diffusion(path: str, diffusion: str) -> None:
     model = model_of(path)
     assert_same_moments(model, draw(model, EulerMaruyama(diffusion, last=0.004), steps=250))  # type: ignore[arg-type]
@@ -201,11 +202,16 @@ def test_constant_diffusion_with_a_long_last_step_loses_variance() -> None:
     assert deviations(model, lost).max() > 4
 
 
+@lru_cache
+def velocity_samples(path: str) -> Tensor:
+    return draw(model_of(path, 500), Heun(), steps=50)
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
 @pytest.mark.parametrize("path", CONTINUOUS)
 def test_every_prediction_and_clock_gives_the_same_samples(path: str, prediction: str) -> None:
     """Noise and score are read at t = 0.999 on paths that end at alpha = 0: hence their tolerance."""
-    exact = draw(model_of(path, 500), Heun(), steps=50)
+    exact = velocity_samples(path)
     for time in ("noise", "data"):
         found = draw(model_of(path, 500, prediction=prediction, time=time), Heun(), steps=50)
         clamped = prediction in ("noise", "score") and path != "vp"
@@ -224,7 +230,7 @@ def limit_of(path: str) -> torch.Tensor:
 )
 def test_order_of_convergence(path: str, solver: Solver, order: int) -> None:
     model, exact = model_of(path, 500), limit_of(path)
-    errors = [(draw(model, solver, steps) - exact).square().mean().sqrt() for steps in (64, 128, 256)]
+    errors = [(draw(model, solver, steps) - exact).square().mean().sqrt() for steps in (32, 64, 128)]
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert measured == pytest.approx([order] * 2, abs=0.1)
 
@@ -253,83 +259,3 @@ def test_ode_likelihood_is_the_analytic_density(path: str, dimensions: int) -> N
     at_noise = model.posterior(end[:-40].reshape(dimensions, 40), torch.ones(1, dtype=torch.float64))[2]
     at_data = model.posterior(start, torch.zeros(1, dtype=torch.float64))[2]
     torch.testing.assert_close(at_noise + end[-40:], at_data, rtol=0, atol=1e-5)
-
-
-BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-UNCLIPPED = {**BETAS, "clip_sample": False}
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-TRAILING = {**BETAS, "timestep_spacing": "trailing"}
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "steps", "config"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", "linear", 100, {"shift": 1.0}),
-        ("FlowMatchEulerDiscreteScheduler", "linear", 100, {"shift": 3.0}),
-        ("FlowMatchHeunDiscreteScheduler", "linear", 50, {}),
-        ("DPMSolverMultistepScheduler", "linear", 50, FLOW),
-        ("UniPCMultistepScheduler", "linear", 50, FLOW),
-        ("DDIMScheduler", "ddpm", 100, UNCLIPPED),
-        ("DDIMScheduler", "ddpm", 100, {**UNCLIPPED, "prediction_type": "v_prediction"}),
-        ("DDPMScheduler", "ddpm", 500, {**UNCLIPPED, "prediction_type": "sample"}),
-        ("DPMSolverMultistepScheduler", "ddpm", 50, BETAS),
-        ("DPMSolverMultistepScheduler", "ddpm", 100, {**BETAS, "algorithm_type": "sde-dpmsolver++"}),
-        ("UniPCMultistepScheduler", "ddpm", 50, BETAS),
-        ("EulerDiscreteScheduler", "ddpm", 100, {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
-        ("EulerAncestralDiscreteScheduler", "ddpm", 500, TRAILING),
-        ("HeunDiscreteScheduler", "ddpm", 50, TRAILING),
-        ("PNDMScheduler", "ddpm", 50, BETAS),
-    ],
-)
-def test_diffusers_schedulers_reproduce_the_moments(
-    name: str, path: str, steps: int, config: dict[str, object]
-) -> None:
-    """Order-1 stochastic schedulers take more steps, so that their bias is below the statistical error."""
-    model = model_of(path)
-    solver = DiffusersScheduler(getattr(diffusers, name)(**config))
-    assert_same_moments(model, draw(model, solver, steps))
-
-
-def test_flow_match_euler_is_our_euler() -> None:
-    """With num_train_timesteps equal to the steps, the scheduler's lowest sigma is 1 / steps: even times."""
-    model = model_of("linear", 500)
-    theirs = DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=1.0))
-    torch.testing.assert_close(theirs.times(model.path, 50), Euler().times(model.path, 50), rtol=0, atol=1e-7)
-    torch.testing.assert_close(draw(model, theirs, 50), draw(model, Euler(), 50), rtol=0, atol=2e-6)
-
-
-def test_diffusers_ddim_is_ours() -> None:
-    """With leading spacing, offset 0 and alpha = 1 after the last step, the timesteps are 980, 960 ... 0.
-
-    The scheduler works in float32 and divides by alpha, which bounds what can be asked of the comparison.
-    """
-    model = model_of("ddpm", 500)
-    config = {**UNCLIPPED, "timestep_spacing": "leading", "set_alpha_to_one": True, "steps_offset": 0}
-    theirs = DiffusersScheduler(diffusers.DDIMScheduler(**config))
-    times = theirs.times(model.path, 50)
-    assert torch.equal(times, Ddim().times(model.path, 50))
-    ours = draw(model, Ddim(), 50)
-    rounding = torch.finfo(torch.float32).eps * ours.abs().max() / model.path.at(times[:1]).alpha
-    torch.testing.assert_close(draw(model, theirs, 50), ours, rtol=0, atol=rounding.item())
-
-
-@pytest.mark.parametrize(
-    ("path", "scheduler", "message"),
-    [
-        ("cosine", diffusers.FlowMatchEulerDiscreteScheduler(), "linear path, not Cosine"),
-        ("linear", diffusers.DDIMScheduler(), "discrete path, not Linear"),
-        ("ddpm", diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "betas are not the model's"),
-        ("ddpm", diffusers.DDPMScheduler(variance_type="learned_range"), "learns no variance"),
-        ("ddpm", diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="sample"), "whole timesteps only"),
-    ],
-)
-def test_schedulers_that_do_not_fit_are_refused(path: str, scheduler: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        draw(model_of(path, 10), DiffusersScheduler(scheduler), steps=8)
-
-
-def test_what_is_no_scheduler_is_refused() -> None:
-    with pytest.raises(ConfigError, match="str is not a scheduler"):
-        DiffusersScheduler("euler")
-    with pytest.raises(ConfigError, match="needs mu"):
-        DiffusersScheduler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))

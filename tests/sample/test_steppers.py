@@ -13,7 +13,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from test_mixture import BETAS, FLOW, Mixture, model_of
+from test_diffusers_schedulers import BETAS, FLOW
+from test_mixture import Mixture, model_of
 from torch import Tensor
 
 from ditkit.core.catalog import every

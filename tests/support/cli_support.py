@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ def exit_code(*words: object) -> int:
 
 
 def output(capsys: Capture, *words: object) -> str:
-    """What `ditkit WORDS` prints on stdout; it must succeed, and be silent on stderr."""
-    code = exit_code(*words)
+    """What `ditkit WORDS` prints on stdout; it must succeed, and be silent on stderr however slow the machine is."""
+    with patch("ditkit.cli.options.LINE_SECONDS", math.inf):
+        code = exit_code(*words)
     said = capsys.readouterr()
     assert code == 0 and said.err == "", said
     return said.out

@@ -202,7 +202,35 @@ def test_tensorboard_gets_the_losses(single):
     events = EventAccumulator(str(single / "tensorboard"))
     events.Reload()
     told = {e.step: e.value for e in events.Scalars("loss")}
-    assert told == pytest.approx({line["step"]: line["loss"] for line in losses(single)})
+    lines = losses(single)
+    assert told == pytest.approx({line["step"]: line["loss"] for line in lines})
+    assert set(events.Tags()["scalars"]) >= {"loss", "gradient_norm", "learning_rate", "samples_per_second"}
+    rates = {e.step: e.value for e in events.Scalars("samples_per_second")}
+    whole = [json.loads(line) for line in (single / "losses.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx({line["step"]: line["samples_per_second"] for line in whole}, abs=0.01)
+    record = json.loads((single / "recipe.json").read_text())
+    planned = Settings(
+        **{name: record["settings"][name] for name in ("steps", "learning_rate", "warmup", "decay_after")}
+    )
+    found = {e.step: e.value for e in events.Scalars("learning_rate")}
+    assert found == pytest.approx({line["step"]: planned.rate(line["step"] - 1) for line in lines})
+
+
+def test_tensorboard_gets_each_term_once_and_the_sheets(tmp_path):
+    """A loss of one term has the term's numbers; both would be two curves of the same."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def sheet(model, step):
+        (tmp_path / "run" / "samples").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), (200, 30, 90)).save(tmp_path / "run" / "samples" / f"{step:06d}.png")
+
+    train(toy_model(), Pictures(), FLOW, settings(steps=4, sheet_every=2), tmp_path / "run", sheet=sheet)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    values = {name: tuple(e.value for e in events.Scalars(name)) for name in events.Tags()["scalars"]}
+    assert len(set(values.values())) == len(values)
+    assert [(e.step, e.width, e.height) for e in events.Images("samples")] == [(2, 8, 6), (4, 8, 6)]
 
 
 def test_progress_fits_a_terminal_of_80_columns(tmp_path):

@@ -26,6 +26,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, parameter_count
 from ditkit.core.policy import Policy
+from ditkit.core.spec import brief
 from ditkit.core.task import Progress, Task, generating
 from ditkit.metrics.error import generated_mask
 from ditkit.report.report import Report
@@ -183,8 +184,8 @@ def settings_of(work: Sampler, task: Task, converged_steps: int, rounds: int, me
         "model": described(work.model) | {"task": task.name},
         "steps": sampling.steps,
         "converged_steps": converged_steps,
-        "solver": str(sampling.solver),
-        "guidance": str(sampling.guidance),
+        "solver": brief(sampling.solver),
+        "guidance": brief(sampling.guidance),
         "seeds": list(sampling.seeds),
         "labels": list(work.labels) or None,
         **({"prompts": list(work.prompts)} if work.prompts else {}),

@@ -263,8 +263,13 @@ def attend_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """phi(Q) (phi(K)^T V) / (phi(Q) . sum phi(K) + 1e-5) over all keys, at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    denominator = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
-    return q @ (k.mT @ v) / (denominator + EPSILON)
+    with torch.autocast(_kind(q), enabled=False):  # sums of states cancel, which bf16 does not survive
+        denominator = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
+        return q @ (k.mT @ v) / (denominator + EPSILON)
+
+
+def _kind(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # shapes alone have no autocast
 
 
 def real_slots(plan: BlockPlan, valid: Tensor | None, like: Tensor) -> Tensor | None:
@@ -298,7 +303,8 @@ def block_scores(q: Tensor, k: Tensor, block: int, real: Tensor | None) -> tuple
     whole = (k.to(wide) * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
     means = [pool_blocks(x, weight, block) for x in (q.to(wide), k.to(wide) - whole)]
     held = F.pad(real, (0, -real.shape[1] % block)).unflatten(1, (-1, block)).any(2)
-    scores = means[0] @ means[1].mT
+    with torch.autocast(_kind(q), enabled=False):
+        scores = means[0] @ means[1].mT
     return scores, held[:, None, None].expand_as(scores)
 
 

@@ -314,10 +314,13 @@ def _maintained(
 def _computed(
     setting: TemporalFeatures, x: Tensor, weight: Tensor, bias: Tensor | None, steps: Sequence[int]
 ) -> Tensor:
-    """Compute a feature from inputs [R, K] that are rounded by the range of their step."""
-    if setting.activations != FLOAT:
-        index, x = torch.tensor(steps), x.clone()
-        for step in set(steps):
+    """Compute a feature from inputs [R, K] that are rounded by the ranges that the layers will have."""
+    if setting.activations != FLOAT and setting.ranges == "rows":
+        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-8) / (2 ** (setting.activations - 1) - 1)
+        x = (x / scale).round() * scale
+    elif setting.activations != FLOAT:
+        index, x = torch.tensor(steps if setting.ranges == "steps" else [0] * len(x)), x.clone()
+        for step in set(index.tolist()):
             own = index == step
             scale, zero = span(x[own].reshape(1, -1), setting.activations)
             x[own] = dequantise(quantise(x[own], scale, zero, setting.activations), scale, zero)

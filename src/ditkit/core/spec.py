@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -87,6 +87,16 @@ def spec(value: Any) -> str:
     held = {f.name: getattr(value, f.name) for f in _fields(kind) if getattr(value, f.name) != _default(f)}
     text = ",".join(f"{name}={_written(kind, name, given)}" for name, given in held.items())
     return kind.__name__.lower() + (f":{text}" if text else "")
+
+
+def brief(value: Any) -> str:
+    """Write a component for a reader, without the fields that have their default: `ClassifierFree(scale=2.0)`."""
+    if not is_dataclass(value):
+        return str(value)
+    known = [f for f in fields(value) if f.repr and f.init]
+    held = {f.name: getattr(value, f.name) for f in known if getattr(value, f.name) != _default(f)}
+    inner = ", ".join(f"{name}={brief(x) if is_dataclass(x) else repr(x)}" for name, x in held.items())
+    return type(value).__name__ + (f"({inner})" if inner else "")
 
 
 def read_value(kind: Any, text: str, where: str, commas: bool = False) -> Any:

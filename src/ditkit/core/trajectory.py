@@ -13,7 +13,7 @@ from ditkit.core.errors import ConfigError, ConflictError, NoEffectError, neares
 from ditkit.core.policy import RESOURCES, Claim, Policy, Session
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import DIRECT, Call, Handler, Run, Site, named
-from ditkit.core.spec import components
+from ditkit.core.spec import brief, components
 
 DEPTH: dict[Claim, int] = {"own": 0, "wrap": 1, "see": 2}
 
@@ -124,13 +124,15 @@ class Trajectory:
             if policy == policy.exact():
                 continue
             if not receipt.sites:
-                line = f"{policy} met none of its sites in {receipt.calls} evaluations"
+                line = f"{brief(policy)} met none of its sites in {receipt.calls} evaluations"
                 raise NoEffectError("; ".join([line, *receipt.summary_parts()]))
             if policy.inherent:
                 continue  # the model was trained so: it is no saving that could fail
             owns = any(how == "own" for name, how in claims.items() if name not in ("schedule", "solver"))
             if owns and not receipt.saved and not receipt.rows_saved:
-                raise NoEffectError(f"{policy} saved nothing: all {receipt.calls} evaluations were full")
+                raise NoEffectError(
+                    f"{brief(policy)} saved nothing: all {receipt.calls} evaluations were full"
+                )
         return self.receipts
 
     def _foresee(self, call: Call, fn: Handler, *args: Any) -> Any:

@@ -5,6 +5,7 @@ B samples, K inputs, N outputs, S steps.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,7 +26,7 @@ TIMES = ("t", "timestep")
 class Schedule:
     """The steps for which ranges are known, and the steps of the rows of the call that runs.
 
-    It is no state of a trajectory: each call of the network sets it before its first layer.
+    It is no state of a trajectory: each call of the network sets it before its first layer, for its thread alone.
 
     Args:
         times: as the network is given them, in the order of the steps.
@@ -34,8 +35,29 @@ class Schedule:
 
     def __init__(self, times: Sequence[float] = (), strict: bool = False) -> None:
         self.times, self.strict = tuple(times), strict
-        self.steps = torch.zeros(1, dtype=torch.long, device="cpu")
-        self.call: Mapping[str, Any] = {}
+        self._running = threading.local()
+
+    @property
+    def steps(self) -> Tensor:
+        """The step of each row of the call that this thread runs, [B] on the CPU."""
+        found: Tensor | None = getattr(self._running, "steps", None)
+        return torch.zeros(1, dtype=torch.long, device="cpu") if found is None else found
+
+    @steps.setter
+    def steps(self, steps: Tensor) -> None:
+        self._running.steps = steps
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """The arguments of the call that this thread runs."""
+        return getattr(self._running, "call", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle all but the call that runs."""
+        return {name: value for name, value in vars(self).items() if name != "_running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _running=threading.local())
 
     def attach(self, network: nn.Module, bound: Callable[..., Mapping[str, Any]]) -> Any:
         """Let each call of `network` set the steps; `bound` names its arguments. Returns the handle of the hook."""
@@ -45,7 +67,7 @@ class Schedule:
         return network.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call = self.bound(args, kwargs)
+        self._running.call = self.bound(args, kwargs)
         self.steps = self.nearest(next(self.call[name] for name in TIMES if name in self.call))
 
     def nearest(self, t: Any) -> Tensor:

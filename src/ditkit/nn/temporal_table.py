@@ -151,11 +151,15 @@ class TemporalTable(nn.Module):
 
 
 class Absent(nn.Module):
-    """A layer that is gone, since nobody reads what it gave."""
+    """A layer that is gone, since nobody reads what it gave.
+
+    Its weight has no values, and is there for those who ask a module's first parameter for its type, as Wan does.
+    """
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.out_features = outputs
+        self.weight = nn.Parameter(torch.zeros(outputs, 0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros((*x.shape[:-1], self.out_features))

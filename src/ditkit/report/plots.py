@@ -14,8 +14,21 @@ WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 40, 46
 RADIUS, SMALL, LETTER, LINE = 5.0, 2.6, 6.6, 14.0  # of markers; width and height of a letter of the labels
 COLOURS = 6  # that the page defines, as --c0, --c1 ...
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
+CONTROL_DASH = "5 4"
+SHAPES = ("circle", "square", "triangle", "diamond", "inverted", "plus")
+CORNERS = {
+    "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    "triangle": ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)),
+    "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    "inverted": ((0, 1.2), (1.1, -0.8), (-1.1, -0.8)),
+    "plus": (
+        *((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)),
+        *((0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)),
+    ),
+}
+"""Of a marker of radius 1; a series has a colour, a shape and a dash of its own."""
 SPEED_UP = "times as fast as exact (wall clock)"
-INK, CONTROL = "var(--ink)", "var(--control)"
 Error = Callable[[Row], float | None]
 
 
@@ -46,13 +59,26 @@ class Axis(NamedTuple):
         return self.start + share * (self.end - self.start)
 
 
+class Look(NamedTuple):
+    """How a series is drawn: its colour as CSS, the shape of its markers, filled or not, and the dash of its line."""
+
+    colour: str
+    shape: str = "circle"
+    dash: str = ""
+    fill: str = "filled"
+
+
+OF_EXACT = Look("var(--ink)")
+OF_CONTROL = Look("var(--control)", dash=CONTROL_DASH, fill="hollow")
+
+
 class Point(NamedTuple):
     """A row in the plot; `control` is the height of its control, where that is no row of its own."""
 
     row: Row
     x: float
     y: float
-    paint: str
+    look: Look
     control: float | None
 
 
@@ -92,7 +118,7 @@ def panel(title: str, rows: Sequence[Row], error: Error, of_control: Error) -> s
     across = Axis(ticks(min(1.0, *speeds), max(1.5, *speeds)), FIELD.x, FIELD.x + FIELD.width)
     up = Axis(ticks(min(heights), max(heights)), FIELD.y + FIELD.height, FIELD.y)
     points = [
-        Point(row, across.at(row.speedup), up.at(y), paint(row, rows), None if c is None else up.at(c))
+        Point(row, across.at(row.speedup), up.at(y), look_of(row, rows), None if c is None else up.at(c))
         for row, y, c in found
     ]
     drawn = [*_lines(points), *_markers(points), *_labels(points)]
@@ -113,7 +139,7 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
     drawn, ends = [], []
     for row, each in shown:
         points = [
-            None if y is None else Point(row, across.at(frame), up.at(y), paint(row, rows), None)
+            None if y is None else Point(row, across.at(frame), up.at(y), look_of(row, rows), None)
             for frame, y in enumerate(each)
         ]
         present = [p for p in points if p is not None]
@@ -124,26 +150,30 @@ def frame_panel(title: str, rows: Sequence[Row]) -> str:
 
 
 def legend(rows: Sequence[Row]) -> str:
-    """Build the legend of colours and markers, as HTML."""
-    entries = {row.series: ("filled", paint(row, rows)) for row in rows if row.kind in MEASURED}
+    """Build the legend of lines and markers, as HTML."""
+    entries = {row.series: look_of(row, rows) for row in rows if row.kind in MEASURED}
     if any(row.kind == "control" for row in rows):
-        entries["fewer exact steps (the number beside the marker)"] = ("hollow", CONTROL)
+        entries["fewer exact steps (the number beside the marker)"] = OF_CONTROL
     elif any(row.control_psnr_db is not None for row in rows):
-        entries["fewer exact steps that cost the same MACs (not timed)"] = ("hollow", CONTROL)
-    entries["exact"] = ("filled", INK)
-    items = [
-        f'<li><i class="{look}" style="--c:{colour}"></i>{escape(text)}</li>'
-        for text, (look, colour) in entries.items()
-    ]
+        entries["fewer exact steps that cost the same MACs (not timed)"] = OF_CONTROL
+    entries["exact"] = OF_EXACT
+    items = [f"<li>{_key(look)}{escape(text)}</li>" for text, look in entries.items()]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def paint(row: Row, rows: Sequence[Row]) -> str:
-    """Return the row's colour, as CSS; policies of one series share one."""
+def _key(look: Look) -> str:
+    line = f'<polyline class="series" style="--c:{look.colour}" stroke-dasharray="{look.dash}" points="0,7 34,7"/>'
+    return f'<svg viewBox="0 0 34 14" aria-hidden="true">{line}{_marker(17, 7, look)}</svg>'
+
+
+def look_of(row: Row, rows: Sequence[Row]) -> Look:
+    """Return how a row is drawn; policies of one series look alike, and no two series share colour and shape."""
     if row.kind not in MEASURED:
-        return INK if row.kind == "exact" else CONTROL
+        return OF_EXACT if row.kind == "exact" else OF_CONTROL
     series = list(dict.fromkeys(other.series for other in rows if other.kind in MEASURED))
-    return f"var(--c{series.index(row.series) % COLOURS})"
+    index = series.index(row.series)
+    turn = index + index // COLOURS  # the seventh series has the first colour again, and another shape
+    return Look(f"var(--c{index % COLOURS})", SHAPES[turn % len(SHAPES)], DASHES[turn % len(DASHES)])
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -217,11 +247,10 @@ def _lines(points: Sequence[Point]) -> list[str]:
 def _markers(points: Sequence[Point]) -> list[str]:
     drawn = []
     for p in points:
-        look = "hollow" if p.row.kind == "control" else "filled"
-        drawn.append(_marker(p.x, p.y, look, p.paint, f"{p.row.name}: {p.row.speedup:.2f} times as fast"))
+        drawn.append(_marker(p.x, p.y, p.look, f"{p.row.name}: {p.row.speedup:.2f} times as fast"))
         if p.control is not None:
             tip = f"{p.row.control_steps} exact steps, the same MACs as {p.row.name}"
-            drawn.append(_marker(p.x, p.control, "hollow", CONTROL, tip))
+            drawn.append(_marker(p.x, p.control, OF_CONTROL, tip))
     return drawn
 
 
@@ -239,20 +268,23 @@ def _labels(points: Sequence[Point]) -> list[str]:
 
 
 def _path(points: Sequence[Point]) -> str:
-    look = "dashed" if points[0].row.kind == "control" else "series"
-    path = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in points)
-    return f'<polyline class="{look}" style="--c:{points[0].paint}" points="{path}"/>'
+    look, path = points[0].look, " ".join(f"{p.x:.1f},{p.y:.1f}" for p in points)
+    return (
+        f'<polyline class="series" style="--c:{look.colour}" stroke-dasharray="{look.dash}" points="{path}"/>'
+    )
 
 
 def _dot(p: Point, tip: str) -> str:
-    return _marker(p.x, p.y, "hollow" if p.row.kind == "control" else "filled", p.paint, tip, SMALL)
+    return _marker(p.x, p.y, p.look, tip, SMALL)
 
 
-def _marker(x: float, y: float, look: str, colour: str, tip: str, radius: float = RADIUS) -> str:
-    return (
-        f'<circle class="{look}" style="--c:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-        f"<title>{escape(tip)}</title></circle>"
-    )
+def _marker(x: float, y: float, look: Look, tip: str = "", radius: float = RADIUS) -> str:
+    style = f'class="{look.fill}" style="--c:{look.colour}"'
+    inner = f"<title>{escape(tip)}</title>" if tip else ""
+    if look.shape == "circle":
+        return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inner}</circle>'
+    corners = " ".join(f"{x + radius * i:.1f},{y + radius * j:.1f}" for i, j in CORNERS[look.shape])
+    return f'<polygon {style} points="{corners}">{inner}</polygon>'
 
 
 def _line(look: str, x: tuple[float, float], y: tuple[float, float]) -> str:

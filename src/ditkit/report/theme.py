@@ -11,14 +11,17 @@ LIGHT = {
     "panel": "#f6f7f9",
     "edge": "#d9dde3",
     "control": "#6b7280",
-    "c0": "#2563eb",
-    "c1": "#d97706",
-    "c2": "#059669",
-    "c3": "#c026a3",
-    "c4": "#7c3aed",
-    "c5": "#0e7490",
+    "c0": "#0072b2",
+    "c1": "#d55e00",
+    "c2": "#009e73",
+    "c3": "#cc79a7",
+    "c4": "#b58900",
+    "c5": "#56b4e9",
 }
-"""The page's colours by day; in CSS each is a variable, `--ink` and so on."""
+"""The page's colours by day; in CSS each is a variable, `--ink` and so on.
+
+Series have those of Okabe and Ito (2008), which readers of every colour vision tell apart; its yellow is darker here.
+"""
 DARK = {
     "ink": "#e8eaed",
     "pale": "#a2abb8",
@@ -26,12 +29,12 @@ DARK = {
     "panel": "#1c2026",
     "edge": "#363c45",
     "control": "#9aa4b2",
-    "c0": "#7aa7ff",
-    "c1": "#f5b14c",
-    "c2": "#4fd1a1",
-    "c3": "#f08bdc",
-    "c4": "#b79bff",
-    "c5": "#5cc8dc",
+    "c0": "#4c9fd4",
+    "c1": "#ff8a3d",
+    "c2": "#2fc79f",
+    "c3": "#e6a8cb",
+    "c4": "#e6c229",
+    "c5": "#8fd0f5",
 }
 
 
@@ -65,7 +68,7 @@ section p { max-width: 75ch; }
 
 .grid {
   display: grid; gap: 6px; align-items: center; width: max-content;
-  grid-template-columns: 236px repeat(var(--n), clamp(64px, calc(980px / var(--n)), 128px));
+  grid-template-columns: 236px repeat(var(--n), clamp(64px, calc(944px / var(--n) - 6px), 128px));
 }
 .grid img {
   width: 100%; display: block; image-rendering: pixelated; border-radius: 4px; background: var(--panel);
@@ -92,7 +95,6 @@ svg .tag { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; stroke-
 svg .rule { stroke: var(--edge); }
 svg .leader { stroke: var(--pale); stroke-width: .8; }
 svg .series { fill: none; stroke: var(--c); stroke-width: 1.5; opacity: .55; }
-svg .dashed { fill: none; stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 5 4; }
 svg .stem { stroke: var(--control); stroke-dasharray: 2 3; }
 svg .filled { fill: var(--c); stroke: var(--panel); stroke-width: 1.5; }
 svg .hollow { fill: var(--panel); stroke: var(--c); stroke-width: 2; }
@@ -100,11 +102,7 @@ svg .hollow { fill: var(--panel); stroke: var(--c); stroke-width: 2; }
   list-style: none; display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 10px 0 0; padding: 0;
   font-size: 14px;
 }
-.legend i {
-  display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 7px;
-  border: 2px solid var(--c);
-}
-.legend i.filled { background: var(--c); }
+.legend svg { width: 34px; height: 14px; margin-right: 7px; background: none; vertical-align: -2px; }
 
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--edge); }
@@ -131,6 +129,8 @@ dd { margin: 0; }
   .grid { grid-template-columns: 132px repeat(var(--n), 72px); }
   .grid.films { grid-template-columns: 132px repeat(var(--n), calc(840px / var(--n))); }
   .caption { font-size: 12px; }
+  .panels { display: block; overflow-x: auto; }
+  .panels svg { min-width: 540px; }
   tbody th, thead tr:first-child th:first-child { min-width: 118px; max-width: 118px; }
   dl { grid-template-columns: 1fr; }
   dd { margin-bottom: 8px; }

@@ -64,8 +64,8 @@ class Log:
         self.bar.stop()
         self.file.close()
 
-    def step(self, step: int, losses: Mapping[str, float]) -> None:
-        """`step` optimiser steps are done; `losses` are of the last."""
+    def step(self, step: int, losses: Mapping[str, float]) -> float:
+        """`step` optimiser steps are done; `losses` are of the last. Returns samples a second."""
         now = time.monotonic()
         self.times.append(now)
         rate = (len(self.times) - 1) * self.batch / max(now - self.times[0], 1e-9)
@@ -84,6 +84,7 @@ class Log:
         if self.bar.disable and (now - self.spoke > SPOKEN_EVERY_SECONDS or step == self.steps):
             self.spoke = now
             print(f"step {step}/{self.steps}  {progress_text}", file=sys.stderr, flush=True)
+        return rate
 
 
 @contextmanager

@@ -245,9 +245,9 @@ class Training:
                     late = self.is_late(self.settings.save_every)
                     remembered = self.remembered() if late else {}
                     if log is not None:
-                        log.step(self.done, losses)
+                        rate = log.step(self.done, losses)
                         with writing(self.folder):
-                            self.accelerator.log(losses, step=self.done)
+                            self.accelerator.log(self.scalars(losses, rate), step=self.done)
                         self.keep(sheet)
                     if late:
                         self.save(remembered)
@@ -382,6 +382,25 @@ class Training:
                 write_snapshot(self.folder / "snapshots", self.done, average)
         if sheet is not None and self.due(settings.sheet_every):
             sheet(self.averaged(), self.done)
+            self.show()
+
+    def scalars(self, losses: Mapping[str, float], rate: float) -> dict[str, float]:
+        """Return what TensorBoard is given of a step: each loss once, the learning rate and samples a second."""
+        repeated = {name for name, loss in losses.items() if name != "loss" and loss == losses["loss"]}
+        shown = {name: loss for name, loss in losses.items() if name not in repeated}
+        return {**shown, "learning_rate": self.settings.rate(self.done - 1), "samples_per_second": rate}
+
+    def show(self) -> None:
+        """Give TensorBoard the sheets of this step."""
+        import numpy as np
+        from PIL import Image
+
+        for tracker in self.accelerator.trackers:
+            for path in sorted((self.folder / "samples").glob(f"*{self.done:06d}*.png")):
+                name = path.stem.replace(f"{self.done:06d}", "").strip("-_") or "samples"
+                with Image.open(path) as picture, writing(self.folder):
+                    pixels = np.asarray(picture.convert("RGB"))[None]
+                    tracker.log_images({name: pixels}, step=self.done, dataformats="NHWC")
 
     def remembered(self) -> dict[str, Tensor]:
         """Gather what the objective remembers, of all processes; all of them take part."""

@@ -9,8 +9,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -115,16 +117,40 @@ static void pack_transposed(const float* x, int64_t rows, int64_t width, float* 
     }
 }
 
+// Exceptions of a task end the others and reach the caller; where no more threads can be had, those there do it all.
 template <class Work>
 static void in_parallel(int64_t tasks, int64_t threads, const Work& work) {
     std::atomic<int64_t> next{0};
+    std::exception_ptr failure;
+    std::mutex failing;
     const auto run = [&] {
-        for (int64_t task; (task = next++) < tasks;) work(task);
+        try {
+            for (int64_t task; (task = next++) < tasks;) work(task);
+        } catch (...) {
+            const std::lock_guard<std::mutex> held(failing);
+            failure = std::current_exception(), next = tasks;
+        }
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(run);
+    try {
+        others.reserve(threads);
+        for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(run);
+    } catch (...) {
+    }
     run();
     for (auto& other : others) other.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
+// 0, or 1 where memory was short: nothing may be thrown through C
+template <class Work>
+static int guarded(const Work& work) {
+    try {
+        work();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
 }
 
 struct Plan {
@@ -191,9 +217,8 @@ static float weigh(float* x, int64_t n, float base) {
     return found;
 }
 
-extern "C" void ditkit_forward(const Plan* given, int64_t per_sample, const float* q, const float* k, const float* v,
+static void forward(const Plan& plan, int64_t per_sample, const float* q, const float* k, const float* v,
                                float* out, float* lse) {
-    const Plan& plan = *given;
     const int64_t bq = plan.query_side, bk = plan.key_side, wide = plan.keys_wide(), kv = plan.values_wide();
     const int64_t key_size = wide * plan.width, value_size = bk * kv;
     const auto keys = packed_blocks(plan, k, plan.columns, bk, plan.width, key_size, pack_transposed);
@@ -238,10 +263,9 @@ extern "C" void ditkit_forward(const Plan* given, int64_t per_sample, const floa
 
 // A head is one thread's, so that nothing is added by two and gradients repeat to the bit.
 // inner: d_out . out - d_lse of each query; shift: the log-sum-exp, +inf where a query sees no key.
-extern "C" void ditkit_backward(const Plan* given, int64_t per_sample, const float* q, const float* k, const float* v,
+static void backward(const Plan& plan, int64_t per_sample, const float* q, const float* k, const float* v,
                                 const float* d_out, const float* inner, const float* shift, float* d_q, float* d_k,
                                 float* d_v) {
-    const Plan& plan = *given;
     const int64_t bq = plan.query_side, bk = plan.key_side, wide = plan.keys_wide();
     const int64_t K = plan.width, KV = plan.value_width, kw = plan.width_wide(), vw = plan.values_wide();
     const int64_t key_size = wide * K, value_size = wide * KV, flat_size = bk * kw;
@@ -291,4 +315,15 @@ extern "C" void ditkit_backward(const Plan* given, int64_t per_sample, const flo
             for (int64_t j = 0; j < KV; ++j) d_v[at * KV + j] = sum_v[r * vw + j];
         }
     });
+}
+
+extern "C" int ditkit_forward(const Plan* plan, int64_t per_sample, const float* q, const float* k, const float* v,
+                              float* out, float* lse) {
+    return guarded([&] { forward(*plan, per_sample, q, k, v, out, lse); });
+}
+
+extern "C" int ditkit_backward(const Plan* plan, int64_t per_sample, const float* q, const float* k, const float* v,
+                               const float* d_out, const float* inner, const float* shift, float* d_q, float* d_k,
+                               float* d_v) {
+    return guarded([&] { backward(*plan, per_sample, q, k, v, d_out, inner, shift, d_q, d_k, d_v); });
 }

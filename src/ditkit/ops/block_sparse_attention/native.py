@@ -110,8 +110,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> t
     out = queries.new_empty(*queries.shape[:3], v.shape[-1])
     lse = queries.new_empty(queries.shape[:3])
     arguments = _arguments(q, v, plan, scale)
-    native.ditkit_forward(
-        ctypes.byref(arguments), ctypes.c_int64(q.shape[1]), *map(_at, (queries, keys, values, out, lse))
+    _check(
+        native.ditkit_forward(
+            ctypes.byref(arguments), ctypes.c_int64(q.shape[1]), *map(_at, (queries, keys, values, out, lse))
+        )
     )
     return out[:, :, : q.shape[2]].to(q.dtype), lse[:, :, : q.shape[2]]
 
@@ -135,11 +137,18 @@ def backward(
     rows = [_whole(x, bq) for x in (d_out, inner, shift)]
     grads = [torch.empty_like(x) for x in given]
     arguments = _arguments(q, v, plan, scale)
-    native.ditkit_backward(
-        ctypes.byref(arguments), ctypes.c_int64(q.shape[1]), *map(_at, (*given, *rows, *grads))
+    _check(
+        native.ditkit_backward(
+            ctypes.byref(arguments), ctypes.c_int64(q.shape[1]), *map(_at, (*given, *rows, *grads))
+        )
     )
     d_q, d_k, d_v = (grad[:, :, : x.shape[2]].to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
     return d_q, d_k, d_v
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError("block-sparse attention: no memory for the packed blocks of keys and values")
 
 
 def _loaded() -> ctypes.CDLL:
