@@ -24,7 +24,7 @@ Span = tuple[int, int]
 TIE = 1e-5
 """By how much a difference may rise and count as equal: what rounding does to CKA."""
 TOKENS = 4096
-"""Of each time, from which CKA is taken."""
+"""Tokens of each time from which CKA is taken."""
 FEW = 4
 """Samples of each call, from which CKA of the network's output is taken."""
 

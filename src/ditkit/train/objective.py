@@ -67,7 +67,7 @@ class Batch:
 
 
 class Feed(NamedTuple):
-    """What the network in training is given in the place of its own states, for a term that stands alone.
+    """Handlers that give the network in training other states than its own, for a term that stands alone.
 
     Args:
         handlers: by site, around what policies do there. taps: sites whose outputs the loss reads.

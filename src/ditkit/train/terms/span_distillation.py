@@ -76,7 +76,7 @@ class SpanDistillation(Term):
         return Magnitudes(fed_blocks(model), model.sites())
 
     def asks(self, batch: NoisyBatch) -> Ask:
-        return asked(batch.own.blocks, batch.own.pairs)
+        return question(batch.own.blocks, batch.own.pairs)
 
     def feed(self, batch: NoisyBatch) -> Feed:
         assert batch.taught is not None
@@ -172,7 +172,7 @@ def compared(blocks: Sequence[Fed], sites: Sequence[Site]) -> tuple[Compared, ..
     return tuple(pairs)
 
 
-def asked(blocks: Sequence[Fed], pairs: Sequence[Compared]) -> Ask:
+def question(blocks: Sequence[Fed], pairs: Sequence[Compared]) -> Ask:
     """Return the question to the teacher: states before and after spans, up to the last of them."""
     names = [pair.taught for pair in pairs]
     for one in blocks:
@@ -205,7 +205,7 @@ def only_text(block: str, sites: Sequence[Site], kept: dict[str, Any]) -> dict[s
 
 
 class Enough(Exception):
-    """What was wanted of a branch is there."""
+    """The part of a branch that was wanted is there."""
 
 
 def reached(kept: dict[str, Any], name: str, fn: Handler, *args: Any) -> Any:
