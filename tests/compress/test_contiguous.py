@@ -26,6 +26,7 @@ from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.core.model import Model
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.nn.direction import squared_distance
+from ditkit.train.apart import Apart
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
 from ditkit.train.parts import train_only
@@ -184,7 +185,7 @@ def losses_of(model: Model, teacher: Model, term: SpanDistillation) -> tuple[dic
     cond = replace(cond, drop=torch.zeros(8).bool())
     held = Held(modules={"Noting": own}, teachers={"Noting": teacher})
     g = drawn(7)
-    losses = Denoising((noting,)).at(
+    losses = Apart((noting,)).at(
         model,
         model,
         path=model.config.convention.make_path(),
@@ -243,7 +244,7 @@ def test_the_loss_knows_directions_only():
     assert squared_distance(torch.zeros(1, 1, 8), t[:1, :1]).isfinite().all()
 
 
-def test_padded_text_counts_unless_it_is_masked(monkeypatch):
+def test_padded_text_counts_unless_it_is_masked():
     g = drawn(6)
     own, taught = torch.randn(2, 4, 8, generator=g), torch.randn(2, 4, 8, generator=g)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
@@ -339,14 +340,13 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_bits(tmp_path, monkeyp
     assert same(again, whole)
 
 
-def test_no_other_term_shares_the_pass_and_it_needs_a_pruned_model(tmp_path):
-    pruned = ditkit.compress(deep(), SPANS)
+def test_no_other_term_shares_the_pass_and_it_needs_a_pruned_model():
     with pytest.raises(
         ConfigError, match="SpanDistillation runs the network in pieces, which no other term can read"
     ):
-        Denoising((SpanDistillation(), Regression())).check(pruned)
+        Denoising((SpanDistillation(), Regression())).chosen()
     with pytest.raises(ConfigError, match="SpanDistillation needs a model that Contiguous pruned"):
-        Denoising((SpanDistillation(),)).check(deep())
+        Denoising((SpanDistillation(),)).chosen().check(deep())
 
 
 # the plug table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,12 +16,10 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser, Model
 from ditkit.core.path import Path, spread
 from ditkit.core.policy import Policy
-from ditkit.core.run import Handler
 from ditkit.core.transform import origin_of
 from ditkit.nn.encoders import PictureEncoder
 from ditkit.train.objective import NOTHING, Batch, Objective, Term
 from ditkit.train.randomness import SampleRNG
-from ditkit.train.schedules import weight_at
 from ditkit.train.taps import Output, run_with_taps
 from ditkit.train.teacher import Answer, Ask, Held
 from ditkit.train.terms.regression import Regression
@@ -187,8 +185,6 @@ class Denoising(Objective):
         convention: Convention = model.config.convention
         t = path.trainable(t, convention.prediction)
         x = path.mix(data, noise, t.to(data.dtype), time_axis(t))
-        if lonely := next((term for term in self.active_at(held.step) if term.alone), None):
-            return self._fed(lonely, forward, model, path, data, noise, x, t, cond, rng, held)
         out, tapped = _predicted(forward, model, self.taps(model, held.step), x, t, cond, step=held.step)
         prediction, fraction = convention.split(out.to(torch.promote_types(out.dtype, torch.float32)))
         batch = NoisyBatch(
@@ -218,47 +214,6 @@ class Denoising(Objective):
             for term in self.active_at(held.step)
             if not (term.on_given or term.taps(model.sites()))  # a loss at sites is a mean over all rows
         }
-
-    def _fed(
-        self,
-        term: Term,
-        forward: Callable[..., Tensor],
-        model: Model,
-        path: Path,
-        data: Tensor,
-        noise: Tensor,
-        x: Tensor,
-        t: Tensor,
-        cond: Cond,
-        rng: SampleRNG | None,
-        held: Held,
-    ) -> dict[str, Tensor]:
-        """Compute the loss of a term that stands alone: the teacher first, then the pieces that it feeds."""
-        name, shape = type(term).__name__, tuple(x.shape[1:])
-        batch = NoisyBatch(
-            data=data,
-            prediction=data,
-            taps={},
-            sites=model.sites(),
-            own=held.modules.get(name),
-            cond=cond,
-            rng=rng,
-            step=held.step,
-            layout=model.layout(shape),
-            path=path,
-            convention=model.config.convention,
-            noise=noise,
-            x=x,
-            t=t,
-            fraction=None,
-        )
-        ask, teacher = term.asks(batch), held.teachers[name]
-        assert ask is not None
-        batch = replace(batch, taught=_answer(teacher, teacher, batch, ask))
-        feed = term.feed(batch)
-        _, tapped = _predicted(forward, model, feed.taps, x, t, cond, step=held.step, fed=feed.handlers)
-        loss = term.loss(replace(batch, taps={**tapped, **feed.kept})).mean()
-        return {name: loss, **term.followed(batch), "loss": weight_at(term.weight, held.step) * loss}
 
     def _answers(
         self, forward: Callable[..., Tensor], model: Model, batch: NoisyBatch, held: Held
@@ -308,7 +263,6 @@ def _predicted(
     stop: str = "",
     policies: Sequence[Policy] | None = None,
     step: int | None = None,
-    fed: Mapping[str, Handler] | None = None,
 ) -> Output:
     """Predict for x [B, ...] at times of the network's own path, and return the noise-times of this very call."""
     convention = model.config.convention
@@ -324,7 +278,6 @@ def _predicted(
         stop=stop,
         policies=policies,
         step=step,
-        fed=fed,
     )
 
 

@@ -118,6 +118,7 @@ class Training:
     ) -> None:
         if not len(data):
             raise ConfigError("training: there are no samples")
+        objective = objective.chosen()
         objective.check(model)
         objective.check_batch(settings.batch)
         self.settings, self.data, self.objective, self.folder = settings, data, objective, folder

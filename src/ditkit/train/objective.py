@@ -115,6 +115,10 @@ class Term(Checked, ABC):
         """Something else than what the student was given and tapped, of its teacher or of the student."""
         return None
 
+    def objective(self, given: Any) -> Any:
+        """Return the objective in whose place a run takes another, of a term that is `alone`."""
+        return given
+
     def feed(self, batch: Any) -> Feed:
         """Return what the network is given in this step, of a term that is `alone`; `batch.taught` is the teacher's."""
         raise NotImplementedError
@@ -183,6 +187,22 @@ class Objective(ABC):
             held: the step, and modules and teachers of the terms, on the same device.
         """
 
+    def chosen(self) -> Objective:
+        """Return the objective that a run takes: itself, or what its one term asks for.
+
+        Raises:
+            ConfigError: a term stands alone, and there are others.
+        """
+        names = [type(term).__name__ for term in self.active]
+        lonely = [term for term in self.active if term.alone]
+        if lonely and len(names) > 1:
+            raise ConfigError(
+                f"{type(lonely[0]).__name__} runs the network in pieces, which no other term can read; got "
+                f"{', '.join(names)}, expected it alone"
+            )
+        found: Objective = lonely[0].objective(self) if lonely else self
+        return found
+
     def begin(self, run: Any) -> Cursor | None:
         """Return what training steps through, where it is not one batch of the samples a step."""
         return None
@@ -217,12 +237,6 @@ class Objective(ABC):
             if term.teacher is not None:
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
-        names = [type(term).__name__ for term in self.active]
-        if lonely := [type(term).__name__ for term in self.active if term.alone and len(names) > 1]:
-            raise ConfigError(
-                f"{lonely[0]} runs the network in pieces, which no other term can read; got {', '.join(names)}, "
-                "expected it alone"
-            )
 
     def check_batch(self, batch: int) -> None:  # noqa: B027
         """Refuse a number of samples a step, over all processes, that it cannot be computed on.

@@ -14,12 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.run import Handler, Site
 from ditkit.core.transform import Fed
 from ditkit.nn.direction import absolute_distance, squared_distance
 from ditkit.nn.feeding import before, given, needed, nothing, passed, stream_of
-from ditkit.train.denoising import NoisyBatch
+from ditkit.train.apart import Apart
+from ditkit.train.denoising import Denoising, NoisyBatch
 from ditkit.train.objective import Feed, Term
 from ditkit.train.schedules import Weight
 from ditkit.train.teacher import Ask, SelfTeacher, Teacher
@@ -68,6 +70,11 @@ class SpanDistillation(Term):
     masked: bool = False
     sequential: bool = False
     teacher: Teacher = TEACHER
+
+    def objective(self, given: Any) -> Any:
+        if not isinstance(given, Denoising):
+            raise ConfigError(f"SpanDistillation: {type(given).__name__} has no noise, expected Denoising")
+        return Apart(given.terms, given.timesteps, given.clock)
 
     def check(self, model: Model) -> str:
         return "" if fed_blocks(model) else "a model that Contiguous pruned; give that transform"
