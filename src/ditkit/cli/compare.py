@@ -28,6 +28,7 @@ from ditkit.cli.options import (
     with_training_options,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
@@ -53,6 +54,7 @@ NARROW = 80
 PICTURES = 4  # axes of a batch of them
 
 
+@on_device
 def compare(
     model: ModelName,
     *,

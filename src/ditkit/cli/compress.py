@@ -11,6 +11,7 @@ from rich.console import Console
 from ditkit.api.compress import as_transforms
 from ditkit.api.compress import compress as compressed
 from ditkit.cli.options import ModelName, writable
+from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 
@@ -19,6 +20,7 @@ Transforms = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 More = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TRANSFORM")]
 
 
+@on_device
 def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transform: More = ()) -> None:
     """Apply transforms to a model, in order, and save the result: prune, quantise or merge LoRA.
 

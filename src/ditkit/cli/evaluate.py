@@ -23,6 +23,7 @@ from ditkit.cli.options import (
     words_of,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.task import Evaluation, task_of
@@ -30,6 +31,7 @@ from ditkit.core.task import Evaluation, task_of
 FLAGS = SamplingFlags(batch_size=DEFAULT.batch_size)
 
 
+@on_device
 def evaluate(
     model: ModelName,
     *,

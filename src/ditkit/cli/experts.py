@@ -8,12 +8,14 @@ from rich.console import Console
 
 from ditkit.bench.expert_use import use_of
 from ditkit.cli.options import ModelName, writable
+from ditkit.cli.placing import on_device
 from ditkit.core.checkpoint import replacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
 from ditkit.report.expert_picture import expert_page
 
 
+@on_device
 def experts(model: ModelName, *, alpha: float = 4.0, out: Path = Path("outputs/experts.png")) -> None:
     """Show which experts a model uses at each noise-time, and draw how many two noise-times share (Switch-DiT).
 

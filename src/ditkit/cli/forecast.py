@@ -19,6 +19,7 @@ from ditkit.cli.options import (
     words_of,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
 from ditkit.data.loading import names_of
 from ditkit.tasks.forecast.future import check_own
@@ -37,6 +38,7 @@ ForecastData = Annotated[
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
 
+@on_device
 def forecast(
     models: Models,
     *,

@@ -20,6 +20,7 @@ from ditkit.cli.options import (
     seeds_of,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
@@ -32,6 +33,7 @@ LONGEST = 60
 """Letters of a class or a prompt in the name of a file."""
 
 
+@on_device
 def generate(
     model: ModelName,
     *,

@@ -13,6 +13,7 @@ from ditkit.api.harmonise import Follow, Harmonising, Proxy
 from ditkit.api.harmonise import harmonise as harmonised
 from ditkit.caching.harmonica import CacheTable
 from ditkit.cli.options import ModelName
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, Guiding, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.loading import load
@@ -21,6 +22,7 @@ from ditkit.core.model import Denoiser
 Float = Annotated[float, tyro.conf.arg(metavar="FLOAT")]
 
 
+@on_device
 def harmonise(
     model: ModelName,
     *,

@@ -11,12 +11,14 @@ from rich.console import Console
 from ditkit.api.profile import profile as profiled
 from ditkit.bench.scaling import scaling, scaling_table
 from ditkit.cli.options import Labels, ModelName, Seeds, load_generator, seeds_of, writable
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 
 Scale = Annotated[str | None, tyro.conf.arg(metavar="FIELD=N,N,...")]
 
 
+@on_device
 def profile(
     model: ModelName,
     *,

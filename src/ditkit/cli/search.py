@@ -12,6 +12,7 @@ from ditkit.api.search import Cost, Kind
 from ditkit.api.search import search as searched
 from ditkit.attention.searched import PATTERNS, HeadTable, Stripes, counted
 from ditkit.cli.options import Labels, ModelName, Seeds, load_of, seeds_of
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 
@@ -19,6 +20,7 @@ Block = Literal[8, 16, 32, 64, 128, 256]
 Shares = Annotated[tuple[float, float, float], tyro.conf.arg(metavar="SHARE SHARE SHARE")]
 
 
+@on_device
 def search(
     model: ModelName,
     *,

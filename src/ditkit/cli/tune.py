@@ -28,6 +28,7 @@ from ditkit.cli.options import (
     with_training_options,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.task import task_of
@@ -38,6 +39,7 @@ Share = Annotated[float | None, tyro.conf.arg(metavar="SHARE")]
 DECIBELS = re.compile(r"(\d+(?:\.\d+)?)(?:dB)?", re.ASCII | re.IGNORECASE)
 
 
+@on_device
 def tune(
     model: ModelName,
     *,

@@ -20,6 +20,7 @@ from ditkit.cli.options import (
     with_training_options,
     writable,
 )
+from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.config import integer
 from ditkit.core.errors import ConfigError
@@ -50,6 +51,7 @@ Sides = Annotated[tuple[int, ...], tyro.conf.arg(metavar="PX [PX]")]
 OwnSeeds = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[SEED ...]")]
 
 
+@on_device
 def video(
     model: ModelName,
     *,

@@ -7,23 +7,39 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+
+from ditkit.core.devices import WANTED, Placement
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
 from ditkit.core.model import CONFIG, Model
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-def load(source: str | Path) -> Model:
-    """Load a model in float32 and eval mode.
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Model:
+    """Load a model in eval mode, on the CPU and in float32 unless told otherwise.
 
     Args:
         source: the name of a shipped model (`shipped()`), a folder that `Model.save` wrote, or `owner/name`
             on the hub. A shipped name wins over a folder of that name: write `./emoji` for the folder.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto", the best that there is. Samples, conditions and what policies
+            keep follow the weights.
+        dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        ConfigError: it is none of these. CheckpointError: what is there is damaged or incomplete, or the hub
-            has no such model or cannot be reached.
+        ConfigError: it is none of these, or the device is not there. CheckpointError: what is there is damaged or
+            incomplete, or the hub has no such model or cannot be reached.
     """
+    wanted = WANTED.get() if device is None and dtype is None else Placement.read(device, dtype)
+    return wanted.place(_loaded(source))
+
+
+def _loaded(source: str | Path) -> Model:
     text = str(source)
     if text in shipped():
         return Model.load(_weights() / text)

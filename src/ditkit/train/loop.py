@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ditkit.core.checkpoint import write_json
 from ditkit.core.cond import Cond
+from ditkit.core.devices import WANTED
 from ditkit.core.errors import ConfigError, DitkitError
 from ditkit.core.model import Model
 from ditkit.core.spec import spec
@@ -473,10 +474,16 @@ def _accelerator(folder: Path) -> Accelerator:
     """
     tracked = importlib.util.find_spec("tensorboard") is not None
     options: dict[str, Any] = {"log_with": "tensorboard", "project_dir": str(folder)} if tracked else {}
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), **options)
+    accelerator = Accelerator(mixed_precision="no", cpu=_on_cpu(), **options)
     if accelerator.distributed_type not in SUPPORTED:
         names = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(
             f"training: {accelerator.distributed_type.value} is not supported (choose from: {names})"
         )
     return accelerator
+
+
+def _on_cpu() -> bool:
+    """Return whether to train on the CPU: asked for, or for want of a GPU."""
+    wanted = WANTED.get().device
+    return not torch.cuda.is_available() if wanted is None else wanted.type == "cpu"
