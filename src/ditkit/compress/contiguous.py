@@ -295,19 +295,15 @@ class Contiguous(Checked, Transform):
         if not self.is_last(model):
             return []
         depth, at = self.depth(model) + self.gone, f"{self.stack}.{{}}".format
-        widths = self.widths(depth)
-        return [
-            Fed(
-                at(j),
-                *map(at, block),
-                role=widths[j].role if j in widths else "own",
-                group=tuple(map(at, widths[j].group)) if j in widths else (),
-                linear=j in widths and widths[j].linear,
-            )
-            for j, block in enumerate(self.left(depth))
-            if block.is_student
-            or (j in widths and (widths[j].linear or widths[j].role in ("read", "resumed")))
-        ]
+        widths, found = self.widths(depth), list[Fed]()
+        for j, block in enumerate(self.left(depth)):
+            width = widths.get(j, Width())
+            names = at(block.first), at(block.last), at(block.source)
+            group = () if width.role == "own" else (at(width.group[0]), at(width.group[1]))
+            one = Fed(at(j), *names, width.role, group, width.linear)
+            if one.is_student or one.linear or one.reads_text:
+                found.append(one)
+        return found
 
     def trains(self, model: Any) -> list[str]:
         if not self.is_last(model):
@@ -418,7 +414,8 @@ def plug(
             f"plug: this {type(pruned).__name__} has no Contiguous on {stack!r}, expected a pruned model"
         )
     given = {"spans": spans, "text": text, "linear": linear}
-    chosen = replace(own, **{name: tuple(value) for name, value in given.items() if value is not None})
+    changed: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value is not None}
+    chosen = replace(own, **changed)
     copy = original.with_weights(original.state_dict(), "copy")
     if chosen != chosen.exact():
         chosen.check(copy)

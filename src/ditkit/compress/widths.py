@@ -44,8 +44,8 @@ def pairs_of(transform: Any, blocks: Any) -> tuple[list[Pair], dict[str, str]]:
         block, (a, b) = left[j], width.group
         reads = width.role in ("read", "resumed")
         if reads:
-            at = f"{stack}.{{}}.attn.text".format
-            pairs.append(Pair(j, "text_proj", at(a), at(block.source), "text"))
+            rows = [f"{stack}.{n}.attn.text" for n in (a, block.source)]
+            pairs.append(Pair(j, "text_proj", rows[0], rows[1], "text"))
         if width.role == "resumed":
             pairs.append(Pair(j, "text_resume", f"{stack}.{a}", f"{stack}.{b}", "text"))
         if width.linear:

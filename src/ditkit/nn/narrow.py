@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class LinearBlock(nn.Module):
         ]
 
 
-class TwoStreams(nn.Module):
+class TwoStreams:
     """Base of a block of an image and a text that meet in its attention, which can do without its text or its MLPs.
 
     A group of blocks whose text hardly changes computes it once (PPCL, section C1): the first of them hands on, beside
@@ -126,6 +126,10 @@ class TwoStreams(nn.Module):
     of_text: ClassVar[tuple[str, ...]] = ()
     """Names of all that is the text's alone, beside the attention."""
     text_role: Role = "own"
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def owns_text(self) -> bool:
