@@ -9,21 +9,26 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ditkit
+import family_pipelines_support as pipelines
 import hosts_support as hosts
-from contiguous_support import COND, TWO_STREAMS, Pictures, T, on_host, out, same, settings
+from contiguous_support import COND, TWO_STREAMS, Pictures, T, drawn, on_host, out, same, settings
+from ditkit.api.train_pipeline import train_pipeline
 from ditkit.caching import TaylorSeer
 from ditkit.compress import Calibration, Contiguous, Kept, plug
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, ShapeError
 from ditkit.core.run import Run
+from ditkit.hosts import qwen_image
 from ditkit.hosts.hosted import Host
 from ditkit.models.small_flux import SmallFlux, SmallFluxConfig
 from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
 from ditkit.train.terms.span_distillation import SpanDistillation
+from latents_support import SHORT
 from rig import noise, tiny_dit
 
 
@@ -169,8 +174,6 @@ def test_depth_and_width_are_trained_in_one_phase_and_plugged_back(tmp_path):
 
 @pytest.mark.parametrize("name", TWO_STREAMS)
 def test_without_spans_a_transformer_is_an_ordinary_folder_and_both_numberings_open(name, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     transformer, inputs = on_host(name, Contiguous(spans=("0-2",)), depth=5, calls=0)
     expected = hosts.call(transformer, inputs)
     transformer.save_pretrained(tmp_path / "new")
@@ -186,6 +189,34 @@ def test_without_spans_a_transformer_is_an_ordinary_folder_and_both_numberings_o
 
     save_file({with_gaps(k): v for k, v in load_file(file).items()}, file)
     assert torch.equal(hosts.call(ditkit.load(tmp_path / "new").transformer, inputs), expected)
+
+
+def test_spans_of_qwen_image_are_trained_on_latents_as_its_pipeline_calls_it(tmp_path):
+    pipe, given = pipelines.qwen_image(num_layers=4)
+    calls: list[dict[str, Any]] = []
+
+    def watch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+
+    hook = pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    pipe(**{**given, "num_inference_steps": 1, "true_cfg_scale": 1.0}, generator=drawn(0))
+    hook.remove()
+    call, inputs = calls[0], qwen_image.INPUTS
+    x = inputs.prediction(pipe.transformer, call["hidden_states"], (1, 16, 8, 8))
+    cond = Cond(text=call["encoder_hidden_states"], text_mask=call["encoder_hidden_states_mask"])
+    ours = inputs.arguments(pipe.transformer, x, call["timestep"].float(), cond, 1.0)
+    for name, value in ours.items():
+        assert torch.equal(value, call[name].to(value)) if isinstance(value, Tensor) else value == call[name]
+    file = tmp_path / "latents.safetensors"
+    texts = {"prompt_embeds": torch.randn(6, 5, 20), "prompt_embeds_mask": torch.ones(6, 5).long()}
+    save_file({"latents": torch.randn(6, 16, 8, 8), **texts}, file)
+    before = pipe.transformer.state_dict()["transformer_blocks.3.img_mlp.net.2.weight"].clone()
+    spans = {"terms": ["spandistillation:masked=true"], "settings": SHORT, "out": tmp_path / "run"}
+    trained = train_pipeline(pipe, file, "contiguous:spans=1-2", **spans)
+    blocks = trained.transformer.transformer_blocks
+    assert len(blocks) == 3 and torch.equal(blocks[2].img_mlp.net[2].weight, before)
+    plain = diffusers.QwenImageTransformer2DModel.from_pretrained(tmp_path / "run" / "model")
+    assert len(plain.transformer_blocks) == 3
 
 
 def test_a_narrower_transformer_is_a_folder_of_ours(tmp_path):
