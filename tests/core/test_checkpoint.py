@@ -174,7 +174,7 @@ def test_any_bytes_are_refused(tmp_path, suffix, content):
     [
         ([torch.zeros(1)], "should hold tensors by name, nothing else"),
         ({1: torch.zeros(1)}, "should hold tensors by name, nothing else"),
-        ({"model": {"w": torch.zeros(1)}}, "'model' should be a dense tensor"),
+        ({"opt": {"w": torch.zeros(1)}}, "'opt' should be a dense tensor"),
         ({"w": torch.zeros(2, 2).to_sparse()}, "'w' should be a dense tensor"),
         ({"w": torch.zeros(2, device="meta")}, "'w' should be a dense tensor"),
     ],

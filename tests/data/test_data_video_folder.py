@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,6 +21,7 @@ from ditkit.data.clips import ClipSet, MemoryClips
 from ditkit.data.video_decode import Film, cover, nearest_in_time
 
 av = pytest.importorskip("av", reason="pip install 'av>=18'")
+Disposition = pytest.importorskip("av.stream").Disposition
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 PIXELS = {"ffv1": "bgr0", "png": "rgb24", "mpeg4": "yuv420p", "mjpeg": "yuvj420p", "libx264": "yuv420p"}
 
@@ -214,20 +216,81 @@ def test_damaged_videos_are_named_and_skipped(tmp_path, caplog):
 def test_too_many_damaged_videos_stop(tmp_path):
     damaged_folder(tmp_path)
     with pytest.raises(
-        DataError, match=r"3 damaged videos, more than max_bad=2: cut\.mkv, text\.mp4, void\.avi"
+        DataError, match=r"3 damaged or short videos, more than max_bad=2: cut\.mkv, text\.mp4, void\.avi"
     ):
         video_folder.load(tmp_path, size=4, frames=2, max_bad=2)
     (tmp_path / "good.mkv").unlink()
-    with pytest.raises(DataError, match=r"every video is damaged: cut\.mkv, text\.mp4, void\.avi"):
+    with pytest.raises(DataError, match=r"every video is damaged or short: cut\.mkv, text\.mp4, void\.avi"):
         video_folder.load(tmp_path, size=4, frames=2)
 
 
 def test_a_video_shorter_than_a_clip(tmp_path):
-    path = write(tmp_path / "a.mkv", counting(5))
-    with pytest.raises(
-        DataError, match=rf"{path}: 5 frames at 10 a second, fewer than the 7 of a clip of frames=4"
-    ):
+    write(tmp_path / "a.mkv", counting(5))
+    with pytest.raises(DataError, match=r"5 frames at 10 a second, fewer than the 7 of a clip of frames=4"):
         video_folder.load(tmp_path, size=4, frames=4, stride=2)
+
+
+def test_found_18_a_short_clip_is_skipped_like_a_damaged_one(tmp_path, caplog):
+    for name, length in (("a", 7), ("b", 5), ("c", 9)):
+        write(tmp_path / f"{name}.mkv", counting(length))
+    with caplog.at_level(logging.WARNING):
+        found = video_folder.load(tmp_path, size=4, frames=4, stride=2, max_bad=1)
+    assert found.film_ids == ("a.mkv", "c.mkv")
+    assert f"skipped short video {tmp_path / 'b.mkv'}: 5 frames at 10 a second" in caplog.text
+    with pytest.raises(DataError, match=r"1 damaged or short videos, more than max_bad=0: b\.mkv"):
+        video_folder.load(tmp_path, size=4, frames=4, stride=2, max_bad=0)
+
+
+def atoms(data: bytes) -> list[bytes]:
+    """The boxes of an MP4 file, or of the inside of one."""
+    found = []
+    while data:
+        size = int.from_bytes(data[:4])
+        found.append(data[:size])
+        data = data[size:]
+    return found
+
+
+def with_artwork_first(data: bytes) -> bytes:
+    """The same file with its tags, which hold the artwork, before its tracks."""
+    whole = atoms(data)
+    place = next(i for i, atom in enumerate(whole) if atom[4:8] == b"moov")
+    inside = sorted(
+        atoms(whole[place][8:]),
+        key=lambda atom: [b"mvhd", b"udta"].index(atom[4:8]) if atom[4:8] != b"trak" else 2,
+    )
+    whole[place] = whole[place][:8] + b"".join(inside)
+    return b"".join(whole)
+
+
+def test_found_13_the_artwork_of_a_film_is_no_film(tmp_path):
+    """The cover is the first stream, and its one picture has no time stamp."""
+    film, cover_jpg = write(tmp_path / "film.mp4", counting(6), codec="mpeg4"), tmp_path / "cover.mkv"
+    write(cover_jpg, [solid(200)], codec="mjpeg")
+    path = tmp_path / "both" / "a.mp4"
+    path.parent.mkdir()
+    with av.open(path, "w") as container, av.open(film) as moving, av.open(cover_jpg) as still:
+        art = container.add_stream_from_template(still.streams.video[0])
+        art.disposition = Disposition.attached_pic
+        stream = container.add_stream_from_template(moving.streams.video[0])
+        for source, target in ((still, art), (moving, stream)):
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = target
+                    container.mux(packet)
+    path.write_bytes(with_artwork_first(path.read_bytes()))
+    with av.open(path) as container:
+        assert container.streams.video[0].disposition & Disposition.attached_pic
+    found = video_folder.load(path.parent, size=4, frames=6, max_bad=0)
+    assert len(found) == 1 and found.clips(torch.tensor([0])).shape[2] == 6
+
+
+def test_found_30_a_pipe_among_videos_is_skipped(tmp_path, caplog):
+    write(tmp_path / "a.mkv", counting(4))
+    os.mkfifo(tmp_path / "b.mkv")
+    with caplog.at_level(logging.WARNING):
+        assert video_folder.load(tmp_path, size=4, frames=4).film_ids == ("a.mkv",)
+    assert "b.mkv: not a regular file" in caplog.text
 
 
 def test_frames_of_differing_sizes(tmp_path):

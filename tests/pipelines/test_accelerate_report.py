@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.hooks import FirstBlockCacheConfig
 
 import ditkit
+from ditkit.caching.confident_taylor import ConfidentTaylor
 from ditkit.caching.taylorseer import TaylorSeer
 from ditkit.core.errors import ConfigError, ConflictError, NoEffectError
 from ditkit.pipelines.accelerate import Accelerated
@@ -198,11 +199,11 @@ def test_report_draws_in_the_modes_of_the_call(mode: Any, later: Any) -> None:
 
 
 def test_a_policy_without_effect_is_an_error() -> None:
-    fast = ditkit.accelerate(pipeline(), POLICY)
-    with pytest.raises(NoEffectError, match="saved nothing: all 2 evaluations were full") as caught:
-        latents(fast, asked(steps=2))
+    fast = ditkit.accelerate(pipeline(), ConfidentTaylor(1e-30))
+    with pytest.raises(NoEffectError, match="saved nothing: all 4 evaluations were full") as caught:
+        latents(fast, asked(steps=4))
     pipe = pipeline()
-    assert torch.equal(caught.value.output.images, latents(pipe, asked(steps=2)))
+    assert torch.equal(caught.value.output.images, latents(pipe, asked(steps=4)))
     fast = ditkit.accelerate(pipe, POLICY)
     pipe.transformer = transformer()
     with pytest.raises(NoEffectError, match="none of the transformers"):

@@ -21,7 +21,7 @@ def exit_code(*words: object) -> int:
 
 def output(capsys: Capture, *words: object) -> str:
     """What `ditkit WORDS` prints on stdout; it must succeed, and be silent on stderr however slow the machine is."""
-    with patch("ditkit.cli.options.LINE_SECONDS", math.inf):
+    with patch("ditkit.core.terminal.LINE_SECONDS", math.inf):
         code = exit_code(*words)
     said = capsys.readouterr()
     assert code == 0 and said.err == "", said

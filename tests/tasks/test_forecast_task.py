@@ -192,6 +192,13 @@ def test_the_command_on_series(tmp_path, capsys):
     [
         (["--data", "bars"], "got no model, expected a folder"),
         (["{d}", "--data", "{csv}", "--show", "999"], "--show=999 should be at most 16"),
+        (["{d}", "--data", "{csv}", "--future", "3", "--count", "8"], "--count 8 with --future 3"),
+        (
+            ["{d}", "--data", "{csv}", "--future", "3", "--validation", "0.1"],
+            "--validation 0.1 with --future 3",
+        ),
+        (["{d}", "--data", "{csv}", "--future", "3", "--test", "0.2"], "--test 0.2 with --future 3"),
+        (["{d}", "--data", "{csv}", "--future", "3", "--show", "0"], "--show 0 with --future 3"),
         (["{d}", "--data", "{csv}", "--show", "-1"], "--show=-1 should be at least 0"),
         (["{a}", "{a}", "--data", "bars"], "is given twice, expected different models"),
         (["{a}", "{b}", "--data", "bars"], "frames=3 and b has frames=4, expected the same"),

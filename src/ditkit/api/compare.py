@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from ditkit.bench.bench import EXACT, Bench, Method
 from ditkit.bench.memory import Isolated
 from ditkit.bench.rows import titles
 from ditkit.core.cond import Cond
-from ditkit.core.config import integer
+from ditkit.core.config import LARGEST, MOST_STEPS, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, parameter_count
@@ -51,7 +52,7 @@ def compare(
     control: bool = True,
     controls_as_rows: bool = False,
     rivals: Mapping[str, Denoiser] = MappingProxyType({}),
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     **changes: Any,
 ) -> Report:
     """Draw the same seeds exactly, under each policy of `sampling` alone and by rivals; report cost and error.
@@ -78,7 +79,7 @@ def compare(
         controls_as_rows: also rows for the exact sampler with as many steps as each policy computed in full.
         rivals: other models by the names of their rows, such as what pruning made of this one: drawn exactly, under
             their own inherent policies, and held against the exact run of this one.
-        progress: called with (stage, done, total).
+        progress: True for a bar on a terminal, False for none; or what is called with (stage, done, total).
 
     Raises:
         ConfigError: a rival of other samples, classes or another path, or of the name of another row.
@@ -93,9 +94,9 @@ def compare(
     task = generating(model, "compare")
     policies, steps = work.sampling.policies, work.sampling.steps
     converged_steps = CONVERGED * steps if converged_steps is None else converged_steps
-    if integer("converged_steps", converged_steps, least=1) <= steps:
+    if integer("converged_steps", converged_steps, least=1, most=MOST_STEPS) <= steps:
         raise ConfigError(f"converged_steps={converged_steps}, expected more than steps={steps}")
-    integer("rounds", rounds, least=1)
+    integer("rounds", rounds, least=1, most=LARGEST)
     methods = [Method(EXACT, "exact", EXACT, EXACT, (), steps)]
     for policy, title in zip(policies, titles(policies), strict=True):
         work.check([policy])
@@ -104,8 +105,8 @@ def compare(
     _check_names(methods)
     judge = None if real is None else task.judge(real, len(work.sampling.seeds), work.shape)
 
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(work, task, methods, progress)
+    with tempfile.TemporaryDirectory() as folder, shown(progress) as advance:
+        bench = Bench(work, task, methods, advance)
         isolated = isolated_of(bench, policies, Path(folder)) if memory else {}  # refuses before any drawing
         bench.count()
         if control:
@@ -123,6 +124,15 @@ def compare(
         settings["left_out"] = [str(error) for error in bench.idle.values()]
     pictures = {name: task.draw(samples) for name, samples in bench.samples().items()}
     return Report(bench.rows(judge), settings, pictures, task, bench.generated)
+
+
+def shown(progress: Progress | bool) -> AbstractContextManager[Progress | None]:
+    """Inside, what is told of the progress: a bar on a terminal, nothing, or the caller's own."""
+    if isinstance(progress, bool):
+        from ditkit.core.terminal import progress as bar
+
+        return bar(lines=False) if progress else nullcontext()
+    return nullcontext(progress)
 
 
 def isolated_of(bench: Bench, policies: Sequence[Policy], folder: Path) -> dict[str, Isolated]:

@@ -18,12 +18,14 @@ from ditkit.core.model import CONFIG, parameter_count
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.spec import components, spec
 from ditkit.core.transform import Transform
+from ditkit.data.content import content_digest
 from ditkit.data.latents import LatentSet
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
 from ditkit.train.loop import train
 from ditkit.train.objective import Term
 from ditkit.train.parts import train_only
+from ditkit.train.record import CONTENT
 from ditkit.train.settings import Settings
 from ditkit.train.state import STATE
 from ditkit.train.terms.regression import Regression
@@ -204,6 +206,7 @@ def run_training(training: PipelineTraining, folder: Path, resume: bool = False)
         folder,
         about={
             "data": str(training.data),
+            CONTENT: content_digest(training.data),
             "init": {"source": _named(training.source), FINGERPRINT: digest},
         },
         resume=resume,

@@ -19,7 +19,7 @@ from ditkit.core.spec import components
 from ditkit.report.report import Report
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Tuned:
     def table(self) -> Table:
         """Fastest first, for a terminal of 80 columns."""
         from rich import box
-        from rich.table import Table
+
+        from ditkit.core.terminal import Table
 
         count, steps = len(self.report.settings["seeds"]), self.report.settings["steps"]
         left_out = (f"No row: {why}" for why in self.report.settings.get("left_out", ()))

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from ditkit.bench.origin import origin
 from ditkit.core.checkpoint import write_json
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import Table
 from ditkit.systems import check, pages
 from ditkit.systems.claims import UNTRIED, Claim, Claims
 from ditkit.systems.code import component_digests, file_digest

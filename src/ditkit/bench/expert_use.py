@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.run import named
+from ditkit.core.terminal import Table
 from ditkit.nn.experts import choices
 from ditkit.nn.task_windows import TASKS, prior, tasks_of
 

@@ -22,7 +22,7 @@ from ditkit.ops.block_sparse_attention import BlockPlan, choose, pays
 from ditkit.ops.block_sparse_attention.plan import FULL
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 Place = tuple[int, int, int]
 """Frame, row and column of a token."""
@@ -211,7 +211,8 @@ def places(grid: Grid) -> dict[str, Place]:
 def table(plans: Sequence[Planned]) -> Table:
     """Build a table of the plans for 80 columns, and below it the patterns that are off and why."""
     from rich import box
-    from rich.table import Table
+
+    from ditkit.core.terminal import Table
 
     first = plans[0]
     sizes = " x ".join(map(str, first.grid.shape[first.grid.frames == 1 :]))

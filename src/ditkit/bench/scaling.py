@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from ditkit.bench.profile import account, settled_parts
 from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.model import Denoiser
+from ditkit.core.terminal import Table
 from ditkit.sample.sampler import Sampler, Sampling
 
 GIGA = 1e9

@@ -23,7 +23,6 @@ from ditkit.cli.options import (
     Seeds,
     load_generator,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
@@ -34,6 +33,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.sample import Sampling
 from ditkit.tasks.video.masks import KINDS, mask_kind
 

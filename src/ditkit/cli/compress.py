@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from ditkit.api.compress import as_transforms
 from ditkit.api.compress import compress as compressed
@@ -49,4 +48,4 @@ def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transf
     with writable(out):
         after.save(out)
     numbers = [sum(t.numel() for t in network.state_dict().values()) for network in (before, after)]
-    Console().print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before", highlight=False, soft_wrap=True)
+    print(f"{out}: {numbers[1]:,} numbers, {numbers[0]:,} before")

@@ -18,7 +18,6 @@ from ditkit.cli.options import (
     Options,
     load_trained,
     options_of,
-    progress,
     with_training_options,
     words_of,
     writable,
@@ -27,6 +26,7 @@ from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.checkpoint import write_json
 from ditkit.core.task import Evaluation, task_of
+from ditkit.core.terminal import progress
 
 FLAGS = SamplingFlags(batch_size=DEFAULT.batch_size)
 

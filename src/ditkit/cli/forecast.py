@@ -9,18 +9,10 @@ from typing import Annotated, Any
 import tyro
 
 from ditkit.cli.evaluate import save
-from ditkit.cli.options import (
-    Number,
-    Options,
-    load_of,
-    options_of,
-    progress,
-    with_training_options,
-    words_of,
-    writable,
-)
+from ditkit.cli.options import Number, Options, load_of, options_of, with_training_options, words_of, writable
 from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
 from ditkit.tasks.forecast.future import check_own
 from ditkit.tasks.forecast.future import forecast as go_on
@@ -35,6 +27,9 @@ ForecastData = Annotated[
         "a netCDF file, or a CSV file of series.",
     ),
 ]
+Share = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+DEFAULTS = {"count": 64, "validation": 0.1, "test": 0.2, "show": 0}
+"""The flags of measuring on held-out data, which a forecast of the future has no use for."""
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 
 
@@ -46,10 +41,10 @@ def forecast(
     option: Options = (),
     future: Number = None,
     horizon: Number = None,
-    count: int = 64,
-    validation: float = 0.1,
-    test: float = 0.2,
-    show: int = 0,
+    count: Number = None,
+    validation: Share = None,
+    test: Share = None,
+    show: Number = None,
     max_bad: Number = None,
     out: Path = Path("outputs/forecast"),
 ) -> None:
@@ -84,10 +79,10 @@ def forecast(
         future: Steps to forecast after the last one of the data; nothing is measured then.
         horizon: Frames of held-out data to forecast; beyond a model's own, its forecasts are fed back. Default: the
             model's own.
-        count: Clips to forecast, at most. Of fields, every window of the test part is.
-        validation: Of fields, the share or number of steps before the test part, as in training.
-        test: Of fields, the last part in time, as in training.
-        show: The clip or window that is drawn.
+        count: Clips to forecast, at most. Of fields, every window of the test part is. Default: 64.
+        validation: Of fields, the share or number of steps before the test part, as in training. Default: 0.1.
+        test: Of fields, the last part in time, as in training. Default: 0.2.
+        show: The clip or window that is drawn. Default: 0.
         max_bad: Damaged files of a folder to leave out; more is an error. Default: 10.
         out: Folder to write to.
     """
@@ -95,10 +90,11 @@ def forecast(
         raise ConfigError("forecast: got no model, expected a folder such as runs/predformer/model")
     if twice := [name for i, name in enumerate(models) if name in models[:i]]:
         raise ConfigError(f"forecast: {twice[0]} is given twice, expected different models")
-    if future is not None and horizon is not None:
+    measuring = {"horizon": horizon, "count": count, "validation": validation, "test": test, "show": show}
+    if future is not None and (given_too := [name for name, value in measuring.items() if value is not None]):
         raise ConfigError(
-            f"--horizon {horizon} with --future {future}: one measures on held-out data, the other goes beyond them; "
-            "expected one of them"
+            f"--{given_too[0]} {measuring[given_too[0]]} with --future {future}: one measures on held-out data, the "
+            "other goes beyond them; expected one of them"
         )
     named = {name: load_of(m, "forecast") for name, m in zip(called(models), models, strict=True)}
     option = with_training_options(data, option, *named.values())
@@ -115,11 +111,8 @@ def forecast(
         )
         return
     first = next(iter(named.values()))
-    settings: dict[str, Any] = {
-        "horizon": first.config.frames if horizon is None else horizon,
-        "count": count,
-    }
-    settings |= {"validation": validation, "test": test, "show": show}
+    settings: dict[str, Any] = {"horizon": first.config.frames, **DEFAULTS}
+    settings |= {name: value for name, value in measuring.items() if value is not None}
     given |= {**settings, "max_bad": max_bad}
     with writable(out), progress() as advance:
         found = evaluate_forecasts(named, data, options=options, progress=advance, **settings)

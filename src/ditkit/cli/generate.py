@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ditkit.api.generate import generate as draw
+from ditkit.bench.origin import origin
 from ditkit.cli.options import (
     Labels,
     ModelName,
@@ -16,7 +20,6 @@ from ditkit.cli.options import (
     Seeds,
     for_stage,
     load_generator,
-    progress,
     seeds_of,
     writable,
 )
@@ -27,6 +30,7 @@ from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_index, class_names
 from ditkit.core.model import Model
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.sample import Samples
 
 LONGEST = 60
@@ -61,7 +65,7 @@ def generate(
                           PROMPT-SEED.png of a model that takes a prompt,
                           or SEED.mp4 and SEED.gif of a clip (MP4 needs PyAV)
         sheet.png         all of them, enlarged; of clips, frames of the first
-        generated.json    settings, time, and what each policy did
+        generated.json    settings, time, what each policy did, and on what day, device and versions
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.
@@ -81,7 +85,8 @@ def generate(
     if label and prompt:
         raise ConfigError(f"got --label {label[0]} with --prompt {prompt[0]!r}, expected one of the two")
     wanted: tuple[str | None, ...] = label or prompt or (None,)
-    settings = {"model": model, **flags.as_dict(sampling)}
+    fields = [{"class": type(policy).__name__, **asdict(policy)} for policy in sampling.policies]  # type: ignore[call-overload]
+    settings = {"model": model, **flags.as_dict(sampling), "policy_fields": fields}
     drawn: list[Samples] = []
     with writable(out), progress() as advance:
         for name in wanted:
@@ -91,7 +96,11 @@ def generate(
         columns = len(sampling.seeds) if label or prompt else max(1, round(len(sampling.seeds) ** 0.5))
         samples = [one for d in drawn for one in d.samples]
         files = task.write(out, samples, names_of(network, drawn), columns)
-        write_json(out / "generated.json", {"settings": settings, **described(drawn, files, task.noun)})
+        about = {**origin(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+        write_json(
+            out / "generated.json",
+            {"settings": settings, **described(drawn, files, task.noun), "origin": about},
+        )
     tell(drawn, files, task.noun, out)
 
 

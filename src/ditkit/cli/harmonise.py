@@ -76,7 +76,7 @@ def harmonise(
     )
     found = harmonised(network, flags.make((0,)), settings, progress=_shown)
     found.save(out)
-    Console().print(summary(found), highlight=False)
+    Console().print(summary(found), highlight=False, markup=False)
     print(f"wrote {out}; use it with --policy harmonica:table={out}")
 
 

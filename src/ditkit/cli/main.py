@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import errno
+import io
 import logging
 import os
 import shlex
@@ -13,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ditkit.cli.parsing import Command, Group
-from ditkit.core.errors import DitkitError
+from ditkit.core.errors import ConfigError, DitkitError
 
 COMMANDS = (
     "generate",
@@ -35,31 +38,85 @@ COMMANDS = (
     "systems",
 )
 BAD_INPUT, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""The errors of a stream that takes no more."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (by default the process's arguments) ask for; the exit code."""
     words = sys.argv[1:] if words is None else words
     silence_libraries()
+    show_what_can_be_shown()
     try:
+        check_words(words)
         if list(words) == ["--version"]:
             import ditkit
 
             print(f"ditkit {ditkit.__version__}")
         else:
             ditkit_commands().resolve(words)()
+        sys.stdout.flush()  # or a reader that has gone, or a full disk, is met when nobody listens
     except DitkitError as error:
-        print("ditkit: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        return BAD_INPUT
+        return complain(str(error))
     except KeyboardInterrupt as stop:
         print("ditkit: interrupted" + resumable(stop, words), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
+    except (OSError, MemoryError) as error:
+        return complain(refusal(error))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        gone = isinstance(stop.__context__, BrokenPipeError)  # rich leaves with 1 where a reader has gone
+        return stop.code if isinstance(stop.code, int) and not gone else 0
     return 0
+
+
+def complain(message: str) -> int:
+    """Print one line on stderr; the exit code."""
+    print("ditkit: error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def refusal(error: OSError | MemoryError) -> str:
+    """Say what the system refused, where no command said it better."""
+    if isinstance(error, MemoryError):
+        return " ".join(["more memory is needed than there is", str(error)]).strip()
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"cannot use {error.filename}: {reason}"
+    if error.errno not in FULL:
+        return f"the system refuses: {reason}"
+    drop_output()
+    return f"cannot use the output: {reason}"
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words whose bytes are no text: a report, which quotes them, could not be written at the end.
+
+    Raises:
+        ConfigError: there is one, or --out is given nothing.
+    """
+    for place, word in enumerate(words):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"got {word!a}, which is no text in UTF-8; expected another name") from None
+        if word == "--out=" or (word == "--out" and list(words[place + 1 : place + 2]) == [""]):
+            raise ConfigError("--out '', expected a place to write to; the current folder is .")
+
+
+def show_what_can_be_shown() -> None:
+    """Print with replacements what the terminal has no letters for, such as an accented class on an ASCII one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Lead what is still to be printed into nothing: nobody reads it, or there is no room for it."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def silence_libraries() -> None:

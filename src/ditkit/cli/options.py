@@ -5,27 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditkit.core.checkpoint import read_json
 from ditkit.core.codec import CODEC_CONFIG, Codec
+from ditkit.core.config import MOST_SAMPLES
 from ditkit.core.errors import ConfigError
+from ditkit.core.files import is_file, kind_of
 from ditkit.core.loading import load, shipped
 from ditkit.core.model import Model
 from ditkit.core.policy import Policy
 from ditkit.core.spec import as_text, components
 from ditkit.core.task import generating, task_named, task_of
+from ditkit.core.terminal import Advance
 from ditkit.data.loading import accepts_option, dataset_name, read_options
-from ditkit.sample.noise import distinct
+from ditkit.sample.noise import LAST_SEED, distinct
 
 ModelName = Annotated[str, tyro.conf.Positional]
 Labels = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CLASS")]
@@ -41,12 +40,10 @@ CODEC, MODEL = "codec", "model"
 """Keys of config.json that name the class."""
 OF_THE_MODEL = ("size", "frames")
 """Options of loaders that follow from the model."""
-LINE_SECONDS = 5.0
-"""Between two lines of progress where there is no terminal."""
 RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
-Advance = Callable[[str, int, int], None]
-"""Called with (what is being done, so many done, so many in all)."""
+LONGEST_RANGE = 24
+"""Letters of the longest word of seeds that says something."""
 
 
 def load_of(name: str, task: str) -> Any:
@@ -82,7 +79,7 @@ def load_trained(name: str) -> Any:
         CheckpointError, ConfigError: as `load` and `Codec.load` do.
     """
     config = Path(name).expanduser() / CODEC_CONFIG
-    is_codec = name not in shipped() and config.is_file() and CODEC in read_json(config)
+    is_codec = name not in shipped() and is_file(config) and CODEC in read_json(config)
     return Codec.load(config.parent) if is_codec and MODEL not in read_json(config) else load(name)
 
 
@@ -147,6 +144,12 @@ def seeds_of(words: Sequence[str]) -> tuple[int, ...]:
     seeds: list[int] = []
     for word in words:
         ends = RANGE.fullmatch(word)
+        if len(word) > LONGEST_RANGE:
+            raise ConfigError(
+                f"--seeds got {word[:LONGEST_RANGE]}..., expected whole numbers up to {LAST_SEED}"
+            )
+        if ends and int(ends[2]) - int(ends[1]) >= MOST_SAMPLES:
+            raise ConfigError(f"--seeds got {word}, expected at most {MOST_SAMPLES:,} of them")
         if word.isascii() and word.isdigit():
             seeds.append(int(word))
         elif ends and int(ends[1]) <= int(ends[2]):
@@ -191,7 +194,7 @@ def writable(folder: Path) -> Iterator[None]:
     created: list[Path] = []
     try:
         try:
-            for place in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+            for place in reversed([p for p in (folder, *folder.parents) if not kind_of(p)]):
                 place.mkdir(exist_ok=True)
                 created.append(place)
             with tempfile.TemporaryFile(dir=folder):
@@ -214,28 +217,3 @@ def is_main_process() -> bool:
 def for_stage(advance: Advance, stage: str) -> Callable[[int, int], None]:
     """`advance` for one stage."""
     return lambda done, total: advance(stage, done, total)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Advance]:
-    """Show a bar on stderr while the block runs, gone when it ends; elsewhere, a line now and then."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    task, line_at = bar.add_task("", total=None), time.monotonic()
-
-    def advance(stage: str, done: int, total: int) -> None:
-        nonlocal line_at
-        bar.update(task, description=stage, completed=done, total=total)
-        if bar.disable and time.monotonic() - line_at > LINE_SECONDS:
-            line_at = time.monotonic()
-            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
-
-    with bar:
-        yield advance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from ditkit.bench.plans import Place, Planned, places, rows_of, table
 from ditkit.cli.options import Policies, policies_of, writable
 from ditkit.core.catalog import every
 from ditkit.core.checkpoint import replacing
+from ditkit.core.config import LARGEST, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid
 from ditkit.core.loading import load
@@ -34,6 +36,8 @@ Rows = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Queries = Annotated[tuple[str, ...], tyro.conf.arg(metavar="T,Y,X ...")]
 Picture = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 SAMPLE_STEPS, PICTURE_PX = 25, 512
+MOST_TOKENS = 2**22
+"""Tokens of a grid, whose plan has a place for each pair of blocks of them."""
 
 
 def plan(
@@ -125,8 +129,7 @@ def laid_out(
         if grid is None or size is not None:
             given = f"--size {size} without a model" if grid else "neither MODEL nor --grid"
             raise ConfigError(f"plan: got {given}, expected a model, or --grid such as 32x48x80")
-        if text is not None and text < 0:
-            raise ConfigError(f"--text {text}, expected 0 or more rows")
+        integer("--text", text or 0, least=0, most=MOST_TOKENS)
         sides = sides_of("--grid", grid)
         frames, height, width = (1, *sides)[-3:]
         return None, Grid(frames, height, width), text or 0
@@ -151,10 +154,13 @@ def sides_of(flag: str, text: str, *counts: int) -> tuple[int, ...]:
         ConfigError: not numbers, or not as many as there are axes.
     """
     expected = counts or (2, 3)
-    sides = tuple(int(side) for side in text.split("x") if re.fullmatch(r"[1-9]\d*", side, re.ASCII))
+    sides = tuple(int(side) for side in text.split("x") if re.fullmatch(r"[1-9]\d{,9}", side, re.ASCII))
     if len(sides) not in expected or len(sides) != len(text.split("x")):
         examples = " or ".join("64x64" if count == 2 else "32x48x80" for count in expected)
-        raise ConfigError(f"{flag} {text}, expected positive sides such as {examples}")
+        raise ConfigError(f"{flag} {text:.80}, expected positive sides such as {examples}")
+    most = MOST_TOKENS if flag == "--grid" else LARGEST
+    if prod(sides) > most:
+        raise ConfigError(f"{flag} {text}: {prod(sides):,} in all, expected at most {most:,}")
     return sides
 
 
@@ -168,7 +174,7 @@ def queries_of(words: Sequence[str], grid: Grid) -> Mapping[str, Place]:
     found: dict[str, Place] = {}
     for number, word in enumerate(words, 1):
         parts = word.split(",")
-        at = tuple(int(part) for part in parts if re.fullmatch(r"\d+", part, re.ASCII))
+        at = tuple(int(part) for part in parts if re.fullmatch(r"\d{1,9}", part, re.ASCII))
         if (
             len(at) != len(parts)
             or len(at) != len(shape)

@@ -85,7 +85,7 @@ def search(
         follow=follow,
     )
     found.save(out)
-    Console().print(summary(found), highlight=False)
+    Console().print(summary(found), highlight=False, markup=False)
     print(f"wrote {out}; use it with --policy searched:table={out}")
 
 

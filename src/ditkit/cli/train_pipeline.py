@@ -16,6 +16,7 @@ from ditkit.cli.parsing import Command
 from ditkit.cli.train_flags import Groups, Terms, Transforms, groups_of
 from ditkit.core.checkpoint import read_json
 from ditkit.core.errors import ConfigError
+from ditkit.core.files import kind_of
 from ditkit.core.model import CONFIG
 from ditkit.core.spec import components
 from ditkit.train.objective import Term
@@ -30,7 +31,7 @@ LEFT = ("model", "losses.jsonl", "tensorboard", "state.safetensors")
 
 def is_folder(word: str) -> bool:
     """Return whether a word of the command line is meant as a folder."""
-    return "/" in word or Path(word).expanduser().is_dir()
+    return "/" in word or kind_of(Path(word).expanduser()) == "folder"
 
 
 def command_of(source: str) -> Command | None:

@@ -23,7 +23,6 @@ from ditkit.cli.options import (
     Seeds,
     load_generator,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
@@ -32,6 +31,7 @@ from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
 from ditkit.core.task import task_of
+from ditkit.core.terminal import progress
 from ditkit.tasks.video.masks import mask_kind
 
 Decibels = Annotated[str | None, tyro.conf.arg(metavar="DB")]

@@ -15,15 +15,15 @@ from ditkit.cli.options import (
     Options,
     load_of,
     options_of,
-    progress,
     seeds_of,
     with_training_options,
     writable,
 )
 from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_SAMPLES, integer
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
 from ditkit.sample import Sampling
 from ditkit.tasks.video.evaluation import default_masks, evaluate_clips
@@ -153,7 +153,7 @@ def clip_seeds(words: Sequence[str], count: int | None) -> tuple[int, ...]:
         ConfigError: words that are no seeds, or another number of them than clips.
     """
     if count is not None:
-        integer("--count", count, least=1)
+        integer("--count", count, least=1, most=MOST_SAMPLES)
     seeds = seeds_of(words) if words else tuple(range(count or 0))
     if count is not None and len(seeds) != count:
         raise ConfigError(f"--seeds names {len(seeds)} seeds for --count={count}, expected one a clip")

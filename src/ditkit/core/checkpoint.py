@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EISDIR
 from pathlib import Path
+from stat import S_IFREG
 from typing import Any
 
 import torch
@@ -18,7 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditkit.core.errors import CheckpointError, ConfigError, nearest
+from ditkit.core.files import check_regular, is_file
+from ditkit.core.unpickled import read_pickled, unwrapped, without_prefixes
 
+STALE_SECONDS = 3600.0
+"""Age from which a draft is one that a killed process left."""
 TIED = "tied"
 """Key of a file's metadata: further names of its tensors, as JSON of name to name."""
 PICKLED = (".pt", ".pth", ".bin")
@@ -36,6 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _discard_drafts(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
     except OSError as error:
@@ -53,6 +61,18 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def _discard_drafts(path: Path) -> None:
+    """Remove what killed processes left of this file beside its place; a fresh draft may be another process's.
+
+    A draft is its owner's alone until it is whole; a file of a person's own that is called so seldom is.
+    """
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):
+            found = draft.lstat()
+            if found.st_mode == S_IFREG | 0o600 and time.time() - found.st_mtime > STALE_SECONDS:
+                draft.unlink()
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file's content would survive a loss of power."""
     with path.open("rb") as file:
@@ -62,7 +82,12 @@ def to_disk(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     with replacing(path) as draft:
-        draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")
+        draft.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as the bytes of an indented JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,6 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, is not JSON, or is not an object.
     """
+    check_regular(path, CheckpointError)
     try:
         value = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
@@ -128,27 +154,24 @@ def digest(value: Any) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file, or of a `.pt`, `.pth` or `.bin` file that holds nothing but tensors.
+    """Tensors of a `.safetensors` file, or the weights of a `.pt`, `.pth` or `.bin` file, of which no code runs.
+
+    Of a training script's checkpoint the averaged weights are taken, else the model's; the prefixes that wrappers
+    put before all names are taken off.
 
     Raises:
         CheckpointError: missing, truncated, or a pickle that would run code.
     """
-    expected = (
-        "plain tensors (weights_only=True)" if path.suffix in PICKLED else "a complete safetensors file"
-    )
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"no weights at {path}")
-        state = (
-            torch.load(path, map_location="cpu", weights_only=True)
-            if path.suffix in PICKLED
-            else load_file(path)
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch.load and safetensors raise many kinds for a file that is not theirs
-        first = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise CheckpointError(f"{path} cannot be read as {expected}: {first}") from error
+    if not is_file(path, CheckpointError):
+        raise CheckpointError(f"no weights at {path}")
+    if path.suffix in PICKLED:
+        state = unwrapped(read_pickled(path), path)
+    else:
+        try:
+            state = load_file(path)
+        except Exception as error:  # safetensors raises many kinds for a file that is not its own
+            first = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {first}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{path} should hold tensors by name, nothing else")
     if path.suffix not in PICKLED:
@@ -156,7 +179,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"{path}: {name!r} should be a dense tensor; only tensors by name are read")
-    return state
+    return without_prefixes(state)
 
 
 def _tied(path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -58,6 +58,11 @@ class Cond:
     streams: Mapping[str, Tensor] = field(default_factory=dict)
     absent: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value in self.tensors():
+            if not isinstance(value, Tensor):
+                raise ConfigError(f"Cond.{name}: got {type(value).__name__}, expected a torch.Tensor")
+
     def dropped(self, name: str) -> Tensor | None:
         """Return the samples [B] bool in which a condition counts as absent; None where nothing says so."""
         return self.absent.get(name, self.drop if name in ("label", "text") else None)

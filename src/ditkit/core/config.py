@@ -38,8 +38,16 @@ from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, ShapeE
 
 C = TypeVar("C")
 
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
+LARGEST = 2**31 - 1
+"""The largest whole number of a field that does not say less: what counts steps, samples or bytes beyond is a slip."""
+WIDEST = 2**63 - 1
+"""The largest whole number that a tensor holds."""
+Count = Annotated[int, Interval(ge=1, le=LARGEST)]
+Natural = Annotated[int, Interval(ge=0, le=WIDEST)]
+MOST_STEPS = 1_000_000
+"""Steps of one trajectory, each of which has its place in tables that are made before the first."""
+MOST_SAMPLES = 1_000_000
+"""Samples that one call draws, each of which has its seed in a list."""
 Share = Annotated[float, Interval(ge=0, lt=1)]
 """A part of a whole that leaves something, such as a dropout."""
 Fraction = Annotated[float, Interval(ge=0, le=1)]
@@ -144,7 +152,7 @@ def check_value(where: str, given: object, kind: Any) -> None:
     raise ConfigError(f"{where}={short(given)} should be " + " or ".join(map(described, options)))
 
 
-def integer(name: str, given: object, least: int, most: int | None = None) -> int:
+def integer(name: str, given: object, least: int, most: int = WIDEST) -> int:
     """`given` as an int; NumPy's and torch's integers count, booleans and whole floats do not.
 
     Raises:
@@ -158,8 +166,8 @@ def integer(name: str, given: object, least: int, most: int | None = None) -> in
         raise ConfigError(f"{name}={given!r} should be an integer") from error
     if value < least:
         raise ConfigError(f"{name}={value} should be at least {least}")
-    if most is not None and value > most:
-        raise ConfigError(f"{name}={value} should be at most {most}")
+    if value > most:
+        raise ConfigError(f"{name}={short(value)} should be at most {most}")
     return value
 
 
@@ -203,6 +211,8 @@ def described(kind: Any) -> str:
 def limits_of(kind: Any) -> str:
     """Put into words the bounds that an annotation declares: "at least 1", "in [0, 1)"; empty for none."""
     low, high = _bounds(kind)
+    if _bare(kind) is int and high and _bound(high) in (LARGEST, WIDEST):
+        high = None  # goes without saying
     if low and high and (_bound(low), _bound(high)) == (-math.inf, math.inf):
         return "finite"
     if get_origin(_bare(kind)) is tuple:

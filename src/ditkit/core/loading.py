@@ -11,6 +11,7 @@ import torch
 
 from ditkit.core.devices import WANTED, Placement
 from ditkit.core.errors import CheckpointError, ConfigError, unknown
+from ditkit.core.files import is_folder
 from ditkit.core.model import CONFIG, Model
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -44,7 +45,7 @@ def _loaded(source: str | Path) -> Model:
     if text in shipped():
         return Model.load(_weights() / text)
     folder = Path(os.path.expanduser(text))
-    if folder.is_dir():
+    if is_folder(folder):
         return Model.load(folder)
     if isinstance(source, str) and HUB_ID.fullmatch(text):
         return _from_hub(text)

@@ -113,6 +113,10 @@ class Policy(Checked, ABC):
             ConfigError: it was made for others.
         """
 
+    def full_steps(self, total: int) -> Sequence[int]:
+        """List the evaluations of `total` that are computed, counted from the first; empty unless the setting says."""
+        return ()
+
     def check_schedule(self, times: Sequence[float], sampler: str) -> None:
         """Refuse steps that the policy was not made for, before the first one.
 

@@ -174,6 +174,27 @@ def claim(sites: Sequence[Site], policies: Sequence[Policy]) -> list[Mapping[str
     return claims
 
 
+def is_idle(policy: Policy, evaluations: int) -> bool:
+    """Return whether the setting alone says that all of so many evaluations are computed, though it is not neutral."""
+    if policy.inherent or policy == policy.exact():
+        return False
+    return 0 < evaluations <= len(policy.full_steps(evaluations))
+
+
+def refuse_idle(policies: Sequence[Policy], evaluations: int) -> None:
+    """Refuse, before the first evaluation, policies whose setting alone says that all of so many are computed.
+
+    Raises:
+        NoEffectError: there is one.
+    """
+    for policy in policies:
+        if is_idle(policy, evaluations):
+            raise NoEffectError(
+                f"{brief(policy)} would have saved nothing: all {evaluations} evaluations would be full; expected more "
+                "of them, or another setting"
+            )
+
+
 def _depths(sites: Sequence[Site]) -> dict[str, int]:
     """Blocks of each stack: those from it to the next stack."""
     depths: dict[str, int] = {}

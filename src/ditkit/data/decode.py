@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +14,15 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {
+        ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
+        ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd",
+        ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"
+    }
+)  # fmt: skip
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "QOI")
+"""The kinds of pictures that are known by their first bytes, whatever their files are called."""
 # What the decoders of Pillow let through on damaged files
 DAMAGE = (
     OSError,
@@ -25,11 +34,39 @@ DAMAGE = (
     TypeError,
     struct.error,
     zlib.error,
+    MemoryError,
+    OverflowError,
 )
+
+
+OTHERS = frozenset(
+    {
+        ".cfg", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md",
+        ".npy", ".npz", ".parquet", ".pdf", ".pkl", ".pt", ".py", ".safetensors", ".sh", ".tar", ".toml",
+        ".txt", ".xml", ".yaml", ".yml", ".zip"
+    }
+)  # fmt: skip
+"""Endings of files that nobody takes for pictures, and that are not opened to find out."""
 
 
 class DamagedImage(Exception):
     """A file that cannot be decoded; the message is the reason, without the file's name."""
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file is a picture: by its ending, or by its first bytes where the ending says nothing."""
+    from PIL import Image
+
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    if path.suffix.lower() in OTHERS or not os.path.isfile(path):
+        return False
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]):
+            return True
+    except (*DAMAGE, Image.DecompressionBombError):
+        return False
 
 
 def read_square(path: Path, size: int) -> NDArray[np.uint8]:
@@ -39,8 +76,11 @@ def read_square(path: Path, size: int) -> NDArray[np.uint8]:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not os.path.isfile(path):
+        raise DamagedImage("not a regular file" if os.path.exists(path) else "it does not exist")
     try:
         with Image.open(path) as image:
+            _check_extent(image.size, size)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return np.asarray(centre_crop(_rgb(upright), size))
@@ -48,6 +88,16 @@ def read_square(path: Path, size: int) -> NDArray[np.uint8]:
         raise DamagedImage("not an image of any known format") from error
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise DamagedImage(str(error) or type(error).__name__) from error
+
+
+def _check_extent(extent: tuple[int, int], size: int) -> None:
+    """Refuse a strip that would be scaled to more pixels than an honest picture has: its short side becomes `size`."""
+    from PIL import Image
+
+    short, long = sorted(extent)
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**28)
+    if not short or size * size * long > most * short:
+        raise DamagedImage(f"{extent[0]} x {extent[1]} pixels, too long a strip for {size} x {size}")
 
 
 def centre_crop(image: Picture, size: int) -> Picture:

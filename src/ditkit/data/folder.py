@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ditkit.core.errors import ConfigError, DataError, unknown
-from ditkit.data.decode import SUFFIXES, DamagedImage, read_square
+from ditkit.data.decode import DamagedImage, is_image, read_square
 from ditkit.data.images import ImageSet
 from ditkit.data.metadata import BESIDE, METADATA, TABLE, Entry, beside, metadata_of, read_metadata
 from ditkit.data.progress import tracked
@@ -42,7 +42,7 @@ def load(
     max_bad: int = 10,
     max_bytes: int = 4 * 2**30,
 ) -> ImageSet:
-    """Read a folder into memory as RGB, cropped as ADM does; damaged files are logged by name and skipped.
+    """Read a folder into memory as RGB, cropped as ADM does; damaged or missing files are logged by name and skipped.
 
     With a `metadata.jsonl` or `metadata.csv` the set has captions and no classes. Otherwise each folder below `root`
     is a class, numbered in alphabetical order, and its name is the caption; images outside of folders are a set
@@ -57,7 +57,7 @@ def load(
     Raises:
         ConfigError: no size given, a negative limit, or a split that is not there.
         DataError: unreadable or empty folder, another layout, a wrong metadata line, more than `max_bad`
-            damaged files, a class left without images, or more than `max_bytes` of pixels.
+            damaged or missing files, a class left without images, or more than `max_bytes` of pixels.
     """
     if size is None:
         raise ConfigError(f"{root}: a folder of images needs a size in pixels, for example size=64")
@@ -65,8 +65,9 @@ def load(
         raise ConfigError(f"max_bad={max_bad}, expected 0 or more damaged files to skip")
     if blank not in ("keep", "drop"):
         raise ConfigError(unknown("blank", blank, ("keep", "drop")))
-    name, root = root.resolve().name, chosen_split(unwrapped(root), split)
+    whole, name, root = root, root.resolve().name, chosen_split(unwrapped(root), split)
     classes, entries = read_entries(root)
+    warn_of_links(whole, [root / entry.file_name for entry in entries])
     if blank == "drop":
         entries = _with_captions(root, entries)
     needed = len(entries) * 3 * size * size
@@ -86,7 +87,7 @@ def unwrapped(root: Path) -> Path:
             return root
         inner = root / folders[0]
         below, beside_them = _directly(inner)
-        if metadata_of(inner) is None and (not below or any(map(_is_image, beside_them))):
+        if metadata_of(inner) is None and (not below or _holds_image(inner, beside_them)):
             return root  # one class
         root = inner
 
@@ -99,7 +100,7 @@ def chosen_split(root: Path, split: str | None) -> Path:
     """
     folders, files = _directly(root)
     known = {kind: name for name in folders for kind, names in SPLITS.items() if name.lower() in names}
-    if not known or len(known) < len(folders) or any(map(_is_image, files)) or metadata_of(root) is not None:
+    if not known or len(known) < len(folders) or _holds_image(root, files) or metadata_of(root) is not None:
         if split is not None:
             raise ConfigError(f"{root}: split={split!r}, but there are no folders train, val or test")
         return root
@@ -136,9 +137,9 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     Hidden files and folders are left out.
     """
     folders, files = walk(root)
-    images = [f for f in files if _is_image(f)]
+    images = [f for f in files if is_image(root / f)]
     if not images:
-        raise DataError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}); {LAYOUTS}")
+        raise DataError(f"{root} holds no images; {LAYOUTS}")
     loose = [f for f in images if len(f.parts) == 1]
     if len(loose) == len(images):
         return (), [Entry(f.as_posix(), "") for f in sorted(images)]
@@ -154,8 +155,8 @@ def read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Entry]]:
     return tuple(index), entries
 
 
-def _is_image(name: str | PurePath) -> bool:
-    return PurePath(name).suffix.lower() in SUFFIXES
+def _holds_image(folder: Path, names: Sequence[str]) -> bool:
+    return any(is_image(folder / name) for name in names)
 
 
 def _with_captions(root: Path, entries: list[Entry]) -> list[Entry]:
@@ -178,6 +179,22 @@ def _warn_of_unread(root: Path, files: Sequence[PurePath], used: Collection[str]
     if unread:
         some = ", ".join(unread[:SHOWN]) + (" ..." if len(unread) > SHOWN else "")
         logger.warning("%s: %d files are not read: %s", root, len(unread), some)
+
+
+def warn_of_links(root: Path, files: Sequence[Path]) -> None:
+    """Say in one warning that links lead out of a folder and are followed."""
+    home, real = root.resolve(), dict[Path, Path]()
+    leaving = []
+    for file in files:
+        parent = real.get(file.parent) or real.setdefault(file.parent, file.parent.resolve())
+        place = (parent / file.name).resolve() if file.is_symlink() else parent
+        if not place.is_relative_to(home):
+            leaving.append(file.relative_to(root).as_posix())
+    if leaving:
+        some = ", ".join(leaving[:SHOWN]) + (" ..." if len(leaving) > SHOWN else "")
+        logger.warning(
+            "%s: %d files lie elsewhere, where links lead, and are read: %s", root, len(leaving), some
+        )
 
 
 def _directly(root: Path) -> tuple[list[str], list[str]]:
@@ -230,7 +247,7 @@ def _decode(root: Path, entries: list[Entry], classes: tuple[str, ...], size: in
             logger.warning("skipped damaged image %s: %s", root / entry.file_name, reason)
             if len(bad) > max_bad:
                 raise DataError(
-                    f"{root}: {len(bad)} damaged images, more than max_bad={max_bad}: {', '.join(bad)}"
+                    f"{root}: {len(bad)} damaged or missing images, more than max_bad={max_bad}: {', '.join(bad)}"
                 ) from reason
         else:
             kept.append(entry)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ditkit.core.errors import ConfigError, DataError, unknown
+from ditkit.core.files import is_file, is_folder
 from ditkit.core.spec import read_value
 from ditkit.data.clips import ClipSet
-from ditkit.data.decode import SUFFIXES
+from ditkit.data.decode import is_image
 from ditkit.data.event_files import is_event_list
 from ditkit.data.event_files import load as load_event_file
 from ditkit.data.events import EventSet
@@ -90,7 +91,7 @@ def read_options(
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
     own = _options(_loader(name_or_path))
-    if Path(name_or_path).suffix.lower() == ".csv" and os.path.isfile(name_or_path):
+    if Path(name_or_path).suffix.lower() == ".csv" and is_file(name_or_path):
         own = {**_options(partial(load_event_file, name_or_path)), **own}  # which it is, the recipe knows
     known = {name: kind for name, kind in own.items() if name not in decided}
     given: dict[str, Any] = {}
@@ -195,7 +196,7 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     held = _kind(loader)
     if held is kind:
         return loader
-    if kind is EventSet and path.suffix.lower() == ".csv" and path.is_file():
+    if kind is EventSet and path.suffix.lower() == ".csv" and is_file(path):
         return partial(load_event_file, path)  # its columns have other names
     if loader.func is load_folder and not _holds_images(path):
         raise DataError(f"{name_or_path} holds no videos and no images, expected {KINDS[kind]}")
@@ -210,7 +211,7 @@ def _kind(loader: partial[Any]) -> type:
 
 
 def _holds_images(root: Path) -> bool:
-    return any(f.suffix.lower() in SUFFIXES for f in walk(root)[1])
+    return any(is_image(root / f) for f in walk(root)[1])
 
 
 def _options(loader: partial[Any]) -> dict[str, Any]:
@@ -236,10 +237,10 @@ def _loader(name_or_path: str | Path) -> partial[Any]:
     if isinstance(name_or_path, str) and name_or_path in names():
         return partial(importlib.import_module(f"{SETS}.{name_or_path.replace('-', '_')}").load)
     path = Path(name_or_path)
-    if (suffix := suffix_of(path)) in FILES and path.is_file():
+    if (suffix := suffix_of(path)) in FILES and is_file(path):
         events = path.suffix.lower() == ".csv" and is_event_list(path)
         return partial(load_event_file if events else FILES[suffix], path)
-    if os.path.isdir(name_or_path):
+    if is_folder(name_or_path):
         own = load_video_folder if holds_videos(path) else load_folder
         return partial(own, path)
     raise DataError(

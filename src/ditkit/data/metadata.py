@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ditkit.core.errors import DataError
+from ditkit.core.files import check_regular
 
 METADATA = "metadata.jsonl"
 TABLE = "metadata.csv"
@@ -48,9 +49,10 @@ def read_metadata(root: Path) -> list[Entry]:
     backslash is a slash where there is no such file.
 
     Raises:
-        DataError: unreadable, not of that form, an image that does not exist or is there twice; names the line.
+        DataError: unreadable, not of that form, or an image that is listed twice; names the line.
     """
     path = metadata_of(root) or root / METADATA
+    check_regular(path, DataError)
     try:
         content = path.read_bytes().removeprefix(BOM)
     except OSError as error:
@@ -78,6 +80,7 @@ def beside(root: Path, file_name: str) -> str:
         DataError: it cannot be read, or is no text in UTF-8.
     """
     path = (root / file_name).with_suffix(BESIDE)
+    check_regular(path, DataError)
     try:
         return " ".join(path.read_bytes().removeprefix(BOM).decode().split())
     except FileNotFoundError:
@@ -119,12 +122,13 @@ def _entry(root: Path, row: Mapping[str, Any], place: str, find: Callable[[str],
             raise DataError(f"{place}: expected a string {key!r}, found {found}")
     given = row["file_name"]
     relative = PurePath(os.path.normpath(given))
+    if not relative.parts:
+        raise DataError(f"{place}: file_name {given!r}, expected a path of an image in {root}")
     if relative.is_absolute() or relative.parts[:1] == ("..",):
         raise DataError(f"{place}: file_name {given!r} leads out of the folder")
     name = relative.as_posix() if os.path.isfile(root / relative) else find(given)
-    if name is None:
-        raise DataError(f"{place}: file_name {given!r} does not exist in {root}")
-    return Entry(name, row["text"] or "")
+    # one that is missing is skipped with the damaged ones, up to their limit
+    return Entry(relative.as_posix() if name is None else name, row["text"] or "")
 
 
 def _finder(root: Path) -> Callable[[str], str | None]:

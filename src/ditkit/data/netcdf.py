@@ -61,6 +61,8 @@ def read(
     try:
         with netCDF4.Dataset(str(path), memory=content) as dataset:
             return _read(dataset, str(path), variables, max_bytes)
+    except MemoryError as error:
+        raise DataError(f"{path} claims more values than there is memory for") from error
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"cannot read {path} as netCDF: {getattr(error, 'strerror', None) or error}"

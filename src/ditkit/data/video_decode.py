@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,11 @@ def read_film(path: Path, size: tuple[int, int], fps: float | None, max_frames: 
         raise DataError(f"a folder of videos needs PyAV: run `pip install '{REQUIREMENT}'`") from error
     pictures: list[NDArray[np.uint8]] = []
     seconds: list[float] = []
+    if not os.path.isfile(path):
+        raise DamagedVideo("not a regular file")
     try:
         with av.open(path) as container:
-            if not container.streams.video:
-                raise DamagedVideo("it holds no video stream")
-            stream = container.streams.video[0]
+            stream = _film_of(container)
             decoded = _sound_frames(path, container, stream)
             for frame, second in decoded if fps is None else nearest_in_time(decoded, fps):
                 if len(pictures) == max_frames:
@@ -98,9 +99,26 @@ def read_film(path: Path, size: tuple[int, int], fps: float | None, max_frames: 
             nominal_fps = fps or float(stream.average_rate or 1 / tick)
     except (av.FFmpegError, OSError) as error:
         raise DamagedVideo(error.strerror or type(error).__name__) from error
+    except (MemoryError, OverflowError) as error:
+        raise DamagedVideo(f"its pictures do not fit into memory ({type(error).__name__})") from error
     if not pictures:
         raise DamagedVideo("it holds no frame")
     return Film(path, np.stack(pictures), np.array(seconds), tick, nominal_fps)
+
+
+def _film_of(container: InputContainer) -> VideoStream:
+    """Find the stream of the film: not the artwork of a cover, which players show beside it.
+
+    Raises:
+        DamagedVideo: there is no film.
+    """
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise DamagedVideo("it holds no video stream" + " but a picture" * bool(container.streams.video))
+    best = container.streams.best("video")
+    return best if best in streams else streams[0]
 
 
 def nearest_in_time(frames: Iterable[tuple[T, float]], fps: float) -> Iterator[tuple[T, float]]:

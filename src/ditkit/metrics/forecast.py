@@ -20,7 +20,7 @@ from ditkit.data.fields import FieldSet
 from ditkit.metrics.baselines import Climatology
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 Forecaster = Callable[[Tensor], Tensor]  # observed frames [B, C, T, H, W] -> [B, C, horizon, H, W]
 Per = Literal["cell", "frame"]
@@ -160,7 +160,8 @@ class ForecastReport:
             ConfigError: an unknown variable.
         """
         from rich import box
-        from rich.table import Table
+
+        from ditkit.core.terminal import Table
 
         quantities = next(iter(self.scores.values())).quantities
         names = [q.name for q in quantities]

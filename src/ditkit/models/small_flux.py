@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from ditkit.core.cond import Cond, label_of
@@ -62,7 +64,7 @@ class SmallFluxConfig(ModelConfig):
     heads: Count = 6
     depth: Depth = 2
     single_depth: Depth = 6
-    letters: Count = 16
+    letters: Annotated[int, Interval(ge=1, le=10_000)] = 16
     classes: Count = field(default=10, metadata=FROM_DATA)
     label_dropout: Share = 0.1
     convention: Convention = FLOW
@@ -96,14 +98,11 @@ class SmallFlux(Denoiser):
         from diffusers import FluxTransformer2DModel
 
         from ditkit.hosts import flux
-        from ditkit.nn.toy_text_encoder import LETTERS, encode_letters
+        from ditkit.nn.toy_text_encoder import LETTERS
 
         super().__init__()
         self.config = config
         self.transformer = flux.view(FluxTransformer2DModel(**_arguments(config, LETTERS)))
-        names = config.class_names or tuple(map(str, range(config.classes)))
-        with torch.device("cpu"):  # it follows from the config, so it is there when the weights are not
-            self._spelled = encode_letters((*names, ""), config.letters)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,6 +114,15 @@ class SmallFlux(Denoiser):
         gates = [part for name, part in self.transformer.named_modules() if name.endswith(GATES)]
         for layer in (*gates, self.transformer.proj_out):
             nn.init.zeros_(layer.weight)
+
+    @cached_property
+    def _spelled(self) -> Tensor:
+        """The letters of each class's name and of none, made when they are first read: a config alone costs nothing."""
+        from ditkit.nn.toy_text_encoder import encode_letters
+
+        names = self.config.class_names or tuple(map(str, range(self.config.classes)))
+        with torch.device("cpu"):  # it follows from the config, so it is there when the weights are not
+            return encode_letters((*names, ""), self.config.letters)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

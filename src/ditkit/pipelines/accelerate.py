@@ -23,6 +23,7 @@ from ditkit.hosts.family import families, family, has_sites, is_known
 from ditkit.hosts.view import refuse_foreign, refuse_graph, view
 from ditkit.hosts.view import restore as without_sites
 from ditkit.pipelines.call import Net, PipelineCall, TransformerHooks, inherited
+from ditkit.pipelines.overlap import reserved
 from ditkit.pipelines.replay import CallSnapshot, Cost, PipelineReport, Replay
 from ditkit.pipelines.scheduler_clock import check_scheduler
 
@@ -41,8 +42,9 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
     a graph, and a branch in which it acts, such as attention under RAS, is none.
 
     Args:
-        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`. Beside them work those
-            that a transformer was trained under and cannot do without, unless their class is named.
+        policies: objects or texts such as "taylorseer:interval=4"; none stands for `DEFAULT`, which computes all of a
+            call that is too short for it, and says so. Beside them work those that a transformer was trained under and
+            cannot do without, unless their class is named.
         max_bytes: memory that all policies may hold together in a call.
 
     Raises:
@@ -72,7 +74,7 @@ def accelerate(pipe: Any, *policies: Policy | str, max_bytes: int | None = None)
         for model in viewed:
             without_sites(model)
         raise
-    return Accelerated(pipe, nets, chosen, max_bytes)
+    return Accelerated(pipe, nets, chosen, max_bytes, named=bool(policies))
 
 
 def restore(fast: Accelerated) -> Any:
@@ -85,12 +87,18 @@ def restore(fast: Accelerated) -> Any:
 class Accelerated:
     """A pipeline under policies. What it has not itself is the pipeline's, to read, to set and to call."""
 
-    __slots__ = ("__weakref__", "_last", "_max_bytes", "_nets", "_pipe", "_policies", "_watches")
+    __slots__ = ("__weakref__", "_last", "_max_bytes", "_named", "_nets", "_pipe", "_policies", "_watches")
 
     def __init__(
-        self, pipe: Any, nets: list[Net], policies: tuple[Policy, ...], max_bytes: int | None
+        self,
+        pipe: Any,
+        nets: list[Net],
+        policies: tuple[Policy, ...],
+        max_bytes: int | None,
+        named: bool,
     ) -> None:
         self._pipe, self._nets, self._policies, self._max_bytes = pipe, nets, policies, max_bytes
+        self._named = named
         self._last: tuple[CallSnapshot, Cost] | None = None
         self._watches: list[TransformerHooks] | None = [TransformerHooks(net) for net in nets]
         finalize(self, _unwatch, self._watches).atexit = False
@@ -103,7 +111,8 @@ class Accelerated:
                 the number of steps, or the policies would hold more than `max_bytes`.
             ConflictError: what `accelerate` refuses was done to the pipeline since.
             NoEffectError: the pipeline was given another transformer since; or the call went to its end, and a
-                policy touched nothing or saved nothing. What was drawn is then the error's `output`.
+                policy touched nothing or saved nothing: what was drawn is then the error's `output`. Or a policy's
+                setting says before the first evaluation that it would save nothing.
         """
         if self._watches is None:
             raise ConfigError(f"{type(self._pipe).__name__} was restored; call ditkit.accelerate again")
@@ -166,7 +175,7 @@ class Accelerated:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy by accelerating a copy of the pipeline anew."""
-        return partial(accelerate, max_bytes=self._max_bytes), (self._pipe, *self._policies)
+        return partial(accelerate, max_bytes=self._max_bytes), (self._pipe, *self._policies * self._named)
 
     def __enter__(self) -> Self:
         return self
@@ -197,19 +206,21 @@ class Accelerated:
         Exactly is under the inherent policies of its transformers.
         """
         under = self._policies if fast else inherited(self._nets, ())
-        pipeline_call = PipelineCall(self._pipe.scheduler, self._nets, under, self._max_bytes)
         drawn: list[Any] = []
+        with reserved(self._pipe) as pipe:
+            named = self._named or not fast
+            pipeline_call = PipelineCall(pipe.scheduler, self._nets, under, self._max_bytes, named)
 
-        def call() -> None:
-            with pipeline_call.under_way():
-                snapshot = pipeline_call.wrap_callback(bound)
-                drawn.append(self._pipe(*snapshot.args, **snapshot.kwargs))
+            def call() -> None:
+                with pipeline_call.under_way():
+                    snapshot = pipeline_call.wrap_callback(bound)
+                    drawn.append(pipe(*snapshot.args, **snapshot.kwargs))
 
-        try:
-            seconds = seconds_of(call)
-        except NoEffectError as error:
-            error.output = next(iter(drawn), None)
-            raise
+            try:
+                seconds = seconds_of(call)
+            except NoEffectError as error:
+                error.output = next(iter(drawn), None)
+                raise
         return drawn[0], Cost(
             seconds, pipeline_call.evaluations, pipeline_call.peak_bytes, tuple(pipeline_call.receipts)
         )

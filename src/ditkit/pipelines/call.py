@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,8 @@ from ditkit.core.grid import Segment
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.run import Call
-from ditkit.core.spec import spec
-from ditkit.core.trajectory import Trajectory
+from ditkit.core.spec import brief, spec
+from ditkit.core.trajectory import Trajectory, is_idle, refuse_idle
 from ditkit.hosts.attention import refuse_closed
 from ditkit.hosts.family import Family
 from ditkit.hosts.hosted import adopted
@@ -27,6 +28,7 @@ from ditkit.hosts.view import running
 from ditkit.pipelines.adapters import Adapters
 from ditkit.pipelines.scheduler_clock import LISTENER, Clock, by_name, instrumented, listening, parameters_of
 
+LOG = logging.getLogger(__name__)
 PROMPTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
@@ -93,12 +95,20 @@ class PipelineCall:
 
     Args:
         max_bytes: memory that all policies may hold together.
+        named: True if the caller named the policies: one that can save nothing is then refused. Others compute all,
+            and the log says so.
     """
 
     def __init__(
-        self, scheduler: Any, nets: Sequence[Net], policies: Sequence[Policy], max_bytes: int | None
+        self,
+        scheduler: Any,
+        nets: Sequence[Net],
+        policies: Sequence[Policy],
+        max_bytes: int | None,
+        named: bool = True,
     ) -> None:
-        self.scheduler, self.nets, self.policies, self.max_bytes = scheduler, nets, policies, max_bytes
+        self.scheduler, self.nets, self.max_bytes = scheduler, nets, max_bytes
+        self.policies, self.named = tuple(policies), named
         self.clock = Clock()
         self.context: str | None = None
         self.receipts: list[PolicyReceipt] = []
@@ -117,6 +127,7 @@ class PipelineCall:
         self._first: Call | None = None
         self._open = ExitStack()
         self._moved: tuple[Tensor, Tensor] | None = None
+        self._is_intruded = False
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -125,7 +136,7 @@ class PipelineCall:
         Raises:
             NoEffectError: the call went to its end, and a policy saved nothing in it.
         """
-        with instrumented(self.scheduler), listening(self):
+        with instrumented(self.scheduler, self), listening(self):
             try:
                 yield
             finally:
@@ -143,9 +154,12 @@ class PipelineCall:
         if not self.clock.times:
             kind = type(self.scheduler).__name__
             raise ConfigError(f"{kind}: the transformer was called before set_timesteps, expected after it")
+        self._refuse_intrusion()
         self.clock.locate(self.scheduler)
         key = (net.name, self._lane(net))
         conditioning_key = ConditioningKey.of(arguments, self._adapters[net.name])
+        if key not in self._keys:
+            _check_labels(net, arguments)
         if key in self._keys and not conditioning_key.is_like(self._keys[key]):
             self.clock.age += 1
             self._keys.clear()  # nothing is kept of the other lanes that could be void once more
@@ -185,7 +199,12 @@ class PipelineCall:
         self.clock.locate(self.scheduler, timestep)
 
     def before_step(self, timestep: Any, prediction: Any) -> Any:
-        """Apply the policies to the scheduler's prediction after guidance; they see its channels at axis 1."""
+        """Apply the policies to the scheduler's prediction after guidance; they see its channels at axis 1.
+
+        Raises:
+            ConflictError: a call that is not accelerated set the scheduler's timesteps since the last step.
+        """
+        self._refuse_intrusion()
         self.clock.locate(self.scheduler, timestep)
         self.clock.check(timestep)
         self._ordinals.clear()
@@ -198,6 +217,16 @@ class PipelineCall:
     def after_step(self, sample: Any, out: Any) -> None:
         self.clock.advance()
         self._moved = (sample, out[0])
+
+    def on_intrusion(self) -> None:
+        self._is_intruded = True
+
+    def _refuse_intrusion(self) -> None:
+        if self._is_intruded:
+            raise ConflictError(
+                f"{type(self.scheduler).__name__}: another call set its timesteps while this one was under way, "
+                "expected a scheduler of its own for a pipeline that is called meanwhile"
+            )
 
     def wrap_callback(self, bound: BoundArguments) -> BoundArguments:
         """Wrap the pipeline's callback among its arguments."""
@@ -248,9 +277,26 @@ class PipelineCall:
             for policy in self.policies:
                 policy.check_schedule(times, type(self.scheduler).__name__)
             total = len(self.clock.times)
+            idle = [] if self.evaluations else self._idle_from_here(total)
+            if not self.named and idle:
+                LOG.warning(
+                    "%d evaluations are too few for %s: all are computed",
+                    total - self.clock.index,
+                    brief(idle[0]),
+                )
+                self.policies = tuple(p.exact() if p in idle else p for p in self.policies)
             self._trajectory = Trajectory(self._sites, self.policies, total, self.max_bytes, self._learned)
+            if self.named:
+                refuse_idle(idle, total - self.clock.index)
             self._age = self.clock.age
         return self._trajectory
+
+    def _idle_from_here(self, total: int) -> list[Policy]:
+        """List the policies whose setting alone says that they can save nothing in what is left of a trajectory."""
+        left = total - self.clock.index
+        # a list of one's own is of the whole trajectory's evaluations: it says little about a late start
+        known = (p for p in self.policies if left == total or not getattr(p, "schedule", ()))
+        return [policy for policy in known if is_idle(policy, left)]
 
     def _close(self) -> None:
         """Note what a trajectory did; its state is freed."""
@@ -349,6 +395,24 @@ class TransformerHooks:
         listener = LISTENER.get()
         ours = isinstance(listener, PipelineCall) and any(net is self.net for net in listener.nets)
         return listener if ours else None  # type: ignore[return-value]
+
+
+def _check_labels(net: Net, arguments: Mapping[str, Any]) -> None:
+    """Refuse classes that a transformer does not have, which torch would look up beyond its table.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    slots = {} if net.family.inputs is None else net.family.inputs.slots(net.model)
+    for name, slot in slots.items():
+        given = arguments.get(name)
+        if not slot.below or not isinstance(given, Tensor) or given.numel() == 0:
+            continue
+        # the one after the last is none
+        if odd := [label for label in given.flatten().tolist() if not 0 <= label <= slot.below]:
+            raise ConfigError(
+                f"{type(net.model).__name__}: {name} {odd[0]}, expected whole numbers from 0 to {slot.below - 1}"
+            )
 
 
 def _learned(nets: Sequence[Net]) -> nn.ModuleDict | None:

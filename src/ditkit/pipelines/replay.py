@@ -17,7 +17,7 @@ from torch import Tensor
 from ditkit.bench.macs import MacCount, MacCounter
 from ditkit.bench.rows import Row, decibels, distance, megabytes, titles
 from ditkit.bench.timing import alternated, medians
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_STEPS, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.policy import Policy
 from ditkit.core.receipt import PolicyReceipt
@@ -147,7 +147,7 @@ class Replay:
             ConfigError: `converged_steps` is no positive integer, or the call had its own list of timesteps.
         """
         if converged_steps is not None:
-            integer("converged_steps", converged_steps, least=1)
+            integer("converged_steps", converged_steps, least=1, most=MOST_STEPS)
             if self.snapshot.steps is None:
                 raise ConfigError(
                     f"converged_steps={converged_steps}: the call was asked for its own list of timesteps"

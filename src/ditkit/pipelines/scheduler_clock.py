@@ -131,10 +131,13 @@ class Listener(Protocol):
     def on_timestep(self, timestep: Any) -> None: ...
     def before_step(self, timestep: Any, prediction: Any) -> Any: ...
     def after_step(self, sample: Any, out: Any) -> None: ...
+    def on_intrusion(self) -> None: ...
 
 
 LISTENER: ContextVar[Listener | None] = ContextVar("ditkit_listener", default=None)
 """The pipeline call in force, in this thread."""
+OWNERS: dict[int, Listener] = {}
+"""The call that each instrumented scheduler is of, in whatever thread, by the scheduler's identity."""
 
 
 @contextmanager
@@ -148,19 +151,25 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 @contextmanager
-def instrumented(scheduler: Any) -> Iterator[None]:
+def instrumented(scheduler: Any, owner: Listener | None = None) -> Iterator[None]:
     """Inside, the methods of `scheduler` tell the listener in force; then it has its own class again.
+
+    Args:
+        owner: hears of it when others, who are no listeners, set the timesteps meanwhile.
 
     Raises:
         ConfigError: it lacks a method or its timesteps.
     """
     check_scheduler(scheduler)
     own: type = type(scheduler)
-    if not hasattr(own, "ditkit_own"):  # a call inside a callback of this one is on the same scheduler
-        scheduler.__class__ = _instrumented(own)
+    assert not hasattr(own, "ditkit_own"), "a call that overlaps has a scheduler of its own"
+    scheduler.__class__ = _instrumented(own)
+    if owner is not None:
+        OWNERS[id(scheduler)] = owner
     try:
         yield
     finally:
+        OWNERS.pop(id(scheduler), None)
         scheduler.__class__ = own
 
 
@@ -203,6 +212,8 @@ def _telling_begin(method: Callable[..., Any]) -> Callable[..., Any]:
         out = method(self, *args, **kwargs)
         if listener := _listener(self):
             listener.on_set_timesteps()
+        elif owner := OWNERS.get(id(self)):
+            owner.on_intrusion()
         return out
 
     return set_timesteps

@@ -27,7 +27,7 @@ CORNERS = {
         *((0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)),
     ),
 }
-"""Of a marker of radius 1; a series has a colour, a shape and a dash of its own."""
+"""Corners of a marker of radius 1; a series has a colour, a shape and a dash of its own."""
 SPEED_UP = "times as fast as exact (wall clock)"
 Error = Callable[[Row], float | None]
 
@@ -60,7 +60,7 @@ class Axis(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How a series is drawn: its colour as CSS, the shape of its markers, filled or not, and the dash of its line."""
+    """The colour of a series as CSS, the shape of its markers, filled or not, and the dash of its line."""
 
     colour: str
     shape: str = "circle"

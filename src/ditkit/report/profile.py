@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from ditkit.bench.operations import OpClass
 from ditkit.bench.roofline import Roofs
 from ditkit.core.checkpoint import replacing
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

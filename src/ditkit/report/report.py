@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ditkit.bench.rows import (
     megabytes,
     to_exact,
 )
-from ditkit.core.checkpoint import replacing, write_json
+from ditkit.core.checkpoint import json_bytes, replacing, to_disk
 from ditkit.core.task import Task
 from ditkit.report.html import page
 from ditkit.report.legend import with_legend
@@ -29,7 +30,8 @@ from ditkit.report.strips import chosen, side_by_side
 
 if TYPE_CHECKING:
     from PIL import Image
-    from rich.table import Table
+
+    from ditkit.core.terminal import Table
 
 WEIGHTS = "weights\nMB"
 COST = ("time\ns", "speed\n-up", "\nMACs", "peak\nMB")
@@ -55,6 +57,9 @@ class Report:
     task: Task
     generated: Tensor | None = None
 
+    def __str__(self) -> str:
+        return str(self.table())
+
     @property
     def headline(self) -> str:
         """The result in one or two sentences."""
@@ -67,7 +72,7 @@ class Report:
         return {"headline": self.headline, "rows": rows, "settings": dict(self.settings), "definitions": used}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write report.json, report.html (one file, nothing fetched) and sheet.png; each whole or not at all.
+        """Write report.json, report.html (one file, nothing fetched) and sheet.png; all of them or none.
 
         Raises:
             ConfigError: the folder cannot be written; an earlier file stays as it was.
@@ -79,11 +84,12 @@ class Report:
             self.rows, self.settings, self.headline, self.task, pictures=shown, captions=captions, heads=heads
         )
         picture = png(self._sheet(shown, captions, heads))
-        write_json(paths[0], self.as_dict())
-        with replacing(paths[1]) as draft:
-            draft.write_text(html, encoding="utf8")
-        with replacing(paths[2]) as draft:
-            draft.write_bytes(picture)
+        contents = [json_bytes(self.as_dict()), html.encode(), picture]
+        with ExitStack() as stack:  # none takes its place before all are on the disk
+            for path, content in zip(paths, contents, strict=True):
+                draft = stack.enter_context(replacing(path))
+                draft.write_bytes(content)
+                to_disk(draft)
         return paths
 
     def captions(self) -> dict[str, list[str]]:
@@ -113,7 +119,8 @@ class Report:
     def table(self) -> Table:
         """For a terminal of 80 columns."""
         from rich import box
-        from rich.table import Table
+
+        from ditkit.core.terminal import Table
 
         count = len(self.settings["seeds"])
         table = Table(

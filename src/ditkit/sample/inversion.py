@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.cond import Cond
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_STEPS, integer
 from ditkit.core.ddpm import Spacing
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
@@ -109,7 +109,7 @@ def invert(
     Raises:
         ConfigError: steps below 1, or a setting that does not fit the model. NoEffectError: a policy saved nothing.
     """
-    integer("steps", steps, least=1)
+    integer("steps", steps, least=1, most=MOST_STEPS)
     chosen = with_inherent(model, policies)
     trajectory = Trajectory(model.sites(), chosen, inversion.evaluations(steps), None, model.learned)
     for policy in chosen:

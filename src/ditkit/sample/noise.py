@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 
 import torch
 from torch import Tensor
 
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_SAMPLES, integer
 from ditkit.core.errors import ConfigError
 
 LAST_SEED = 2**32 - 1
@@ -54,6 +54,8 @@ def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
     """
     if not isinstance(seeds, Iterable):
         raise ConfigError(f"seeds={seeds!r} should be a sequence, one seed a sample")
+    if isinstance(seeds, Sized) and len(seeds) > MOST_SAMPLES:
+        raise ConfigError(f"{len(seeds):,} seeds, expected at most {MOST_SAMPLES:,}")
     unique: dict[int, None] = {}
     for given in seeds:
         seed = integer("seed", given, least=0, most=LAST_SEED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
@@ -15,7 +15,7 @@ from torch import Tensor
 from ditkit.core.codec import IDENTITY, SIDE, Codec, Coded, check_side, encode_given
 from ditkit.core.cond import Cond, check_cond, listed
 from ditkit.core.condition import Condition
-from ditkit.core.config import integer
+from ditkit.core.config import LARGEST, MOST_STEPS, integer
 from ditkit.core.errors import ConfigError, DitkitError, ShapeError, unknown
 from ditkit.core.labels import class_names, resolve_labels
 from ditkit.core.model import Denoiser
@@ -23,7 +23,7 @@ from ditkit.core.path import Path
 from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.receipt import PolicyReceipt
 from ditkit.core.spec import components
-from ditkit.core.trajectory import Trajectory
+from ditkit.core.trajectory import Trajectory, refuse_idle
 from ditkit.nn.text_encoder import text_encoder
 from ditkit.sample.denoiser import GuidedDenoiser, Progress, placement
 from ditkit.sample.guidance import ClassifierFree, Guidance, Unguided, guided
@@ -63,8 +63,8 @@ class Sampling:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            integer(name, getattr(self, name), least=1)
+        for name, most in (("steps", MOST_STEPS), ("batch_size", LARGEST)):
+            integer(name, getattr(self, name), least=1, most=most)
         for name, value in (
             ("solver", self._one_solver()),
             ("guidance", guided(self.guidance)),
@@ -200,7 +200,7 @@ def sample(
     Raises:
         ConfigError: steps below 1, seeds that repeat or do not match `cond`, a model in train mode, or a
             solver, guidance or policy that does not fit the model.
-        NoEffectError: a policy touched nothing or saved nothing.
+        NoEffectError: a policy touched nothing or saved nothing; before anything is drawn, where its setting says so.
         DitkitError: a sample is not finite.
     """
     began = time.perf_counter()
@@ -211,6 +211,7 @@ def sample(
     cond, trajectory = cond.to(device), trajectory_of(model, sampling)
     side = check_side(model.codec, cond, own)
     noise = SampleNoise(sampling.seeds, own, side if side is None else partial(model.codec.weave, side=side))
+    refuse_idle(trajectory.policies, trajectory.total)
     denoiser = GuidedDenoiser(model, cond, sampling.guidance, trajectory, batched=batched, progress=progress)
     steps = solver.times(denoiser.path, sampling.steps)[:-1]  # refuses a path before any work is done
     for policy in trajectory.policies:
@@ -283,7 +284,7 @@ class Sampler:
         cond = with_prompt(model, cond, prompt, len(sampling.seeds))
         check_cond(type(model).__name__, _in_signal_space(model), cond, len(sampling.seeds))
         own = model.signal_shape if cond.context is None else cond.context.shape[1:]
-        shape = tuple(own if shape is None else shape)
+        shape = tuple(own) if shape is None else _sides(shape)
         check_given(model, cond, len(sampling.seeds), shape)
         check_side(model.codec, cond, model.codec.latent_shape(shape))
         return cls(model, cond, shape, sampling, prompts_of(prompt, len(sampling.seeds)))
@@ -341,6 +342,17 @@ class Sampler:
         )
         signal = _decode(codec, Coded(drawn.samples, cond.streams.get(SIDE)))
         return replace(drawn, samples=cond.to(signal.device).given(signal))
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a sample as Python's integers.
+
+    Raises:
+        ConfigError: it is no sequence of positive whole numbers.
+    """
+    if not isinstance(shape, Iterable):
+        raise ConfigError(f"shape={shape!r}, expected sides of a sample such as (3, 64, 64)")
+    return tuple(integer(f"shape[{i}]", side, least=1, most=LARGEST) for i, side in enumerate(shape))
 
 
 def prompts_of(prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:

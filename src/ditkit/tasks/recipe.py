@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,14 +24,21 @@ from ditkit.core.policy import Policy, with_inherent
 from ditkit.core.spec import spec
 from ditkit.core.task import task_named
 from ditkit.core.transform import Transform
+from ditkit.data.content import content_digest
+from ditkit.data.frames import is_in_memory
 from ditkit.data.loading import PART, dataset_name
 from ditkit.tasks.latent import signals
 from ditkit.train.loop import Sheet, TrainingSet, train
 from ditkit.train.objective import Objective
 from ditkit.train.optimizers import moments_of, optimizers_of
 from ditkit.train.parts import train_only
+from ditkit.train.record import CONTENT
 from ditkit.train.settings import Settings
 from ditkit.train.state import STATE
+
+LOG = logging.getLogger(__name__)
+OFTEN = 2000
+"""Epochs beyond which a run says that it repeats its samples; the recipes of small sets come to about half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class Recipe(ABC):
     """A network, a set and a training run; a subclass is one task.
 
     Args:
-        data: a named set, or a user's own folder or file.
+        data: a named set, or a user's own folder or file; of fields also a table of pandas or a data set of xarray.
         model: the network's config; what of it the data decide is taken from them.
         settings: of the run. objective: what it minimises.
         max_bad: damaged files of a folder to leave out; None for the loader's own limit.
@@ -61,7 +69,7 @@ class Recipe(ABC):
     task: ClassVar[str]
     """The name of the task of the trained model, and so of every config that `model` may be."""
 
-    data: str
+    data: Any
     model: Any
     settings: Settings
     objective: Objective
@@ -228,6 +236,8 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         model = recipe.network() if start is None else start
     model.codec, model.task = codec, recipe.task
     run = recipe.settings
+    if too_often := repeats(run, len(samples)):
+        LOG.warning("%d steps x %d of %d samples%s", run.steps, run.batch, len(samples), too_often)
     model.history += (training_of(recipe.data, recipe.options, run.steps, run.batch),)
     return train(
         model,
@@ -236,7 +246,8 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
         recipe.settings,
         folder,
         about={
-            "data": recipe.data,
+            "data": dataset_name(recipe.data) if is_in_memory(recipe.data) else str(recipe.data),
+            CONTENT: content_digest(recipe.data),
             "options": dict(recipe.options),
             "codec": {"folder": recipe.codec, FINGERPRINT: fingerprint(codec.state_dict())},
             "init": {"folder": recipe.init, FINGERPRINT: digest or fingerprint({})},
@@ -250,7 +261,16 @@ def train_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> Model
     )
 
 
-def training_of(data: str, options: Mapping[str, Any], steps: int, batch: int) -> dict[str, Any]:
+def repeats(run: Settings, samples: int) -> str:
+    """Say how often each sample is seen and what keeps a network from learning it by heart; empty if it is seldom."""
+    epochs = run.steps * run.batch / samples
+    if epochs <= OFTEN:
+        return ""
+    steps = max(1, round(OFTEN * samples / run.batch))
+    return f": each is seen {epochs:,.0f} times, and will be learned by heart; fewer steps, about {steps}, or more data"
+
+
+def training_of(data: Any, options: Mapping[str, Any], steps: int, batch: int) -> dict[str, Any]:
     """Return a run's entry in a model's history; of the loader's options, those of how the data look."""
     look = {name: value for name, value in options.items() if name not in PART}
     return {"trained": dataset_name(data), "options": look, "steps": steps, "batch": batch}
@@ -258,7 +278,7 @@ def training_of(data: str, options: Mapping[str, Any], steps: int, batch: int) -
 
 def _own(recipe: Recipe) -> dict[str, Any]:
     """Return what a task's recipe has beside what all have: masks, parts in time."""
-    whole = asdict(recipe)
+    whole = asdict(replace(recipe, data=""))
     return {name: whole[name] for name in whole if name not in Recipe.__dataclass_fields__}
 
 
@@ -275,7 +295,8 @@ def describe(recipe: Recipe) -> str:
     run = recipe.settings
     recipe.objective.check_batch(run.batch)
     lines = {
-        "data": f"{recipe.data}, {recipe.facts(signals(samples))}",
+        "data": f"{dataset_name(recipe.data) if is_in_memory(recipe.data) else recipe.data}, "
+        f"{recipe.facts(signals(samples))}",
         **{f"data.{k}": v for k, v in recipe.loading.items()},
         **({"codec": f"{recipe.codec}, latents {list(model.sample_shape)}"} if recipe.codec else {}),
         **({"init": recipe.init} if recipe.init else {}),
@@ -285,7 +306,8 @@ def describe(recipe: Recipe) -> str:
         **{f"objective.{k}": v for k, v in vars(recipe.objective).items()},
         **{f"settings.{k}": v for k, v in vars(run).items()},
         **_cost(recipe, model),
-        "length": f"{run.steps} steps x {run.batch} = {run.steps * run.batch / len(samples):.1f} epochs",
+        "length": f"{run.steps} steps x {run.batch} = {run.steps * run.batch / len(samples):.1f} epochs"
+        + repeats(run, len(samples)),
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -14,6 +14,12 @@ from ditkit.train.log import LOSSES
 from ditkit.train.state import STATE
 
 RECIPE = "recipe.json"
+CONTENT = "content"
+"""Key of the digest of the data: what they hold, not how their path is written, says whether they are the same."""
+SPELLINGS = {"data": CONTENT, "codec.folder": "codec.weights_sha256"} | dict.fromkeys(
+    ("init.folder", "init.source"), "init.weights_sha256"
+)
+"""Keys of paths, by the keys of the digests that are compared in their stead."""
 FREE = frozenset(
     f"settings.{name}"
     for name in (
@@ -30,7 +36,7 @@ FREE = frozenset(
 
 
 def check_start(folder: Path) -> None:
-    """Refuse to start where a run has done a step.
+    """Refuse to start where a run has done a step, or a model stands that no run has left.
 
     Raises:
         ConfigError: quotes the folder.
@@ -38,6 +44,10 @@ def check_start(folder: Path) -> None:
     losses = folder / LOSSES
     if (folder / STATE).exists() or (losses.exists() and losses.stat().st_size):
         raise ConfigError(f"{folder} already holds a run; resume it, or choose another folder")
+    if (folder / "model" / "config.json").exists():
+        raise ConfigError(
+            f"{folder} already holds a model, which the run would replace; choose another folder"
+        )
 
 
 def check_resume(folder: Path, described: Mapping[str, Any]) -> None:
@@ -51,8 +61,16 @@ def check_resume(folder: Path, described: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run to resume: there is no {RECIPE}")
     before = dict(_flat(read_json(path)))
-    for key, now in _flat(json.loads(json.dumps(described))):
-        if key not in FREE and key in before and before[key] != now:
+    after = dict(_flat(json.loads(json.dumps(described))))
+    for key, now in after.items():
+        digest = SPELLINGS.get(key, "")
+        if key in FREE or (before.get(digest) and before[digest] == after.get(digest)):
+            continue
+        if key == CONTENT and before.get(key, now) != now:
+            raise ConfigError(
+                f"{path}: the files of the data are not those of the run so far, expected the same for a resume"
+            )
+        if key in before and before[key] != now:
             raise ConfigError(
                 f"{path}: {key} was {short(before[key])}, now {short(now)}; a resume needs the same"
             )

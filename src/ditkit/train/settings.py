@@ -109,6 +109,11 @@ class Settings:
             )
         if not self.averages:
             raise ConfigError("training: averages is empty; the first average is what is sampled and saved")
+        if self.snapshot_every and not any(isinstance(average, Power) for average in self.averages):
+            raise ConfigError(
+                f"training: snapshot_every={self.snapshot_every} keeps power-function averages, and averages="
+                f"{self.averages} has none; expected a Power among them, or snapshot_every=0"
+            )
         if len(set(self.averages)) < len(self.averages):
             raise ConfigError(f"training: averages={self.averages} names one twice")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditkit.codecs.standardised import Standardised
 from ditkit.core.checkpoint import replacing
 from ditkit.core.codec import fingerprint
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_STEPS, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.task import Evaluation, Progress
@@ -39,7 +39,7 @@ from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_p
 from ditkit.tasks.forecast.recipe import held_out
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 Forecaster = Callable[[Tensor], Tensor]
 Advance = Callable[[int, int], None]  # (clips done, clips in all)
@@ -131,7 +131,8 @@ class ClipForecasts:
     def table(self) -> Table:
         """Means over lead times, for a terminal of 80 columns."""
         from rich import box
-        from rich.table import Table
+
+        from ditkit.core.terminal import Table
 
         horizon = self.clips.frames - self.observed
         table = Table(
@@ -256,7 +257,9 @@ def evaluate_forecasts(
         ConfigError: as `clip_forecasts` and `field_forecasts` do. DataError: the data are missing or damaged.
     """
     first = next(iter(models.values()))
-    horizon = first.config.frames if horizon is None else integer("--horizon", horizon, least=1)
+    horizon = (
+        first.config.frames if horizon is None else integer("--horizon", horizon, least=1, most=MOST_STEPS)
+    )
     if forecasts_fields(models):
         return ForecastEvaluation(field_forecasts(models, data, horizon, validation, test, show, options))
     integer("--count", count, least=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditkit.api.generate import generate
 from ditkit.bench.macs import count_macs
 from ditkit.core.checkpoint import replacing
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_SAMPLES, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
 from ditkit.core.model import Denoiser, Model
@@ -29,7 +29,7 @@ from ditkit.sample import Samples, Sampling
 from ditkit.tasks.image.captions import check_captions
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 FEWEST = 4
 """Pictures that KID, precision and recall need in each set."""
@@ -149,7 +149,7 @@ def evaluate_pictures(
         ConfigError: too few pictures, or data of other classes or channels than the model's. Those of `load_images`.
         DataError: the data, or the extractor's weights, are missing or damaged.
     """
-    integer("count", count, least=FEWEST)
+    integer("count", count, least=FEWEST, most=MOST_SAMPLES)
     integer("neighbours", neighbours, least=1)
     real = load_images(data, model.signal_shape[-1], **options)
     check_real(model, real)
@@ -226,7 +226,8 @@ def words_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
 def table(result: Distribution, macs_each: int, seconds_each: float, found: Retrieval | None = None) -> Table:
     """Return the figures with the features they are measured in."""
     from rich import box
-    from rich.table import Table
+
+    from ditkit.core.terminal import Table
 
     many, few = f"over {result.features}", f"over {result.fid_features}"
     fid = ("none", f"{few}, n too small") if result.fid is None else (f"{result.fid:.2f}", few)

@@ -99,7 +99,8 @@ class CodecEvaluation(Evaluation):
 
     def table(self) -> Any:
         from rich import box
-        from rich.table import Table
+
+        from ditkit.core.terminal import Table
 
         out = Table(
             "PSNR, dB",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkit.core.checkpoint import replacing
-from ditkit.core.config import integer
+from ditkit.core.config import MOST_SAMPLES, MOST_STEPS, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.task import Evaluation, Progress
@@ -27,7 +27,7 @@ from ditkit.tasks.video.scores import CLIP_FEATURE, Completed, VideoScores, scor
 from ditkit.tasks.video.task import FPS
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ditkit.core.terminal import Table
 
 COUNT = 8
 """Clips by default."""
@@ -155,7 +155,7 @@ def default_masks(data: str | None) -> tuple[MaskKind, ...]:
 
 def with_seeds(sampling: Sampling, count: int) -> Sampling:
     """Return the settings with seeds 0 to `count` - 1, where they have another number of seeds."""
-    integer("--count", count, least=1)
+    integer("--count", count, least=1, most=MOST_SAMPLES)
     return sampling if len(sampling.seeds) == count else sampling.changed(seeds=range(count))
 
 
@@ -169,7 +169,7 @@ def clip_shape(
         ShapeError: the model's patches do not divide it.
     """
     channels, own, *sides = model.signal_shape
-    frames = own if frames is None else integer("--frames", frames, least=1)
+    frames = own if frames is None else integer("--frames", frames, least=1, most=MOST_STEPS)
     given = tuple(size)
     height, width = frame_size(given if len(given) != 1 else given[0]) if given else sides
     shape = channels, frames, height, width

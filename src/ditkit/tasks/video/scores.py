@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from ditkit.api.generate import generate
@@ -18,6 +17,7 @@ from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Denoiser
 from ditkit.core.task import Progress
+from ditkit.core.terminal import Table
 from ditkit.metrics.baselines import blended
 from ditkit.metrics.error import finite, pooled_psnr_db
 from ditkit.metrics.features import EfficientNetLite0
