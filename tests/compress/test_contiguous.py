@@ -85,6 +85,15 @@ def test_least_squares_are_exact_not_transposed_and_the_same_from_sums():
         fit_affine(x[:6], y[:6])
 
 
+def test_least_squares_of_rows_that_do_not_span_are_the_same_each_time():
+    g = drawn(8)
+    x = torch.randn(300, 40, generator=g) @ torch.randn(40, 96, generator=g)
+    y = torch.randn(300, 8, generator=g).mul(1e-3) + x @ torch.randn(96, 8, generator=g)
+    first, again = fit_affine(x, y), fit_affine(x.clone(), y.clone())
+    assert torch.equal(first.weight, again.weight) and torch.equal(first.bias, again.bias)
+    assert (first(x) - y).norm() < 1e-3 * y.norm() and first.weight.norm() < 2 * y.norm() / x.norm() * 96**0.5
+
+
 class Stand(nn.Module):
     """A block: affine, or a sine that no affine map is like."""
 
@@ -349,6 +358,14 @@ def test_no_other_term_shares_the_pass_and_it_needs_a_pruned_model():
         Denoising((SpanDistillation(),)).chosen().check(deep())
 
 
+def test_a_teacher_of_another_depth_is_refused_before_the_first_step(tmp_path):
+    """As when a run goes on from a model that was pruned before it."""
+    pruned = ditkit.compress(deep(), "contiguous:spans=0-1")
+    objective, given = Denoising((SpanDistillation(),)), settings(steps=2, trained="contiguous")
+    with pytest.raises(ConfigError, match="the teacher has 5 blocks on 'blocks', the model was pruned of 6"):
+        train(pruned, Pictures(), objective, given, tmp_path / "run")
+
+
 # the plug table
 
 
@@ -401,6 +418,9 @@ def test_tensors_made_for_the_original_move_to_the_new_numbers():
         "blocks.3.a": 5,
         "head.lora": 9,
     }
+    for other in ("lora_unet_transformer_blocks_3_attn.alpha", "controlnet_blocks.3.weight"):
+        with pytest.raises(ConfigError, match="has a block's number in another form"):
+            renumbered({other: torch.tensor(0)}, Contiguous(spans=("1-2",)), "transformer_blocks")
 
 
 def test_lengths_are_set_right_by_an_option(tmp_path):

@@ -167,6 +167,43 @@ def test_depth_and_width_are_trained_in_one_phase_and_plugged_back(tmp_path):
     assert same(plug(small_flux(), done, (), (), (), "single"), small_flux())
     with pytest.raises(ConfigError, match="is not in the pruned model, where it is narrower"):
         plug(small_flux(), done, text=())
+    back = plug(small_flux(), done, spans=())
+    assert len(back.transformer.transformer_blocks) == 4
+    assert [(t.spans, t.text, t.linear) for t in back.transforms] == [((), (), (0,))]
+    for what in ({"text": ("0-3",)}, {"text": ("0-3",), "linear": ()}):
+        with pytest.raises(ConfigError, match="text=0-3 of the pruned model was trained for other blocks"):
+            plug(small_flux(), done, spans=(), **what)
+
+
+def test_a_width_goes_with_the_span_that_it_was_trained_for():
+    pruned = ditkit.compress(small_flux(), "contiguous:linear=0+1,spans=1-2,samples=8,steps=3")
+    back = plug(small_flux(), pruned, spans=())
+    assert [(t.spans, t.linear) for t in back.transforms] == [((), (0,))]
+    blocks, ours = pruned.transformer.transformer_blocks, back.transformer.transformer_blocks
+    assert torch.equal(ours[0].ff.weight, blocks[0].ff.weight) and len(ours) == 4
+    with pytest.raises(ConfigError, match="linear=1 of the pruned model was trained for other blocks"):
+        plug(small_flux(), pruned, spans=(), linear=(1,))
+    with pytest.raises(ConfigError, match="student of 1-2 is not in the pruned model, where it is narrower"):
+        plug(small_flux(), pruned, linear=(0,))
+
+
+def test_a_refusal_leaves_a_transformer_as_it_was(tmp_path):
+    narrow, _ = on_host("flux", Contiguous(spans=("1-2",), linear=(1,)), depth=4)
+    Host.around(narrow).save(tmp_path)
+    whole = hosts.FAMILIES["flux"].transformer(num_layers=4)
+    with pytest.raises(ConfigError, match="is not in the pruned model, where it is narrower"):
+        ditkit.compress(whole, Contiguous(spans=("1-2",), students=str(tmp_path)))
+    before = hosts.FAMILIES["flux"].transformer(num_layers=4)
+    assert len(whole.transformer_blocks) == 4 and same(whole, before)
+    taken = Contiguous(spans=("1-2",), linear=(1,), students=str(tmp_path))
+    ditkit.compress(whole, taken)
+    assert same(whole, narrow) and Host.around(whole).transforms[-1].students == ""
+
+
+def test_lengths_of_text_are_set_right_where_a_student_only_reads_it(tmp_path):
+    folder = small_flux().save(tmp_path / "original")
+    pruned = ditkit.compress(small_flux(), "contiguous:text=0-2,spans=1-2,samples=8,steps=3")
+    assert [t.text for t in ditkit.compress(pruned, f"rescaled:original={folder}").transforms[-1:]] == [()]
 
 
 # folders of diffusers, the shell, pipelines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 import formula
 from ditkit.compress import Contiguous, Kept
 from ditkit.compress.cka import fit_affine
-from ditkit.compress.contiguous import projections, written
+from ditkit.compress.contiguous import _check_forms, _with_room, projections, written
 from ditkit.compress.states import record
+from ditkit.core.errors import ConfigError
 from ditkit.core.run import DIRECT
 from ditkit.hosts.hosted import Host, HostConfig
 from ditkit.nn.direction import absolute_distance
@@ -154,6 +156,24 @@ def test_indices_of_the_export(case: Case) -> None:
     left = [b.first for b in EXPORT.left(60)]
     assert removed or [left[j] for j in numbers(blocks, "text_proj")] == [37, 41, 51, 52, 54, 56, 58, 59]
     assert all(projections(blocks[j]) for j in linear)
+
+
+def test_spans_of_the_export_are_put_back_with_the_group_that_covers_them() -> None:
+    """52-53, 54-55 and 56-57 lie inside the text's group 50-59; 25-27 lies outside of all."""
+    pruned, original = on_meta(EXPORT), on_meta()
+    back = tuple(s for s in SPANS if s != "52-53")
+    for chosen, lost in ((replace(EXPORT, spans=back), "text=50-59"), (replace(EXPORT, spans=()), "text=50-59")):
+        with pytest.raises(ConfigError, match=f"{lost} of the pruned model was trained for other blocks"):
+            _check_forms(chosen, EXPORT, 60)
+    kept = _with_room(EXPORT, replace(EXPORT, spans=SPANS[:-3]), 60, True, True)
+    assert (kept.text, kept.linear) == (GROUPS[3:5], (2,))
+    _check_forms(kept, EXPORT, 60)
+    assert len(original.shaped([kept]).transformer.transformer_blocks) == 38
+    outside = tuple(s for s in SPANS if s != "25-27")
+    assert _with_room(EXPORT, replace(EXPORT, spans=outside), 60, True, True).text == EXPORT.text
+    with pytest.raises(ConfigError, match="student of 54-55 is not in the pruned model"):
+        _check_forms(_with_room(EXPORT, replace(EXPORT, spans=back), 60, True, True), EXPORT, 60)
+    assert len(pruned.transformer.transformer_blocks) == 35
 
 
 @cases(SYSTEM, lambda case: "block_19" in case["results"])

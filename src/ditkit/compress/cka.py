@@ -36,7 +36,9 @@ class Affine(NamedTuple):
 
 
 def fit_affine(x: Tensor, y: Tensor) -> Affine:
-    """Fit x W^T + b to y [R, E] by least squares, of rows x [R, D], in float32 or wider.
+    """Fit x W^T + b to y [R, E] by least squares, of rows x [R, D], in float32 or wider, on the CPU.
+
+    Of rows that do not span all channels it is the least of the maps that fit, and the same to the bit each time.
 
     Raises:
         ConfigError: there are too few rows to tell the columns apart.
@@ -44,7 +46,9 @@ def fit_affine(x: Tensor, y: Tensor) -> Affine:
     check_rows(len(x), x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = torch.cat([x.to(wide), x.new_ones(len(x), 1, dtype=wide)], 1)
-    found = torch.linalg.lstsq(rows, y.to(wide)).solution
+    # by singular values: the CPU's default pivots, and differs from run to run where columns depend on each other;
+    # a GPU has only the driver that expects that they do not
+    found = torch.linalg.lstsq(rows.cpu(), y.to(wide).cpu(), driver="gelsd").solution.to(x.device)
     return Affine(found[:-1].mT.contiguous(), found[-1].contiguous())
 
 

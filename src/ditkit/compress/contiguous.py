@@ -27,6 +27,8 @@ from ditkit.core.loading import load
 from ditkit.core.transform import Draws, Fed, Report, Transform
 from ditkit.nn.narrow import Role, TwoStreams, check_linear, linear_mlps, with_linear_mlps
 
+OTHER_NUMBERS = re.compile(r"blocks?_\d|controlnet\w*\.\d")
+"""A block's number in names of other trainers, and of a ControlNet, whose layers count by rules of their own."""
 HALF = 2**-8
 """The relative difference of weights that were saved in bfloat16."""
 
@@ -208,7 +210,7 @@ class Contiguous(Checked, Transform):
         if self.students:
             pruned = load(self.students)
             check_students(self, model, pruned)
-            return _carrying(self, pruned=pruned)
+            return _carrying(replace(self, students=""), pruned=pruned)
         if self.draws() is None:
             return self
         calibration = checked(
@@ -218,6 +220,7 @@ class Contiguous(Checked, Transform):
         found, notes = self, dict[str, Any]()
         if self.remove:
             fixed = {n % depth for n in model.stacks()[self.stack].shared}
+            fixed.update(n for first, last in ranges("text", self.text) for n in range(first, last + 1))
             probes = Probes.fit(model, calibration, self.stack, depth)
             spans = find_spans(probes.cka, depth, self.floor, fixed)
             chosen = choose(spans, self.remove)
@@ -300,7 +303,7 @@ class Contiguous(Checked, Transform):
             width = widths.get(j, Width())
             names = at(block.first), at(block.last), at(block.source)
             group = () if width.role == "own" else (at(width.group[0]), at(width.group[1]))
-            one = Fed(at(j), *names, width.role, group, width.linear)
+            one = Fed(at(j), *names, width.role, group, width.linear, depth)
             if one.is_student or one.linear or one.reads_text:
                 found.append(one)
         return found
@@ -403,7 +406,8 @@ def plug(
 ) -> Any:
     """Return a copy of the original model in which some spans and widths are the pruned one's; the others are original.
 
-    With none of them the copy is the original, to the bit. None takes all of a kind.
+    With none of them the copy is the original, to the bit. None takes all of a kind; of text groups and linear layers,
+    all that the blocks which are put back leave room for: a group goes with any of its blocks.
 
     Raises:
         ConfigError, CheckpointError: the pruned model was made of another, or has no such span or width.
@@ -416,6 +420,8 @@ def plug(
     given = {"spans": spans, "text": text, "linear": linear}
     changed: dict[str, Any] = {name: tuple(value) for name, value in given.items() if value is not None}
     chosen = replace(own, **changed)
+    if text is None or linear is None:
+        chosen = _with_room(own, chosen, chosen.depth(original), text is None, linear is None)
     copy = original.with_weights(original.state_dict(), "copy")
     if chosen != chosen.exact():
         chosen.check(copy)
@@ -450,13 +456,66 @@ def check_students(transform: Contiguous, original: Any, pruned: Any) -> None:
         raise CheckpointError(
             f"Contiguous: the pruned model was made of {own.depth(pruned) + own.gone} blocks, the original has {depth}"
         )
+    states = original.state_dict(), pruned.state_dict()
     for ours, theirs in _shared(own, original, pruned, depth):
-        held, taken = original.state_dict().get(ours), pruned.state_dict().get(theirs)
+        held, taken = states[0].get(ours), states[1].get(theirs)
         if held is None or taken is None or held.shape != taken.shape or not _same(held, taken):
             raise CheckpointError(
                 f"Contiguous: {theirs!r} of the pruned model is not {ours!r} of this one: it was made of another "
                 "model, or trained as a whole since; expected the model that it was made of"
             )
+    _check_forms(transform, own, depth)
+
+
+def _check_forms(transform: Contiguous, own: Contiguous, depth: int) -> None:
+    """Refuse students and projections that the pruned model has in another form.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    if lost := _without_room(own, transform, depth):
+        raise ConfigError(
+            f"Contiguous: {lost[0][0]}={lost[0][1]} of the pruned model was trained for other blocks than those that are "
+            "left here; put it back, too, or take the spans that it covers"
+        )
+    there, here = _forms(own, depth), _forms(transform, depth)
+    for block, form in here.items():
+        if block[1] > block[0] and form != there[block]:
+            raise ConfigError(
+                f"Contiguous: the student of {written(block)} is not in the pruned model, where it is narrower; put the "
+                "span back too, or take its text and linear layers"
+            )
+
+
+def _forms(transform: Contiguous, depth: int) -> dict[Span, tuple[Role, bool]]:
+    """Map the blocks that are left, by first and last old number, to where their text comes from and what their MLPs are."""
+    widths, forms = transform.widths(depth), dict[Span, tuple[Role, bool]]()
+    for j, block in enumerate(transform.left(depth)):
+        width = widths.get(j, Width())
+        forms[block.first, block.last] = ("own" if width.role == "handed" else width.role, width.linear)
+    return forms
+
+
+def _without_room(own: Contiguous, chosen: Contiguous, depth: int) -> list[tuple[str, Any]]:
+    """List the groups and linear layers of `chosen` that cover a block which the pruned model has not in this form."""
+    there, here = _forms(own, depth), _forms(chosen, depth)
+    lost: list[tuple[str, Any]] = []
+    for text, (first, last) in zip(chosen.text, ranges("text", chosen.text), strict=True):
+        if any(first < block[0] and block[1] <= last and block not in there for block in here):
+            lost.append(("text", text))
+    for block, (role, linear) in here.items():
+        if linear and (block not in there or (role == "own") != (there[block][0] == "own")):
+            lost.append(("linear", block[0]))
+    return lost
+
+
+def _with_room(own: Contiguous, chosen: Contiguous, depth: int, text: bool, linear: bool) -> Contiguous:
+    """Leave out the groups, then the linear layers, that blocks which are put back leave no room for."""
+    for name in [name for name, free in (("text", text), ("linear", linear)) if free]:
+        lost = [one for kind, one in _without_room(own, chosen, depth) if kind == name]
+        changed: dict[str, Any] = {name: tuple(one for one in getattr(chosen, name) if one not in lost)}
+        chosen = replace(chosen, **changed)
+    return chosen
 
 
 def _shared(own: Contiguous, original: Any, pruned: Any, depth: int) -> list[tuple[str, str]]:
@@ -479,11 +538,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def take_students(transform: Contiguous, model: Any, pruned: Any, depth: int) -> None:
-    """Fill students and narrower blocks from the pruned model.
-
-    Raises:
-        ConfigError: a student has its text or its MLP here, and not there.
-    """
+    """Fill students and narrower blocks from the pruned model, as `check_students` found them; the rest is original."""
     own = pruned_by(pruned, transform.stack)
     assert own is not None
     path = model.stacks()[transform.stack].path
@@ -494,13 +549,9 @@ def take_students(transform: Contiguous, model: Any, pruned: Any, depth: int) ->
             continue
         ours = model.get_submodule(f"{path}.{j}").state_dict()
         theirs = pruned.get_submodule(f"{path}.{place[block.first, block.last]}").state_dict()
-        if lost := [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]:
-            raise ConfigError(
-                f"Contiguous: {lost[0]!r} of the student of {block.first}-{block.last} is not in the pruned model, "
-                "where it is narrower; put the span back too, or take its text and linear layers"
-            )
         for name, value in ours.items():
-            value.copy_(theirs[name])
+            if block.is_student or (name in theirs and theirs[name].shape == value.shape):
+                value.copy_(theirs[name])
 
 
 def _carrying(transform: Any, **held: Any) -> Any:
@@ -512,18 +563,25 @@ def _carrying(transform: Any, **held: Any) -> Any:
 
 
 def renumbered(state: Mapping[str, Tensor], transform: Contiguous, path: str) -> dict[str, Tensor]:
-    """Return tensors made for the original, such as a LoRA or a ControlNet's, under the new numbers.
+    """Return tensors made for the original, such as a LoRA's of diffusers or PEFT, under the new numbers.
 
     What belongs to blocks that are gone, or that became students, is left out.
 
     Args:
         path: of the stack in the names, such as "transformer_blocks".
+
+    Raises:
+        ConfigError: a name has a block's number in another form, as a ControlNet's or other trainers' have.
     """
     pattern = re.compile(r"(^|.*?\.)" + re.escape(path) + r"\.(\d+)\.(.*)")
     found = {}
     for name, value in state.items():
         match = pattern.match(name)
         if not match:
+            if OTHER_NUMBERS.search(name):
+                raise ConfigError(
+                    f"renumbered: {name!r} has a block's number in another form, expected {path}.NUMBER.NAME"
+                )
             found[name] = value
             continue
         old = int(match[2])

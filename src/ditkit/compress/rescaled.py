@@ -28,8 +28,8 @@ class Rescaled(Checked, Transform):
     Args:
         blocks: numbers of the students in the pruned model. image, text: factors of each; none for 1.
         stack: whose blocks they are.
-        original: instead, the model that was pruned, as `ditkit.load` takes it: factors are |t| / |s|, each the mean
-            over tokens, of states of the original that both are given.
+        original: instead, the model that was pruned, as `ditkit.load` takes it: a factor is 1 over the mean over tokens
+            of |s| / |t|, of states of the original that both are given; 1 for the text of a student that reads it.
         steps, samples, seed: of the trajectories that a verb draws as calibration.
     """
 
@@ -77,9 +77,10 @@ class Rescaled(Checked, Transform):
         calls = checked("Rescaled", calibration, "lengths are measured", tuple(model.sample_shape)).calls
         found = magnitudes(model, load(self.original), calls, self.stack)
         places = tuple(int(name.rpartition(".")[2]) for name in found)
-        factors = {s: tuple(1 / one[s] for one in found.values() if s in one) for s in ("image", "text")}
-        text = factors["text"] if len(factors["text"]) == len(places) else ()
-        return replace(self, blocks=places, image=factors["image"], text=text, original="")
+        image = tuple(1 / one["image"] for one in found.values())
+        text = tuple(1 / one.get("text", 1.0) for one in found.values())
+        any_text = any("text" in one for one in found.values())
+        return replace(self, blocks=places, image=image, text=text if any_text else (), original="")
 
     def shape(self, model: Any) -> Any:
         path = model.stacks()[self.stack].path

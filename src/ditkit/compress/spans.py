@@ -100,6 +100,7 @@ class Probes:
 
     Args:
         maps: by block and stream; block 0 has one, too. states: of each time, the image's rows after each block.
+            Both are on the CPU.
     """
 
     stack: str
@@ -122,7 +123,7 @@ class Probes:
                     found = record(model, call, names)
                     for place, name in enumerate(names):
                         for stream, value in streams_in(found[name]).items():
-                            part = some(rows_of(value), max(1, TOKENS // len(calls)))
+                            part = some(rows_of(value), max(1, TOKENS // len(calls))).cpu()
                             rows[place].setdefault(stream, []).append(part)
                             if stream == "image":
                                 of_time[place].append(part)
@@ -172,6 +173,7 @@ class Probes:
         if (u, k) not in self.chains:
             step = self.maps[k]["image"]
             self.chains[u, k] = [h + step(h) for h in self._chain(u, k - 1)]
+            self.chains.pop((u, k - 1), None)  # the rule looks ahead only
         return self.chains[u, k]
 
 

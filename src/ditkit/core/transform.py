@@ -46,7 +46,7 @@ class Fed(NamedTuple):
         block: the name of its site. first, last, source: sites of the teacher: the blocks that it stands for, from the
             first to the last, and the one that it began as.
         role: of its text (`ditkit.nn.narrow.Role`). group: sites of the blocks from whose first to whose last it is not
-            computed. linear: whether linear layers stand in the place of its MLPs.
+            computed. linear: whether linear layers stand in the place of its MLPs. depth: blocks of the teacher's stack.
     """
 
     block: str
@@ -56,6 +56,7 @@ class Fed(NamedTuple):
     role: str = "own"
     group: tuple[str, ...] = ()
     linear: bool = False
+    depth: int = 0
 
     @property
     def is_student(self) -> bool:

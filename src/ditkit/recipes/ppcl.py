@@ -20,7 +20,8 @@ def ppcl() -> ClassImageRecipe:
 
     The spans are those that `ditkit compress fashion-dit contiguous:remove=4` finds; --transform names others, and
     --init another model, such as `fashion` with `--transform contiguous:stack=single,spans=...`. The paper's run is
-    6,000 steps with 13 students of Qwen-Image, AdamW with betas of 0.9 and 0.95, decay of 0.02, and no clipping.
+    6,000 steps with 13 students of Qwen-Image, AdamW with betas of 0.9 and 0.95, decay of 0.02; the published script
+    does not clip gradients.
     """
     return replace(
         fashion_dit(),

@@ -225,6 +225,7 @@ class Training:
             if term.teacher is not None and not ended(term.weight, self.done):
                 if term.teacher not in hired:
                     hired[term.teacher] = term.teacher.make(self)
+                term.check_teacher(self.model, hired[term.teacher])
                 self.teachers[type(term).__name__] = hired[term.teacher]
 
     def dismiss(self) -> None:

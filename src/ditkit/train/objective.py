@@ -139,6 +139,13 @@ class Term(Checked, ABC):
         """Name what the term needs and the model does not give; empty for nothing."""
         return ""
 
+    def check_teacher(self, model: Model, teacher: Any) -> None:  # noqa: B027
+        """Refuse a teacher of which the term asks something that it has not, before the first step.
+
+        Raises:
+            ConfigError: names what was given and expected.
+        """
+
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """Return the unweighted loss of each sample of a `Batch`, [B]."""

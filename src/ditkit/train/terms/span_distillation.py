@@ -79,6 +79,17 @@ class SpanDistillation(Term):
     def check(self, model: Model) -> str:
         return "" if fed_blocks(model) else "a model that Contiguous pruned; give that transform"
 
+    def check_teacher(self, model: Model, teacher: Any) -> None:
+        for one in fed_blocks(model):
+            stack = one.block.rpartition(".")[0]
+            stacked = teacher.stacks().get(stack)
+            depth = len(teacher.get_submodule(stacked.path)) if stacked else 0
+            if depth != one.depth:
+                raise ConfigError(
+                    f"SpanDistillation: the teacher has {depth} blocks on {stack!r}, the model was pruned of {one.depth}; "
+                    "expected the model that it was made of (start from that with --transform, or teacher=GivenTeacher)"
+                )
+
     def modules(self, model: Model) -> nn.Module:
         return Magnitudes(fed_blocks(model), model.sites())
 
