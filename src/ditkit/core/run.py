@@ -24,6 +24,7 @@ Kind = Literal[
     "inner",
     "kv",
     "core",
+    "modulated",
     "choice",
     "route",
     "head",
@@ -44,8 +45,9 @@ class Site(NamedTuple):
     Its stream is that of its tokens: "image", "text", "joint" or "proxy"; of a branch, of what it returns; of a core,
     of its queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the
     two layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around
-    it joins with the rest of c. A `choice` site, asked with a branch's tokens before its norm and its two layers, gives
-    what of the branch is computed; None is all.
+    it joins with the rest of c. A `modulated` site gives a text's rows as an attention of two streams reads them. A
+    `choice` site, asked with a branch's tokens before its norm and its two layers, gives what of the branch is
+    computed; None is all.
     """
 
     name: str

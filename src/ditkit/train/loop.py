@@ -121,6 +121,7 @@ class Training:
     ) -> None:
         if not len(data):
             raise ConfigError("training: there are no samples")
+        objective = objective.chosen()
         objective.check(model)
         objective.check_batch(settings.batch)
         self.settings, self.data, self.objective, self.folder = settings, data, objective, folder
@@ -227,6 +228,7 @@ class Training:
             if term.teacher is not None and not ended(term.weight, self.done):
                 if term.teacher not in hired:
                     hired[term.teacher] = term.teacher.make(self)
+                term.check_teacher(self.model, hired[term.teacher])
                 self.teachers[type(term).__name__] = hired[term.teacher]
 
     def dismiss(self) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.policy import detached
-from ditkit.core.run import Site
+from ditkit.core.run import Handler, Site
 from ditkit.train.randomness import TERMS, SampleRNG, seed_of
 from ditkit.train.schedules import Schedule, Weight, never, weight_at
 from ditkit.train.taps import check_policies, site_of
@@ -78,6 +78,19 @@ class Batch:
         return error if self.mask is None else error * self.mask
 
 
+class Feed(NamedTuple):
+    """Handlers that give the network in training other states than its own, for a term that stands alone.
+
+    Args:
+        handlers: by site, around what policies do there. taps: sites whose outputs the loss reads.
+        kept: further outputs by name, which the handlers fill in.
+    """
+
+    handlers: Mapping[str, Handler]
+    taps: tuple[str, ...]
+    kept: Mapping[str, Any]
+
+
 class Term(Checked, ABC):
     """One part of the loss. At a step where its weight is 0 nothing of it is computed: no tap, no teacher, no data.
 
@@ -95,6 +108,8 @@ class Term(Checked, ABC):
     """True if it looks at the signal under latents, which data give only at steps where it has a weight."""
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
+    alone: ClassVar[bool] = False
+    """True if the network is run in pieces for it, by `feed`, after its teacher: no other term can share the pass."""
     strata: int = 0
     """Equal parts of noise-time of which every batch has to hold as many samples; 0 if it may hold any."""
     weight: Weight
@@ -111,6 +126,18 @@ class Term(Checked, ABC):
     def asks(self, batch: Any) -> Ask | None:
         """Something else than what the student was given and tapped, of its teacher or of the student."""
         return None
+
+    def objective(self, given: Any) -> Any:
+        """Return the objective in whose place a run takes another, of a term that is `alone`."""
+        return given
+
+    def feed(self, batch: Any) -> Feed:
+        """Return what the network is given in this step, of a term that is `alone`; `batch.taught` is the teacher's."""
+        raise NotImplementedError
+
+    def followed(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return numbers for the log beside the loss, of a term that is `alone`."""
+        return {}
 
     def modules(self, model: Model) -> nn.Module | None:
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
@@ -136,6 +163,13 @@ class Term(Checked, ABC):
     def check_trained(self, model: Model) -> str:
         """Name what the term needs and the weights that are trained do not give; empty for nothing."""
         return ""
+
+    def check_teacher(self, model: Model, teacher: Any) -> None:
+        """Refuse a teacher of which the term asks something that it has not, before the first step.
+
+        Raises:
+            ConfigError: names what was given and expected.
+        """
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
@@ -184,6 +218,22 @@ class Objective(ABC):
             rng: all that is random about these samples.
             held: the step, and modules and teachers of the terms, on the same device.
         """
+
+    def chosen(self) -> Objective:
+        """Return the objective that a run takes: itself, or what its one term asks for.
+
+        Raises:
+            ConfigError: a term stands alone, and there are others.
+        """
+        names = [type(term).__name__ for term in self.active]
+        lonely = [term for term in self.active if term.alone]
+        if lonely and len(names) > 1:
+            raise ConfigError(
+                f"{type(lonely[0]).__name__} runs the network in pieces, which no other term can read; got "
+                f"{', '.join(names)}, expected it alone"
+            )
+        found: Objective = lonely[0].objective(self) if lonely else self
+        return found
 
     def begin(self, run: Any) -> Cursor | None:
         """Return what training steps through, where it is not one batch of the samples a step."""
