@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from ditkit.cli.options import ModelName, for_stage, load_of, progress, words_of, writable
+from ditkit.cli.options import ModelName, for_stage, load_of, words_of, writable
 from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, SamplingFlags
 from ditkit.core.errors import ConfigError
+from ditkit.core.terminal import progress
 from ditkit.tasks.remote_sensing.own import process
 from ditkit.tasks.remote_sensing.task import RemoteSensingTask
 
