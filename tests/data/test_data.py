@@ -82,6 +82,8 @@ def test_inconsistent_sets_are_refused(changes, message):
 def test_names_are_the_files_of_the_folder():
     assert names() == (
         *(
+            "beijing",
+            "electricity",
             "emoji",
             "fashion",
             "flights",
@@ -90,6 +92,8 @@ def test_names_are_the_files_of_the_folder():
             "openmoji",
             "rain",
             "school",
+            "solar",
+            "traffic",
             "vizdoom",
             "winds",
         ),

@@ -98,8 +98,8 @@ def test_a_forecast_is_not_shown_the_future_by_the_second_sensor():
     later = scenes._replace(radar=scenes.radar.clone())
     later.radar[:, :, past_of(4) :] += 5
     later.image[:, :, past_of(4) :].neg_()
-    for model in (recipes()["units-forecast"]().model, config("forecasting")):
-        c = replace(model, **SMALL)
+    for whole in (recipes()["units-forecast"]().model, config("forecasting")):
+        c = replace(whole, **SMALL)
         first, second = given(c, scenes).streams, given(c, later).streams
         assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     assert recipes()["units-forecast"]().model.radar_channels == 0

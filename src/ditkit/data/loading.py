@@ -99,7 +99,7 @@ def read_options(
         DataError: no such data, as `load` says.
         ConfigError: an unknown option, one given twice, or a value of another type.
     """
-    own = _options(_loader(name_or_path))
+    own = _options_of(name_or_path)
     if Path(name_or_path).suffix.lower() == ".csv" and is_file(name_or_path):
         own = {**_options(partial(load_event_file, name_or_path)), **own}  # which it is, the recipe knows
     known = {name: kind for name, kind in own.items() if name not in decided}
@@ -125,7 +125,7 @@ def dataset_name(name_or_path: str | Path) -> str:
 
 def accepts_option(name_or_path: str | Path, option: str) -> bool:
     """Return whether `load` of these data has an option of that name, such as `split`."""
-    return option in _options(_loader(name_or_path))
+    return option in _options_of(name_or_path)
 
 
 def load_images(name_or_path: str | Path, size: int | None = None, **options: Any) -> ImageSet:
@@ -159,6 +159,25 @@ def load_fields(name_or_path: Any, **options: Any) -> FieldSet:
     """
     found: FieldSet = _load(_loader_of(FieldSet, name_or_path), name_or_path, None, options)
     return found
+
+
+def joined(name_or_path: Any) -> tuple[str, ...]:
+    """Return the parts of sets joined by a plus, such as electricity+traffic; of anything else, itself alone."""
+    if not isinstance(name_or_path, str) or os.path.exists(name_or_path):
+        return (name_or_path,)
+    return tuple(name_or_path.split("+"))
+
+
+def load_several_fields(names_or_paths: Any, **options: Any) -> list[FieldSet]:
+    """`load_fields` of each of some sets, joined by a plus.
+
+    Raises:
+        ConfigError: one stands twice. What `load_fields` raises.
+    """
+    parts = joined(names_or_paths)
+    if twice := [part for i, part in enumerate(parts) if part in parts[:i]]:
+        raise ConfigError(f"data={names_or_paths!r} name {twice[0]!r} twice, expected each set once")
+    return [load_fields(part, **options) for part in parts]
 
 
 def load_events(name_or_path: str | Path, **options: Any) -> EventSet:
@@ -241,6 +260,12 @@ def _options(loader: partial[Any]) -> dict[str, Any]:
     """Map a loader's options to their annotations: all parameters but the path and the size."""
     hints = get_type_hints(loader.func)
     return {name: hints[name] for name in inspect.signature(loader).parameters if name != "size"}
+
+
+def _options_of(name_or_path: str | Path) -> dict[str, Any]:
+    """`_options` of the loader of these data; of several sets, those that all take."""
+    first, *others = [_options(_loader(part)) for part in joined(name_or_path)]
+    return {name: kind for name, kind in first.items() if all(name in other for other in others)}
 
 
 def _unknown_option(name_or_path: str | Path, option: str, known: Mapping[str, Any]) -> ConfigError:
