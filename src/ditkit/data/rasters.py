@@ -40,7 +40,7 @@ Crop = tuple[int, int, int]
 
 
 class Raster(NamedTuple):
-    """A GeoTIFF: values [C, H, W] as they stand, where they are data in every band [H, W], and the grid that they lie on.
+    """A GeoTIFF: values [C, H, W] as they stand, where every band has data [H, W], and the grid that they lie on.
 
     Args:
         crs: of the grid, as text; "" for none. transform: its six numbers, from columns and rows to the crs.
@@ -87,7 +87,8 @@ class Place:
 
     Args:
         optical: float32 [T, C, H, W] in [-1, 1], 0 where hidden. hidden: [T, H, W] bool.
-        files: of the dates. sources: all that belong to the place. first: the earliest raster, whose grid all have. unit: the number of a reflectance of 1.
+        files: of the dates. sources: all that belong to the place.
+        first: the earliest raster, whose grid all have. unit: the number of a reflectance of 1.
         radar: float32 [T, R, H, W] of the nearest date, NaN where it has no value; or None.
         classes: int64 [T, H, W], or None.
     """

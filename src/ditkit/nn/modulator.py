@@ -6,6 +6,7 @@ G lines (a frame in space, a place in time), L tokens of a line, N heads, K head
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +103,14 @@ def _some_rows(q: Tensor, k: Tensor, v: Tensor, bias: LineBias, start: int, stop
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     # two products, as torch's fused kernels give a bias no gradient, and other bits without one
-    with torch.autocast(
-        q.device.type, enabled=False
-    ):  # which would round the logits before the bias is added
+    with _without_autocast(q.device):  # which would round the logits
         scores = q.to(bias.dtype) @ k.to(bias.dtype).mT * q.shape[-1] ** -0.5 + bias
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class Modulator(nn.Module):

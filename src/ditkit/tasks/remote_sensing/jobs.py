@@ -64,9 +64,9 @@ def given(config: UniTSConfig, scenes: Scenes) -> Cond:
 def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     """Return what is to be made, [n, C, T, H, W] in [-1, 1], and where it is learned from, [n, 1, T, H, W].
 
-    A forecast's past is learned, too, since it is made of noise with the rest. Where a value is not known it is the last
-    one that is, so that what is mixed with noise there looks as it does in a series that is being made. A class is 1 in
-    its channel, and -1 in the others.
+    A forecast's past is learned, too, since it is made of noise with the rest. Where a value is not known, it is the
+    last one that is: what is mixed with noise there then looks as it does in a series that is being made. A class is 1
+    in its channel, and -1 in the others.
     """
     present = scenes.present[:, None, :, None, None]
     if config.job == "change-detection":
