@@ -162,7 +162,10 @@ def test_spans_of_the_export_are_put_back_with_the_group_that_covers_them() -> N
     """52-53, 54-55 and 56-57 lie inside the text's group 50-59; 25-27 lies outside of all."""
     pruned, original = on_meta(EXPORT), on_meta()
     back = tuple(s for s in SPANS if s != "52-53")
-    for chosen, lost in ((replace(EXPORT, spans=back), "text=50-59"), (replace(EXPORT, spans=()), "text=50-59")):
+    for chosen, lost in (
+        (replace(EXPORT, spans=back), "text=50-59"),
+        (replace(EXPORT, spans=()), "text=50-59"),
+    ):
         with pytest.raises(ConfigError, match=f"{lost} of the pruned model was trained for other blocks"):
             _check_forms(chosen, EXPORT, 60)
     kept = _with_room(EXPORT, replace(EXPORT, spans=SPANS[:-3]), 60, True, True)

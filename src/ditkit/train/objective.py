@@ -139,7 +139,7 @@ class Term(Checked, ABC):
         """Name what the term needs and the model does not give; empty for nothing."""
         return ""
 
-    def check_teacher(self, model: Model, teacher: Any) -> None:  # noqa: B027
+    def check_teacher(self, model: Model, teacher: Any) -> None:
         """Refuse a teacher of which the term asks something that it has not, before the first step.
 
         Raises:
