@@ -488,7 +488,7 @@ def _check_forms(transform: Contiguous, own: Contiguous, depth: int) -> None:
 
 
 def _forms(transform: Contiguous, depth: int) -> dict[Span, tuple[Role, bool]]:
-    """Map the blocks that are left, by first and last old number, to the role of their text and whether MLPs are layers."""
+    """Map the blocks that are left, by old numbers, to the role of their text and whether MLPs are layers."""
     widths, forms = transform.widths(depth), dict[Span, tuple[Role, bool]]()
     for j, block in enumerate(transform.left(depth)):
         width = widths.get(j, Width())
