@@ -108,10 +108,15 @@ class Recipe(ABC):
 
     def network(self) -> Model:
         """Build a network of `model` under `policies`, with fresh weights of torch's global generator."""
+        model = self.blank()
+        return _put_on(model, self, next(model.parameters()).is_meta)
+
+    def blank(self) -> Model:
+        """Build a network of `model` before its transforms and policies."""
         kinds = every(Model)  # type: ignore[type-abstract]
         kind = next(kind for kind in kinds if kind.Config is type(self.model))
         model: Model = kind(self.model)  # type: ignore[call-arg]
-        return _put_on(model, self, next(model.parameters()).is_meta)
+        return model
 
     @property
     def then(self) -> str:
@@ -122,6 +127,11 @@ class Recipe(ABC):
     def then_data(self) -> bool:
         """Return whether that command cannot do without data."""
         return self.has_sites and not task_named(self.task).generates
+
+    @property
+    def next_data(self) -> str:
+        """The data that this command is shown with."""
+        return self.data
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Batch:
         own: the term's modules. taught: what its teacher, or what it asked, said.
         cond, rng: what the network was told, and what is random about these samples.
         step: of the optimiser, from 0. layout: of the network's tokens.
+        pool: the mean over the whole batch of a mean over these samples, which may be a part of it.
     """
 
     data: Tensor
@@ -51,6 +53,16 @@ class Batch:
     rng: SampleRNG | None = None
     step: int = 0
     layout: Sequence[Segment] = ()
+    pool: Callable[[Tensor], Tensor] | None = None
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Return the mean over the whole batch of values [B] of these samples, whose gradient is that of their own.
+
+        The mean over parts of a function of it has then the value and the gradient that the whole batch would give,
+        however many parts and processes share it.
+        """
+        own = values.mean()
+        return own if self.pool is None else own + (self.pool(own.detach()) - own.detach())
 
     def pixels(self) -> Tensor:
         """Return the signals [B, C, ...] that the data are, or that they code."""
@@ -131,12 +143,25 @@ class Term(Checked, ABC):
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
         return None
 
+    def balance(self, rest: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+        """Return the factor of its loss `own` beside that of the `rest`, by their gradients on a weight."""
+        return torch.ones_like(own)
+
     def opposed(self, batch: Any) -> Tensor | None:
         """Return an adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
         return None
 
+    balanced: ClassVar[bool] = False
+    """True if an objective scales it by its `balance` with the other terms."""
+    pools: ClassVar[bool] = False
+    """True if its loss is a function of a mean over the whole batch, `Batch.pooled`."""
+
     def check(self, model: Model) -> str:
         """Name what the term needs and the model does not give; empty for nothing."""
+        return ""
+
+    def check_trained(self, model: Model) -> str:
+        """Name what the term needs and the weights that are trained do not give; empty for nothing."""
         return ""
 
     def check_teacher(self, model: Model, teacher: Any) -> None:
@@ -245,6 +270,16 @@ class Objective(ABC):
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
 
+    def check_trained(self, model: Model) -> None:
+        """Refuse weights, of which some are frozen, that an active term cannot teach, before the first step.
+
+        Raises:
+            ConfigError: names the term and what it needs.
+        """
+        for term in self.active:
+            if missing := term.check_trained(model):
+                raise ConfigError(f"{type(term).__name__} needs {missing}")
+
     def check_batch(self, batch: int) -> None:  # noqa: B027
         """Refuse a number of samples a step, over all processes, that it cannot be computed on.
 
@@ -279,6 +314,7 @@ class Objective(ABC):
                 taught=(answers or {}).get(name),
                 taps={tap: batch.taps[tap] for tap in wanted},
                 step=held.step,
+                pool=None if held.pool is None else partial(held.pool, name),
             )
             losses[name] = term.loss(own).mean()
             weighted.append(weight_at(term.weight, held.step) * losses[name])

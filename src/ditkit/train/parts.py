@@ -23,7 +23,7 @@ def train_only(model: Model, trained: str) -> None:
 
     Args:
         trained: "attention" is the projections to queries, keys and values and that of the output, without norms, and
-            what policies train of their own (CLEAR, arXiv 2412.16112).
+            what policies train of their own (CLEAR, arXiv 2412.16112). A network has parts of its own (`Model.parts`).
 
     Raises:
         ConfigError: a part is unknown, or the model has none of it, or its weights cannot be trained.
@@ -54,6 +54,7 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
         "attention": attention and attention | learned,
         "norms": _inside(model, NORMS),
         "learned": learned,
+        **(model.parts() if isinstance(model, Model) else {}),
         "parts": own,
         **added,
         **{type(p).__name__.lower(): _under(f"learned.{type(p).__name__}.", learned) for p in model.policies},

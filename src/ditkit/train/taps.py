@@ -32,6 +32,13 @@ PARTS = {"in": 0, "q": 0, "k": 1, "v": 2}
 what block 3 was given, "blocks.3.attn.core:k" the keys that its attention saw."""
 
 
+class Whole(tuple[Policy, ...]):
+    """A network's own policies at their `whole` settings, whichever they are; a tuple of none until it is asked."""
+
+
+WHOLE = Whole()
+
+
 class Stopped(Exception):
     """Nothing after this site was asked for."""
 
@@ -123,7 +130,7 @@ def run_with_taps(
         shape: of one sample, without the batch axis.
         times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
         stop: the site after which nothing is computed; the output is then None.
-        policies: in the place of the model's.
+        policies: in the place of the model's; `WHOLE` is those, leaving nothing out.
         step: of the optimiser, for policies that change in training.
         fed: by site, what is done around what policies do there.
 
@@ -131,6 +138,8 @@ def run_with_taps(
         NoEffectError: a policy touched nothing or saved nothing.
     """
     times = torch.zeros(1) if times is None else times
+    if isinstance(policies, Whole):
+        policies = tuple(policy.whole() for policy in model.policies)
     chosen = model.policies if policies is None else policies
     trajectory, call, run = _under(model, shape, times, chosen, step)
     if fed:
