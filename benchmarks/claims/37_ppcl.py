@@ -3,8 +3,9 @@
 python benchmarks/claims/37_ppcl.py      writes benchmarks/results/claims/37-ppcl.json and fills the page
 
 In the first part affine maps are hidden among nonlinear blocks, at places that a seed draws, and the detector is to
-find them; the interval of its share is Clopper and Pearson's, of other draws of such networks. In the second, students of the spans of each rule learn for the same steps from the same pictures, noise and
-times, and the pruned networks are judged on 2,048 held-out draws. Their intervals are of the draws, not of other runs.
+find them; the interval of its share is Clopper and Pearson's, of other draws of such networks. In the second, students
+of the spans of each rule learn for the same steps from the same pictures, noise and times, and the pruned networks are
+judged on 2,048 held-out draws. Their intervals are of the draws, not of other runs.
 """
 
 from __future__ import annotations

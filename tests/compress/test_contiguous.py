@@ -361,7 +361,7 @@ def test_no_other_term_shares_the_pass_and_it_needs_a_pruned_model():
 def test_a_teacher_of_another_depth_is_refused_before_the_first_step(tmp_path):
     """As when a run goes on from a model that was pruned before it."""
     pruned = ditkit.compress(deep(), "contiguous:spans=0-1")
-    objective, given = Denoising((SpanDistillation(),)), settings(steps=2, trained="contiguous")
+    objective, given = Denoising((SpanDistillation(),)), settings(steps=4, trained="contiguous")
     with pytest.raises(ConfigError, match="the teacher has 5 blocks on 'blocks', the model was pruned of 6"):
         train(pruned, Pictures(), objective, given, tmp_path / "run")
 

@@ -116,9 +116,9 @@ def test_an_mlp_becomes_a_layer_on_the_state_after_the_attention(name):
     assert torch.allclose(hosts.call(transformer, inputs), expected, atol=1e-6)
 
 
-def small_flux() -> SmallFlux:
+def small_flux(depth: int = 4) -> SmallFlux:
     config = SmallFluxConfig(
-        size=8, channels=1, width=32, heads=4, depth=4, single_depth=3, classes=4, letters=8
+        size=8, channels=1, width=32, heads=4, depth=depth, single_depth=3, classes=4, letters=8
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -204,6 +204,11 @@ def test_lengths_of_text_are_set_right_where_a_student_only_reads_it(tmp_path):
     folder = small_flux().save(tmp_path / "original")
     pruned = ditkit.compress(small_flux(), "contiguous:text=0-2,spans=1-2,samples=8,steps=3")
     assert [t.text for t in ditkit.compress(pruned, f"rescaled:original={folder}").transforms[-1:]] == [()]
+    folder = small_flux(6).save(tmp_path / "deeper")
+    both = ditkit.compress(small_flux(6), "contiguous:text=0-2,spans=1-2+4-5,samples=8,steps=3")
+    found = ditkit.compress(both, f"rescaled:original={folder}").transforms[-1]
+    assert found.blocks == (1, 3) and len(found.image) == 2
+    assert found.text[0] == 1 and abs(found.text[1] - 1) > 1e-4
 
 
 # folders of diffusers, the shell, pipelines

@@ -475,20 +475,20 @@ def _check_forms(transform: Contiguous, own: Contiguous, depth: int) -> None:
     """
     if lost := _without_room(own, transform, depth):
         raise ConfigError(
-            f"Contiguous: {lost[0][0]}={lost[0][1]} of the pruned model was trained for other blocks than those that are "
+            f"Contiguous: {lost[0][0]}={lost[0][1]} of the pruned model was trained for other blocks than are "
             "left here; put it back, too, or take the spans that it covers"
         )
     there, here = _forms(own, depth), _forms(transform, depth)
     for block, form in here.items():
         if block[1] > block[0] and form != there[block]:
             raise ConfigError(
-                f"Contiguous: the student of {written(block)} is not in the pruned model, where it is narrower; put the "
-                "span back too, or take its text and linear layers"
+                f"Contiguous: the student of {written(block)} is not in the pruned model, where it is narrower; put "
+                "the span back too, or take its text and linear layers"
             )
 
 
 def _forms(transform: Contiguous, depth: int) -> dict[Span, tuple[Role, bool]]:
-    """Map the blocks that are left, by first and last old number, to where their text comes from and what their MLPs are."""
+    """Map the blocks that are left, by old numbers, to the role of their text and whether MLPs are layers."""
     widths, forms = transform.widths(depth), dict[Span, tuple[Role, bool]]()
     for j, block in enumerate(transform.left(depth)):
         width = widths.get(j, Width())

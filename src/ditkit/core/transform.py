@@ -46,7 +46,8 @@ class Fed(NamedTuple):
         block: the name of its site. first, last, source: sites of the teacher: the blocks that it stands for, from the
             first to the last, and the one that it began as.
         role: of its text (`ditkit.nn.narrow.Role`). group: sites of the blocks from whose first to whose last it is not
-            computed. linear: whether linear layers stand in the place of its MLPs. depth: blocks of the teacher's stack.
+            computed. linear: whether linear layers stand in the place of its MLPs.
+        depth: number of blocks of the teacher's stack.
     """
 
     block: str

@@ -86,8 +86,9 @@ class SpanDistillation(Term):
             depth = len(teacher.get_submodule(stacked.path)) if stacked else 0
             if depth != one.depth:
                 raise ConfigError(
-                    f"SpanDistillation: the teacher has {depth} blocks on {stack!r}, the model was pruned of {one.depth}; "
-                    "expected the model that it was made of (start from that with --transform, or teacher=GivenTeacher)"
+                    f"SpanDistillation: the teacher has {depth} blocks on {stack!r}, the model was pruned of "
+                    f"{one.depth}; expected the model that it was made of (start from that with --transform, or "
+                    "teacher=GivenTeacher)"
                 )
 
     def modules(self, model: Model) -> nn.Module:
