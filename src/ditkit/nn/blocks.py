@@ -60,8 +60,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]), value=True)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= PLAIN_KEYS:
         return _plain(q, k, v, mask)
-    if len(q) * q.shape[1] > MAX_HEADS:
-        return _split(attention, max(1, MAX_HEADS // q.shape[1]), q, k, v, mask)
+    few = max(1, MAX_HEADS // max(1, q.shape[1]))
+    if few < len(q):
+        return _split(attention, few, q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
