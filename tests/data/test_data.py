@@ -81,7 +81,22 @@ def test_inconsistent_sets_are_refused(changes, message):
 
 def test_names_are_the_files_of_the_folder():
     assert names() == (
-        *("emoji", "fashion", "flights", "moving-digits", "openmoji", "rain", "school", "vizdoom", "winds"),
+        *(
+            "beijing",
+            "electricity",
+            "emoji",
+            "fashion",
+            "flights",
+            "landsat",
+            "moving-digits",
+            "openmoji",
+            "rain",
+            "school",
+            "solar",
+            "traffic",
+            "vizdoom",
+            "winds",
+        ),
     )
 
 

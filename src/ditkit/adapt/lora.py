@@ -20,10 +20,12 @@ from ditkit.core.codec import fingerprint
 from ditkit.core.errors import CheckpointError, ConfigError, ConflictError, unknown
 from ditkit.core.transform import Transform, described, transform_of
 
-Layers = Literal["blocks", "attention", "all"]
+Layers = Literal["blocks", "attention", "qkv", "all"]
 ADAPTER = "adapter.safetensors"
 NAME = "default"
 """peft's name of the adapter."""
+QKV = ("qkv", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Layers of attentions that make queries, keys and values: ours, fused, and those of diffusers."""
 BASE = ".base_layer"
 """Under which peft keeps the layer that it wraps."""
 
@@ -34,20 +36,27 @@ class LoRA(Transform):
 
     Args:
         rank: of the update; 0 for none. alpha: its scale, times rank.
-        layers: linear layers that get one: those in blocks, those of attention in blocks, or all.
+        layers: linear layers that get one: those in blocks, those of attention in blocks, of these alone the ones that
+            make queries, keys and values ("qkv"), or all.
         seed: of A.
+        dropout: of what goes into A, in training.
+        bias: also train the biases of these layers (peft's "lora_only").
     """
 
     rank: int = 8
     alpha: float = 8.0
     layers: Layers = "blocks"
     seed: int = 0
+    dropout: float = 0.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 0:
             raise ConfigError(f"LoRA: rank={self.rank!r}, expected an integer of at least 0")
         if not self.alpha > 0:
             raise ConfigError(f"LoRA: alpha={self.alpha}, expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA: dropout={self.dropout}, expected a number in [0, 1)")
         if self.layers not in get_args(Layers):
             raise ConfigError("LoRA: " + unknown("layers", self.layers, get_args(Layers)))
 
@@ -80,7 +89,11 @@ class LoRA(Transform):
             return model
         trained = {id(p): p.requires_grad for p in model.parameters()}
         config = peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, bias="none", target_modules=targets
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            bias="none",
+            target_modules=targets,
         )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
@@ -100,7 +113,12 @@ class LoRA(Transform):
         return name.replace(BASE, "")
 
     def trains(self, model: Any) -> list[str]:
-        return list(_own(model))
+        biases = [
+            f"{name}{BASE}.bias"
+            for name, m in model.named_modules()
+            if _is_layer(m) and m.base_layer.bias is not None
+        ]
+        return [*_own(model), *(biases if self.bias else ())]
 
     def ready(self, model: Any) -> None:
         if any(layer.merged for layer in _layers(model)):
@@ -189,6 +207,8 @@ def save_adapter(model: Any, folder: str | Path) -> Path:
     if lora is None:
         raise ConfigError(f"save_adapter: this {type(model).__name__} has no LoRA, expected one")
     lora.ready(model)
+    if lora.bias:
+        raise ConfigError("save_adapter: bias=True trained biases of the base, too; save the model itself")
     about = {"transform": json.dumps(described(lora)), "base_sha256": base_digest(model)}
     write_state(Path(folder) / ADAPTER, _own(model), about)
     return Path(folder)
@@ -247,6 +267,8 @@ def _candidates(model: nn.Module, layers: Layers) -> list[tuple[str, Any]]:
     inside = [(n, m) for n, m in outermost if any(n.startswith(path) for path in paths)]
     if layers == "blocks":
         return inside
+    if layers == "qkv":
+        inside = [(n, m) for n, m in inside if n.rpartition(".")[2] in QKV]
     return [(n, m) for n, m in inside if any(n.startswith(attention) for attention in of_attention)]
 
 

@@ -14,6 +14,7 @@ from ditkit.cli.placing import on_device
 from ditkit.core.errors import ConfigError
 from ditkit.core.terminal import progress
 from ditkit.data.loading import names_of
+from ditkit.sample.forecast import horizon_of
 from ditkit.tasks.forecast.future import check_own
 from ditkit.tasks.forecast.future import forecast as go_on
 from ditkit.tasks.forecast.scores import called, evaluate_forecasts
@@ -111,7 +112,7 @@ def forecast(
         )
         return
     first = next(iter(named.values()))
-    settings: dict[str, Any] = {"horizon": first.config.frames, **DEFAULTS}
+    settings: dict[str, Any] = {"horizon": horizon_of(first), **DEFAULTS}
     settings |= {name: value for name, value in measuring.items() if value is not None}
     given |= {**settings, "max_bad": max_bad}
     with writable(out), progress() as advance:

@@ -99,7 +99,7 @@ def command_of(name: str, build: Build) -> Command:
             there = ", ".join(name for name in LEFT if (out / name).exists())
             flags = [word for one in under for word in ("--policy", spec(one))]
             if recipe.then_data:
-                flags += ["--data", data]
+                flags += ["--data", chosen.next_data]
             command = shlex.join([*recipe.then.split(), str(out / "model"), *flags])
             print(f"wrote {out}: {there}; go on with: {command}")
 

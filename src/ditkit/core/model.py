@@ -167,6 +167,10 @@ class Model(nn.Module, ModelHubMixin, ABC):
         """List the stacks of blocks that a transform may name, by the names of their sites; none by default."""
         return {}
 
+    def parts(self) -> Mapping[str, set[str]]:
+        """Name the weights of parts of its own that training may choose (`Settings.trained`), by the part."""
+        return {}
+
     def origin(self, name: str) -> str:
         """Return the name that a site or tensor had before all `transforms`."""
         return origin_of(self.transforms, name)

@@ -125,6 +125,20 @@ def persistence(observed: Tensor, horizon: int) -> Tensor:
     return observed[:, :, -1:].expand(-1, -1, integer("horizon", horizon, least=1), -1, -1)
 
 
+def seasonal_naive(observed: Tensor, horizon: int, period: int) -> Tensor:
+    """Repeat the last `period` frames: [B, C, T, H, W] -> [B, C, horizon, H, W].
+
+    Raises:
+        ConfigError: fewer frames are observed.
+    """
+    frames = observed.shape[2]
+    integer("period", period, least=1, most=frames)
+    places = (
+        frames - period + torch.arange(integer("horizon", horizon, least=1), device=observed.device) % period
+    )
+    return observed[:, :, places]
+
+
 def skill(own: Sequence[float], reference: Sequence[float]) -> tuple[float | None, ...]:
     """1 - own / reference for each lead time: 1 perfect, 0 as good, None where the reference has no error."""
     return tuple(1 - a / b if b else None for a, b in zip(own, reference, strict=True))

@@ -5,10 +5,13 @@ from ditkit.models.ddt import DiTDH, DiTDHConfig
 from ditkit.models.dico import DiCo, DiCoConfig
 from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
+from ditkit.models.dlinear import DLinear, DLinearConfig
 from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
 from ditkit.models.pt_dit import PTDiT, PTDiTConfig, VideoPTDiT, VideoPTDiTConfig
+from ditkit.models.tempo import Tempo, TempoConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from ditkit.models.units import UniTS, UniTSConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -16,6 +19,8 @@ __all__ = [
     "VDT",
     "ConvLSTM",
     "ConvLSTMConfig",
+    "DLinear",
+    "DLinearConfig",
     "DiCo",
     "DiCoConfig",
     "DiMR",
@@ -30,8 +35,12 @@ __all__ = [
     "PTDiTConfig",
     "PredFormer",
     "PredFormerConfig",
+    "Tempo",
+    "TempoConfig",
     "Todyformer",
     "TodyformerConfig",
+    "UniTS",
+    "UniTSConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",

@@ -47,6 +47,7 @@ class Lines:
         dates: [T + T'], as text.
         band: the lower and the upper quantile, [T'] each; None where there is one sample.
         band_name: of the band, such as "10 % to 90 %".
+        history_name: of the history.
     """
 
     variable: str
@@ -56,6 +57,7 @@ class Lines:
     dates: Sequence[str]
     band: tuple[Values, Values] | None = None
     band_name: str = ""
+    history_name: str = OBSERVED
 
 
 def future_plot(lines: Lines) -> Image.Image:
@@ -85,7 +87,7 @@ def future_figure(lines: Lines) -> Figure:
             places[last + 1 :], low, high, color=LIGHT["c0"], alpha=0.2, linewidth=0, label=lines.band_name
         )
     look = line_look() | {"markersize": 0}
-    axes.plot(places[: last + 1], past, label=OBSERVED, **look | LOOKS[OBSERVED])
+    axes.plot(places[: last + 1], past, label=lines.history_name, **look | LOOKS[OBSERVED])
     axes.plot(places[last:], later, label=FORECAST, **look | LOOKS[FORECAST] | {"linestyle": (0, (4, 1.5))})
     rise(axes, marks)
     head(axes, f"Forecast of {lines.variable}".replace("$", r"\$"), lines.unit or NO_UNIT, "time")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ditkit.api.compress import drawn_for
 from ditkit.bench.macs import count_macs
 from ditkit.core.catalog import every
 from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
@@ -107,10 +108,15 @@ class Recipe(ABC):
 
     def network(self) -> Model:
         """Build a network of `model` under `policies`, with fresh weights of torch's global generator."""
+        model = self.blank()
+        return _put_on(model, self, next(model.parameters()).is_meta)
+
+    def blank(self) -> Model:
+        """Build a network of `model` before its transforms and policies."""
         kinds = every(Model)  # type: ignore[type-abstract]
         kind = next(kind for kind in kinds if kind.Config is type(self.model))
         model: Model = kind(self.model)  # type: ignore[call-arg]
-        return _put_on(model, self, next(model.parameters()).is_meta)
+        return model
 
     @property
     def then(self) -> str:
@@ -121,6 +127,11 @@ class Recipe(ABC):
     def then_data(self) -> bool:
         """Return whether that command cannot do without data."""
         return self.has_sites and not task_named(self.task).generates
+
+    @property
+    def next_data(self) -> str:
+        """The data that this command is shown with."""
+        return self.data
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -212,7 +223,12 @@ def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
         model.adopt(()).shaped(recipe.transforms)
     else:
         for transform in recipe.transforms:
-            model.transform(transform)
+            if transform.is_open:
+                raise ConfigError(
+                    f"{type(transform).__name__}: a run cannot be resumed from what is still to be found from samples; "
+                    "apply it by ditkit compress, which writes what it found into config.json, and name that"
+                )
+            model.transform(transform, drawn_for(model, transform))
     return model.adopt(policies)
 
 

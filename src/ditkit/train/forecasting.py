@@ -43,6 +43,12 @@ class Forecasting(Objective):
             forward, model, self.taps(model, held.step), tuple(cond.context.shape[1:]), cond.context
         )
         batch = Batch(
-            data=data, prediction=out.float(), mask=cond.mask, taps=taps, sites=model.sites(), rng=rng
+            data=data,
+            prediction=out.float(),
+            mask=cond.mask,
+            taps=taps,
+            sites=model.sites(),
+            cond=cond,
+            rng=rng,
         )
         return self.weigh(batch, held)

@@ -23,7 +23,7 @@ def train_only(model: Model, trained: str) -> None:
 
     Args:
         trained: "attention" is the projections to queries, keys and values and that of the output, without norms, and
-            what policies train of their own (CLEAR, arXiv 2412.16112).
+            what policies train of their own (CLEAR, arXiv 2412.16112). A network has parts of its own (`Model.parts`).
 
     Raises:
         ConfigError: a part is unknown, or the model has none of it, or its weights cannot be trained.
@@ -46,13 +46,17 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
     learned = {f"learned.{name}" for name, _ in model.learned.named_parameters()}
     own = {f"{PART}{name}" for name, _ in modules.named_parameters()}
     attention = _inside(model, (Attention,), ("qkv", "out")) | _projections(model)
+    added: dict[str, set[str]] = {}
+    for transform in model.transforms:  # one may be there for each stack
+        added.setdefault(type(transform).__name__.lower(), set()).update(transform.trains(model))
     parts = {
         "all": {name for name, _ in model.named_parameters()},
         "attention": attention and attention | learned,
         "norms": _inside(model, NORMS),
         "learned": learned,
+        **(model.parts() if isinstance(model, Model) else {}),
         "parts": own,
-        **{type(t).__name__.lower(): set(t.trains(model)) for t in model.transforms},
+        **added,
         **{type(p).__name__.lower(): _under(f"learned.{type(p).__name__}.", learned) for p in model.policies},
         **{term.lower(): _under(f"{PART}{term}.", own) for term in modules},
     }

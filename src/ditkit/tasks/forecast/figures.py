@@ -20,7 +20,7 @@ from ditkit.report.film import write_film
 from ditkit.report.forecast_pictures import forecast_film, forecast_strip, series_plot
 from ditkit.report.legend import below_each_other
 from ditkit.report.sheet import png
-from ditkit.sample.forecast import forecast
+from ditkit.sample.forecast import forecast, horizon_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,7 +89,7 @@ def write_sheet(
     folder: Path, examples: Callable[[Forecaster], Iterator[Example]], model: Model, step: int
 ) -> None:
     """Write the model's forecast of one training sample, of the first variables, as `folder`/STEP.png."""
-    forecaster = partial(forecast, model, horizon=model.config.frames)
+    forecaster = partial(forecast, model, horizon=horizon_of(model))
     pages = [page(example) for example in islice(examples(forecaster), MOST_VARIABLES)]
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{step:06d}.png") as draft:

@@ -138,6 +138,29 @@ class Windows:
         return target, Cond(context=given, mask=mask)
 
 
+def is_per_series(model: Model) -> bool:
+    """Return whether a forecaster takes any series, each by itself."""
+    return bool(getattr(model.config, "per_series", False))
+
+
+def scaling_for(model: Model, known: FieldSet) -> Scaling:
+    """Return the statistics of what is known of a set, for a forecaster of any series; counts stay as they are.
+
+    Raises:
+        ConfigError: the set has another step of time than the model was trained on.
+    """
+    steps = model.config.steps
+    if steps and str(known.step) not in steps:
+        raise ConfigError(
+            f"{known.name} has a value every {known.step}, the model was trained on one every "
+            f"{' or '.join(steps)}; expected data of such a step"
+        )
+    if getattr(model.config, "distribution", "none") == "negative-binomial":
+        none = torch.zeros(len(known.variables), dtype=torch.float64)
+        return Scaling(none, none + 1)
+    return known.fit_scaling()
+
+
 def scaling_with(model: Model) -> Scaling:
     """Return the statistics that a forecaster of fields was trained with.
 
@@ -155,6 +178,8 @@ def fitting(model: Model, fields: FieldSet) -> FieldSet:
     Raises:
         ConfigError: the model was trained on clips, on other variables, units or steps of time, or on another grid.
     """
+    if is_per_series(model):
+        return fields.normalised(scaling_for(model, fields))
     scaling, trained = scaling_with(model), model.codec.config
     if not set(trained.variables) <= set(fields.variables):
         raise ConfigError(
@@ -188,4 +213,8 @@ def held_out(model: Model, fields: FieldSet, validation: float, test: float) -> 
     Raises:
         ConfigError: as `fitting` does.
     """
+    if is_per_series(model):
+        parts = fields.split(validation, test, lead_in=model.config.frames)
+        scaling = scaling_for(model, parts.training)
+        return Parts(*(part.normalised(scaling) for part in parts))
     return fitting(model, fields).split(validation, test, lead_in=model.config.frames)

@@ -18,7 +18,9 @@ from ditkit.core.config import MOST_STEPS, integer
 from ditkit.core.errors import ConfigError
 from ditkit.core.model import Model
 from ditkit.core.task import Evaluation, Progress
+from ditkit.data.calendar import Step
 from ditkit.data.clips import ClipSet, spread
+from ditkit.data.components import period_of
 from ditkit.data.fields import Parts
 from ditkit.data.loading import load_fields, load_held_out
 from ditkit.metrics.forecast import (
@@ -30,13 +32,14 @@ from ditkit.metrics.forecast import (
     mean,
     persistence,
     score,
+    seasonal_naive,
 )
 from ditkit.metrics.video import frame_psnr_db, frame_ssim
 from ditkit.report.example import Example, lead_unit
 from ditkit.report.leadtime import LeadTimePlot
-from ditkit.sample.forecast import forecast
+from ditkit.sample.forecast import forecast, horizon_of
 from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_pictures
-from ditkit.tasks.forecast.recipe import held_out
+from ditkit.tasks.forecast.recipe import held_out, is_per_series
 
 if TYPE_CHECKING:
     from ditkit.core.terminal import Table
@@ -258,7 +261,7 @@ def evaluate_forecasts(
     """
     first = next(iter(models.values()))
     horizon = (
-        first.config.frames if horizon is None else integer("--horizon", horizon, least=1, most=MOST_STEPS)
+        horizon_of(first) if horizon is None else integer("--horizon", horizon, least=1, most=MOST_STEPS)
     )
     if forecasts_fields(models):
         return ForecastEvaluation(field_forecasts(models, data, horizon, validation, test, show, options))
@@ -273,7 +276,9 @@ def forecasts_fields(models: Mapping[str, Model]) -> bool:
     Raises:
         ConfigError: some do and others do not.
     """
-    kinds = {name: isinstance(model.codec, Standardised) for name, model in models.items()}
+    kinds = {
+        name: isinstance(model.codec, Standardised) or is_per_series(model) for name, model in models.items()
+    }
     if len(set(kinds.values())) > 1:
         one, other = (next(name for name, k in kinds.items() if k is kind) for kind in (True, False))
         raise ConfigError(f"{one} forecasts fields and {other} clips, expected models for the same data")
@@ -319,15 +324,35 @@ def field_forecasts(
             `show`.
         DataError: the data are missing, damaged, or too short.
     """
-    config = same(models, "frames", "patch")
-    standardised_alike(models)
+    config = same(models, "frames")
+    bound = {name: model for name, model in models.items() if not is_per_series(model)}
+    if bound:
+        same(bound, "patch")
+        standardised_alike(bound)
     fields = load_fields(data, **options)
-    parts, *_ = [held_out(model, fields, validation, test) for model in models.values()]
+    # a forecaster of any series takes the statistics of one that learned its own
+    ordered = [*bound.values(), *(model for model in models.values() if is_per_series(model))]
+    parts, *_ = [held_out(model, fields, validation, test) for model in ordered]
     integer("--show", show, least=0, most=parts.test.count(config.frames, horizon) - 1)
-    makers = {name: partial(forecast, model, horizon=horizon) for name, model in models.items()}
+    makers: dict[str, Forecaster] = {
+        name: partial(forecast, model, horizon=horizon) for name, model in models.items()
+    }
+    if len(bound) < len(models):
+        makers |= seasonal_baseline(parts.test.step, config.frames, horizon)
     with torch.no_grad():
         report = compare_forecasts(makers, parts.training, parts.test, config.frames, horizon)
     return FieldForecasts(models, parts, config.frames, horizon, report, show)
+
+
+def seasonal_baseline(step: Step, observed: int, horizon: int) -> dict[str, Forecaster]:
+    """Return the forecaster that repeats the last cycle, by its name; none where no whole cycle is observed."""
+    try:
+        period = period_of(step)
+    except ConfigError:
+        return {}
+    if period > observed:
+        return {}
+    return {f"seasonal naive ({period})": partial(seasonal_naive, horizon=horizon, period=period)}
 
 
 def same(models: Mapping[str, Model], *names: str) -> Any:
