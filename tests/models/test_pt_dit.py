@@ -325,9 +325,9 @@ def test_a_grid_that_no_windows_fit_is_refused(grid: Grid, nearest: str) -> None
     ):
         fitting_window(grid)
     with pytest.raises(
-        ShapeError, match="PTDiT: size=58, patch=2: no windows near 64 divide a frame of 29 x 29"
+        ShapeError, match="PTDiT: size=514, patch=2: no windows near 64 divide a frame of 257 x 257"
     ):
-        PTDiTConfig(size=58, patch=2)
+        PTDiTConfig(size=514, patch=2)
     model = PTDiT(replace(PTDiTConfig.tiny(), window=0))
     with pytest.raises(ShapeError, match="PTDiT: no windows near 64 divide a frame of 23 x 29"):
         model(torch.randn(1, 3, 46, 58), torch.rand(1), Cond(label=torch.tensor([1])))
