@@ -191,6 +191,13 @@ def test_what_is_zero_at_first_is_the_identity_whatever_the_proxies() -> None:
         assert changed == [False] * 4 and not out.any()
 
 
+def test_the_text_s_output_layer_is_not_zero_at_first() -> None:
+    """By the code, which zeroes those of the injection and of shifted windows alone."""
+    for block in VideoPTDiT(VideoPTDiTConfig.tiny()).blocks:
+        assert block.cross_attn.out.weight.all() and not block.inject_out.weight.any()
+        assert not block.shifted_out.weight.any()
+
+
 def test_a_window_of_one_token_makes_proxies_of_all_tokens() -> None:
     """Then the proxies' attention is dense attention of all tokens, and a token in its window sees itself alone."""
     grid = Grid(2, 3, 4)
@@ -295,11 +302,68 @@ def test_attention_costs_what_the_paper_s_formula_says(side: int, p: int) -> Non
         (Grid(48, 32, 32), (4, 4, 4)),
         (Grid(1, 24, 40), (1, 4, 4)),
         (Grid(6, 7, 13), (2, 1, 1)),
+        (Grid(1, 67, 64), (1, 67, 1)),
+        (Grid(1, 64, 67), (1, 1, 67)),
+        (Grid(1, 53, 80), (1, 53, 2)),
+        (Grid(1, 4, 6), (1, 1, 1)),
     ],
     ids=lambda value: "x".join(map(str, value.shape if isinstance(value, Grid) else value)),
 )
 def test_windows_that_fit_a_grid_are_about_64_a_frame(grid: Grid, window: tuple[int, int, int]) -> None:
+    """Where a side is prime, too: windows of one token would be attention of all tokens."""
     assert fitting_window(grid) == window
+
+
+@pytest.mark.parametrize(
+    ("grid", "nearest"),
+    [(Grid(1, 23, 29), "667 of 1 x 1"), (Grid(8, 1009, 1009), "1 of 1009 x 1009")],
+    ids=["many", "one"],
+)
+def test_a_grid_that_no_windows_fit_is_refused(grid: Grid, nearest: str) -> None:
+    with pytest.raises(
+        ShapeError, match=f"no windows near 64 divide a frame of .* the nearest are {nearest}"
+    ):
+        fitting_window(grid)
+    with pytest.raises(
+        ShapeError, match="PTDiT: size=514, patch=2: no windows near 64 divide a frame of 257 x 257"
+    ):
+        PTDiTConfig(size=514, patch=2)
+    model = PTDiT(replace(PTDiTConfig.tiny(), window=0))
+    with pytest.raises(ShapeError, match="PTDiT: no windows near 64 divide a frame of 23 x 29"):
+        model(torch.randn(1, 3, 46, 58), torch.rand(1), Cond(label=torch.tensor([1])))
+
+
+def test_positions_of_a_model_of_128_latents_lie_half_as_far_apart() -> None:
+    """By the code: coordinates are divided by max(1, size // 64)."""
+    for size, divisor in ((128, 2), (120, 1), (320, 5)):
+        model = PTDiT(
+            PTDiTConfig(size=size, patch=size // 8, channels=1, width=32, depth=1, heads=2, window=2)
+        )
+        torch.nn.init.zeros_(model.embed.bias)
+        found = model.tokenize(torch.zeros(1, 1, size, size)).x[0]
+        place = Grid(1, 8, 8).coordinates() / divisor
+        frequency = 10_000.0 ** (-torch.arange(6) / 6)
+        for axis, channels in ((2, slice(8, 20)), (1, slice(20, 32))):
+            angle = place[:, axis, None] * frequency
+            assert torch.allclose(found[:, channels], torch.cat([angle.sin(), angle.cos()], -1), atol=1e-6)
+
+
+def test_more_heads_than_a_kernel_takes_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of a batch are samples of attention: many frames have more of them than a CUDA grid."""
+    model = clip_of(CLIP, WINDOW)
+    x, t = torch.randn(2, 3, *CLIP.shape, dtype=torch.float64), torch.rand(2)
+    expected = model(x, t, Cond())
+    sizes, whole = [], F.scaled_dot_product_attention
+
+    def noted(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        sizes.append(q.shape[0] * q.shape[1])
+        return whole(q, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr("ditkit.nn.blocks.MAX_HEADS", 7)
+    assert torch.allclose(model(x, t, Cond()), expected, atol=1e-13)
+    # 16 windows of 2 heads, 3 samples at a time, twice; proxies and what reads them are 2 samples
+    assert sizes == [4, 4, *2 * [6, 6, 6, 6, 6, 2]]
 
 
 # --- clips and prompts ---------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class PTDiTConfig(ModelConfig):
         depth: number of blocks.
         heads: of each attention.
         window: tokens of a window along frames, height and width; one number p is 1, p, p. 0 for about 64 windows a
-            frame of four frames each, whatever the grid.
+            frame of up to four frames each.
         proxies: of a window, along height and width; of several each has every second, third ... row and column.
         pooling: what a proxy is: the mean of its tokens; the first of them; or one at random, drawn anew at each time
             from the time itself, so that guidance's branches agree and a second run is equal.
@@ -148,7 +148,7 @@ class PTDiTConfig(ModelConfig):
         """Return the sides of the windows of a grid.
 
         Raises:
-            ShapeError: they do not divide the grid, or the proxies of a window do not divide it.
+            ShapeError: they do not divide the grid, none that do are near 64, or a window's proxies do not divide it.
         """
         window = sides_of(self.window, 1) if self.window else fitting_window(grid)
         window_counts(grid, window)
@@ -198,7 +198,7 @@ class Place(NamedTuple):
     """The place of a call's rows, and what stands beside them: given to each block.
 
     Args:
-        seam: [n, M, M] bool, of shifted windows, false between rows that the roll brought together; None: none.
+        seam: [B n, 1, M, M] bool, of shifted windows, false between rows that the roll brought together; None: none.
         salt: [B] int64 from which proxies are drawn; None where they are not.
         prompt: None where nothing is said.
     """
@@ -319,11 +319,7 @@ class PTDiTBlock(nn.Module):
         """Compute attention inside of shifted windows, its gate and the layer that is zero at first."""
         where = (place.grid, place.window, place.shift)
         windows = cut_windows(self.normed(x_BLD, parts, "shifted_attn"), *where)
-        mask = (
-            ()
-            if place.seam is None
-            else (place.seam.expand(len(windows), -1, -1, -1).flatten(0, 1)[:, None],)
-        )
+        mask = () if place.seam is None else (place.seam,)
         attend: Any = self.shifted_attn
         o_BnMD = attend(windows.flatten(0, 1), run, at, mask=mask).unflatten(0, windows.shape[:2])
         return self.shifted_out(self.gate(parts, "shifted_attn") * join_windows(o_BnMD, *where))
@@ -405,13 +401,12 @@ class PTDiT(Denoiser):
         return cls.holding(config, renamed(state, named), named)
 
     def reset_parameters(self) -> None:
-        """As DiT; the layers after the injection, the shifted windows and the text are zero at first."""
+        """As DiT; the layers after the injection and the shifted windows are zero at first (the code)."""
         late = [self.time.inner.weight, self.time.outer.weight]
         if self.config.text_width:
             late += [self.common.weight, self.text[0].weight, self.text[2].weight]  # type: ignore[list-item]
         adaln_zero_(self, *([self.label.weight] if self.label else []), *late)
         zero = [getattr(block, name, None) for block in self.blocks for name in ("inject_out", "shifted_out")]
-        zero += [block.cross_attn.out for block in self.blocks if self.config.text_width]  # type: ignore[union-attr]
         for weight in (p for layer in zero if layer is not None for p in layer.parameters()):
             nn.init.zeros_(weight)
         for part in self.modules():
@@ -483,7 +478,9 @@ class PTDiT(Denoiser):
         except ShapeError as error:
             raise ShapeError(f"{type(self).__name__}: {error}") from error
         shifts = c.shift and c.mixer != "proxies" and any(place.shift)
-        seam = seam_mask(grid, place.window, place.shift, device) if shifts else None
+        seam = None
+        if shifts:
+            seam = seam_mask(grid, place.window, place.shift, device).repeat(len(t), 1, 1)[:, None]
         if c.pooling == "random":
             bits = t.float().view(torch.int32).long()
             salt = torch.randint_like(bits, 2**31) if self.training else bits

@@ -10,23 +10,41 @@ from math import gcd, isqrt
 import torch
 from torch import Tensor
 
+from ditkit.core.errors import ShapeError
 from ditkit.core.grid import Grid
 
 WINDOWS = 64
 """Windows of a frame whose sizes are chosen by its grid: as many at every resolution (section 4.1)."""
 WINDOW_FRAMES = 4
+FAR = 4
+"""By how many times the windows of a frame may be more or fewer than those, before none are said to fit."""
 
 
 def fitting_window(grid: Grid) -> tuple[int, int, int]:
-    """Return windows of which a frame has about 64, as square as they can be, of up to four frames."""
+    """Return windows of which a frame has about 64, as square as they can be, of up to four frames.
 
-    def distance(window: tuple[int, int]) -> tuple[float, int]:
-        height, width = window
-        count = (grid.height // height) * (grid.width // width)
-        return (_ratio(count, WINDOWS) * _ratio(height, width), height)
+    The number counts twice as much as the shape. A frame of 256 tokens or fewer may have windows of one token.
+
+    Raises:
+        ShapeError: the sides divide into no windows of which a frame has 16 to 256.
+    """
+
+    def count(window: tuple[int, int]) -> int:
+        return (grid.height // window[0]) * (grid.width // window[1])
+
+    def distance(window: tuple[int, int]) -> tuple[float, float, int]:
+        number, (height, width) = _ratio(count(window), WINDOWS), window
+        return number**2 * _ratio(height, width), number, height
 
     every = [(h, w) for h in _divisors(grid.height) for w in _divisors(grid.width)]
-    return (gcd(grid.frames, WINDOW_FRAMES), *min(every, key=distance))
+    height, width = min(every, key=distance)
+    number = count((height, width))
+    if number > FAR * WINDOWS or (number < WINDOWS / FAR and height * width > 1):
+        raise ShapeError(
+            f"no windows near {WINDOWS} divide a frame of {grid.height} x {grid.width} tokens: the nearest are "
+            f"{number:,} of {height} x {width}; take other sides or name `window`"
+        )
+    return (gcd(grid.frames, WINDOW_FRAMES), height, width)
 
 
 def _ratio(a: int, b: int) -> float:
