@@ -340,7 +340,7 @@ def test_counts_are_not_measured_beside_standardised_values(tmp_path) -> None:
         "other": Tempo(TINY).eval(),
     }
     for names in (("counts", "other"), ("other", "counts")):
-        with pytest.raises(ConfigError, match="counts takes counts as they are .* other standardised"):
+        with pytest.raises(ConfigError, match=r"counts takes counts as they are .* other standardised"):
             field_forecasts({name: laws[name] for name in names}, data, 12, 0.1, 0.3, 0, {})
     found = field_forecasts({"counts": laws["counts"]}, data, 12, 0.1, 0.3, 0, {})
     assert found.parts.test.scaling is not None and found.parts.test.scaling.std.tolist() == [1]
