@@ -284,7 +284,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 600, shift_steps: int = 250, decoder_steps: int = 120, count: int = 2048) -> None:
+def main(steps: int = 400, shift_steps: int = 200, decoder_steps: int = 80, count: int = 512) -> None:
     """Try the claims.
 
     Args:

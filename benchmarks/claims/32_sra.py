@@ -142,7 +142,7 @@ def untried() -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 300, rounds: int = 20) -> None:
+def main(steps: int = 150, rounds: int = 12) -> None:
     """Try the claims.
 
     Args:

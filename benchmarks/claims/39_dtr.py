@@ -96,7 +96,7 @@ def of(arms: Arms) -> Iterator[Claim]:
     )
 
 
-def main(steps: int = 100, seeds: int = 2, more: bool = False) -> None:
+def main(steps: int = 60, seeds: int = 5, more: bool = False) -> None:
     """Try the claims.
 
     Args:

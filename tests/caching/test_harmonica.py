@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 from torch import Tensor, nn
 
 import ditkit
 from ditkit.api.harmonise import Drawn, Harmonising, ModelProcess, Process, Router, Training, harmonise
-from ditkit.api.harmonise_pixart import harmonise_pixart
+from ditkit.api.harmonise_pixart import PixArtProcess, harmonise_pixart
 from ditkit.attention import Neighbourhood
 from ditkit.bench.macs import MacCounter
 from ditkit.caching import HarmoniCa, TaylorSeer
@@ -26,6 +31,7 @@ from ditkit.core.errors import CheckpointError, ConfigError, ConflictError, NoEf
 from ditkit.core.run import Call, Run, Site
 from ditkit.core.trajectory import Trajectory
 from ditkit.models.dit import DiT
+from ditkit.models.text_dit import TextDiT, TextDiTConfig
 from ditkit.sample import ClassifierFree, Ddim, Unguided
 from ditkit.sample.sampler import Sampling
 from ditkit.sample.solvers import Ancestral, Euler, Heun
@@ -388,6 +394,59 @@ def test_pixart_is_trained_and_accelerated(tmp_path: Path) -> None:
     assert fast.report().cost.receipts[0].saved > 0
     with pytest.raises(ConfigError, match="is of 3 evaluations, got 4"):
         fast(**given, num_inference_steps=4)
+
+
+def test_a_model_that_is_drawn_by_prompts_is_trained_on_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are taken in turn, both branches as one batch; without any it is refused before the first step."""
+    torch.manual_seed(0)
+    model = TextDiT(TextDiTConfig.tiny()).eval()
+    nn.init.normal_(model.head.out.weight)
+    process = ModelProcess(model, SAMPLING, prompts=["a red apple", "cat", "a very sad dog"])
+    first, second = process.start(0), process.start(1)
+    assert first.cond.text is not None and second.cond.text is not None and len(first.x) == 4
+    assert not torch.equal(first.cond.text[0], second.cond.text[0])
+    assert torch.equal(first.cond.text[0], process.start(3).cond.text[0])
+    table = harmonise(model, SAMPLING, replace(QUICK, trajectories=1), prompts=["a red apple", "cat"])
+    path = replace(table, rows=("1" * 6, *["101010"] * 3)).save(tmp_path / "table.json")
+    drawn = ditkit.generate(
+        model, prompt="cat", seeds=(0,), steps=STEPS, guidance=1.5, policies=[HarmoniCa(table=str(path))]
+    )
+    assert drawn.receipts[0].saved > 0
+    folder = model.save(tmp_path / "model")
+    words = ["harmonise", str(folder), "--steps", "3", "--trajectories", "1", "--samples", "1", "--out"]
+    out = tmp_path / "cache.json"
+    assert main([*words, str(out)]) == 2 and not out.exists()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a TextDiT is drawn by prompts, got none" in line and "--prompt" in line
+    assert main([*words, str(out), "--prompt", "cat"]) == 0 and out.exists()
+    with pytest.raises(ConfigError, match="takes no prompt"):
+        harmonise(tiny_dit(), SAMPLING, QUICK, prompts=["cat"])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (DDPMScheduler, {}),
+        (EulerAncestralDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_schedulers_that_draw_are_refused(scheduler: type[Any], options: Mapping[str, Any]) -> None:
+    pipe, given = pixart(scheduler)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    called: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: called.append(1))
+    with pytest.raises(ConfigError, match=f"{scheduler.__name__} draws noise in its steps"):
+        harmonise_pixart(pipe, given, steps=3, settings=QUICK)
+    assert not called
+
+
+def test_schedulers_that_do_not_draw_are_taken() -> None:
+    pipe, given = pixart(DPMSolverMultistepScheduler)
+    process = PixArtProcess(pipe, given, 3, 2.0, 1, 0)
+    assert len(process.times) == 3
 
 
 def test_from_the_shell(saved: tuple[DiT, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

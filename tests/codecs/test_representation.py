@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from ditkit.caching import TaylorSeer
 from ditkit.codecs.image_vae import ImageVae, ImageVaeConfig
 from ditkit.codecs.representation import RepresentationCodec, RepresentationConfig, decided
 from ditkit.core.codec import Codec
+from ditkit.core.convention import Convention
 from ditkit.core.errors import CheckpointError, ConfigError, DataError, ShapeError
 from ditkit.core.time_grid import Shift
+from ditkit.metrics.perceptual import feature_distance
 from ditkit.models.ddt import DiTDH, DiTDHConfig
 from ditkit.nn import efficientnet
 from ditkit.nn.frozen import save_network
@@ -25,11 +29,14 @@ from ditkit.recipes.rae import rae, rae_codec
 from ditkit.report.sheet import write_png
 from ditkit.sample import Euler
 from ditkit.train.autoencoding import Autoencoding, Decoding
+from ditkit.train.denoising import Denoising
 from ditkit.train.loop import train
+from ditkit.train.terms import perceptual
 from ditkit.train.terms.latent_kl import LatentKL
-from ditkit.train.terms.regression import AbsoluteError
+from ditkit.train.terms.perceptual import Perceptual
+from ditkit.train.terms.regression import AbsoluteError, Regression
 from ditkit.train.timesteps import BY_DIMENSION
-from scripts.toy_run import Pictures, losses, settings
+from scripts.toy_run import Pictures, losses, settings, toy_model
 
 DECODING = Decoding((AbsoluteError(),))
 
@@ -111,7 +118,7 @@ def test_noise_in_training_makes_a_decoder_that_stands_noise(source: str, tmp_pa
     found = {}
     for tau in (0.0, 0.8):
         torch.manual_seed(0)
-        given = settings(steps=150, warmup=10, learning_rate=3e-3, save_every=0)
+        given = settings(steps=80, warmup=5, learning_rate=3e-3, save_every=0)
         own = train(
             RepresentationCodec(config(source, noise=tau)), Pictures(), DECODING, given, tmp_path / str(tau)
         )  # type: ignore[arg-type]
@@ -135,6 +142,53 @@ def test_a_training_killed_and_resumed_is_the_uninterrupted_one(source: str, tmp
     names = set(trained.state_dict())
     assert not any("network" in name for name in names)  # the encoder is no part of it
     assert {"mean", "variance", "decoder.token"} <= names
+
+
+def test_a_decoder_learns_from_what_a_network_sees(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distance is that of our metrics, with gradients; the network is frozen and no part of what is saved."""
+    torch.manual_seed(2)
+    network = efficientnet.EfficientNetLite0().eval().requires_grad_(False)
+    monkeypatch.setattr(perceptual, "load_efficientnet_lite0", lambda _: network)
+    term = Perceptual(network="efficientnet-lite0")
+    x, ref = torch.rand(2, 1, 1, 8, 8).mul(2).sub(1)
+    measured = perceptual.FeatureDistance()
+    assert torch.allclose(measured(x, ref), feature_distance(network, x, ref), rtol=1e-4)
+    assert measured(x, x).abs().max() < 1e-9
+    x.requires_grad_()
+    measured(x, ref).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    given = settings(steps=1, warmup=1, save_every=0, batch=2)
+    own: Any = RepresentationCodec(config(source))
+    trained = train(own, Pictures(), Decoding((AbsoluteError(), term)), given, tmp_path / "run")
+    lines = losses(tmp_path / "run")
+    assert all(line["Perceptual"] > 0 for line in lines) and lines[0]["loss"] == pytest.approx(
+        lines[0]["AbsoluteError"] + lines[0]["Perceptual"]
+    )
+    assert set(trained.state_dict()) == set(codec(source).state_dict())
+
+
+def test_lpips_without_its_weights_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is fetched: torchvision is not there, or the file of its weights is not."""
+    monkeypatch.setattr(perceptual, "find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match="Perceptual needs torchvision for lpips-vgg: pip install torchvision"
+    ):
+        Decoding((Perceptual(),)).check(codec(source))
+    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url="https://example.org/models/vgg.pth"))
+    models = SimpleNamespace(VGG16_Weights=weights)
+    monkeypatch.setattr(perceptual, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "vgg.pth, the file of https://example.org" in perceptual.missing("lpips-vgg")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg.pth").touch()
+    assert not perceptual.missing("lpips-vgg")
+    with pytest.raises(ConfigError, match="Perceptual needs a codec of pictures"):
+        Denoising((Regression(), Perceptual(network="efficientnet-lite0"))).check(toy_model(Convention()))
 
 
 def test_saved_it_decodes_without_its_encoder_and_encodes_with_the_same(source: str, tmp_path: Path) -> None:
@@ -320,3 +374,7 @@ def test_the_recipes() -> None:
     assert rae().objective.timesteps == BY_DIMENSION  # type: ignore[attr-defined]
     assert isinstance(rae_codec().objective, Decoding)
     assert rae().model.head_width >= 128
+    for recipe in (rae(), rae_codec()):
+        given = recipe.settings
+        assert given.rate(given.steps) == pytest.approx(0.1 * given.rate(given.warmup))
+    assert rae().settings.rate(200) == 1e-3 and rae().settings.rate(2100) == pytest.approx(0.55e-3)

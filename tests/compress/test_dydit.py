@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from ditkit.attention import Neighbourhood
 from ditkit.bench.macs import MacCounter
 from ditkit.caching import TaylorSeer
 from ditkit.compress import DyDiT
+from ditkit.compress import dydit as dydit_module
 from ditkit.compress.dydit import gate, load_routers
 from ditkit.core.cond import Cond
 from ditkit.core.errors import CheckpointError, ConfigError
@@ -30,7 +33,7 @@ from ditkit.nn.time_lora import TimeLoRA
 from ditkit.recipes.dydit import dydit
 from ditkit.train.denoising import Denoising
 from ditkit.train.ema import Constant
-from ditkit.train.loop import train
+from ditkit.train.loop import Training, train
 from ditkit.train.objective import Batch
 from ditkit.train.randomness import SampleRNG
 from ditkit.train.settings import Settings
@@ -124,7 +127,7 @@ def test_gradients_of_slices_are_those_of_masks(heads: tuple[int, ...]) -> None:
         (masks, masks._replace(row_mask=rows.double())),
     ):
         given = {"b.attn.route": attn, "b.mlp.route": mlp}
-        run = Run({name: lambda fn, x, route=route: route for name, route in given.items()})
+        run = Run({name: lambda *_, route=route: route for name, route in given.items()})
         x = torch.linspace(-1, 1, 3 * 16 * 32, dtype=torch.float64).view(3, 16, 32).requires_grad_()
         out = block(x, c, None, run, "b")
         weights = block.mlp.inner.weight, block.attn.qkv.bias
@@ -309,6 +312,28 @@ def test_receipts_say_what_was_done() -> None:
     assert said["inherent"] and said["sites"] == 6 and 0 < said["least"] <= said["work"] <= said["most"] < 1
 
 
+def test_a_layer_that_cannot_be_cut_saves_nothing() -> None:
+    """The receipt counts it whole, as it is computed; the attention between two such layers is saved all the same."""
+    model = routed(replace(OPEN, tokens=False))
+    blocks = routed_blocks(model.sites())
+    whole = 3 * sum(sum(block.work(16)) for block in blocks)
+    inside = 3 * sum(block.parts(16)[0][1] for block in blocks)
+    with torch.no_grad():
+        _, cut = called(model, X, True, count=True)
+        for block in model.blocks:
+            for layer in (block.attn.qkv, block.attn.out, block.mlp.inner, block.mlp.outer):
+                layer.register_forward_hook(lambda *_: None)
+        counted, remarks = called(model, X, True, count=True)
+        with MacCounter() as dense:
+            model(X, torch.full((3,), 0.6), COND)
+    routers = 2 * 3 * 32 * 3
+    done = counted.total - (dense.total - whole) - routers
+    assert cut["work"] < 0.8 < remarks["work"] < 1
+    assert done / whole == pytest.approx(remarks["work"], abs=1e-3) and done > whole - inside
+    (receipt,) = ditkit.generate(model, [0], seeds=(0,), steps=2).receipts
+    assert receipt.saved <= 2 * 2 * 3  # attentions at most: two evaluations of two lanes
+
+
 class Pictures:
     def __len__(self) -> int:
         return 16
@@ -338,6 +363,74 @@ def test_a_run_learns_its_budget_beside_the_complete_model(tmp_path: Path) -> No
     assert '"CompleteModel"' in lines[0] and '"Budget"' in lines[-1]
 
 
+def test_the_budget_is_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss and gradient are the same however many parts and processes share a batch, and strata."""
+    monkeypatch.setattr(dydit_module, "gumbel", torch.zeros_like)
+    found = {}
+    for parts in (1, 4):
+        model = routed(OPEN).train()
+        objective = Denoising((Regression(), Budget(target=0.3, warmup=1, hold=0)), clock=Stratified(4))
+        settings = replace(SHORT, batch=8, accumulate=parts)
+        run = Training(model, Pictures(), objective, settings, tmp_path / str(parts))
+        run.open({}, False)
+        run.done = 1
+        losses = run.gradients()
+        found[parts] = losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    (one, whole), (four, parted) = found[1], found[4]
+    assert one == pytest.approx(four, rel=1e-4) and one["Budget"] > 1e-4
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, parted[name], rtol=1e-3, atol=1e-5), name
+    others = SimpleNamespace(num_processes=2, process_index=0, reduce=lambda mean, how: mean + 1)
+    run.settings, run.accelerator = replace(settings, accumulate=1), others  # type: ignore[assignment]
+    pool = run.pooled(run.indices())
+    assert pool is not None and pool("Budget", torch.tensor(1.0)) == 2
+    data = torch.zeros(2, 1)
+    half = Batch(data=data, prediction=data, taps={}, pool=lambda mean: mean + 1)
+    values = torch.tensor([0.2, 0.4], requires_grad=True)
+    half.pooled(values).square().backward()
+    assert values.grad is not None and torch.allclose(values.grad, torch.full((2,), 2 * 1.3 / 2))
+
+
+def test_td_lora_learns_beside_the_complete_model(tmp_path: Path) -> None:
+    """Complete is all heads, channels and tokens with the updates; exact is the network as it is without them."""
+    policy = replace(OPEN, rank=2, alpha=2.0)
+    model = routed(policy)
+    whole, plain = (
+        Trajectory(model.sites(), [p], 1, learned=model.learned) for p in (policy.whole(), policy.exact())
+    )
+    opened = routed(policy)
+    with torch.no_grad():
+        for routers in opened.learned["DyDiT"].values():  # type: ignore[operator]
+            routers.width.bias.fill_(1e4)
+            if routers.tokens is not None:
+                routers.tokens[2].bias.fill_(1e4)
+        t, call = torch.full((3,), 0.6), Call(0, 1, 0.6, layout=model.layout((3, 8, 8)))
+        assert torch.allclose(model(X, t, COND, whole.run(call)), called(opened, X, True), atol=1e-5)
+        assert torch.equal(model(X, t, COND, plain.run(call)), dense(model))
+        assert not torch.allclose(called(opened, X, True), dense(model), atol=1e-3)
+    run = Training(
+        model.train(), Pictures(), Denoising((CompleteModel(),)), replace(SHORT, trained="dydit"), tmp_path
+    )
+    run.open({}, False)
+    run.gradients()
+    reached = {n.split(".")[3] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"first", "second"}
+    with pytest.raises(ConfigError, match="CompleteModel needs weights to train that are there when DyDiT"):
+        Training(
+            routed(OPEN), Pictures(), Denoising((CompleteModel(),)), replace(SHORT, trained="dydit"), tmp_path
+        )
+
+
+def test_routers_that_nobody_holds_go_where_the_model_is() -> None:
+    """Fresh ones follow the embedding of the time; those of a model stay where it has them."""
+    model = routed(OPEN)
+    (site,) = named(model.sites(), "timestep")
+    for held in (None, model.learned["DyDiT"]):
+        session: Any = OPEN.start(model.sites(), 1, held)
+        session.enter(Call(0, 1, nan))[site](lambda: torch.empty(2, 32, device="meta"))
+        assert all(weight.is_meta is (held is None) for weight in session.modules.parameters())
+
+
 def test_a_step_of_too_large_a_gradient_changes_nothing(tmp_path: Path) -> None:
     before = DiT(TINY).adopt([DyDiT(width_bias=1.0, token_bias=1.0)])
     torch.manual_seed(0)
@@ -346,10 +439,28 @@ def test_a_step_of_too_large_a_gradient_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in after.state_dict().items())
 
 
-def test_video_models_that_embed_the_time_have_routes() -> None:
-    model = VideoDiT(replace(VideoDiTConfig.tiny(), classes=0)) if hasattr(VideoDiTConfig, "tiny") else None
-    assert model is not None
-    assert len(OPEN.blocks(model.sites())) == model.config.depth or "joint" in str(model.sites())
+@torch.no_grad()
+def test_clips_are_routed() -> None:
+    """Slices are masks over tokens of all frames, under rotary positions and normed keys; less is computed."""
+    model = VideoDiT(VideoDiTConfig.tiny())
+    g = torch.Generator().manual_seed(2)
+    for weight in (*model.parameters(), *model.adopt([OPEN]).eval().learned.parameters()):
+        weight.add_(0.3 * torch.randn(weight.shape, generator=g))
+    x, cond = torch.randn(2, 3, 4, 8, 8, generator=g), Cond(label=torch.tensor([1, 4]))
+    found = {}
+    for name, t, policy in (("sliced", 0.6, OPEN), ("masked", nan, OPEN), ("dense", 0.6, OPEN.exact())):
+        trajectory = Trajectory(model.sites(), [policy], 1, learned=model.learned)
+        call = Call(0, 1, t, layout=model.layout((3, 4, 8, 8)))
+        with MacCounter() as counter:
+            out = trajectory.leave(call, model(x, torch.full((2,), 0.6), cond, trajectory.run(call)))
+        found[name] = out, counter.total, trajectory.sessions[0].remarks.get("work", 1)
+    (sliced, cost, share), (masked, _, _), (plain, whole, _) = found.values()
+    assert torch.allclose(sliced, masked, atol=1e-5, rtol=1e-5) and not torch.allclose(
+        sliced, plain, atol=1e-2
+    )
+    blocks = 2 * sum(sum(block.work(64)) for block in routed_blocks(model.sites()))
+    routers = 2 * 2 * 64 * (32 * 2 + 2) + 2 * 2 * 32 * 3
+    assert 0.2 < share < 0.9 and whole - cost + routers == pytest.approx((1 - share) * blocks, rel=0.01)
 
 
 @pytest.mark.parametrize(

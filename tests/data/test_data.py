@@ -87,12 +87,16 @@ def test_names_are_the_files_of_the_folder():
             "emoji",
             "fashion",
             "flights",
+            "landsat",
             "moving-digits",
             "openmoji",
             "rain",
             "school",
+            "solar",
+            "traffic",
+            "vizdoom",
+            "winds",
         ),
-        *("solar", "traffic", "vizdoom", "winds"),
     )
 
 

@@ -35,14 +35,19 @@ def awake(kind: type[Model]) -> Model:
 
 def inputs(model: Model, size: int = BATCH) -> tuple[Any, ...]:
     """Arguments of a forward pass, a row a sample. Every sample of a denoiser is told its class, its prompt if the
-    model takes one, and, of a clip, its first half; in training the second one counts as untold, so that no test
-    depends on a draw."""
+    model takes one, the streams that it declares, and, of a clip, its first half; in training the second one counts as
+    untold, so that no test depends on a draw."""
     x = torch.randn(size, *model.sample_shape)
     if not isinstance(model, Denoiser):
         return (x,)
     cond = Cond(label=torch.arange(size), drop=torch.arange(size) == 1)
     if (text := model.conditions.get("text")) is not None:
         cond = replace(cond, text=torch.randn(size, TOKENS, text.shape[1]))
+    streams = {name: c for name, c in model.conditions.items() if name not in Cond.__dataclass_fields__}
+    if streams:
+        told = {name: torch.rand(size, *c.shape) for name, c in streams.items()}
+        absent = {name: torch.arange(size) == 1 for name, c in streams.items() if c.dropout}
+        cond = replace(cond, streams=told, absent=absent)
     if x.ndim == CLIP:
         mask = torch.ones(size, 1, *x.shape[2:])
         mask[:, :, : x.shape[2] // 2] = 0

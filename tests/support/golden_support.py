@@ -45,9 +45,11 @@ def float64() -> Iterator[None]:
 
 @cache
 def read(system: str) -> dict[str, Case]:
-    """Return the cases of a file by name."""
+    """Return the cases of a file by name; a name that comes again has its place in the file behind it."""
     cases = json.loads((FOLDER / f"{system}.json").read_text())["cases"]
-    found = {case["name"]: case for case in cases}
+    found: dict[str, Case] = {}
+    for place, case in enumerate(cases):
+        found[f"{case['name']} {place}" if case["name"] in found else case["name"]] = case
     assert len(found) == len(cases) > 0
     return found
 

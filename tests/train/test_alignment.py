@@ -28,6 +28,7 @@ from ditkit.nn import efficientnet
 from ditkit.nn.encoders import Facts, ViTEncoder, picture_encoder
 from ditkit.nn.frozen import save_network
 from ditkit.nn.vit import ViT, ViTConfig
+from ditkit.pipelines.accelerate import DEFAULT
 from ditkit.recipes.haste import haste, repa
 from ditkit.tasks.latent import LatentDataset
 from ditkit.train.denoising import Denoising
@@ -201,14 +202,14 @@ def test_only_what_comes_before_the_scores_learns_from_attention(source: str) ->
 
 def test_what_was_trained_so_is_accelerated_like_any_other(source: str, tmp_path: Path) -> None:
     trained = ditkit.load(run(tmp_path / "run", objective(source, Between(0.5, 0, STOP))) / "model")
-    exact, fast = (
-        ditkit.generate(trained, [0, 1], seeds=[0, 1], steps=8, policies=policies)
-        for policies in ((), [TaylorSeer()])
+    exact, fast, default = (
+        ditkit.generate(trained, [0, 1], seeds=[0, 1], steps=12, policies=policies)
+        for policies in ((), [TaylorSeer()], [DEFAULT])
     )
-    (receipt,) = fast.receipts
-    assert receipt.saved and not torch.equal(exact.samples, fast.samples)
-    error = (exact.samples - fast.samples).norm() / exact.samples.norm()
-    assert error < 1
+    for found in (fast, default):
+        (receipt,) = found.receipts
+        assert receipt.saved and not torch.equal(exact.samples, found.samples)
+        assert (exact.samples - found.samples).norm() / exact.samples.norm() < 1
 
 
 def test_latents_come_with_their_pixels_until_the_stop(source: str, tmp_path: Path) -> None:

@@ -142,6 +142,22 @@ def test_learning_rate_falls_along_half_a_cosine():
     assert rates == pytest.approx([0.1, 1.0, 1.0, (2 + 2**0.5) / 4, 0.5, 0.0])
     with pytest.raises(ConfigError, match="cosine and decay_after=5 both lower the learning rate"):
         Settings(cosine=True, decay_after=5)
+    higher = replace(given, lowest=0.2)
+    assert [higher.rate(step) for step in (10, 60, 110)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_learning_rate_falls_in_a_line():
+    """RAE's (arXiv 2510.11690): 2e-4 for 40 epochs of 800, then in a straight line to 2e-5."""
+    given = Settings(steps=800, learning_rate=2e-4, linear_after=40, lowest=0.1)
+    rates = [given.rate(step) for step in (0, 40, 420, 800)]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5])
+    assert Settings(steps=10, linear_after=20).rate(9) == Settings(steps=10).rate(9)
+    with pytest.raises(ConfigError, match="cosine and linear_after=5 both lower the learning rate"):
+        Settings(cosine=True, linear_after=5)
+    with pytest.raises(
+        ConfigError, match=r"lowest=0.1 is where a fall ends, expected cosine or linear_after"
+    ):
+        Settings(lowest=0.1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ditkit.caching.harmonica import COMPUTED, REUSED, CacheTable, Mixed, branch_digest
 from ditkit.core.codec import fingerprint
-from ditkit.core.cond import Cond
+from ditkit.core.cond import Cond, check_cond
 from ditkit.core.config import Checked, Count, Natural
 from ditkit.core.errors import ConfigError
 from ditkit.core.labels import class_names
@@ -27,7 +27,7 @@ from ditkit.core.policy import with_inherent
 from ditkit.core.run import Call, Run, Site, named
 from ditkit.sample.denoiser import Estimate, latest_time, placement
 from ditkit.sample.guidance import ClassifierFree, Unguided, extrapolate
-from ditkit.sample.sampler import Sampling
+from ditkit.sample.sampler import Sampling, with_prompt
 
 Proxy = Literal["incremental", "isolated", "none"]
 Follow = Literal["student", "teacher"]
@@ -116,12 +116,19 @@ class ModelProcess(Process):
 
     The rows of both branches take the guided channels; the network is shown the first half twice, as DiT's code does.
 
+    Args:
+        prompts: of a model that takes them: a trajectory takes as many as it has samples, in turn.
+
     Raises:
-        ConfigError: a solver that draws noise or takes several estimates, or a guidance other than classifier-free.
+        ConfigError: a solver that draws noise or takes several estimates, a guidance other than classifier-free,
+            prompts for a model without text, none for one with text, or a model that needs more than classes and text.
     """
 
-    def __init__(self, model: Denoiser, sampling: Sampling, seed: int = 0) -> None:
+    def __init__(
+        self, model: Denoiser, sampling: Sampling, seed: int = 0, prompts: Sequence[str] = ()
+    ) -> None:
         self.model, self.seed = model, seed
+        self.prompted = _prompted(model, prompts)
         self.path = model.config.convention.make_path()
         sampling, self.solver = sampling.on(self.path)
         if sampling.evaluations != sampling.steps or not isinstance(
@@ -144,7 +151,10 @@ class ModelProcess(Process):
         x = torch.randn(shape, generator=g)
         classes = len(class_names(self.model))
         label = torch.randint(classes, (self.batch,), generator=g) if classes else None
-        return self.begin(x, Cond(label=label))
+        if self.prompted.text is None:
+            return self.begin(x, Cond(label=label))
+        turn = (number * self.batch + torch.arange(self.batch)) % len(self.prompted.text)
+        return self.begin(x, replace(self.prompted.rows(turn), label=label))
 
     def begin(self, x: Tensor, cond: Cond) -> Drawn:
         """Begin from this noise [B, ...], of this conditioning."""
@@ -193,6 +203,24 @@ class ModelProcess(Process):
             half = x[: len(x) // 2]
             x = torch.cat([half, half])
         return x.to(dtype)
+
+
+def _prompted(model: Denoiser, prompts: Sequence[str]) -> Cond:
+    """Return the tokens of prompts, for a model that is drawn by them; else nothing.
+
+    Raises:
+        ConfigError: those of `ModelProcess`.
+    """
+    takes = "text" in model.conditions and getattr(model.config, "text_encoder", None) is not None
+    if takes and not prompts:
+        raise ConfigError(
+            f"harmonise: a {type(model).__name__} is drawn by prompts, got none; expected some that are typical of its "
+            'use: prompts=["a red apple", ...], on the command line --prompt'
+        )
+    cond = with_prompt(model, Cond(), prompts or None, len(prompts))
+    needed = {n: c for n, c in model.conditions.items() if n != "label"}
+    check_cond(f"harmonise: {type(model).__name__}", needed, cond, len(prompts))
+    return cond
 
 
 class Router:
@@ -345,21 +373,24 @@ def harmonise(
     sampling: Sampling | None = None,
     settings: Harmonising | None = None,
     *,
+    prompts: Sequence[str] = (),
     progress: Progress | None = None,
     **changes: Any,
 ) -> CacheTable:
     """Train a table for this model and this way of sampling, which `HarmoniCa(table=...)` takes from its file.
 
-    The model is frozen meanwhile and needs no data: labels and noise are drawn.
+    The model is frozen meanwhile and needs no data: labels and noise are drawn, prompts are taken in turn.
 
     Args:
+        prompts: texts, for a model that is drawn by them.
         sampling: its steps, solver and guidance; the paper's is 10 steps of DDIM at a scale of 1.5. settings: of the
             training, whose `batch` samples stand in each trajectory.
         changes: words of `Sampling` that differ.
 
     Raises:
-        ConfigError: a solver or guidance that cannot be stepped through, a model under other policies, or too few
-            steps.
+        ConfigError: a solver or guidance that cannot be stepped through, a model under other policies, one that needs
+            other than classes and prompts, or too few steps.
+        DataError: the weights of its text encoder are missing.
     """
     settings = settings or Harmonising()
     sampling = (sampling or Sampling(steps=10, guidance=1.5)).changed(  # type: ignore[arg-type]
@@ -367,7 +398,7 @@ def harmonise(
     )
     if sampling.policies or with_inherent(model, ()):
         raise ConfigError("harmonise: got a model or sampling under policies, expected none")
-    process = ModelProcess(model, sampling, settings.seed)
+    process = ModelProcess(model, sampling, settings.seed, prompts)
     with frozen(model):
         training = Training(process, settings)
         training.run(progress)

@@ -52,6 +52,7 @@ class PixArtProcess(Process):
         self.steps = list(self.scheduler.timesteps)
         trained = float(getattr(self.scheduler.config, "num_train_timesteps", 1000))
         self.times = [float(t) / trained for t in self.steps]
+        _refuse_noise(self.scheduler, self.model.config, self.steps[0])
         self.sampler = type(pipe.scheduler).__name__
         self.family = family(self.model)
         self.sites = self.family.sites(self.model)
@@ -125,7 +126,7 @@ def harmonise_pixart(
         prompts: captions, or what `pipe.encode_prompt` made of them, by the names of the pipeline's arguments.
 
     Raises:
-        ConfigError: no PixArt pipeline, no captions, or a scheduler that draws noise is given.
+        ConfigError: no PixArt pipeline, no captions, or a scheduler that draws noise in its steps is given.
     """
     settings = settings or Harmonising()
     model: Any = getattr(pipe, "transformer", None)
@@ -152,6 +153,25 @@ def harmonise_pixart(
     finally:
         if viewed:
             restore(model)
+
+
+def _refuse_noise(scheduler: Any, config: Any, t: Any) -> None:
+    """Refuse a scheduler whose first step is another at another state of the generator: a table learns one trajectory.
+
+    Raises:
+        ConfigError: it draws noise.
+    """
+    x = torch.ones(1, config.in_channels, 2, 2)
+    found = []
+    with torch.random.fork_rng(devices=()):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found.append(deepcopy(scheduler).step(0.1 * x, t, x, return_dict=False)[0])
+    if not torch.equal(*found):
+        raise ConfigError(
+            f"harmonise_pixart: {type(scheduler).__name__} draws noise in its steps, expected one that does not, such "
+            "as DDIMScheduler or DPMSolverMultistepScheduler"
+        )
 
 
 def _embedded(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

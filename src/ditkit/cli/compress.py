@@ -23,18 +23,20 @@ More = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metav
 def compress(model: ModelName, transforms: Transforms = (), *, out: Path, transform: More = ()) -> None:
     """Apply transforms to a model, in order, and save the result: prune, quantise or merge LoRA.
 
-    `ditkit policies` lists them. A pruned model draws badly until it is trained again; the recipe tinyfusion-recovery
-    does that.
+    `ditkit policies` lists them. A pruned model draws badly until it is trained again; the recipes tinyfusion-recovery
+    and ppcl do that.
 
     Examples:
         ditkit compress emoji kept:blocks=0+2+4+6+8 --out outputs/pruned
+        ditkit compress fashion-dit contiguous:remove=4 --out outputs/spans
         ditkit compress runs/tuned/model merged --out outputs/merged
         ditkit compress fashion-dit --transform temporalmaintenance:weights=4,iterations=500 --out outputs/w4a8
 
     Args:
         model: A shipped model (emoji), a folder, or owner/name on the Hugging Face hub.
-        transforms: Changes of the weights: kept:blocks=0+2+3 keeps these blocks, counted from 0; merged adds LoRA's
-            updates to the weights; lora:rank=8 adds untrained low-rank layers.
+        transforms: Changes of the weights: kept:blocks=0+2+3 keeps these blocks, counted from 0;
+            contiguous:spans=4-5+8-9 makes one block of each span, and contiguous:remove=4 finds spans; merged adds
+            LoRA's updates to the weights; lora:rank=8 adds untrained low-rank layers.
         out: Folder to write.
         transform: The same as a flag, applied after those. Repeat it for several.
     """

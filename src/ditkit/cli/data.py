@@ -20,7 +20,7 @@ SetName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 def data(name: SetName = "") -> None:
     """List the named data sets; or show one: its options, and whether it is on this machine.
 
-    --data also takes your own: a folder of pictures or videos, or a .csv, .nc or .parquet file.
+    --data also takes your own: a folder of pictures, videos or GeoTIFFs, or a .csv, .nc or .parquet file.
 
     Examples:
         ditkit data

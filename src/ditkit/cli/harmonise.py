@@ -12,7 +12,7 @@ from rich.console import Console
 from ditkit.api.harmonise import Follow, Harmonising, Proxy
 from ditkit.api.harmonise import harmonise as harmonised
 from ditkit.caching.harmonica import CacheTable
-from ditkit.cli.options import ModelName
+from ditkit.cli.options import ModelName, Prompts
 from ditkit.cli.placing import on_device
 from ditkit.cli.sampling import Flattened, Guiding, SamplingFlags
 from ditkit.core.errors import ConfigError
@@ -35,6 +35,7 @@ def harmonise(
     proxy: Proxy = "incremental",
     follow: Follow = "student",
     seed: int = 0,
+    prompt: Prompts = (),
     flags: Flattened = SamplingFlags(steps=10, guiding=Guiding(guidance=1.5)),
     out: Path = Path("outputs/cache.json"),
 ) -> None:
@@ -56,6 +57,7 @@ def harmonise(
             or alone (isolated); or 1 (none).
         follow: Whose steps a trajectory takes; teacher is a control.
         seed: Of the first table, labels and noise.
+        prompt: Text, of a model that takes one. Repeat it for several, which are taken in turn.
         out: File to write.
     """
     if out.suffix != ".json":
@@ -74,7 +76,7 @@ def harmonise(
         follow=follow,
         seed=seed,
     )
-    found = harmonised(network, flags.make((0,)), settings, progress=_shown)
+    found = harmonised(network, flags.make((0,)), settings, prompts=prompt, progress=_shown)
     found.save(out)
     Console().print(summary(found), highlight=False, markup=False)
     print(f"wrote {out}; use it with --policy harmonica:table={out}")

@@ -32,6 +32,7 @@ COMMANDS = (
     "experts",
     "video",
     "forecast",
+    "satellite",
     "policies",
     "recipes",
     "data",

@@ -183,6 +183,11 @@ class RepresentationCodec(RepresentingCodec):
     def forward(self, x: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         return self._decoded(self.noised(self.tokens(x), noise, u))
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the decoder's last layer, by which an adversary is balanced."""
+        return self.decoder.out.weight
+
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens of pictures [B, C, H, W] before normalisation, as a map [B, D, h, w].
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from annotated_types import Gt, Interval
@@ -23,7 +23,7 @@ from ditkit.core.errors import CheckpointError, ConfigError
 from ditkit.core.grid import Grid
 from ditkit.core.policy import Claim, Policy, Session, site_key
 from ditkit.core.run import Call, Handler, Site, named
-from ditkit.nn.routes import Route, Routed, Update, routed_blocks
+from ditkit.nn.routes import Route, Routed, Update, is_plain, routed_blocks
 from ditkit.nn.time_lora import TimeLoRA
 
 Routes = Literal["learned", "static", "random"]
@@ -48,7 +48,8 @@ class DyDiT(Policy):
         rank: of TD-LoRA, (alpha / rank) sum_q w_q(t) B_q A on the four layers of a block, w a softmax of a router on
             e(t); 0 for none. updates: how many B_q. alpha: its scale, times rank.
         seed: of fresh weights.
-        complete: compute everything: the neutral setting.
+        complete: compute all heads, channels and tokens, with TD-LoRA's updates. Without a rank that is the neutral
+            setting: the network as it is, whatever it has learned.
         routes: learned, or a control without routers: "static", the first heads and groups at all times; "random", the
             MLP of random tokens. share: of them that a control computes.
     """
@@ -71,7 +72,7 @@ class DyDiT(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.width or self.tokens or self.rank):
+        if not (self.width or self.tokens or self.rank or self.complete):
             raise ConfigError(
                 "DyDiT: width=False, tokens=False and rank=0 leave nothing, expected one of them"
             )
@@ -125,9 +126,12 @@ class DyDiT(Policy):
         known: Any = self.modules(sites) if modules is None else modules
         if modules is None and known is not None:
             known.eval()  # routers that nobody trains
-        return Dynamic(self, sites, known)
+        return Dynamic(self, sites, known, fresh=modules is None)
 
     def exact(self) -> DyDiT:
+        return replace(self, complete=True, rank=0)
+
+    def whole(self) -> DyDiT:
         return replace(self, complete=True)
 
     @classmethod
@@ -237,23 +241,32 @@ class Dynamic(Session):
 
     verb: ClassVar[str] = "routed"
 
-    def __init__(self, policy: DyDiT, sites: Sequence[Site], modules: Any) -> None:
+    def __init__(
+        self, policy: DyDiT, sites: Sequence[Site], modules: nn.Module | None, fresh: bool = False
+    ) -> None:
         super().__init__()
-        self.policy, self.modules = policy, modules
+        self.policy, self.modules, self.fresh = policy, cast(Any, modules), fresh
         self.timesteps, self.blocks = named(sites, "timestep"), policy.blocks(sites)
         self.shares: list[float] = []
         """The share of the blocks' work that each evaluation of one time did."""
         self._under_way: Work | None = None
 
     def enter(self, call: Call) -> Mapping[str, Handler]:
-        if self.policy.complete:
+        policy = self.policy
+        if policy.complete and not (policy.rank and self.modules is not None):
             return {}
         routing: Routing | Fixed
         if self.modules is None:
-            routing = Fixed(self.policy, self.blocks, call)
+            routing = Fixed(policy, self.blocks, call)
         else:
             training = any(module.training for module in self.modules.values())
-            routing = Routing(self.blocks, self.modules, sliced=not training and not isnan(call.t))
+            routing = Routing(
+                self.blocks,
+                self.modules,
+                sliced=not training and not isnan(call.t),
+                complete=policy.complete,
+                fresh=self.fresh,
+            )
         self._under_way = routing.work
         return {
             **dict.fromkeys(self.timesteps, routing.note),
@@ -266,6 +279,7 @@ class Dynamic(Session):
         work, self._under_way = self._under_way, None
         if work is None or not work.whole:
             return
+        self.computed |= work.full
         self.shares.append(work.done / work.whole)
         self.remarks = {
             "work": round(sum(self.shares) / len(self.shares), 4),
@@ -275,20 +289,26 @@ class Dynamic(Session):
 
 
 class Work:
-    """MACs of the branches of one call that are sliced, and of all of them."""
+    """MACs that the branches of one call do, and all that they have; `full` are the routes that left out nothing."""
 
     def __init__(self) -> None:
         self.done = self.whole = 0.0
+        self.full: set[str] = set()
 
-    def count(self, block: Routed, x: Tensor, branch: int, route: Route) -> None:
-        """Add those of a block's branch 0 or 1 of x [B, L, D]."""
+    def count(
+        self, block: Routed, x: Tensor, branch: int, route: Route, layers: tuple[nn.Module, nn.Module]
+    ) -> None:
+        """Add those of a block's branch 0 or 1 of x [B, L, D]: a layer that cannot be cut computes all groups."""
         if torch.compiler.is_compiling():
             return
-        work = block.work(x.shape[1])[branch]
-        share = 1.0 if route.groups is None else len(route.groups) / block.heads
-        if route.rows is not None:
-            share *= len(route.rows) / (x.numel() // x.shape[-1])
-        self.done, self.whole = self.done + share * work, self.whole + work
+        groups = 1.0 if route.groups is None else len(route.groups) / block.heads
+        rows = 1.0 if route.rows is None else len(route.rows) / (x.numel() // x.shape[-1])
+        ends = [groups if is_plain(layer) else 1.0 for layer in layers]
+        parts = block.parts(x.shape[1])[branch]
+        done = rows * sum(s * macs for s, macs in zip((ends[0], groups, ends[1]), parts, strict=True))
+        self.done, self.whole = self.done + done, self.whole + sum(parts)
+        if done == sum(parts):
+            self.full.add(block[branch].name)  # type: ignore[union-attr]
 
 
 class Fixed:
@@ -302,41 +322,52 @@ class Fixed:
         """Let the embedding of the time pass."""
         return fn(*args)
 
-    def attention(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+    def attention(self, block: Routed, fn: Handler, x: Tensor, *layers: nn.Module) -> Route | None:
         """Return the route of an attention."""
-        return self._counted(
-            block, fn, x, 0, self._first(block, x) if self.policy.routes == "static" else None
-        )
+        route = self._first(block, x) if self.policy.routes == "static" else None
+        return self._counted(block, fn, x, layers, 0, route)
 
-    def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+    def mlp(self, block: Routed, fn: Handler, x: Tensor, *layers: nn.Module) -> Route | None:
         """Return the route of an MLP."""
         if self.policy.routes == "static":
-            return self._counted(block, fn, x, 1, self._first(block, x))
+            return self._counted(block, fn, x, layers, 1, self._first(block, x))
         B, L, kept = *x.shape[:2], max(1, round(self.policy.share * x.shape[1]))
         g = torch.Generator().manual_seed(zlib.crc32(f"{self.key} {block.mlp.name}".encode()))
         at = torch.rand(B, L, generator=g, device="cpu").topk(kept).indices.sort().values
         rows = (at + L * torch.arange(B)[:, None]).flatten().to(x.device)
-        return self._counted(block, fn, x, 1, Route(block.heads, rows=rows) if kept < L else None)
+        return self._counted(block, fn, x, layers, 1, Route(block.heads, rows=rows) if kept < L else None)
 
     def _first(self, block: Routed, x: Tensor) -> Route | None:
         kept = max(1, round(self.policy.share * block.heads))
         return Route(block.heads, torch.arange(kept, device=x.device)) if kept < block.heads else None
 
     def _counted(
-        self, block: Routed, fn: Handler, x: Tensor, branch: int, route: Route | None
+        self, block: Routed, fn: Handler, x: Tensor, layers: Any, branch: int, route: Route | None
     ) -> Route | None:
-        self.work.count(block, x, branch, route or Route())
-        return fn(x) if route is None else route
+        self.work.count(block, x, branch, route or Route(), layers)
+        return fn(x, *layers) if route is None else route
 
 
 class Routing:
     """The routes of one call: sliced where all samples have one time, else by masks.
 
     It lives as long as the call's handlers, and blocks that are computed again find the same.
+
+    Args:
+        complete: nothing is left out; updates are added all the same. fresh: nobody holds the routers, so they go where
+            the model is.
     """
 
-    def __init__(self, blocks: Sequence[Routed], modules: Any, sliced: bool) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Routed],
+        modules: Any,
+        sliced: bool,
+        complete: bool = False,
+        fresh: bool = False,
+    ) -> None:
         self.blocks, self.modules, self.sliced, self.work = blocks, modules, sliced, Work()
+        self.complete, self.fresh = complete, fresh
         self.e_BD: Tensor | None = None
         self.dtype = next((p.dtype for p in modules.parameters()), None) if modules is not None else None
         self.chosen: dict[str, Tensor | None] = {}
@@ -344,25 +375,28 @@ class Routing:
     def note(self, fn: Handler, *args: Any) -> Tensor:
         """Keep e(t); of one time, choose the groups of all blocks at once."""
         out: Tensor = fn(*args)
+        if self.fresh:
+            self.modules.to(out.device)
         self.e_BD = out.to(self.dtype or out.dtype)
         if self.sliced:
             self.e_BD = self.e_BD[:1]
+        if self.sliced and not self.complete:
             with torch.no_grad():
                 masks = {site.name: self._of(site).groups(self.e_BD) for b in self.blocks for site in b[:2]}
             self.chosen = indices({name: mask for name, mask in masks.items() if mask is not None})
         return out
 
-    def attention(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+    def attention(self, block: Routed, fn: Handler, x: Tensor, *layers: Any) -> Route | None:
         """Return the route of an attention of x [B, L, D]; None where all of it is computed as it is."""
         route = self._groups(block, block.attn)
         if self.sliced:
-            self.work.count(block, x, 0, route)
-        return fn(x) if route.is_whole else route
+            self.work.count(block, x, 0, route, layers)
+        return fn(x, *layers) if route.is_whole else route
 
-    def mlp(self, block: Routed, fn: Handler, x: Tensor) -> Route | None:
+    def mlp(self, block: Routed, fn: Handler, x: Tensor, *layers: Any) -> Route | None:
         """Return the route of an MLP of x [B, L, D], before its norm."""
         with torch.autocast(x.device.type, enabled=False):
-            mask = self._of(block.mlp).rows(x.to(self.dtype or x.dtype))
+            mask = None if self.complete else self._of(block.mlp).rows(x.to(self.dtype or x.dtype))
         route = self._groups(block, block.mlp)
         apart = route.first is not None and len(route.first.up) > 1
         if mask is not None and self.sliced and not apart:
@@ -373,8 +407,8 @@ class Routing:
         elif mask is not None:
             route = route._replace(row_mask=mask)
         if self.sliced:
-            self.work.count(block, x, 1, route)
-        return fn(x) if route.is_whole else route
+            self.work.count(block, x, 1, route, layers)
+        return fn(x, *layers) if route.is_whole else route
 
     def _groups(self, block: Routed, site: Site) -> Route:
         routers = self._of(site)
@@ -383,7 +417,7 @@ class Routing:
             first, second = routers.updates(self.e_BD)
             if self.sliced:
                 return Route(block.heads, groups=self.chosen.get(site.name), first=first, second=second)
-            mask = routers.groups(self.e_BD)
+            mask = None if self.complete else routers.groups(self.e_BD)
         return Route(block.heads, group_mask=mask, first=first, second=second)
 
     def _of(self, site: Site) -> Any:

@@ -44,6 +44,13 @@ class Kept(Transform):
                 f"Kept: blocks={self.blocks} leave out block {lost[0]} of {self.stack!r}, which other parts of a "
                 f"{type(model).__name__} read; expected it among them"
             )
+        blocks: Any = model.get_submodule(stacks[self.stack].path)
+        for n, block in enumerate(blocks):
+            if self.blocks and n not in self.blocks and getattr(block, "text_role", "own") != "own":
+                raise ConfigError(
+                    f"Kept: blocks={self.blocks} leave out block {n}, which hands a text on or reads one, expected it "
+                    "among them"
+                )
 
     def shape(self, model: Any) -> Any:
         if self.blocks:

@@ -104,6 +104,10 @@ class Policy(Checked, ABC):
     def exact(self) -> Self:
         """Return the neutral setting: bit-identical to not using the policy."""
 
+    def whole(self) -> Policy:
+        """Return the setting that leaves nothing out, with what it trains of the weights; of most, itself."""
+        return self
+
     def check_model(self, model: Any) -> None:
         """Refuse weights that the policy was not made for; sites alone do not tell them apart.
 

@@ -39,6 +39,36 @@ class Draws(NamedTuple):
     seed: int = 0
 
 
+class Fed(NamedTuple):
+    """A block that is trained by itself from a teacher's states, and what it stands for.
+
+    Args:
+        block: the name of its site. first, last, source: sites of the teacher: the blocks that it stands for, from the
+            first to the last, and the one that it began as.
+        role: of its text (`ditkit.nn.narrow.Role`). group: sites of the blocks from whose first to whose last it is not
+            computed. linear: whether linear layers stand in the place of its MLPs. depth: blocks of the teacher's stack.
+    """
+
+    block: str
+    first: str
+    last: str
+    source: str
+    role: str = "own"
+    group: tuple[str, ...] = ()
+    linear: bool = False
+    depth: int = 0
+
+    @property
+    def is_student(self) -> bool:
+        """Return whether it stands for several blocks."""
+        return self.first != self.last
+
+    @property
+    def reads_text(self) -> bool:
+        """Return whether it reads a text that another block computed."""
+        return self.role in ("read", "resumed")
+
+
 class Transform(ABC):
     """A frozen dataclass of JSON fields: numbers, texts, tuples, dataclasses.
 
@@ -62,6 +92,11 @@ class Transform(ABC):
     def draws(self) -> Draws | None:
         """Return which trajectories a verb should draw as calibration where none is given; None if it needs none."""
         return None
+
+    @property
+    def is_open(self) -> bool:
+        """True if `resolved` decides more than values, so that a run which must be resumed has to name it."""
+        return self.draws() is not None
 
     def resolved(self, model: Any, calibration: Any = None) -> Self:
         """Return the setting with what it leaves open decided for this model, before anything is changed.
@@ -91,6 +126,10 @@ class Transform(ABC):
 
     def trains(self, model: Any) -> list[str]:
         """Names of the tensors that it added to be trained."""
+        return []
+
+    def fed(self, model: Any) -> list[Fed]:
+        """List the blocks of the result that learn from the states of the model before, each by itself."""
         return []
 
     def fixed(self, model: Any) -> list[str]:

@@ -26,14 +26,23 @@ from ditkit.data.folder import walk
 from ditkit.data.frames import is_in_memory
 from ditkit.data.frames import load as load_frame
 from ditkit.data.images import ImageSet
+from ditkit.data.rasters import holds_rasters
+from ditkit.data.rasters import load as load_rasters
+from ditkit.data.satellite import SatelliteSet
 from ditkit.data.series import load as load_csv
 from ditkit.data.series import suffix_of
 from ditkit.data.video_folder import holds_videos
 from ditkit.data.video_folder import load as load_video_folder
 
 SETS = "ditkit.data.sets"
-Data = ImageSet | ClipSet | FieldSet | EventSet
-KINDS: Mapping[type, str] = {ImageSet: "images", FieldSet: "fields", EventSet: "events", ClipSet: "clips"}
+Data = ImageSet | ClipSet | FieldSet | EventSet | SatelliteSet
+KINDS: Mapping[type, str] = {
+    ImageSet: "images",
+    FieldSet: "fields",
+    EventSet: "events",
+    SatelliteSet: "satellite series",
+    ClipSet: "clips",
+}
 FILES: dict[str, Callable[..., Any]] = {
     ".csv": load_csv,
     ".tsv": load_csv,
@@ -53,15 +62,15 @@ def names() -> tuple[str, ...]:
 
 
 def names_of(kind: str) -> tuple[str, ...]:
-    """Return the named sets of one kind: images, clips or fields."""
+    """Return the named sets of one kind, a text of `KINDS`: images, clips, fields ..."""
     return tuple(name for name in names() if KINDS[_kind(_loader(name))] == kind)
 
 
 def load(name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any) -> Data:
     """Load a named set, or a folder or file of a user's own.
 
-    A folder holds images or videos; a file is a CSV of series, a netCDF of fields, or an event list in CSV (columns
-    `source` and `destination`) or Parquet.
+    A folder holds images, videos or dated GeoTIFFs; a file is a CSV of series, a netCDF of fields, or an event list in
+    CSV (columns `source` and `destination`) or Parquet.
 
     `options` go to the set's own loader, for example `split="test"` for `fashion`, `frames=16` for clips,
     `max_bad=0` for a folder. A name wins over a folder of that name: write `./emoji` for the folder.
@@ -177,6 +186,14 @@ def load_events(name_or_path: str | Path, **options: Any) -> EventSet:
     return found
 
 
+def load_satellite(
+    name_or_path: str | Path, size: int | tuple[int, int] | None = None, **options: Any
+) -> SatelliteSet:
+    """`load` of satellite series. Raises `ConfigError` where the data are something else."""
+    found: SatelliteSet = _load(_loader_of(SatelliteSet, name_or_path), name_or_path, size, options)
+    return found
+
+
 def _load(
     loader: partial[Any],
     name_or_path: str | Path,
@@ -215,6 +232,11 @@ def _loader_of(kind: type, name_or_path: str | Path) -> partial[Any]:
     held = _kind(loader)
     if held is kind:
         return loader
+    if is_folder(path) and SatelliteSet in (kind, held):
+        if kind is SatelliteSet:
+            return partial(load_rasters, path)  # which says what it misses
+        if kind is ImageSet:
+            return partial(load_folder, path)  # pictures may have dates in their names
     if kind is EventSet and path.suffix.lower() == ".csv" and is_file(path):
         return partial(load_event_file, path)  # its columns have other names
     if loader.func is load_folder and not _holds_images(path):
@@ -226,7 +248,8 @@ def _kind(loader: partial[Any]) -> type:
     """Return the class of `KINDS` that a loader's annotation names."""
     loaded = get_type_hints(loader.func)["return"]
     # ClipSet is a protocol with attributes, which issubclass does not take
-    return next((k for k in (ImageSet, FieldSet, EventSet) if issubclass(loaded, k)), ClipSet)
+    kinds = (ImageSet, FieldSet, EventSet, SatelliteSet)
+    return next((k for k in kinds if issubclass(loaded, k)), ClipSet)
 
 
 def _holds_images(root: Path) -> bool:
@@ -266,8 +289,9 @@ def _loader(name_or_path: str | Path) -> partial[Any]:
         events = path.suffix.lower() == ".csv" and is_event_list(path)
         return partial(load_event_file if events else FILES[suffix], path)
     if is_folder(name_or_path):
-        own = load_video_folder if holds_videos(path) else load_folder
-        return partial(own, path)
+        if holds_videos(path):
+            return partial(load_video_folder, path)
+        return partial(load_rasters if holds_rasters(path) else load_folder, path)
     raise DataError(
         f"{unknown('data set', name_or_path, names())}, and there is no folder, .csv, .tsv, .parquet or .nc file of "
         "that name"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
+from ditkit.nn.narrow import TwoStreams
 
 STACKS = {
     "blocks": Stacked("transformer_blocks", "num_layers"),
@@ -101,8 +103,20 @@ class FluxAttention(host.FluxAttention):
 
 
 @stands_for(host.FluxTransformerBlock)
-class FluxTransformerBlock(host.FluxTransformerBlock):
+class FluxTransformerBlock(host.FluxTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention."""
+
+    mlps = MappingProxyType(
+        {
+            "image": ("norm1.linear", "norm2", "ff"),
+            "text": ("norm1_context.linear", "norm2_context", "ff_context"),
+        }
+    )
+    of_text = ("norm1_context", "norm2_context", "ff_context")
+
+    def normed_text(self, text: Tensor) -> Tensor:
+        normed: Tensor = self.norm1_context.norm(text)
+        return normed
 
     def forward(
         self,
@@ -114,23 +128,25 @@ class FluxTransformerBlock(host.FluxTransformerBlock):
         run: Run = DIRECT,
         at: str = "",
     ) -> tuple[Tensor, Tensor]:
-        image, text = hidden_states, encoder_hidden_states
+        image, (text, rows) = hidden_states, self.split_text(encoder_hidden_states)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(self.norm1, temb, 6)
-        text_shift, text_scale, text_gate, *text_mlp = modulation(self.norm1_context, temb, 6)
+        by = modulation(self.norm1_context, temb, 6) if self.owns_text else ()
         rotary = image_rotary_emb and Rotary.of(image_rotary_emb, text.shape[1])
         attend = partial(self._attend, run, at + ".attn", joint_attention_kwargs or {})
         a_image, a_text, *ip_adapter = run.site(
-            at + ".attn", attend, Streams(image, text), rotary, shift, scale, text_shift, text_scale
+            at + ".attn", attend, Streams(image, rows), rotary, shift, scale, *by[:2]
         )
         image = image + gate * a_image
         mlp = partial(feed, self.norm2, self.ff)
         image = image + mlp_gate * run.site(at + ".mlp", mlp, image, mlp_shift, mlp_scale)
         for extra in ip_adapter:
             image = image + extra
-        text = text + text_gate * a_text
+        if not self.owns_text:
+            return clip_half(self.pass_text(run, at, encoder_hidden_states)), image
+        text = text + by[2] * a_text
         mlp = partial(feed, self.norm2_context, self.ff_context)
-        text = text + text_mlp[2] * run.site(at + ".text.mlp", mlp, text, *text_mlp[:2])
-        return clip_half(text), image
+        text = text + by[5] * run.site(at + ".text.mlp", mlp, text, *by[3:5])
+        return clip_half(self.hand_text(text, rows, *by[:2])), image
 
     def _attend(
         self,
@@ -141,13 +157,12 @@ class FluxTransformerBlock(host.FluxTransformerBlock):
         rotary: Rotary | None,
         shift: Tensor,
         scale: Tensor,
-        text_shift: Tensor,
-        text_scale: Tensor,
+        *text_by: Tensor,
     ) -> tuple[Tensor, ...]:
         """Image and text before their gates; an IP-Adapter adds a third, which has no gate."""
         return self.attn(
             hidden_states=modulate(self.norm1.norm(x.image), shift, scale),
-            encoder_hidden_states=modulate(self.norm1_context.norm(x.text), text_shift, text_scale),
+            encoder_hidden_states=run.site(at + ".text", self.text_rows, x.text, *text_by),
             image_rotary_emb=rotary and rotary[:2],
             run=run,
             at=at,
@@ -288,9 +303,11 @@ def sites(model: Any) -> tuple[Site, ...]:
             Site(at, "block", "joint"),
             Site(f"{at}.{'attn' if double else 'fused'}", "branch", "joint"),
         ]
+        if double:
+            named.append(Site(f"{at}.attn.text", "modulated", "text"))
         named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="image" if double else "joint")
         if double:
-            named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
+            named += [Site(f"{at}.mlp", "branch"), *block.text_sites(at)]
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

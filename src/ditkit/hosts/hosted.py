@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from ditkit.core.checkpoint import fill, read_json, to_disk
+from ditkit.core.checkpoint import fill, read_json, read_state, to_disk
 from ditkit.core.errors import CheckpointError, ConfigError, DitkitError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import CONFIG, Model
@@ -21,6 +22,7 @@ from ditkit.core.policy import Policy
 from ditkit.core.run import DIRECT, Run, Site
 from ditkit.core.transform import Report, Stacked, Transform, described, transforms_of
 from ditkit.hosts.family import families, family, has_sites, transformers
+from ditkit.hosts.numbering import numbers_of, without_gaps
 from ditkit.hosts.view import View, is_running, restore, running, view
 
 KEY = "_ditkit"
@@ -216,6 +218,8 @@ class Host(Model):
             return super().load(folder)
         try:
             kind = _class_of(str(content["_class_name"]))
+            if gapped := _with_gaps(Path(folder), content, kind):
+                return gapped
             transformer, loading_info = kind.from_pretrained(folder, output_loading_info=True)
         except (ConfigError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from error
@@ -292,6 +296,40 @@ def _write(transformer: Any, folder: Path) -> None:
     for old in folder.glob("*.safetensors*"):
         if old.name not in [file.name for file in files]:
             old.unlink()
+
+
+def _with_gaps(folder: Path, content: Mapping[str, Any], kind: Any) -> Any:
+    """Load an export of a pruned transformer whose blocks have the numbers that they had before; None for any other.
+
+    Raises:
+        CheckpointError: its weights are not those of its config with as many blocks as there are.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    names = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names += list(opened.keys())
+    with torch.device("meta"):
+        arguments = {k: v for k, v in content.items() if not k.startswith("_")}
+        stacks = family(kind.from_config(arguments)).stacks
+    gaps = {stack: numbers_of(names, stack.path) for stack in stacks.values()}
+    gaps = {
+        stack: numbers for stack, numbers in gaps.items() if numbers and numbers != list(range(len(numbers)))
+    }
+    if not gaps:
+        return None
+    state = {name: value for file in files for name, value in read_state(file).items()}
+    for stack, numbers in gaps.items():
+        state = without_gaps(state, stack.path)
+        arguments[stack.field] = len(numbers)
+        for name in stack.indexed:
+            arguments[name] = tuple(numbers.index(n) for n in arguments.get(name) or () if n in numbers)
+    model = Host.holding(
+        HostConfig(kind.__name__, json.dumps(arguments)),
+        {f"transformer.{k}": v for k, v in state.items()},
+        folder,
+    )
+    return model
 
 
 def _guard(transformer: nn.Module, _: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from diffusers.models.transformers import transformer_qwenimage as host
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from ditkit.core.cond import Cond
+from ditkit.core.errors import ConfigError
 from ditkit.core.grid import Grid, Segment, take_rows
 from ditkit.core.run import DIRECT, Run, Site
+from ditkit.core.slot import Slot
 from ditkit.core.transform import Stacked
 from ditkit.hosts.attention import computes_as, dispatched, flip
 from ditkit.hosts.blocks import (
@@ -31,9 +35,11 @@ from ditkit.hosts.blocks import (
     modulated,
     warn_of_unknown,
 )
+from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
+from ditkit.nn.narrow import TwoStreams
 
 STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
@@ -106,8 +112,17 @@ def attend(
 
 
 @stands_for(host.QwenImageTransformerBlock)
-class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
+class QwenImageTransformerBlock(host.QwenImageTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention."""
+
+    mlps = MappingProxyType(
+        {"image": ("img_mod.1", "img_norm2", "img_mlp"), "text": ("txt_mod.1", "txt_norm2", "txt_mlp")}
+    )
+    of_text = ("txt_mod", "txt_norm1", "txt_norm2", "txt_mlp")
+
+    def normed_text(self, text: Tensor) -> Tensor:
+        normed: Tensor = self.txt_norm1(text)
+        return normed
 
     def forward(
         self,
@@ -121,22 +136,28 @@ class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
         run: Run = DIRECT,
         at: str = "",
     ) -> tuple[Tensor, Tensor]:
-        image, text, known = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
+        image, known = hidden_states, encoder_hidden_states_mask
+        text, rows = self.split_text(encoder_hidden_states)
         side = image_rotary_emb and Side(Phases(image_rotary_emb[0]), image_rotary_emb[1], modulate_index)
         parts, clean = _halves(self.img_mod(temb), self.zero_cond_t and modulate_index is not None)
-        text_parts, _ = _halves(self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb), False)
+        text_parts = self._text_modulation(temb) if self.owns_text else ()
         branch = partial(self._attend, run, at + ".attn", joint_attention_kwargs or {})
         by = parts[:2], clean[:2], text_parts[:2]
-        a_image, a_text = run.site(at + ".attn", branch, Streams(image, text), side, known, *by)
+        a_image, a_text = run.site(at + ".attn", branch, Streams(image, rows), side, known, *by)
         mark = _marked(side)
         image = image + chosen(mark, parts[2], clean[2:3]) * a_image
-        text = text + text_parts[2] * a_text
         feed = partial(_feed, self.img_norm2, self.img_mlp)
         m_image = run.site(at + ".mlp", feed, image, side, parts[3:5], clean[3:5])
         image = image + chosen(mark, parts[5], clean[5:]) * m_image
+        if not self.owns_text:
+            return clip_half(self.pass_text(run, at, encoder_hidden_states)), clip_half(image)
+        text = text + text_parts[2] * a_text
         feed = partial(_feed, self.txt_norm2, self.txt_mlp)
         text = text + text_parts[5] * run.site(at + ".text.mlp", feed, text, None, text_parts[3:5], ())
-        return clip_half(text), clip_half(image)
+        return clip_half(self.hand_text(text, rows, *text_parts[:2])), clip_half(image)
+
+    def _text_modulation(self, temb: Tensor) -> tuple[Tensor, ...]:
+        return _halves(self.txt_mod(temb.chunk(2)[0] if self.zero_cond_t else temb), False)[0]
 
     def _attend(
         self,
@@ -153,7 +174,7 @@ class QwenImageTransformerBlock(host.QwenImageTransformerBlock):
         """Image and text before their gates."""
         return self.attn(
             hidden_states=modulated(self.img_norm1, x.image, _marked(side), by, clean),
-            encoder_hidden_states=modulated(self.txt_norm1, x.text, None, text_by, ()),
+            encoder_hidden_states=run.site(at + ".text", self.text_rows, x.text, *text_by),
             encoder_hidden_states_mask=known,
             image_rotary_emb=side and (side.phases.table, side.text),
             run=run,
@@ -267,8 +288,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     for i, block in enumerate(model.transformer_blocks):
         at = f"blocks.{i}"
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
+        named.append(Site(f"{at}.attn.text", "modulated", "text"))
         named += attention_sites(f"{at}.attn", block.attn, core="joint")
-        named += [Site(f"{at}.mlp", "branch"), Site(f"{at}.text.mlp", "branch", "text")]
+        named += [Site(f"{at}.mlp", "branch"), *block.text_sites(at)]
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 
@@ -288,6 +310,40 @@ def layout(
     streams = ["image", *["context"] * (len(grids) - 1)]
     parts = [Segment(stream, grid, grid.length) for stream, grid in zip(streams, grids, strict=True)]
     return Segment("text", Grid(text), text, valid), *parts
+
+
+class QwenImageInputs(Inputs):
+    """Qwen-Image: rows of its language model, and their mask."""
+
+    def latents(self, model: Any) -> tuple[int, tuple[int, ...]]:
+        if model.zero_cond_t or model.config.use_layer3d_rope or model.config.use_additional_t_cond:
+            raise ConfigError(
+                "QwenImageTransformer2DModel: it edits pictures or makes layers, expected one of text alone"
+            )
+        return model.config.in_channels // 4, (2, 2)
+
+    def slots(self, model: Any) -> Mapping[str, Slot]:
+        return {
+            "prompt_embeds": Slot("text", ("S", model.config.joint_attention_dim)),
+            "prompt_embeds_mask": Slot("text_mask", ("S",), optional=True),
+        }
+
+    def arguments(self, model: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> dict[str, Any]:
+        shape = (1, x.shape[2] // 2, x.shape[3] // 2)
+        return {
+            "hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT,
+            "encoder_hidden_states": cond.text,
+            "encoder_hidden_states_mask": cond.text_mask,
+            "timestep": t,
+            "img_shapes": [[shape]] * len(x),
+            **({"guidance": torch.full_like(t, guidance)} if model.config.guidance_embeds else {}),
+        }
+
+    def prediction(self, model: Any, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return F.pixel_shuffle(out.mT.unflatten(2, (shape[-2] // 2, shape[-1] // 2)), 2)
+
+
+INPUTS = QwenImageInputs()
 
 
 def _halves(modulation: Tensor, two: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV
 from ditkit.nn.modulation import modulate
+from ditkit.nn.narrow import TwoStreams
 
 STACKS = {"blocks": Stacked("transformer_blocks", "num_layers", (-1,), ("dual_attention_layers",))}
 """The last block has no text to hand on."""
@@ -74,8 +76,20 @@ def attend_to_pictures(
 
 
 @stands_for(host.JointTransformerBlock)
-class JointTransformerBlock(host.JointTransformerBlock):
+class JointTransformerBlock(host.JointTransformerBlock, TwoStreams):
     """A block of two streams that meet in its attention; in 3.5 medium the image then attends to itself too."""
+
+    mlps = MappingProxyType(
+        {
+            "image": ("norm1.linear", "norm2", "ff"),
+            "text": ("norm1_context.linear", "norm2_context", "ff_context"),
+        }
+    )
+    of_text = ("norm1_context", "norm2_context", "ff_context")
+
+    def normed_text(self, text: Tensor) -> Tensor:
+        normed: Tensor = self.norm1_context.norm(text)
+        return normed
 
     def forward(
         self,
@@ -86,14 +100,13 @@ class JointTransformerBlock(host.JointTransformerBlock):
         run: Run = DIRECT,
         at: str = "",
     ) -> tuple[Tensor | None, Tensor]:
-        image, text, kwargs = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
+        image, (text, rows) = hidden_states, self.split_text(encoder_hidden_states)
+        kwargs = joint_attention_kwargs or {}
         parts = modulation(self.norm1, temb, 9 if self.use_dual_attention else 6)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *dual = parts
-        text_shift, text_scale, *text_after = self._text_modulation(temb, text)
+        by = self._text_modulation(temb, text) if self.owns_text else ()
         attend = partial(self._attend, run, at + ".attn", kwargs)
-        a_image, *a_text = run.site(
-            at + ".attn", attend, Streams(image, text), shift, scale, text_shift, text_scale
-        )
+        a_image, *a_text = run.site(at + ".attn", attend, Streams(image, rows), shift, scale, *by[:2])
         image = image + gate * a_image
         if dual:
             again = partial(self._attend_again, run, at + ".attn2", kwargs)
@@ -102,11 +115,12 @@ class JointTransformerBlock(host.JointTransformerBlock):
         image = image + mlp_gate * run.site(at + ".mlp", feed, image, mlp_shift, mlp_scale)
         if self.context_pre_only:
             return None, image
-        text_gate, *text_mlp = text_after
-        text = text + text_gate * a_text[0]
+        if not self.owns_text:
+            return self.pass_text(run, at, encoder_hidden_states), image
+        text = text + by[2] * a_text[0]
         feed = partial(feed_in_chunks, self, self.norm2_context, self.ff_context)
-        text = text + text_mlp[2] * run.site(at + ".text.mlp", feed, text, *text_mlp[:2])
-        return text, image
+        text = text + by[5] * run.site(at + ".text.mlp", feed, text, *by[3:5])
+        return self.hand_text(text, rows, *by[:2]), image
 
     def _text_modulation(self, temb: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """Six parts; in the last block, whose text ends with its attention, shift and scale."""
@@ -124,13 +138,12 @@ class JointTransformerBlock(host.JointTransformerBlock):
         x: Streams,
         shift: Tensor,
         scale: Tensor,
-        text_shift: Tensor,
-        text_scale: Tensor,
+        *text_by: Tensor,
     ) -> tuple[Tensor, ...]:
         """Image and text before their gates; in the last block the image alone."""
         out = self.attn(
             hidden_states=modulate(self.norm1.norm(x.image), shift, scale),
-            encoder_hidden_states=modulate(self.norm1_context.norm(x.text), text_shift, text_scale),
+            encoder_hidden_states=run.site(at + ".text", self.text_rows, x.text, *text_by),
             run=run,
             at=at,
             **kwargs,
@@ -221,6 +234,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     for at, block in _blocks(model):
         returned = "image" if block.context_pre_only else "joint"
         named += [Site(at, "block", "joint"), Site(at + ".attn", "branch", returned)]
+        named.append(Site(at + ".attn.text", "modulated", "text"))
         named += attention_sites(at + ".attn", block.attn, core="joint")
         if type(block.attn.processor) is SD3IPAdapterJointAttnProcessor2_0:
             named.append(Site(at + ".attn.ip.core", "core", heads=block.attn.heads, over=("image", "prompt")))
@@ -228,7 +242,7 @@ def sites(model: Any) -> tuple[Site, ...]:
             named += [Site(at + ".attn2", "branch"), *attention_sites(at + ".attn2", block.attn2)]
         named.append(Site(at + ".mlp", "branch"))
         if not block.context_pre_only:
-            named.append(Site(at + ".text.mlp", "branch", "text"))
+            named += block.text_sites(at)
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ditkit.core.errors import ConfigError, ConflictError, unknown
 from ditkit.core.run import DIRECT, Run
+from ditkit.nn.narrow import lost_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,12 +91,13 @@ def view(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Take the sites away again, in place.
+    """Take the sites away again, in place; but from blocks without a text of their own, which diffusers cannot run.
 
     Raises:
         ConflictError: a forward was replaced since, and cannot be rebound.
     """
-    _swap(model, {ours: host for host, ours in VIEWS.items()})
+    if not lost_text(model):
+        _swap(model, {ours: host for host, ours in VIEWS.items()})
     return model
 
 

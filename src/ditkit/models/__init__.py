@@ -8,8 +8,10 @@ from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.dlinear import DLinear, DLinearConfig
 from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.pt_dit import PTDiT, PTDiTConfig, VideoPTDiT, VideoPTDiTConfig
 from ditkit.models.tempo import Tempo, TempoConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
+from ditkit.models.units import UniTS, UniTSConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -29,13 +31,19 @@ __all__ = [
     "DiTDHConfig",
     "LaMamba",
     "LaMambaConfig",
+    "PTDiT",
+    "PTDiTConfig",
     "PredFormer",
     "PredFormerConfig",
     "Tempo",
     "TempoConfig",
     "Todyformer",
     "TodyformerConfig",
+    "UniTS",
+    "UniTSConfig",
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",
+    "VideoPTDiT",
+    "VideoPTDiTConfig",
 ]

@@ -201,13 +201,13 @@ class Block(nn.Module):
         self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
     ) -> Tensor:
         """Compute the attention branch before its gate."""
-        route = run.site(at + ".route", everything, x_BLD)
+        route = run.site(at + ".route", everything, x_BLD, self.attn.qkv, self.attn.out)
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0))
         return self.attn(h_BLD, run, at, rotary, route=route)
 
     def feed(self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor) -> Tensor:
         """Compute the MLP branch before its gate, row by row."""
-        route = run.site(at + ".route", everything, x_BLD)
+        route = run.site(at + ".route", everything, x_BLD, self.mlp.inner, self.mlp.outer)
         return self.mlp(modulate(self.norm(x_BLD), *affine(parts, 1)), run, at, route)
 
     def forward(

@@ -119,10 +119,16 @@ class EfficientNetLite0(nn.Module):
 
     def map(self, x: Tensor, block: int) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> the output of a block, [B, C, h, w]; those after it are not run."""
+        return next(iter(self.maps(x, (block,))))
+
+    def maps(self, x: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
+        """Normalised pictures [B, 3, H, W] -> the outputs of blocks, [B, C, h, w]; those after the last are not run."""
         x = F.relu6(self._bn0(self._conv_stem(x)))
-        for part in self._blocks[: block + 1]:
+        found = []
+        for i, part in enumerate(self._blocks[: max(blocks) + 1]):
             x = part(x)
-        return x
+            found += [x] if i in blocks else []
+        return found
 
     def taps(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised pictures [B, 3, H, W] -> spatial means: "blocks.14" [B, 192] and "head" [B, 1280]."""

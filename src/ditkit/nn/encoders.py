@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,14 @@ class PictureEncoder(nn.Module, ABC):
         Raises:
             ShapeError: other channels, or a grid that it cannot make. ConfigError: it has no attention.
         """
+
+    def after_blocks(self, pictures: Tensor, grid: Sides, blocks: Sequence[int]) -> list[Tensor]:
+        """Tokens [B, L, D] after some blocks, counted from 0, before the last norm; the pictures get a gradient.
+
+        Raises:
+            ConfigError: it has no such blocks. ShapeError: as `forward` does.
+        """
+        raise ConfigError(f"encoder {type(self).__name__}: it has no blocks of tokens of one width")
 
     def sides(self, grid: Sides) -> Sides:
         """Height and width in pixels of what makes `grid`."""
@@ -183,10 +192,23 @@ class ViTEncoder(PictureEncoder):
 
         last = range(self.facts.depth - maps, self.facts.depth)
         run = Run({f"blocks.{i}.attn.core": keep for i in last})
-        x = resized(pictures, self.sides(grid))
-        channels = self.network.config.channels
-        x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
-        return Encoded(self.network.features(x, run), tuple(found))
+        return Encoded(self.network.features(self._taken(pictures, grid), run), tuple(found))
+
+    def after_blocks(self, pictures: Tensor, grid: Sides, blocks: Sequence[int]) -> list[Tensor]:
+        check_grid(VIT, self.facts, grid)
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, fn: Handler, *args: Any) -> Any:
+            found[name] = fn(*args)
+            return found[name]
+
+        names = [f"blocks.{i}" for i in blocks]
+        self.network.features(self._taken(pictures, grid), Run({name: partial(keep, name) for name in names}))
+        return [found[name] for name in names]
+
+    def _taken(self, pictures: Tensor, grid: Sides) -> Tensor:
+        x, channels = resized(pictures, self.sides(grid)), self.network.config.channels
+        return x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
 
 
 class TransformersEncoder(PictureEncoder):
@@ -226,6 +248,18 @@ class TransformersEncoder(PictureEncoder):
 
     @torch.no_grad()
     def forward(self, pictures: Tensor, grid: Sides, maps: int = 0) -> Encoded:
+        out, extra = self._out(pictures, grid, output_attentions=maps > 0)
+        tokens: Tensor = out.last_hidden_state
+        if not maps:
+            return Encoded(tokens[:, extra:])
+        return Encoded(tokens[:, extra:], tuple(among(p, extra) for p in out.attentions[-maps:]))
+
+    def after_blocks(self, pictures: Tensor, grid: Sides, blocks: Sequence[int]) -> list[Tensor]:
+        out, extra = self._out(pictures, grid, output_hidden_states=True)
+        return [out.hidden_states[i + 1][:, extra:] for i in blocks]
+
+    def _out(self, pictures: Tensor, grid: Sides, **wanted: bool) -> tuple[Any, int]:
+        """Return what the network gives, and how many tokens are not patches."""
         x = standardised(pictures, self.sides(grid), self.mean, self.std)
         count = grid[0] * grid[1]
         options: dict[str, Any] = {}
@@ -233,16 +267,13 @@ class TransformersEncoder(PictureEncoder):
             options["interpolate_pos_encoding"] = True
         if "noise" in self.takes:  # MAE drops and shuffles patches by it; rising noise keeps their order
             options["noise"] = torch.arange(count, device=x.device).float().expand(len(x), -1)
-        out = self.network(pixel_values=x, output_attentions=maps > 0, **options)
-        tokens: Tensor = out.last_hidden_state
-        extra = tokens.shape[1] - count
+        out = self.network(pixel_values=x, **wanted, **options)
+        extra = out.last_hidden_state.shape[1] - count
         if extra < 0:
             raise ShapeError(
-                f"encoder {type(self.network).__name__}: {tokens.shape[1]} tokens for a grid of {_by(grid)}"
+                f"encoder {type(self.network).__name__}: {extra + count} tokens for a grid of {_by(grid)}"
             )
-        if not maps:
-            return Encoded(tokens[:, extra:])
-        return Encoded(tokens[:, extra:], tuple(among(p, extra) for p in out.attentions[-maps:]))
+        return out, extra
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:

@@ -57,15 +57,15 @@ class Route(NamedTuple):
         return all(part is None for part in self[1:])
 
 
-def everything(x: Tensor) -> Route | None:
-    """Compute all of a branch of x [B, L, D]: the function of a `choice` site."""
+def everything(x: Tensor, first: nn.Module, second: nn.Module) -> Route | None:
+    """Compute all of a branch of x [B, L, D] with its two layers: the function of a `choice` site."""
     return None
 
 
 def into_groups(layer: nn.Linear, x: Tensor, route: Route, parts: int, groups: int) -> Tensor:
     """Compute the first layer, [..., in] to [..., parts, n, out / parts / groups]: the n groups of the route."""
     shape = (parts, groups, layer.out_features // (parts * groups))
-    if not _is_plain(layer):
+    if not is_plain(layer):
         out = layer(x) if route.first is None else layer(x) + route.first.added(x)
         out = out.unflatten(-1, shape)
         return out if route.groups is None else out.index_select(-2, route.groups)
@@ -85,10 +85,10 @@ def into_groups(layer: nn.Linear, x: Tensor, route: Route, parts: int, groups: i
 def out_of_groups(layer: nn.Linear, h: Tensor, route: Route, groups: int) -> Tensor:
     """Compute the second layer, [..., n in / groups] to [..., out], from the n groups of the route."""
     chosen, each = route.groups, layer.in_features // groups
-    if chosen is not None and not _is_plain(layer):
+    if chosen is not None and not is_plain(layer):
         whole = h.new_zeros(*h.shape[:-1], groups, each)
         h = whole.index_copy(-2, chosen, h.unflatten(-1, (len(chosen), each))).flatten(-2)
-    if not _is_plain(layer):
+    if not is_plain(layer):
         return layer(h) if route.second is None else layer(h) + route.second.added(h)
     weight, apart = _merged(layer, route.second)
     if chosen is not None:
@@ -111,7 +111,7 @@ def _merged(layer: nn.Linear, update: Update | None) -> tuple[Tensor, Update | N
     return layer.weight + update.up[0] @ update.down, None
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Return whether a layer's tensors may be cut: it is not wrapped, quantised or hooked."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked
@@ -132,10 +132,15 @@ class Routed(NamedTuple):
     def heads(self) -> int:
         return self.attn.heads
 
+    def parts(self, tokens: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """MACs of attention and of MLP of a sample, each those of its first layer, inside, and of its second."""
+        L, D = tokens, self.width
+        return (3 * L * D**2, 2 * L**2 * D, L * D**2), (L * D * self.hidden, 0, L * D * self.hidden)
+
     def work(self, tokens: int) -> tuple[int, int]:
         """MACs of attention and MLP of a sample: 4 L D^2 + 2 L^2 D, and 2 L D times the hidden channels."""
-        L, D = tokens, self.width
-        return 4 * L * D**2 + 2 * L**2 * D, 2 * L * D * self.hidden
+        attn, mlp = self.parts(tokens)
+        return sum(attn), sum(mlp)
 
 
 def routed_blocks(sites: Sequence[Site]) -> list[Routed]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ditkit.api.compress import drawn_for
 from ditkit.bench.macs import count_macs
 from ditkit.core.catalog import every
 from ditkit.core.codec import FINGERPRINT, IDENTITY, Codec, fingerprint
@@ -222,7 +223,12 @@ def _put_on(model: Model, recipe: Recipe, resume: bool) -> Model:
         model.adopt(()).shaped(recipe.transforms)
     else:
         for transform in recipe.transforms:
-            model.transform(transform)
+            if transform.is_open:
+                raise ConfigError(
+                    f"{type(transform).__name__}: a run cannot be resumed from what is still to be found from samples; "
+                    "apply it by ditkit compress, which writes what it found into config.json, and name that"
+                )
+            model.transform(transform, drawn_for(model, transform))
     return model.adopt(policies)
 
 

@@ -57,6 +57,8 @@ Sheet = Callable[[Model, int], None]
 """Called with an average of the weights and the number of steps done."""
 Finish = Callable[[Model], None]
 """Called with the averaged model when training is done, before it is saved."""
+Pool = Callable[[str, Tensor], Tensor]
+"""Gives a term, by its name, the mean over the global batch of its mean over a part."""
 
 
 def train(
@@ -119,6 +121,7 @@ class Training:
     ) -> None:
         if not len(data):
             raise ConfigError("training: there are no samples")
+        objective = objective.chosen()
         objective.check(model)
         objective.check_batch(settings.batch)
         self.settings, self.data, self.objective, self.folder = settings, data, objective, folder
@@ -130,6 +133,7 @@ class Training:
         self.modules = objective.make_modules(model, settings.seed).to(self.device)
         self._start = self._copied() if start is None else start
         train_only(model, settings.trained)
+        objective.check_trained(model)
         self.opponents = {
             name: term for term in objective.active if (name := _opponent(term)) in self.modules
         }
@@ -224,6 +228,7 @@ class Training:
             if term.teacher is not None and not ended(term.weight, self.done):
                 if term.teacher not in hired:
                     hired[term.teacher] = term.teacher.make(self)
+                term.check_teacher(self.model, hired[term.teacher])
                 self.teachers[type(term).__name__] = hired[term.teacher]
 
     def dismiss(self) -> None:
@@ -356,24 +361,61 @@ class Training:
         """Compute the gradients of one batch of the samples; return its losses on this process."""
         parts, indices = self.settings.accumulate, self.indices()
         sums: dict[str, Tensor] = {}
+        pool = self.pooled(indices)
         for part in range(parts):
-            first = (self.accelerator.process_index * parts + part) * self.share
             last = part == parts - 1
             with nullcontext() if last else self.accelerator.no_sync(self.forward):
-                losses = self.losses(indices, range(first, first + self.share), opposed)
+                losses = self.losses(indices, self.places(part), opposed, pool)
                 (losses["loss"] / parts).backward()
             sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
         return sums
 
-    def losses(self, indices: Tensor, places: range, opposed: list[Any] | None) -> dict[str, Tensor]:
-        """Compute the objective on some places of the global batch; all that is random is drawn on the CPU."""
+    def places(self, part: int) -> range:
+        """Return the places in the global batch of a part of this process's share."""
+        first = (self.accelerator.process_index * self.settings.accumulate + part) * self.share
+        return range(first, first + self.share)
+
+    def pooled(self, indices: Tensor) -> Pool | None:
+        """Return the means over the global batch that terms ask for; None where one part is all of it, or none asks.
+
+        Processes agree as they go; parts that are yet to come are computed once more, before, without gradients.
+        """
+        parts, processes = self.settings.accumulate, self.accelerator.num_processes
+        if not any(term.pools for term in self.objective.active_at(self.done)) or parts * processes == 1:
+            return None
+        if parts == 1:
+            return lambda _, mean: self.accelerator.reduce(mean, "mean")
+        sums: dict[str, Tensor] = {}
+
+        def noted(name: str, mean: Tensor) -> Tensor:
+            sums[name] = sums.get(name, 0) + mean / parts
+            return mean
+
+        asking = dataclasses.replace(
+            self.objective, terms=tuple(term for term in self.objective.terms if term.pools)
+        )
+        with torch.no_grad():
+            for part in range(parts):
+                self.losses(indices, self.places(part), None, noted, asking)
+        means = {name: self.accelerator.reduce(total, "mean") for name, total in sums.items()}
+        return lambda name, _: means[name]
+
+    def losses(
+        self,
+        indices: Tensor,
+        places: range,
+        opposed: list[Any] | None,
+        pool: Pool | None = None,
+        objective: Objective | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the objective, or another, on some places of the global batch; randomness is drawn on the CPU."""
         rng = SampleRNG(self.settings.seed, self.done, places)
         data, cond = self.data.batch(indices[places.start : places.stop], rng)
         data, cond = data.to(self.device), cond.to(self.device)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-        held = Held(self.done, dict(self.modules.items()), self.teachers, opposed)
+        held = Held(self.done, dict(self.modules.items()), self.teachers, opposed, pool)
         with half, rng.of_network(self.device):
-            return self.objective(self.forward, self.model, data, cond, rng, held)
+            return (objective or self.objective)(self.forward, self.model, data, cond, rng, held)
 
     def keep(self, sheet: Sheet | None) -> None:
         """Write what is due after this step but the state, which comes last: a kill before it repeats the others."""

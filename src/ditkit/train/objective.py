@@ -6,7 +6,8 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ditkit.core.errors import ConfigError, unknown
 from ditkit.core.grid import Segment
 from ditkit.core.model import Model
 from ditkit.core.policy import detached
-from ditkit.core.run import Site
+from ditkit.core.run import Handler, Site
 from ditkit.train.randomness import TERMS, SampleRNG, seed_of
 from ditkit.train.schedules import Schedule, Weight, never, weight_at
 from ditkit.train.taps import check_policies, site_of
@@ -38,6 +39,7 @@ class Batch:
         own: the term's modules. taught: what its teacher, or what it asked, said.
         cond, rng: what the network was told, and what is random about these samples.
         step: of the optimiser, from 0. layout: of the network's tokens.
+        pool: the mean over the whole batch of a mean over these samples, which may be a part of it.
     """
 
     data: Tensor
@@ -51,6 +53,16 @@ class Batch:
     rng: SampleRNG | None = None
     step: int = 0
     layout: Sequence[Segment] = ()
+    pool: Callable[[Tensor], Tensor] | None = None
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Return the mean over the whole batch of values [B] of these samples, whose gradient is that of their own.
+
+        The mean over parts of a function of it has then the value and the gradient that the whole batch would give,
+        however many parts and processes share it.
+        """
+        own = values.mean()
+        return own if self.pool is None else own + (self.pool(own.detach()) - own.detach())
 
     def pixels(self) -> Tensor:
         """Return the signals [B, C, ...] that the data are, or that they code."""
@@ -64,6 +76,19 @@ class Batch:
     def counted(self, error: Tensor) -> Tensor:
         """`error` [B, ...] where content counts, and 0 elsewhere."""
         return error if self.mask is None else error * self.mask
+
+
+class Feed(NamedTuple):
+    """Handlers that give the network in training other states than its own, for a term that stands alone.
+
+    Args:
+        handlers: by site, around what policies do there. taps: sites whose outputs the loss reads.
+        kept: further outputs by name, which the handlers fill in.
+    """
+
+    handlers: Mapping[str, Handler]
+    taps: tuple[str, ...]
+    kept: Mapping[str, Any]
 
 
 class Term(Checked, ABC):
@@ -83,6 +108,8 @@ class Term(Checked, ABC):
     """True if it looks at the signal under latents, which data give only at steps where it has a weight."""
     on_given: bool = False
     """True if its mean is over given content, too, where others count 0."""
+    alone: ClassVar[bool] = False
+    """True if the network is run in pieces for it, by `feed`, after its teacher: no other term can share the pass."""
     strata: int = 0
     """Equal parts of noise-time of which every batch has to hold as many samples; 0 if it may hold any."""
     weight: Weight
@@ -100,17 +127,49 @@ class Term(Checked, ABC):
         """Something else than what the student was given and tapped, of its teacher or of the student."""
         return None
 
+    def objective(self, given: Any) -> Any:
+        """Return the objective in whose place a run takes another, of a term that is `alone`."""
+        return given
+
+    def feed(self, batch: Any) -> Feed:
+        """Return what the network is given in this step, of a term that is `alone`; `batch.taught` is the teacher's."""
+        raise NotImplementedError
+
+    def followed(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return numbers for the log beside the loss, of a term that is `alone`."""
+        return {}
+
     def modules(self, model: Model) -> nn.Module | None:
         """Projectors, heads, scalars, discriminators: trained, resumed, not shipped."""
         return None
+
+    def balance(self, rest: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+        """Return the factor of its loss `own` beside that of the `rest`, by their gradients on a weight."""
+        return torch.ones_like(own)
 
     def opposed(self, batch: Any) -> Tensor | None:
         """Return an adversary's loss of its own modules, [B]; the prediction and the taps carry no gradient."""
         return None
 
+    balanced: ClassVar[bool] = False
+    """True if an objective scales it by its `balance` with the other terms."""
+    pools: ClassVar[bool] = False
+    """True if its loss is a function of a mean over the whole batch, `Batch.pooled`."""
+
     def check(self, model: Model) -> str:
         """Name what the term needs and the model does not give; empty for nothing."""
         return ""
+
+    def check_trained(self, model: Model) -> str:
+        """Name what the term needs and the weights that are trained do not give; empty for nothing."""
+        return ""
+
+    def check_teacher(self, model: Model, teacher: Any) -> None:
+        """Refuse a teacher of which the term asks something that it has not, before the first step.
+
+        Raises:
+            ConfigError: names what was given and expected.
+        """
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
@@ -160,6 +219,22 @@ class Objective(ABC):
             held: the step, and modules and teachers of the terms, on the same device.
         """
 
+    def chosen(self) -> Objective:
+        """Return the objective that a run takes: itself, or what its one term asks for.
+
+        Raises:
+            ConfigError: a term stands alone, and there are others.
+        """
+        names = [type(term).__name__ for term in self.active]
+        lonely = [term for term in self.active if term.alone]
+        if lonely and len(names) > 1:
+            raise ConfigError(
+                f"{type(lonely[0]).__name__} runs the network in pieces, which no other term can read; got "
+                f"{', '.join(names)}, expected it alone"
+            )
+        found: Objective = lonely[0].objective(self) if lonely else self
+        return found
+
     def begin(self, run: Any) -> Cursor | None:
         """Return what training steps through, where it is not one batch of the samples a step."""
         return None
@@ -195,6 +270,16 @@ class Objective(ABC):
                 term.teacher.check(model)
         check_policies(model, self.taps(model))
 
+    def check_trained(self, model: Model) -> None:
+        """Refuse weights, of which some are frozen, that an active term cannot teach, before the first step.
+
+        Raises:
+            ConfigError: names the term and what it needs.
+        """
+        for term in self.active:
+            if missing := term.check_trained(model):
+                raise ConfigError(f"{type(term).__name__} needs {missing}")
+
     def check_batch(self, batch: int) -> None:  # noqa: B027
         """Refuse a number of samples a step, over all processes, that it cannot be computed on.
 
@@ -229,6 +314,7 @@ class Objective(ABC):
                 taught=(answers or {}).get(name),
                 taps={tap: batch.taps[tap] for tap in wanted},
                 step=held.step,
+                pool=None if held.pool is None else partial(held.pool, name),
             )
             losses[name] = term.loss(own).mean()
             weighted.append(weight_at(term.weight, held.step) * losses[name])

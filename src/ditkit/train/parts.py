@@ -46,6 +46,9 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
     learned = {f"learned.{name}" for name, _ in model.learned.named_parameters()}
     own = {f"{PART}{name}" for name, _ in modules.named_parameters()}
     attention = _inside(model, (Attention,), ("qkv", "out")) | _projections(model)
+    added: dict[str, set[str]] = {}
+    for transform in model.transforms:  # one may be there for each stack
+        added.setdefault(type(transform).__name__.lower(), set()).update(transform.trains(model))
     parts = {
         "all": {name for name, _ in model.named_parameters()},
         "attention": attention and attention | learned,
@@ -53,7 +56,7 @@ def part_of(model: Model, part: str, modules: nn.ModuleDict | None = None) -> se
         "learned": learned,
         **(model.parts() if isinstance(model, Model) else {}),
         "parts": own,
-        **{type(t).__name__.lower(): set(t.trains(model)) for t in model.transforms},
+        **added,
         **{type(p).__name__.lower(): _under(f"learned.{type(p).__name__}.", learned) for p in model.policies},
         **{term.lower(): _under(f"{PART}{term}.", own) for term in modules},
     }

@@ -53,7 +53,10 @@ class Settings:
         warmup: steps in which the learning rate rises.
         decay_after: from this step on the learning rate falls as the inverse square root of the step (EDM2,
             eq. 67); 0 keeps it constant.
-        cosine: the learning rate falls from its height to 0 at `steps`, along half a cosine.
+        cosine: the learning rate falls from its height to `lowest` at `steps`, along half a cosine.
+        linear_after: from this step on the learning rate falls in a straight line, to `lowest` at `steps` (RAE); 0 for
+            never.
+        lowest: share of its height at which a cosine or a line ends.
         betas: of AdamW.
         weight_decay: of AdamW and Muon.
         clip: largest gradient norm; 0 for none.
@@ -80,6 +83,8 @@ class Settings:
     warmup: Natural = 0
     decay_after: Natural = 0
     cosine: bool = False
+    linear_after: Natural = 0
+    lowest: Share = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
     clip: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
@@ -100,10 +105,7 @@ class Settings:
         self._check_parts()
         if self.warmup > self.steps:
             raise ConfigError(f"training: warmup={self.warmup} is longer than steps={self.steps}")
-        if self.cosine and self.decay_after:
-            raise ConfigError(
-                f"training: cosine and decay_after={self.decay_after} both lower the learning rate"
-            )
+        self._check_fall()
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"training: batch={self.batch} does not divide into accumulate={self.accumulate} parts"
@@ -118,6 +120,16 @@ class Settings:
         if len(set(self.averages)) < len(self.averages):
             raise ConfigError(f"training: averages={self.averages} names one twice")
 
+    def _check_fall(self) -> None:
+        falls = {"cosine": self.cosine, **{n: getattr(self, n) for n in ("decay_after", "linear_after")}}
+        given = [name if value is True else f"{name}={value}" for name, value in falls.items() if value]
+        if len(given) > 1:
+            raise ConfigError(f"training: {' and '.join(given)} both lower the learning rate")
+        if self.lowest and not (self.cosine or self.linear_after):
+            raise ConfigError(
+                f"training: lowest={self.lowest} is where a fall ends, expected cosine or linear_after beside it"
+            )
+
     def _check_parts(self) -> None:
         if not all(self.trained.split("+")):
             raise ConfigError(
@@ -131,10 +143,12 @@ class Settings:
         """Learning rate of optimiser step `step`, counted from 0."""
         up = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
         down = max(step / self.decay_after, 1.0) ** -0.5 if self.decay_after else 1.0
+        first = self.linear_after or self.warmup
+        done = max(step - first, 0) / max(self.steps - first, 1)
         if self.cosine:
-            down = 0.5 + 0.5 * math.cos(
-                math.pi * max(step - self.warmup, 0) / max(self.steps - self.warmup, 1)
-            )
+            down = self.lowest + (1 - self.lowest) * (0.5 + 0.5 * math.cos(math.pi * done))
+        elif self.linear_after:
+            down = 1 - (1 - self.lowest) * done
         return self.learning_rate * up * down
 
     def share(self, processes: int) -> int:

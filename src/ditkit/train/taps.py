@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import nan
 from typing import Any, NamedTuple
 
@@ -29,6 +30,13 @@ class Output(NamedTuple):
 PARTS = {"in": 0, "q": 0, "k": 1, "v": 2}
 """Ends of a tap's name, after a colon, that ask for an argument of the site instead of its output: "blocks.3:in" is
 what block 3 was given, "blocks.3.attn.core:k" the keys that its attention saw."""
+
+
+class Whole(tuple[Policy, ...]):
+    """A network's own policies at their `whole` settings, whichever they are; a tuple of none until it is asked."""
+
+
+WHOLE = Whole()
 
 
 class Stopped(Exception):
@@ -91,6 +99,18 @@ class Tap(Run):
         return handler
 
 
+class Around(Run):
+    """A run within a run whose handlers get, as what a site does, what the inner run makes of it."""
+
+    __slots__ = ()
+
+    def __init__(self, inside: Run, handlers: Mapping[str, Handler]) -> None:
+        def around(site: str, handler: Handler) -> Handler:
+            return lambda fn, *args: handler(partial(inside.site, site, fn), *args)
+
+        super().__init__({**inside.handlers, **{site: around(site, h) for site, h in handlers.items()}})
+
+
 def run_with_taps(
     network: Callable[..., Any],
     model: Model,
@@ -101,6 +121,7 @@ def run_with_taps(
     stop: str = "",
     policies: Sequence[Policy] | None = None,
     step: int | None = None,
+    fed: Mapping[str, Handler] | None = None,
 ) -> Output:
     """Run `network`, which is `model` or a wrapper around it, on `inputs` under the model's policies.
 
@@ -109,18 +130,23 @@ def run_with_taps(
         shape: of one sample, without the batch axis.
         times: noise-time of each sample, [B] or [B, T]; of a network that has none, 0.
         stop: the site after which nothing is computed; the output is then None.
-        policies: in the place of the model's.
+        policies: in the place of the model's; `WHOLE` is those, leaving nothing out.
         step: of the optimiser, for policies that change in training.
+        fed: by site, what is done around what policies do there.
 
     Raises:
         NoEffectError: a policy touched nothing or saved nothing.
     """
     times = torch.zeros(1) if times is None else times
+    if isinstance(policies, Whole):
+        policies = tuple(policy.whole() for policy in model.policies)
     chosen = model.policies if policies is None else policies
     trajectory, call, run = _under(model, shape, times, chosen, step)
+    if fed:
+        run = Around(run, fed)
     tap = Tap(taps, run, trajectory.rows(call), stop)
     try:
-        out = trajectory.leave(call, network(*inputs, tap if taps or stop else run))
+        out = trajectory.leave(call, network(*inputs, tap if taps or stop or fed else run))
     except Stopped:
         return Output(None, tap.recorded)
     trajectory.finish()

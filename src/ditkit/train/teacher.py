@@ -187,7 +187,7 @@ class Ask:
         taps: sites whose outputs, or inputs, are kept.
         stop: the site after which nothing more is computed; of a teacher only.
         student: ask the network in training once more, with gradients, instead of the teacher.
-        policies: in the place of those that it is under.
+        policies: in the place of those that it is under; `ditkit.train.taps.WHOLE` is those, leaving nothing out.
         grid, maps: of an encoder of pictures, the rows and columns of its tokens, and of how many last blocks it gives
             the attention.
     """
@@ -222,6 +222,8 @@ class Held(NamedTuple):
     teachers: Any = {}  # noqa: RUF012
     opponents: list[Any] | None = None
     """The list to which batches of adversaries are added, with their terms."""
+    pool: Callable[[str, Tensor], Tensor] | None = None
+    """The mean over all parts of the batch, in all processes, of a term's own mean; None where one part is all."""
 
 
 def frozen(model: Model) -> Model:

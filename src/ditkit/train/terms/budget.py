@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Interval
@@ -20,7 +20,7 @@ from ditkit.train.schedules import Weight
 
 @dataclass(frozen=True)
 class Budget(Term):
-    """(rho - target)^2, of rho the mean over the batch of the share of the blocks' MACs that is computed.
+    """(rho - target)^2, of rho the mean over the whole batch of the share of the blocks' MACs that is computed.
 
     rho_b = sum over blocks of mean(heads) attn + mean(groups) mean(tokens) mlp, over the sum of attn + mlp, with
     attn = 4 L D^2 + 2 L^2 D and mlp = 8 L D^2. Times are to be stratified over the batch, which then stands for a
@@ -33,6 +33,7 @@ class Budget(Term):
         hold: steps at first whose target is 1 all the same, as in the published script: then it jumps onto the line.
     """
 
+    pools: ClassVar[bool] = True
     weight: Weight = 2.0
     target: Annotated[float, Interval(gt=0, le=1)] = 0.5
     warmup: Count = 1000
@@ -58,7 +59,7 @@ class Budget(Term):
         return 1.0 + (self.target - 1.0) * min(step / self.warmup, 1.0)
 
     def loss(self, batch: Batch) -> Tensor:
-        share = work_share(batch).mean()
+        share = batch.pooled(work_share(batch))
         return (share - self.target_at(batch.step)).square().expand(len(batch.data))
 
 
