@@ -25,6 +25,7 @@ from ditkit.models.dlinear import DLinear, DLinearConfig
 from ditkit.models.tempo import (
     BODY,
     COMPONENTS,
+    PRESETS,
     PROMPTS,
     TRAINED,
     Tempo,
@@ -120,6 +121,17 @@ def test_the_paper_has_42_patches_the_last_of_which_repeats_the_last_value() -> 
     assert found.shape == (2, 42, 16)
     assert torch.equal(found[:, -1, 8:], x[:, -1:].expand(-1, 8)) and torch.equal(found[:, -1, :8], x[:, -8:])
     assert torch.equal(found[:, 3], x[:, 24:40])
+
+
+def test_the_papers_prompts_are_the_words_of_gpt2() -> None:
+    """Nine each, by the byte pairs of its published table: 3 (42 + 9) tokens; published weights load under them."""
+    config = TempoConfig()
+    assert config.length == 153 and {len(words) for words in config.prompts} == {9}
+    assert {words[:8] for words in config.prompts} == {(47, 17407, 262, 2003, 640, 2239, 1813, 262)}
+    assert [words[8] for words in config.prompts] == [5182, 1622, 29598]
+    assert Tempo.Config.tiny().prompts == PROMPTS and PRESETS["smollm2-4"].prompts == PROMPTS
+    with pytest.raises(ConfigError, match="below words=9"):
+        TempoConfig(words=9)
 
 
 # --- sizes and what is trained -------------------------------------------------------------------------------
@@ -322,6 +334,36 @@ def test_paths_have_the_quantiles_of_the_law_and_roll_on() -> None:
         draw_paths(awake(), x, 3, 2)
     counts = draw_paths(awake(distribution="negative-binomial"), windows(1).abs() * 9, 4, 10)
     assert (counts >= 0).all() and torch.equal(counts, counts.round())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distribution", ["student-t", "negative-binomial"])
+def test_draws_of_paths_take_and_leave_nothing_of_torchs_own_stream(distribution: str) -> None:
+    """Another thread that draws meanwhile changes no path."""
+    model, x = awake(distribution=distribution), windows(1).abs() * 9
+    alone, law_of = draw_paths(model, x, 15, 5), model.law_of
+
+    def beside_another_thread(*args: object, **kwargs: object) -> object:
+        torch.rand(3)
+        return law_of(*args, **kwargs)
+
+    model.law_of = beside_another_thread
+    assert torch.equal(draw_paths(model, x, 15, 5), alone)
+    assert not torch.equal(draw_paths(model, x, 15, 5, seed=1), alone)
+    del model.law_of
+    before = torch.get_rng_state()
+    draw_paths(model, x, 3, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [StudentT, NegativeBinomial])
+def test_draws_are_of_the_law(kind: type) -> None:
+    given = torch.tensor([3.0, 20.0]), torch.tensor([0.5, 0.1])
+    law = StudentT(*given, torch.tensor([6.0, 30.0])) if kind is StudentT else NegativeBinomial(*given)
+    drawn = law.draw(200_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), law.law.mean, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(drawn.var(0), law.law.variance, rtol=0.03, atol=0)
+    assert drawn.shape == (200_000, 2)
 
 
 # --- lengths -------------------------------------------------------------------------------------------------

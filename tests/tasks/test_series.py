@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ditkit.models.dlinear import DLinearConfig
 from ditkit.models.tempo import Tempo, TempoConfig
 from ditkit.recipes.tempo import PUBLISHED_LORA, dlinear, tempo, tempo_small
 from ditkit.tasks.forecast.recipe import fitting
+from ditkit.tasks.forecast.scores import field_forecasts
 from ditkit.tasks.forecast.series import Mixed, SeriesForecastRecipe, SeriesWindows
 from ditkit.tasks.recipe import describe, train_recipe
 from ditkit.train.forecasting import Forecasting
@@ -328,6 +330,32 @@ def test_counts_are_learned_as_they_are(tmp_path) -> None:
     assert cond.context is not None and torch.equal(cond.context, cond.context.round())
     with pytest.raises(DataError, match="expected counts"):
         replace(counted, data=waves(200)).prepared()
+
+
+def test_counts_are_not_measured_beside_standardised_values(tmp_path) -> None:
+    """The errors of each kind are in a unit of its own."""
+    data = csv(tmp_path, "counts")
+    laws = {
+        "counts": Tempo(replace(TINY, distribution="negative-binomial")).eval(),
+        "other": Tempo(TINY).eval(),
+    }
+    for names in (("counts", "other"), ("other", "counts")):
+        with pytest.raises(ConfigError, match=r"counts takes counts as they are .* other standardised"):
+            field_forecasts({name: laws[name] for name in names}, data, 12, 0.1, 0.3, 0, {})
+    found = field_forecasts({"counts": laws["counts"]}, data, 12, 0.1, 0.3, 0, {})
+    assert found.parts.test.scaling is not None and found.parts.test.scaling.std.tolist() == [1]
+
+
+def test_windows_too_short_for_stl_are_refused_before_the_first_step(monkeypatch) -> None:
+    fields = load_fields(waves(120))
+    if STL is not None:
+        with pytest.raises(DataError, match="40 steps are less than two periods of 24"):
+            SeriesWindows(fields, 40, 12, period=24, smoothed="window")
+        SeriesWindows(fields, 48, 12, period=24, smoothed="window")
+    monkeypatch.setitem(sys.modules, "statsmodels.tsa.seasonal", None)
+    for smoothed in ("training", "window"):
+        with pytest.raises(ConfigError, match="need statsmodels"):
+            SeriesWindows(fields, 48, 12, period=24, smoothed=smoothed)
 
 
 def test_bad_settings_are_one_line(tmp_path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,8 @@ def period_of(step: Step, given: int = 0) -> int:
     return found
 
 
-def stl(series: Tensor, period: int) -> Tensor:
-    """Components of series [N, S], N steps of S series: trend, season and residual, float32 [N, 3, S].
-
-    They are smoothed over the whole of what is given, with statsmodels' own widths.
+def check_stl(steps: int, period: int) -> Any:
+    """Return statsmodels' STL, which can smooth series of so many steps.
 
     Raises:
         DataError: there are fewer than two periods. ConfigError: statsmodels is not installed.
@@ -46,10 +46,22 @@ def stl(series: Tensor, period: int) -> Tensor:
         from statsmodels.tsa.seasonal import STL
     except ImportError as error:
         raise ConfigError("components of series need statsmodels: pip install 'ditkit[series]'") from error
-    if len(series) < 2 * period:
-        raise DataError(f"{len(series)} steps are less than two periods of {period}, which STL needs")
+    if steps < 2 * period:
+        raise DataError(f"{steps} steps are less than two periods of {period}, which STL needs")
+    return STL
+
+
+def stl(series: Tensor, period: int) -> Tensor:
+    """Components of series [N, S], N steps of S series: trend, season and residual, float32 [N, 3, S].
+
+    They are smoothed over the whole of what is given, with statsmodels' own widths.
+
+    Raises:
+        DataError: there are fewer than two periods. ConfigError: statsmodels is not installed.
+    """
+    smoother = check_stl(len(series), period)
     parts = []
     for column in series.double().numpy().T:
-        found = STL(column, period=period).fit()
+        found = smoother(column, period=period).fit()
         parts.append([torch.from_numpy(x.copy()) for x in (found.trend, found.seasonal, found.resid)])
     return torch.stack([torch.stack(own) for own in parts], -1).transpose(0, 1).float()

@@ -40,7 +40,9 @@ WHOLE = ("whole",)
 BODY = ("words", "positions", "blocks", "norm")
 """Modules of the language model."""
 PROMPTS = tuple((0, 1, 2, 3, 4, 5, 1, last) for last in (6, 7, 8))
-"""The words of `SENTENCES`, numbered as they occur; a tokenizer's own numbers take their place with its body."""
+"""The words of `SENTENCES`, numbered as they occur, of a table that holds no others."""
+GPT2_PROMPTS = tuple((47, 17407, 262, 2003, 640, 2239, 1813, 262, last) for last in (5182, 1622, 29598))
+"""The same in GPT-2's own table, by its byte pairs: "P", "redict", " the" and on."""
 SENTENCES = tuple(f"Predict the future time step given the {name}" for name in COMPONENTS)
 """The paper's prompts."""
 LEAST_SCALE, LEAST_NU, LEAST_COUNT = 1e-6, 2.0, 1e-4
@@ -73,7 +75,7 @@ class TempoConfig(ModelConfig):
         positions: rows of the table of positions, of gpt2.
         rotary_base: of the rotary positions, of llama.
         dropout: of the body's embedding, attention and branches.
-        prompts: numbers of the words of each component's sentence.
+        prompts: numbers of the words of each component's sentence, in the table of words; GPT-2's without.
         steps: of time between two values, of the series that it was trained on.
     """
 
@@ -101,7 +103,7 @@ class TempoConfig(ModelConfig):
     positions: Natural = 1024
     rotary_base: float = 10_000.0
     dropout: Share = 0.1
-    prompts: tuple[tuple[int, ...], ...] = field(default=PROMPTS, metadata=FROM_DATA)
+    prompts: tuple[tuple[int, ...], ...] = field(default=GPT2_PROMPTS, metadata=FROM_DATA)
     steps: tuple[str, ...] = field(default=(), metadata=FROM_DATA)
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class TempoConfig(ModelConfig):
     def tiny(cls) -> Self:
         return cls(
             frames=16, horizon=6, patch=4, stride=2, kernel=5, width=32, heads=4, kv_heads=4, depth=2, hidden=48,
-            words=9, positions=64, dropout=0.0,
+            words=9, positions=64, dropout=0.0, prompts=PROMPTS,
         )  # fmt: skip
 
 
@@ -444,7 +446,7 @@ PRESETS: Mapping[str, TempoConfig] = {
     **{
         f"smollm2-{depth}": TempoConfig(
             shape="llama", width=576, heads=9, kv_heads=3, depth=depth, hidden=1536, words=9, positions=0,
-            rotary_base=100_000.0, dropout=0.0,
+            rotary_base=100_000.0, dropout=0.0, prompts=PROMPTS,
         )
         for depth in range(1, 31)
     },

@@ -79,6 +79,7 @@ def draw_paths(model: Any, observed: Tensor, horizon: int, count: int, seed: int
 
     Args:
         observed: [1, C, T, H, W].
+        seed: of the draws, which take nothing from torch's own generators and leave them as they are.
 
     Returns:
         [count, C, horizon, H, W].
@@ -87,20 +88,19 @@ def draw_paths(model: Any, observed: Tensor, horizon: int, count: int, seed: int
         ConfigError: the model has no law (`law_of`), or a number is out of range.
     """
     count = integer("paths", count, least=1)
+    generator = torch.Generator().manual_seed(seed)
 
     def drawn(given: Tensor, run: Run = DIRECT) -> Tensor:
-        parts = [model.law_of(rows, run=run).law.sample() for rows in given.split(MOST_ROWS)]
+        parts = [model.law_of(rows, run=run).draw(1, generator)[0] for rows in given.split(MOST_ROWS)]
         return torch.cat(parts)
 
     def first(given: Tensor, run: Run = DIRECT) -> Tensor:
-        sample: Tensor = model.law_of(given, run=run).law.sample((count,))
+        sample: Tensor = model.law_of(given, run=run).draw(count, generator)
         return sample.flatten(0, 1)
 
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        passes = [next(out for _, out in rolled(model, observed, 1, first))]
-        known = torch.cat([observed.expand(count, -1, -1, -1, -1), passes[0].to(observed)], 2)
-        if (left := horizon - passes[0].shape[2]) > 0:
-            again = known[:, :, -observed.shape[2] :]
-            passes += [out for _, out in rolled(model, again, left, drawn)]
+    passes = [next(out for _, out in rolled(model, observed, 1, first))]
+    known = torch.cat([observed.expand(count, -1, -1, -1, -1), passes[0].to(observed)], 2)
+    if (left := horizon - passes[0].shape[2]) > 0:
+        again = known[:, :, -observed.shape[2] :]
+        passes += [out for _, out in rolled(model, again, left, drawn)]
     return torch.cat(passes, 2)[:, :, :horizon].to(observed.device)

@@ -143,6 +143,11 @@ def is_per_series(model: Model) -> bool:
     return bool(getattr(model.config, "per_series", False))
 
 
+def takes_counts(model: Model) -> bool:
+    """Return whether a forecaster takes counts as they are, without a mean and a deviation."""
+    return bool(getattr(model.config, "distribution", "none") == "negative-binomial")
+
+
 def scaling_for(model: Model, known: FieldSet) -> Scaling:
     """Return the statistics of what is known of a set, for a forecaster of any series; counts stay as they are.
 
@@ -155,7 +160,7 @@ def scaling_for(model: Model, known: FieldSet) -> Scaling:
             f"{known.name} has a value every {known.step}, the model was trained on one every "
             f"{' or '.join(steps)}; expected data of such a step"
         )
-    if getattr(model.config, "distribution", "none") == "negative-binomial":
+    if takes_counts(model):
         none = torch.zeros(len(known.variables), dtype=torch.float64)
         return Scaling(none, none + 1)
     return known.fit_scaling()

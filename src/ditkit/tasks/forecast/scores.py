@@ -39,7 +39,7 @@ from ditkit.report.example import Example, lead_unit
 from ditkit.report.leadtime import LeadTimePlot
 from ditkit.sample.forecast import forecast, horizon_of
 from ditkit.tasks.forecast.figures import clip_examples, field_examples, write_pictures
-from ditkit.tasks.forecast.recipe import held_out, is_per_series
+from ditkit.tasks.forecast.recipe import held_out, is_per_series, takes_counts
 
 if TYPE_CHECKING:
     from ditkit.core.terminal import Table
@@ -320,11 +320,12 @@ def field_forecasts(
     """Models on every window of the test part of a set.
 
     Raises:
-        ConfigError: models of different lengths or statistics, other variables than the data's, or no window number
-            `show`.
+        ConfigError: models of different lengths or statistics, models of counts beside others, other variables than
+            the data's, or no window number `show`.
         DataError: the data are missing, damaged, or too short.
     """
     config = same(models, "frames")
+    scaled_alike(models)
     bound = {name: model for name, model in models.items() if not is_per_series(model)}
     if bound:
         same(bound, "patch")
@@ -378,6 +379,17 @@ def standardised_alike(models: Mapping[str, Model]) -> None:
             raise ConfigError(
                 f"{first} and {name} standardise by other means or deviations, expected models of the same data"
             )
+
+
+def scaled_alike(models: Mapping[str, Model]) -> None:
+    """Raise ConfigError where some models take counts as they are and others standardised values: errors differ."""
+    counts = [name for name, model in models.items() if takes_counts(model)]
+    others = [name for name in models if name not in counts]
+    if counts and others:
+        raise ConfigError(
+            f"{counts[0]} takes counts as they are (distribution=negative-binomial) and {others[0]} standardised "
+            "values, expected models that can be measured in one unit"
+        )
 
 
 def called(folders: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditkit.core.cond import Cond
 from ditkit.core.errors import ConfigError, DataError
 from ditkit.core.model import Model
-from ditkit.data.components import period_of, stl
+from ditkit.data.components import check_stl, period_of, stl
 from ditkit.data.fields import FieldSet
 from ditkit.data.language_body import language_body
 from ditkit.data.loading import joined, load_several_fields
@@ -143,6 +143,9 @@ class SeriesWindows:
     Args:
         period: of STL; 0 for no components.
         smoothed: over all steps at once, or over each window alone.
+
+    Raises:
+        DataError: STL has fewer than two periods of what it is to smooth. ConfigError: statsmodels is not installed.
     """
 
     def __init__(
@@ -154,6 +157,8 @@ class SeriesWindows:
         self.values = fields.values[:, held]  # [steps, series]
         self.count_series = self.values.shape[1]
         whole = bool(period) and smoothed == "training"
+        if period:
+            check_stl(len(fields) if whole else frames, period)
         self.components = stl(self.values, period) if whole else None
 
     def __len__(self) -> int:
