@@ -238,7 +238,7 @@ REFUSED = [
     (("--grid", "8", *GROUPED), "--grid 8, expected positive sides such as 64x64 or 32x48x80"),
     (("--grid", "8x0", *GROUPED), "--grid 8x0, expected positive sides"),
     (("--grid", "8xy", *GROUPED), "--grid 8xy, expected positive sides"),
-    (("--grid", "8x8", "--text", "-1", *GROUPED), "--text -1, expected 0 or more rows"),
+    (("--grid", "8x8", "--text", "-1", *GROUPED), "--text=-1 should be at least 0"),
     (
         ("--grid", "8x8", "--query", "8,0", *GROUPED),
         "--query 8,0, expected 2 numbers below 8, 8, such as 4,4",

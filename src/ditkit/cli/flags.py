@@ -38,8 +38,9 @@ def with_flags(config: C, flags: Any, **others: Any) -> C:
 
 
 def _helps(kind: type) -> dict[str, str]:
-    """Read the lines of `Args:` of a docstring by field; one line may be for several."""
-    params = docstring_parser.parse(inspect.getdoc(kind) or "").params
+    """Read the lines of `Args:` of a docstring by field, of bases too; one line may be for several."""
+    docs = [inspect.cleandoc(vars(base).get("__doc__") or "") for base in reversed(kind.__mro__)]
+    params = [param for doc in docs for param in docstring_parser.parse(doc).params]
     return {
         name: " ".join((param.description or "").split())
         for param in params

@@ -30,7 +30,7 @@ from ditkit.hosts.streams import Control, JointTokens, Rotary, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
 from ditkit.nn.modulation import modulate
-from ditkit.nn.narrow import TwoStreams
+from ditkit.nn.narrow import TwoStreams, text_sites
 
 STACKS = {
     "blocks": Stacked("transformer_blocks", "num_layers"),
@@ -307,7 +307,7 @@ def sites(model: Any) -> tuple[Site, ...]:
             named.append(Site(f"{at}.attn.text", "modulated", "text"))
         named += attention_sites(f"{at}.attn", block.attn, core="joint", kv="image" if double else "joint")
         if double:
-            named += [Site(f"{at}.mlp", "branch"), *block.text_sites(at)]
+            named += [Site(f"{at}.mlp", "branch"), *text_sites(block, at)]
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

@@ -39,7 +39,7 @@ from ditkit.hosts.inputs import Inputs
 from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV, keep
-from ditkit.nn.narrow import TwoStreams
+from ditkit.nn.narrow import TwoStreams, text_sites
 
 STACKS = {"blocks": Stacked("transformer_blocks", "num_layers")}
 
@@ -290,7 +290,7 @@ def sites(model: Any) -> tuple[Site, ...]:
         named += [Site(at, "block", "joint"), Site(f"{at}.attn", "branch", "joint")]
         named.append(Site(f"{at}.attn.text", "modulated", "text"))
         named += attention_sites(f"{at}.attn", block.attn, core="joint")
-        named += [Site(f"{at}.mlp", "branch"), *block.text_sites(at)]
+        named += [Site(f"{at}.mlp", "branch"), *text_sites(block, at)]
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

@@ -39,7 +39,7 @@ from ditkit.hosts.streams import Control, JointTokens, Streams
 from ditkit.hosts.view import current, restore, running, stands_for, view
 from ditkit.nn.blocks import KV
 from ditkit.nn.modulation import modulate
-from ditkit.nn.narrow import TwoStreams
+from ditkit.nn.narrow import TwoStreams, text_sites
 
 STACKS = {"blocks": Stacked("transformer_blocks", "num_layers", (-1,), ("dual_attention_layers",))}
 """The last block has no text to hand on."""
@@ -242,7 +242,7 @@ def sites(model: Any) -> tuple[Site, ...]:
             named += [Site(at + ".attn2", "branch"), *attention_sites(at + ".attn2", block.attn2)]
         named.append(Site(at + ".mlp", "branch"))
         if not block.context_pre_only:
-            named += block.text_sites(at)
+            named += text_sites(block, at)
     return as_wide((*named, Site("head", "head")), model.inner_dim)
 
 

@@ -76,7 +76,7 @@ class LinearBlock(nn.Module):
         self, run: Run, at: str, x_BLD: Tensor, parts: Parts | Tensor, rotary: Rotary | None = None
     ) -> Tensor:
         """Compute the attention branch before its gate."""
-        route = run.site(at + ".route", everything, x_BLD)
+        route = run.site(at + ".route", everything, x_BLD, self.attn.qkv, self.attn.out)
         h_BLD = modulate(self.norm(x_BLD), *affine(parts, 0, 1))
         return self.attn(h_BLD, run, at, rotary, route=route)
 
@@ -185,6 +185,11 @@ class TwoStreams:
         if self.owns_text:
             return [Site(f"{at}.text.mlp", "branch", "text")]
         return [Site(f"{at}.text.out", "branch", "text")] if self.text_role == "resumed" else []
+
+
+def text_sites(block: Any, at: str) -> list[Site]:
+    """List the sites of a block's text after those of the image; a block that is not viewed has its own text."""
+    return block.text_sites(at) if isinstance(block, TwoStreams) else [Site(f"{at}.text.mlp", "branch", "text")]
 
 
 def lost_text(model: nn.Module) -> bool:

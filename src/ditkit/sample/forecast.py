@@ -70,7 +70,7 @@ def rolled(
             call = Call(index, total, 0.0, layout=layout, times=times)
             out = trajectory.leave(call, answer(given, run=trajectory.run(call)))
         yield given, out
-        given = torch.cat([given, out], 2)[:, :, -frames:]
+        given = torch.cat([given, out.to(place)], 2)[:, :, -frames:]
 
 
 @torch.no_grad()
