@@ -118,10 +118,13 @@ class SmallFlux(Denoiser):
     @cached_property
     def _spelled(self) -> Tensor:
         """The letters of each class's name and of none, made when they are first read: a config alone costs nothing."""
+        from torch.utils._python_dispatch import _disable_current_modes
+
         from ditkit.nn.toy_text_encoder import encode_letters
 
         names = self.config.class_names or tuple(map(str, range(self.config.classes)))
-        with torch.device("cpu"):  # it follows from the config, so it is there when the weights are not
+        # it is kept, so it is of no mode that the first call is made in: an exporter's fake tensors, inference
+        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
             return encode_letters((*names, ""), self.config.letters)
 
     @property

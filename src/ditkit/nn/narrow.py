@@ -189,7 +189,9 @@ class TwoStreams:
 
 def text_sites(block: Any, at: str) -> list[Site]:
     """List the sites of a block's text after those of the image; a block that is not viewed has its own text."""
-    return block.text_sites(at) if isinstance(block, TwoStreams) else [Site(f"{at}.text.mlp", "branch", "text")]
+    return (
+        block.text_sites(at) if isinstance(block, TwoStreams) else [Site(f"{at}.text.mlp", "branch", "text")]
+    )
 
 
 def lost_text(model: nn.Module) -> bool:

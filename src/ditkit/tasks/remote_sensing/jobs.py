@@ -72,10 +72,10 @@ def target(config: UniTSConfig, scenes: Scenes) -> tuple[Tensor, Tensor]:
     if config.job == "change-detection":
         assert scenes.labels is not None
         one_hot = F.one_hot(scenes.labels.clamp_min(0), config.channels).permute(0, 4, 1, 2, 3)
-        made, known = one_hot.float() * 2 - 1, (scenes.labels >= 0)[:, None]
+        target, known = one_hot.float() * 2 - 1, (scenes.labels >= 0)[:, None]
     else:
-        made, known = scenes.image, scenes.known
-    return torch.where(known, made, last_clear(made, ~known)), known & present
+        target, known = scenes.image, scenes.known
+    return torch.where(known, target, last_clear(target, ~known)), known & present
 
 
 def check_data(config: UniTSConfig, data: SatelliteSet) -> None:
