@@ -11,6 +11,7 @@ from cli_support import Capture, exit_code, save_photos
 NETWORKS = {
     "fashion-dico": ["--width", "8", "--depth", *"11111"],
     "fashion-lamamba": ["--width", "8", "--depth", *"1111", "--no-deeper"],
+    "fashion-ptdit": ["--width", "16", "--depth", "1", "--heads", "2"],
     "fashion-dimr": ["--width", "16", "8", "--depth", "1", "1", "--patch", "2", "1", "--heads", "2"],
 }
 RUN = [

@@ -68,6 +68,6 @@ def test_the_fields_of_a_config_are_flags_of_its_recipe(tmp_path: Path) -> None:
 def test_a_recipe_takes_any_config_of_its_task() -> None:
     with pytest.raises(
         ConfigError,
-        match="model=VDTConfig is of task 'video', expected 'image': DiCo, DiMR, DiT, DiTDH, LaMamba, Small",
+        match="model=VDTConfig is of task 'video', expected 'image': DiCo, DiMR, DiT, DiTDH, LaMamba, PTDiT, Small",
     ):
         ClassImageRecipe(data="emoji", model=VDTConfig.tiny(), settings=Settings())

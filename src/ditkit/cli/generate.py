@@ -65,7 +65,7 @@ def generate(
                           PROMPT-SEED.png of a model that takes a prompt,
                           or SEED.mp4 and SEED.gif of a clip (MP4 needs PyAV)
         sheet.png         all of them, enlarged; of clips, frames of the first
-        generated.json    settings, time, what each policy did, and on what day, device and versions
+        generated.json    settings, what each policy did; day, device, versions
 
     Args:
         model: A shipped model (emoji, digits), a folder, or owner/name on the Hugging Face hub.

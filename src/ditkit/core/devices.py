@@ -42,7 +42,7 @@ class Placement:
 
 
 WANTED: ContextVar[Placement] = ContextVar("placement", default=Placement())  # noqa: B039  # it is frozen
-"""Of models that are loaded without a word of their own."""
+"""The placement of models that are loaded without a word of their own."""
 
 
 @contextmanager

@@ -28,9 +28,11 @@ Kind = Literal[
     "route",
     "head",
 ]
-AttentionKind = Literal["full", "axial", "scaled"]
-"""Over all rows of its sequence; along one axis at a time; or with another scale of the image's scores than
-1 / sqrt(K)."""
+AttentionKind = Literal["full", "axial", "windowed", "scaled"]
+"""Over all rows of its sequence; along one axis at a time; inside of windows; or with another scale of the image's
+scores than 1 / sqrt(K)."""
+PARTIAL = ("axial", "windowed")
+"""Attention whose keys are some of the rows of its sequence, folded into the batch."""
 Axis = Literal["", "time", "space"]
 Handler = Callable[..., Any]
 """`handler(fn, *args)` returns what `fn(*args)` returns; it may run `fn` or not."""
@@ -39,10 +41,10 @@ Handler = Callable[..., Any]
 class Site(NamedTuple):
     """A named place of a model. Policies choose sites by kind, never by matching names.
 
-    Its stream is that of its tokens: "image", "text" or "joint"; of a branch, of what it returns; of a core, of its
-    queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the two
-    layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around it
-    joins with the rest of c. A `choice` site, asked with a branch's tokens before its norm and its two layers, gives
+    Its stream is that of its tokens: "image", "text", "joint" or "proxy"; of a branch, of what it returns; of a core,
+    of its queries. A `modulation` site gives shifts, scales and gates from c, an `inner` site the values between the
+    two layers of an MLP. A `timestep` site gives the embedding of the time alone, [B, D], which the `time` site around
+    it joins with the rest of c. A `choice` site, asked with a branch's tokens before its norm and its two layers, gives
     what of the branch is computed; None is all.
     """
 
@@ -76,7 +78,10 @@ def attended(sites: Iterable[Site]) -> dict[str, str]:
     return {
         site.name: site.stream
         for site in sites
-        if site.kind == "core" and site.stream in SEQUENCES and site.attention != "axial" and not site.over
+        if site.kind == "core"
+        and site.stream in SEQUENCES
+        and site.attention not in PARTIAL
+        and not site.over
     }
 
 

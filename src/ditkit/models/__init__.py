@@ -7,6 +7,7 @@ from ditkit.models.dimr import DiMR, DiMRConfig
 from ditkit.models.dit import DiT, DiTConfig
 from ditkit.models.lamamba import LaMamba, LaMambaConfig
 from ditkit.models.predformer import PredFormer, PredFormerConfig
+from ditkit.models.pt_dit import PTDiT, PTDiTConfig, VideoPTDiT, VideoPTDiTConfig
 from ditkit.models.todyformer import Todyformer, TodyformerConfig
 from ditkit.models.vdt import VDT, VDTConfig
 from ditkit.models.video_dit import VideoDiT, VideoDiTConfig
@@ -25,6 +26,8 @@ __all__ = [
     "DiTDHConfig",
     "LaMamba",
     "LaMambaConfig",
+    "PTDiT",
+    "PTDiTConfig",
     "PredFormer",
     "PredFormerConfig",
     "Todyformer",
@@ -32,4 +35,6 @@ __all__ = [
     "VDTConfig",
     "VideoDiT",
     "VideoDiTConfig",
+    "VideoPTDiT",
+    "VideoPTDiTConfig",
 ]

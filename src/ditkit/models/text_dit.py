@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from ditkit.nn.blocks import Block, Head, Stack
 from ditkit.nn.embeddings import TimeEmbedding, sincos_table
 from ditkit.nn.init import adaln_zero_
 from ditkit.nn.modulation import Parts, activated, gate
+from ditkit.nn.prompt import Prompt, read_prompt
 from ditkit.nn.temporal import CrossAttention
 
 
@@ -96,13 +97,6 @@ class TextDiTConfig(ModelConfig):
         )
 
 
-class Prompt(NamedTuple):
-    """A prompt's tokens [B, S, D], with the mask [B, S] of those that are real; at least one of each sample is."""
-
-    tokens: Tensor
-    mask: Tensor
-
-
 class TextBlock(Block):
     """DiT's block with cross-attention to the prompt between its two branches, without modulation or gate."""
 
@@ -124,8 +118,8 @@ class TextBlock(Block):
     def sites(self, at: str, stream: str = "image", stage: int = 0) -> list[Site]:
         cross = f"{at}.cross_attn"
         branch = Site(cross, "branch", stream, self.norm.normalized_shape[0], stage=stage)
-        kv, core = self.cross_attn.sites(cross, stage)
-        added = [branch, kv._replace(stream="text"), core._replace(stream=stream, over=("text",))]
+        kv, core = self.cross_attn.sites(cross, stage, "text")
+        added = [branch, kv, core._replace(stream=stream)]
         own = super().sites(at, stream, stage)
         place = next(i for i, site in enumerate(own) if site.name == f"{at}.mlp")
         return [*own[:place], *added, *own[place:]]
@@ -207,26 +201,8 @@ class TextDiT(Denoiser):
 
     def given(self, cond: Cond, batch: int) -> Prompt:
         """Return the prompts as the encoder has them, checked; of dropped samples the null token alone is left."""
-        text, mask = cond.text, cond.text_mask
-        null = self.null.expand(batch, 1, -1)
-        if text is None:
-            return Prompt(null, torch.ones(batch, 1, dtype=torch.bool, device=null.device))
-        if text.ndim != 3 or len(text) != batch or text.shape[2] != self.config.text_width:
-            raise ShapeError(
-                f"TextDiT: text {list(text.shape)} should be [{batch}, S, {self.config.text_width}]"
-            )
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
-        if mask.shape != text.shape[:2] or mask.dtype != torch.bool:
-            raise ShapeError(
-                f"TextDiT: text_mask {list(mask.shape)} of {mask.dtype} should be {list(text.shape[:2])} of bool"
-            )
-        text, drop = text.to(null.dtype), cond.dropped("text")
-        if drop is None and self.training and self.config.text_dropout:
-            drop = torch.rand(batch, device=text.device) < self.config.text_dropout
-        empty = ~mask.any(1)  # no token is no prompt
-        drop = empty if drop is None else drop | empty
-        first = torch.arange(text.shape[1], device=text.device) == 0
-        return Prompt(torch.where(drop[:, None, None], null, text), torch.where(drop[:, None], first, mask))
+        dropout = self.config.text_dropout if self.training else 0.0
+        return read_prompt("TextDiT", cond, self.null, batch, dropout)
 
     def condition(self, t: Tensor, given: Prompt) -> Tensor:
         """Compute c = time embedding + projected mean of the prompt's tokens, [B, D]."""

@@ -46,14 +46,19 @@ def drop_labels(label: Tensor, drop: Tensor | None, null: int, rate: float) -> T
     return label if drop is None else label.masked_fill(drop, null)
 
 
-def sincos_axis(count: int, width: int, device: torch.device | str | None = None) -> Tensor:
+def sincos_axis(
+    count: int, width: int, device: torch.device | str | None = None, step: float = 1.0
+) -> Tensor:
     """Frozen 1-D positions [count, width], float32: [sin, cos] of frequencies 10000^(-2i / width).
 
     Angles are taken in float64, once a place, so that no model has to keep the table.
+
+    Args:
+        step: from one place to the next.
     """
     half = width // 2
     frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-    angle = torch.arange(count, device=device)[:, None] * frequency
+    angle = torch.arange(count, device=device)[:, None] * (step * frequency)
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 

@@ -71,31 +71,38 @@ def seen_over_time(clip: Clip, valid_BF: Tensor | None, device: torch.device) ->
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens to a memory, MHA(LN x, memory), without modulation or gate."""
+    """Attention of tokens to a memory, MHA(LN x, memory), without modulation or gate.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        norm: without it queries come from x as it is.
+    """
+
+    def __init__(self, width: int, heads: int, norm: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, run: Run, at: str, x_BLD: Tensor, memory_BSD: Tensor, known_BS: Tensor) -> Tensor:
+    def forward(
+        self, run: Run, at: str, x_BLD: Tensor, memory_BSD: Tensor, known_BS: Tensor | None = None
+    ) -> Tensor:
         """Compute the branch, row by row.
 
-        At least one token of each sample's memory must be known.
+        At least one token of each sample's memory must be known; None: all are.
         """
         q = self.q(self.norm(x_BLD)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(memory_BSD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         kv = run.site(at + ".kv", keep, KV(k, v))
-        o_BNLK = run.site(at + ".core", attention, q, kv.k, kv.v, known_BS[:, None, None])
+        mask = () if known_BS is None else (known_BS[:, None, None],)
+        o_BNLK = run.site(at + ".core", attention, q, kv.k, kv.v, *mask)
         return self.out(o_BNLK.transpose(1, 2).flatten(2))
 
-    def sites(self, at: str, stage: int = 0) -> list[Site]:
-        """Its sites in the branch `at`; the memory is of given frames."""
-        kv = Site(f"{at}.kv", "kv", "context", self.out.in_features, self.heads, stage)
-        return [kv, kv._replace(name=f"{at}.core", kind="core", stream="image", over=("context",))]
+    def sites(self, at: str, stage: int = 0, memory: str = "context") -> list[Site]:
+        """Its sites in the branch `at`; `memory` is the stream of the memory, by default that of given frames."""
+        kv = Site(f"{at}.kv", "kv", memory, self.out.in_features, self.heads, stage)
+        return [kv, kv._replace(name=f"{at}.core", kind="core", stream="image", over=(memory,))]
 
 
 class SpaceTimeBlock(nn.Module):

@@ -382,8 +382,8 @@ def with_prompt(model: Denoiser, cond: Cond, prompt: str | Sequence[str] | None,
     if prompt is None:
         return cond
     texts = prompts_of(prompt, count)
-    encoder = getattr(model.config, "text_encoder", None)
-    if encoder is None:
+    encoder = getattr(model.config, "text_encoder", "")
+    if not encoder:
         takes = listed(model.conditions)
         raise ConfigError(f"prompt={texts[0]!r}: a {type(model).__name__} takes no prompt, expected {takes}")
     if cond.text is not None:

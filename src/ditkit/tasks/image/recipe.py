@@ -58,7 +58,7 @@ class ClassImageRecipe(DenoiserRecipe):
     @property
     def reads_captions(self) -> bool:
         """Return whether the network takes a prompt."""
-        return hasattr(self.model, "text_encoder")
+        return bool(getattr(self.model, "text_encoder", ""))
 
     def dataset(self, data: ImageSet) -> ClassDataset:
         if not self.reads_captions:

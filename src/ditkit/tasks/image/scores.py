@@ -193,7 +193,7 @@ def check_real(model: Model, real: ImageSet) -> None:
     if model.signal_shape[0] != real.images.shape[1]:
         given, expected = real.images.shape[1], model.signal_shape[0]
         raise ConfigError(f"{real.name} has {given} channels, the model draws {expected}")
-    if hasattr(model.config, "text_encoder"):
+    if getattr(model.config, "text_encoder", ""):
         check_captions(real, allowed=False)
         return
     known = class_names(model)
@@ -218,7 +218,7 @@ def drawn_index(real: ImageSet, count: int) -> Tensor:
 
 def words_of(model: Model, real: ImageSet, index: Tensor) -> dict[str, Any]:
     """Return the words of `generate` that ask for the class, or the caption, of the chosen pictures."""
-    if hasattr(model.config, "text_encoder"):
+    if getattr(model.config, "text_encoder", ""):
         return {"prompt": [real.captions[i] for i in index.tolist()]}
     return {"label": real.labels[index].tolist()}
 
