@@ -213,10 +213,10 @@ def rivals(family: str) -> list[tuple[str, str, SetUp]]:
             "TaylorSeerCache lite",
             partial(taylorseer_cache, cache_interval=3, use_lite_mode=True),
         ),
-        ("diffusers", "MagCache", quietly(partial(mag_cache, threshold=0.24))),
+        ("diffusers", "MagCache", partial(mag_cache, threshold=0.24)),
         ("diffusers", "FasterCache", partial(faster_cache, **skip, **branch)),
         ("diffusers", "PAB", partial(pyramid_attention_broadcast, **skip)),
-        ("cache_dit", "DBCache F1", quietly(db_cache)),
+        ("cache_dit", "DBCache F1", db_cache),
     ]
 
 
@@ -224,18 +224,9 @@ def db_cache(pipe: Any, told: Told) -> Any:
     import cache_dit
 
     config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.2)
-    cache_dit.enable_cache(pipe, cache_config=config)
+    with redirect_stdout(StringIO()):
+        cache_dit.enable_cache(pipe, cache_config=config)
     return pipe
-
-
-def quietly(set_up: SetUp) -> SetUp:
-    def hushed(pipe: Any, told: Told) -> Any:
-        if set_up is not db_cache:
-            return set_up(pipe, told)  # it reads what the calibration prints
-        with redirect_stdout(StringIO()):
-            return set_up(pipe, told)
-
-    return hushed
 
 
 if __name__ == "__main__":
